@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python >= 3.11 and git, nothing else: they make .venv once and use it again.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test soak lint install install-test clean
+
+demo: install  ## the whole loop on 2 CPU cores in minutes: no network, no account
+	$(BIN)/dno run configs/demo.yaml
+
+test: install-test  ## what CI runs
+	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+
+soak: install-test  ## long runs and many kills
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+
+lint: install-test
+	$(PIP) install -q ".[dev]"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+install: $(VENV)/.installed
+install-test: $(VENV)/.installed-test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python >= 3.11 is needed, $(PYTHON) is {v[0]}.{v[1]}; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -e .
+	@touch $@
+
+# torch comes first and pinned: it is a test dependency, and the pinned release has a CPU build.
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q torch==2.13.0
+	$(PIP) install -q -e ".[test]"
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) runs

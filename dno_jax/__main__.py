@@ -1,0 +1,5 @@
+"""`python -m dno_jax` is `dno`."""
+
+from dno_jax.cli import main
+
+main()

@@ -1,0 +1,83 @@
+"""Win rates with 95 % intervals that know that the responses to one prompt are no independent votes. Pure numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """A mean preference in [0, 1] and its 95 % interval, over `comparisons` of `prompts` prompts."""
+
+    rate: float
+    low: float
+    high: float
+    comparisons: int
+    prompts: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+
+def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate:
+    """Return the mean preference with a Wilson interval at the effective number of comparisons.
+
+    The variance of the mean is estimated from per-prompt sums (cluster-robust); the effective number is the one at which
+    independent comparisons would have that variance, at most their real number. Where all agree, so that no variance can be
+    seen, it is the number of prompts: many samples of one prompt are one witness.
+
+    Args:
+        preferences: P(policy preferred) of each comparison, in [0, 1]; 1/2 is a tie.
+        prompt_ids: the prompt of each.
+
+    Raises:
+        ValueError: nothing to average, lengths differ, or a value outside [0, 1].
+    """
+    values = np.asarray(preferences, np.float64)
+    if values.ndim != 1 or values.size == 0 or values.size != len(prompt_ids):
+        raise ValueError(f"{values.size} preferences for {len(prompt_ids)} prompt ids; expected as many, at least one")
+    if not np.all((values >= 0.0) & (values <= 1.0)):
+        raise ValueError(f"preferences lie in [0, 1], got {values.min()} to {values.max()}")
+    count, rate = values.size, float(values.mean())
+    _, cluster = np.unique(np.asarray(prompt_ids), return_inverse=True)
+    clusters = int(cluster.max()) + 1
+    sums = np.bincount(cluster, weights=values - rate)
+    correction = clusters / (clusters - 1) if clusters > 1 else 1.0
+    variance = correction * float(np.sum(sums**2)) / count**2
+    binomial = rate * (1.0 - rate)
+    if variance > 1e-12 and binomial > 1e-12:
+        effective = min(binomial / variance, float(count))
+    else:
+        effective = float(clusters)
+    low, high = _wilson(rate, effective)
+    return WinRate(rate=rate, low=low, high=high, comparisons=count, prompts=clusters)
+
+
+def _wilson(rate: float, count: float) -> tuple[float, float]:
+    square = _Z95**2
+    centre = (rate + square / (2 * count)) / (1 + square / count)
+    half = _Z95 / (1 + square / count) * np.sqrt(rate * (1 - rate) / count + square / (4 * count**2))
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+def best_policy(wins: Float[np.ndarray, "T T"]) -> int:
+    """Return the policy with the highest mean win rate over the others (Algorithm 2, line 9); the later one of equals.
+
+    Not the win rate over its predecessor: improvement from step to step is not transitive under a general preference.
+
+    Args:
+        wins: P(row policy beats column policy) on validation prompts; the diagonal is not looked at.
+    """
+    wins = np.asarray(wins, np.float64)
+    count = wins.shape[0]
+    if count == 1:
+        return 0
+    mean = (wins.sum(axis=1) - np.diagonal(wins)) / (count - 1)
+    return int(count - 1 - np.argmax(mean[::-1]))

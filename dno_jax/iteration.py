@@ -1,0 +1,88 @@
+"""The loop of Algorithm 2 (DNO-Prct): T iterations from a checkpoint to a better checkpoint.
+
+Every stage reads files and leaves files; this module only says in which order, what overlaps, and on which process.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dno_jax.config import RunConfig
+from dno_jax.parallel.mesh import barrier, is_primary, wait_until
+from dno_jax.run_dir import Manifest, RunDir
+from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, train
+
+
+@dataclass(frozen=True)
+class RunResult:
+    best: int  # index of the best policy on held-out prompts
+    export: str  # its Hugging Face checkpoint
+
+
+def run(config: RunConfig) -> RunResult:
+    """Run, or go on with, everything the configuration asks for; return the best policy's checkpoint (line 9)."""
+    prepare(config)
+    for iteration in range(config.iterations):
+        run_iteration(config, iteration)
+    run_dir = RunDir(config.run_dir)
+    best = int(run_dir.stage("evaluate", config.iterations - 1).require().details["best"])
+    if not run_dir.export_path.exists():
+        policies.export(config, policy=best, path=str(run_dir.export_path))
+    return RunResult(best=best, export=str(run_dir.export_path))
+
+
+def prepare(config: RunConfig) -> None:
+    """Check everything that can be checked before work is paid for, open the run directory, import policy 0."""
+    inspect.check(config)
+    if is_primary():
+        RunDir(config.run_dir).open(config)
+    barrier("config")
+    if is_primary():
+        inspect.save_template_strip(config)
+    policies.import_initial(config)
+
+
+def run_iteration(config: RunConfig, iteration: int) -> None:
+    """Take policy t to policy t+1, and say how good it is."""
+    sample_and_annotate(config, iteration)
+    host_stage(pair.run, "pair", config, iteration)
+    score.run(config, iteration)
+    train.run(config, iteration)
+    evaluate.run(config, iteration)
+
+
+def sample_and_annotate(config: RunConfig, iteration: int) -> None:
+    """Sample on every device while process 0 annotates the shards that are closed already."""
+    if not is_primary():
+        sample.run(config, iteration)
+        wait_until(RunDir(config.run_dir).stage("annotate", iteration).manifest_path.exists)
+        return
+    failed = threading.Event()
+    errors: list[BaseException] = []
+
+    def annotate_beside() -> None:
+        try:
+            annotate.run(config, iteration, abandoned=failed.is_set)
+        except BaseException as error:  # handed to the main thread, which raises it
+            errors.append(error)
+
+    thread = threading.Thread(target=annotate_beside, name="annotate", daemon=True)
+    thread.start()
+    try:
+        sample.run(config, iteration)
+    except BaseException:
+        failed.set()
+        thread.join()
+        raise
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
+def host_stage(stage: Callable[[RunConfig, int], Manifest], name: str, config: RunConfig, iteration: int) -> None:
+    """Run a stage that needs no device on process 0, while the others poll for its manifest."""
+    if is_primary():
+        stage(config, iteration)
+    wait_until(RunDir(config.run_dir).stage(name, iteration).manifest_path.exists)

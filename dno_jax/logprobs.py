@@ -1,0 +1,79 @@
+"""The one log-probability primitive: policy, reference, sampler audit and every loss use it.
+
+All accumulation is float32 whatever the inputs; a [B, T, V] array is never made. The token's logit is selected by a masked
+sum, not by a gather, because a gather fails under Explicit meshes and vocabulary shards. Only jax is imported.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_logprobs(logits: Float[ArrayLike, "*B V"], token: Int[ArrayLike, "*B"]) -> Float[Array, "*B"]:
+    """Return log softmax(logits)[token] in nats, float32.
+
+    Args:
+        logits: unnormalised, any float dtype; -inf is allowed at other tokens.
+        token: ids in [0, V).
+    """
+    logits, token = jnp.asarray(logits, jnp.float32), jnp.asarray(token)
+    vocabulary = jax.lax.broadcasted_iota(token.dtype, logits.shape, logits.ndim - 1)
+    chosen = jnp.sum(jnp.where(vocabulary == token[..., None], logits, 0.0), axis=-1)
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def head_token_logprobs(
+    hidden: Float[ArrayLike, "B T D"], head: Float[ArrayLike, "D V"], token: Int[ArrayLike, "B T"], *, chunk: int
+) -> Float[Array, "B T"]:
+    """Return log softmax(hidden @ head)[token] without holding the logits of more than B x chunk/B tokens.
+
+    The backward pass recomputes each slice's logits, so peak memory is one slice's in both directions.
+
+    Args:
+        hidden: final hidden states, float32 or bfloat16.
+        head: output head in any float dtype; multiplied in hidden's dtype, accumulated in float32.
+        token: ids in [0, V).
+        chunk: tokens a slice, over the whole batch; need not divide B * T.
+
+    Raises:
+        ValueError: chunk is not positive.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; expected at least 1 token a slice")
+    batch, length, _ = hidden.shape
+    # Slices run along T so that a sharded batch axis stays whole in each of them.
+    width = max(1, min(length, chunk // max(batch, 1)))
+    padding = -length % width
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    token = jnp.pad(token, ((0, 0), (0, padding)))
+    head = jnp.asarray(head, hidden.dtype)
+    slices = (length + padding) // width
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one_slice(start: Int[Array, ""]) -> Float[Array, "B W"]:
+        hidden_slice = jax.lax.dynamic_slice_in_dim(hidden, start, width, axis=1)
+        token_slice = jax.lax.dynamic_slice_in_dim(token, start, width, axis=1)
+        logits = jnp.einsum(
+            "btd,dv->btv", hidden_slice, head, preferred_element_type=jnp.float32, precision=_precision(hidden.dtype)
+        )
+        return token_logprobs(logits, token_slice)
+
+    if slices == 1:
+        return one_slice(jnp.int32(0))[:, :length]
+    logprob = jax.lax.map(one_slice, jnp.arange(slices, dtype=jnp.int32) * width)  # [slices, B, width]
+    return jnp.moveaxis(logprob, 0, 1).reshape(batch, length + padding)[:, :length]
+
+
+def sequence_logprobs(logprob: Float[ArrayLike, "*B T"], mask: Bool[ArrayLike, "*B T"]) -> Float[Array, "*B"]:
+    """Return the sum of token log-probabilities where the mask is true, float32; 0 for an empty row."""
+    return jnp.sum(jnp.where(mask, jnp.asarray(logprob, jnp.float32), 0.0), axis=-1)
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    # An accelerator multiplies float32 in bfloat16 by default; who asks for float32 means it.
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -1,0 +1,1 @@
+"""Meshes, layouts and the few things that several processes must agree on."""

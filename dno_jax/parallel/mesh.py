@@ -1,0 +1,93 @@
+"""Devices as a (data, fsdp, tensor) mesh, and processes as one program."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh
+
+from dno_jax.config import MeshSection
+from dno_jax.errors import DnoError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> Mesh:
+    """Lay all devices out as the configured mesh (Auto axes: the compiler partitions, we constrain).
+
+    Raises:
+        DnoError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [getattr(section, axis) for axis in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if math.prod(sizes) != len(devices):
+        shape = ", ".join(f"{axis}={getattr(section, axis)}" for axis in AXES)
+        raise DnoError(
+            f"mesh ({shape}) does not divide the {len(devices)} {devices[0].platform} devices of this run; "
+            "make the product of the axes equal to the number of devices, or set one axis to -1"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def initialize(
+    *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Join the processes of one run; call before anything touches a device.
+
+    With explicit values any machines work; without them SLURM, Cloud TPU and Kubernetes are detected by jax where their
+    environment says that there is more than one process. A lone process joins nothing.
+
+    Raises:
+        DnoError: only some of the three values are given, or they contradict each other.
+    """
+    given = (coordinator, num_processes, process_id)
+    if all(value is None for value in given):
+        if _inside_cluster():
+            jax.distributed.initialize()
+        return
+    if any(value is None for value in given):
+        raise DnoError("--coordinator, --num-processes and --process-id go together: give all three, or none")
+    if not 0 <= process_id < num_processes:
+        raise DnoError(f"--process-id is {process_id}; expected 0 to {num_processes - 1}")
+    if num_processes > 1:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def _inside_cluster() -> bool:
+    """Whether a launcher started several processes, by the variables it leaves in the environment."""
+    tasks = os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return tasks != "1" or len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+
+
+def is_primary() -> bool:
+    """Whether this process runs the host-side stages and writes the manifests."""
+    return jax.process_index() == 0
+
+
+def same_everywhere(values: np.ndarray) -> np.ndarray:
+    """Return process 0's copy of an array on every process."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+def barrier(name: str) -> None:
+    """Wait until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def wait_until(ready: Callable[[], bool], *, seconds: float = 0.5) -> None:
+    """Poll for something that another process writes; no collective that could time out is held meanwhile."""
+    while not ready():
+        time.sleep(seconds)

@@ -1,0 +1,162 @@
+"""From the names of array axes to devices: one frozen table a layout, one strict resolver.
+
+A name that the table lacks and a size that the mesh does not divide both raise. Weights and activations have separate tables
+because the same axis lies differently in them: "embed" is split over fsdp in a weight and whole in an activation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dno_jax.errors import DnoError
+
+Axes = tuple[str | None, ...]
+Table = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where every named axis lies on the mesh. A frozen value, so that it takes part in jit's cache key."""
+
+    name: str
+    weights: Table
+    activations: Table
+
+    def weight_spec(self, axes: Axes) -> PartitionSpec:
+        return _spec(axes, dict(self.weights), layout=self.name)
+
+    def activation_spec(self, axes: Axes) -> PartitionSpec:
+        return _spec(axes, dict(self.activations), layout=self.name)
+
+
+_ROWS = ("batch", ("data", "fsdp"))
+_ACTIVATIONS: Table = (
+    _ROWS,
+    ("layers", ()),
+    ("length", ()),
+    ("slots", ()),
+    ("embed", ()),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("head_dim", ()),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+)
+_TENSOR: Table = (
+    ("layers", ()),
+    ("norm", ()),
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("head_dim", ()),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+)
+
+# Training gathers each layer's weights when it needs them; decoding would gather them again for every token.
+TRAIN = Layout("TRAIN", weights=(*_TENSOR, ("embed", ("fsdp",))), activations=_ACTIVATIONS)
+DECODE = Layout("DECODE", weights=(*_TENSOR, ("embed", ())), activations=_ACTIVATIONS)
+
+
+def _spec(axes: Axes, table: dict[str, tuple[str, ...]], *, layout: str) -> PartitionSpec:
+    parts: list[tuple[str, ...] | str | None] = []
+    for axis in axes:
+        if axis is None:
+            parts.append(None)
+        elif axis not in table:
+            raise DnoError(f"layout {layout} knows no axis {axis!r}; it knows {', '.join(sorted(table))}")
+        else:
+            names = table[axis]
+            parts.append(names if len(names) > 1 else (names[0] if names else None))
+    return PartitionSpec(*parts)
+
+
+def resolve(mesh: Mesh, spec: PartitionSpec, *, shape: tuple[int, ...], name: str) -> NamedSharding:
+    """Return the sharding of an array of this shape.
+
+    Raises:
+        DnoError: a dimension is not divisible by the devices it is split over; `name` says whose.
+    """
+    for dimension, part in zip(shape, spec, strict=True):
+        axes = () if part is None else (part if isinstance(part, tuple) else (part,))
+        devices = math.prod(mesh.shape[axis] for axis in axes)
+        if dimension % devices:
+            raise DnoError(
+                f"{name} of shape {shape}: size {dimension} cannot be split over {'*'.join(axes)}={devices} devices; "
+                "choose mesh axes that divide it"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def weight_shardings(mesh: Mesh, layout: Layout, *, axes: Any, shapes: Any) -> Any:
+    """Return the tree of shardings of a tree of weights.
+
+    Args:
+        axes: tree of tuples of axis names (model.decoder.param_axes).
+        shapes: the same tree of arrays or ShapeDtypeStructs.
+    """
+
+    def one(path: Any, array: Any, names: Axes) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        return resolve(mesh, layout.weight_spec(names), shape=array.shape, name=f"parameter {name}")
+
+    return jax.tree.map_with_path(one, shapes, axes)
+
+
+def row_sharding(mesh: Mesh, *, ndim: int, axis: int = 0) -> NamedSharding:
+    """Return the sharding of a batch whose axis `axis` counts rows."""
+    spec = [None] * ndim
+    spec[axis] = _ROWS[1]
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split; batch sizes must be multiples of it."""
+    return math.prod(mesh.shape[axis] for axis in _ROWS[1])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+@dataclass(frozen=True)
+class Constrain:
+    """Pins an activation to its place; injected into the model, which knows names but no mesh."""
+
+    mesh: Mesh
+    layout: Layout
+
+    def __call__(self, array: jax.Array, axes: Axes) -> jax.Array:
+        spec = self.layout.activation_spec(axes)
+        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+
+
+def to_device(tree: Any, shardings: Any) -> Any:
+    """Make global arrays from host arrays that every process holds whole; each device copies only its own slice."""
+
+    def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def relayout(tree: Any, shardings: Any) -> Any:
+    """Move device arrays to other shardings without passing through the host."""
+    return jax.jit(lambda t: t, out_shardings=shardings)(tree)
+
+
+def owned_rows(array: jax.Array) -> dict[int, np.ndarray]:
+    """Return {row: value} of the rows that this process is to write; over all processes each row comes exactly once."""
+    rows: dict[int, np.ndarray] = {}
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            start = shard.index[0].start or 0
+            for offset, value in enumerate(np.asarray(shard.data)):
+                rows[start + offset] = value
+    return rows

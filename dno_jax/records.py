@@ -1,0 +1,189 @@
+"""The rows that stages hand to each other: frozen, validated at the border, one JSON object a line.
+
+Every row is joined to others by id, never by line number. Nothing here imports jax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dno_jax.errors import DnoError
+
+Role = Literal["system", "user", "assistant"]
+Finish = Literal["stop", "length"]
+JudgementState = Literal["ok", "refused", "unparsable", "failed"]
+PairKind = Literal["student>student", "student>gold", "gold>student"]
+
+
+class Record(BaseModel):
+    """Base of every row: immutable, unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    role: Role
+    content: str
+
+
+class Prompt(Record):
+    """One prompt x, with the teacher's response where there is one.
+
+    `gold` is the text of the teacher's response y_gold (Algorithm 2, line 3), or None.
+    """
+
+    prompt_id: str = Field(min_length=1)
+    messages: tuple[Message, ...] = Field(min_length=1)
+    source: str = ""
+    gold: str | None = None
+
+    @model_validator(mode="after")
+    def _ends_with_a_question(self) -> Prompt:
+        if self.messages[-1].role == "assistant":
+            raise ValueError("the last message is the assistant's; a prompt ends with the user's (or system's) turn")
+        if not self.messages[-1].content.strip():
+            raise ValueError("the last message is empty")
+        return self
+
+
+class Example(Record):
+    """One supervised example for `dno sft`: the loss covers `response` and its end token only."""
+
+    prompt_id: str = Field(min_length=1)
+    messages: tuple[Message, ...] = Field(min_length=1)
+    response: str = Field(min_length=1)
+
+
+class Rollout(Record):
+    """One candidate response with the exact token ids that a model emits and a judge reads.
+
+    Attributes:
+        rollout_id: "<iteration>/<prompt_id>/<sample>", or ".../gold" for the teacher's response.
+        sample: index of the sample in [0, K); -1 for the teacher's response.
+        policy: index t of the policy pi_t that sampled it; None for the teacher's response.
+        text: what the judge sees; the decoded `token_ids` without special tokens.
+        token_ids: response ids, ending with an end-of-sequence id exactly when finish == "stop".
+        prompt_token_ids: the ids the response was conditioned on.
+        logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's response.
+        finish: "stop" (an end id was emitted) or "length" (cut at the maximum).
+    """
+
+    rollout_id: str
+    prompt_id: str
+    sample: int = Field(ge=-1)
+    policy: int | None
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
+    logprob: float | None
+    finish: Finish
+
+    @property
+    def is_gold(self) -> bool:
+        return self.policy is None
+
+
+class Judgement(Record):
+    """A verdict on one pool of C candidates, or the reason why there is none.
+
+    Attributes:
+        candidate_ids: rollout ids of the pool, in the order of `scores` and of the rows of `wins`.
+        judge: identity of the preference function (kind, model, rubric version).
+        scores: [C] points of a list-wise rubric; None for a pairwise judge.
+        wins: [C][C] probabilities P(row beats column), diagonal 1/2, wins + wins^T = 1; None for a list-wise judge.
+        raw: the judge's own words, kept for people.
+        state: only "ok" is an answer; every other state carries neither scores nor wins.
+        detail: why there is no answer.
+    """
+
+    prompt_id: str
+    candidate_ids: tuple[str, ...] = Field(min_length=2)
+    judge: str
+    state: JudgementState
+    scores: tuple[float, ...] | None = None
+    wins: tuple[tuple[float, ...], ...] | None = None
+    raw: str = ""
+    detail: str = ""
+
+    @model_validator(mode="after")
+    def _answers_are_whole(self) -> Judgement:
+        count = len(self.candidate_ids)
+        if len(set(self.candidate_ids)) != count:
+            raise ValueError("candidate_ids repeat")
+        if self.state != "ok":
+            if self.scores is not None or self.wins is not None:
+                raise ValueError(f"state {self.state!r} is no answer and must carry no scores or wins")
+            return self
+        if (self.scores is None) == (self.wins is None):
+            raise ValueError("an answer carries either scores or wins")
+        if self.scores is not None and len(self.scores) != count:
+            raise ValueError(f"{len(self.scores)} scores for {count} candidates")
+        if self.wins is not None and (len(self.wins) != count or any(len(row) != count for row in self.wins)):
+            raise ValueError(f"wins is not a {count} x {count} matrix")
+        return self
+
+
+class Pair(Record):
+    """One training pair (x, y+, y-).
+
+    Attributes:
+        chosen_reward, rejected_reward: the rewards the pair rule compared, in the unit of `pairing.reward`.
+        target: P(chosen preferred) in [0, 1] that the loss regresses on; 1 for DNO-Prct (Eq. 13).
+        kind: who won against whom.
+        iteration: the iteration whose rollouts the ids name (an earlier one for replayed pairs).
+    """
+
+    pair_id: str
+    prompt_id: str
+    chosen_id: str
+    rejected_id: str
+    chosen_reward: float
+    rejected_reward: float
+    target: float = Field(ge=0.0, le=1.0)
+    kind: PairKind
+    iteration: int = Field(ge=0)
+
+
+class ReferenceScore(Record):
+    """log pi_t of both responses of a pair, nats, summed over response tokens."""
+
+    pair_id: str
+    chosen_logprob: float
+    rejected_logprob: float
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+def parse_lines(kind: type[RecordT], lines: Iterable[str], *, place: str) -> Iterator[RecordT]:
+    """Yield one validated record a non-blank line.
+
+    Raises:
+        DnoError: naming `place`, the line number and the field that is wrong.
+    """
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield kind.model_validate_json(line)
+        except ValidationError as error:
+            raise DnoError(f"{place}:{number}: not a valid {kind.__name__}: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """Say in one line, field by field, what a validation found (without echoing whole inputs)."""
+    parts = []
+    for item in error.errors(include_url=False):
+        where = ".".join(str(part) for part in item["loc"]) or "the row"
+        parts.append(f"{where}: {item['msg']}{_shown(item)}")
+    return "; ".join(parts)
+
+
+def _shown(item: Any) -> str:
+    if item["type"] in ("missing", "extra_forbidden", "value_error", "json_invalid") or item["input"] is None:
+        return ""
+    text = repr(item["input"])
+    return f" (got {text if len(text) <= 80 else text[:77] + '...'})"

@@ -1,0 +1,113 @@
+"""Progress on the console: bars with rate and time left on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True, highlight=False)
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed
+        return Text("" if rate is None else f"{rate:,.1f} {task.fields['unit']}/s", style="cyan")
+
+
+class _Board:
+    """The one live display of the process: sampling and annotation draw on it together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._progress: Progress | None = None
+
+    def join(self) -> Progress:
+        with self._lock:
+            if self._progress is None:
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    _Rate(),
+                    TimeRemainingColumn(),
+                )
+                self._progress = Progress(*columns, console=console)
+                self._progress.start()
+            self._users += 1
+            return self._progress
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._progress is not None:
+                self._progress.stop()
+                self._progress = None
+
+
+_board = _Board()
+
+
+class Meter:
+    """Counts one stage's work up to its total; `with Meter("sample", total=n, unit="prompts") as meter: meter.advance(k)`."""
+
+    def __init__(self, description: str, *, total: int, unit: str, done: int = 0, enabled: bool = True):
+        self._description, self._total, self._unit = description, total, unit
+        self._done = self._first = done
+        self._said: int | None = None
+        self._enabled = enabled
+        self._progress: Progress | None = None
+        self._note = ""
+
+    def __enter__(self) -> Meter:
+        self._start = self._spoke = time.monotonic()
+        if self._enabled and console.is_terminal:
+            self._progress = _board.join()
+            self._task = self._progress.add_task(
+                self._description, total=self._total, completed=self._done, unit=self._unit
+            )
+        return self
+
+    def advance(self, count: int, *, note: str = "") -> None:
+        """Add finished work; `note` stands behind the description."""
+        self._done += count
+        self._note = note or self._note
+        if self._progress is not None:
+            description = f"{self._description} {self._note}".rstrip()
+            self._progress.update(self._task, completed=self._done, description=description)
+        elif self._enabled and time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES:
+            self._spoke = time.monotonic()
+            self._say()
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            _board.leave()
+        elif self._enabled and kind is None and self._said != self._done:
+            self._say()
+
+    def expect(self, total: int) -> None:
+        """Set a total that was not known at the start."""
+        self._total = total
+        if self._progress is not None:
+            self._progress.update(self._task, total=total)
+
+    def _say(self) -> None:
+        self._said = self._done
+        rate = (self._done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        left = (self._total - self._done) / rate if rate else float("inf")
+        ending = f", {left:,.0f} s left" if 0 < left < float("inf") else ""
+        note = f" {self._note}" if self._note else ""
+        console.print(
+            f"{self._description}{note}: {self._done}/{self._total} {self._unit} ({rate:,.1f}/s{ending})", markup=False
+        )
+
+
+def say(message: str) -> None:
+    """Print one line for a person."""
+    console.print(message, markup=False)

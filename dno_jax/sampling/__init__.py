@@ -1,0 +1,1 @@
+"""Sampling: how tokens are drawn, and the program that draws whole responses."""

@@ -1,0 +1,190 @@
+"""Policy t+1 on held-out prompts against every policy before it and the teacher; which one is best so far."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dno_jax.annotation.annotator import Candidate, Pool, build_annotator
+from dno_jax.config import RunConfig
+from dno_jax.errors import DnoError
+from dno_jax.evaluation.win_rates import best_policy, win_rate
+from dno_jax.parallel.mesh import is_primary, wait_until
+from dno_jax.parallel.sharding import DECODE
+from dno_jax.preferences import scores_to_wins
+from dno_jax.records import Judgement, Prompt, Rollout
+from dno_jax.report.console import Meter
+from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.stages.prompts import split_prompts, tokenize_prompts
+from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.sample import policy_input, response_statistics, sample_to_shards
+
+GOLD = "gold"
+
+
+def run(config: RunConfig, iteration: int) -> Manifest:
+    """Sample the held-out prompts from policy t+1 and judge them beside policies 0..t and the teacher.
+
+    Without held-out prompts nothing is judged and the newest policy counts as the best.
+
+    Raises:
+        DnoError: more pools than `annotation.max_failed` allows have no verdict; run again to ask for those.
+    """
+    start = time.perf_counter()
+    runtime = Runtime.start(config)
+    run_dir, newest = runtime.run_dir, iteration + 1
+    stage = run_dir.stage("evaluate", iteration)
+    inputs: dict[str, str] = {}
+    for policy in range(newest + 1):
+        inputs |= policy_input(runtime, policy)
+    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
+        return manifest
+    held_out = split_prompts(config).held_out
+    tokenized, dropped = tokenize_prompts(held_out, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
+    for policy in [0, 1] if iteration == 0 else [newest]:
+        if tokenized:
+            sample_to_shards(
+                runtime,
+                runtime.load_policy(policy, DECODE),
+                tokenized,
+                out=rollouts_of(run_dir, policy),
+                policy=policy,
+                num_samples=config.evaluation.num_samples,
+                description=f"held out  {policy}",
+            )
+    if is_primary():
+        judged = _judge(config, run_dir, [item.prompt for item in tokenized], stage=stage, newest=newest)
+        stage.finish(
+            config_digest=runtime.config_digest,
+            inputs=inputs,
+            rows=len(judged.preferences),
+            dropped=dropped + judged.dropped,
+            seconds=time.perf_counter() - start,
+            details=_figures(run_dir, judged, newest=newest),
+        )
+    wait_until(stage.manifest_path.exists)
+    return stage.require()
+
+
+def rollouts_of(run_dir: RunDir, policy: int) -> StageDir:
+    """Where a policy's held-out responses lie: with the iteration that trained it (policy 0's with iteration 0)."""
+    return run_dir.stage("evaluate", max(policy - 1, 0)).sub(f"policy-{policy:03d}")
+
+
+@dataclass
+class _Judged:
+    preferences: list[tuple[str, str, str, float]]  # prompt id, player, opponent, P(player preferred)
+    dropped: Counter[str]
+
+
+def _judge(
+    config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int
+) -> _Judged:
+    """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
+    responses: dict[tuple[str, int], dict[str, str]] = {}
+    for policy in range(newest + 1):
+        for rollout in rollouts_of(run_dir, policy).read(Rollout):
+            responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    players: list[tuple[Prompt, dict[str, str]]] = []
+    for (prompt_id, _), texts in sorted(responses.items()):
+        gold = by_id[prompt_id].gold
+        if gold and gold.strip():
+            texts = texts | {GOLD: gold}
+        players.append((by_id[prompt_id], texts))
+    annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
+
+    async def all_pools() -> list[Judgement | None]:
+        with Meter(f"judge     {newest}", total=len(players), unit="pools") as meter:
+
+            async def one(prompt: Prompt, texts: dict[str, str]) -> Judgement | None:
+                distinct = _distinct(texts)
+                verdict = None
+                if len(distinct) >= 2:
+                    candidates = tuple(Candidate(names[0], text) for text, names in distinct.items())
+                    verdict = await annotator.judge(Pool(prompt=prompt, candidates=candidates))
+                meter.advance(1)
+                return verdict
+
+            try:
+                return list(await asyncio.gather(*(one(prompt, texts) for prompt, texts in players)))
+            finally:
+                await annotator.close()
+
+    verdicts = asyncio.run(all_pools())
+    answered = [verdict for verdict in verdicts if verdict is not None]
+    missing = [verdict for verdict in answered if verdict.state != "ok"]
+    if len(missing) > config.annotation.max_failed * max(len(players), 1):
+        reasons = Counter(f"{verdict.state}: {verdict.detail}" for verdict in missing).most_common(1)
+        raise DnoError(
+            f"{stage.path}: {len(missing)} of {len(players)} held-out pools have no verdict (most often {reasons[0][0]}); "
+            "run again: verdicts that were given are kept"
+        )
+    stage.sub("judgements").write_shard("0000000", answered)
+    preferences: list[tuple[str, str, str, float]] = []
+    for (prompt, texts), verdict in zip(players, verdicts, strict=True):
+        if verdict is None or verdict.state == "ok":
+            preferences += _preferences(prompt, texts, verdict)
+    return _Judged(preferences, Counter({"held-out pool without verdict": len(missing)} if missing else {}))
+
+
+def _distinct(texts: dict[str, str]) -> dict[str, list[str]]:
+    """Text -> the players that gave it; the same words are shown to the judge once."""
+    distinct: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        distinct.setdefault(text.strip(), []).append(name)
+    return distinct
+
+
+def _preferences(
+    prompt: Prompt, texts: dict[str, str], verdict: Judgement | None
+) -> list[tuple[str, str, str, float]]:
+    """Every ordered comparison of two players in one pool; equal texts tie."""
+    place: dict[str, int] = {}
+    for names in _distinct(texts).values():
+        position = verdict.candidate_ids.index(names[0]) if verdict else 0
+        place |= dict.fromkeys(names, position)
+    if verdict is None:
+        wins = np.full((1, 1), 0.5)
+    else:
+        wins = np.asarray(verdict.wins) if verdict.wins is not None else scores_to_wins(verdict.scores)
+    return [
+        (prompt.prompt_id, first, second, float(wins[place[first], place[second]]))
+        for first, second in itertools.permutations(texts, 2)
+    ]
+
+
+def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]:
+    """The manifest's details: win rates of the newest policy, the matrix over policies, lengths, the best."""
+    lengths = {
+        str(policy): response_statistics(list(rollouts_of(run_dir, policy).read(Rollout)))
+        for policy in range(newest + 1)
+    }
+    if not judged.preferences:
+        return {"policy": newest, "win_rates": {}, "lengths": lengths, "best": newest, "why": "no held-out prompts"}
+
+    def rate(player: str, opponent: str) -> Any:
+        rows = [row for row in judged.preferences if row[1] == player and row[2] == opponent]
+        return win_rate([row[3] for row in rows], [row[0] for row in rows]) if rows else None
+
+    players = [str(policy) for policy in range(newest + 1)]
+    opponents = [*players[:-1], GOLD]
+    rates = {opponent: found.as_dict() for opponent in opponents if (found := rate(str(newest), opponent))}
+    matrix = np.full((newest + 1, newest + 1), 0.5)
+    for i, j in itertools.permutations(range(newest + 1), 2):
+        matrix[i, j] = rate(players[i], players[j]).rate
+    return {
+        "policy": newest,
+        "win_rates": rates,
+        "matrix": np.round(matrix, 4).tolist(),
+        "lengths": lengths,
+        "best": best_policy(matrix),
+        "why": "highest mean win rate over the other policies on held-out prompts",
+    }

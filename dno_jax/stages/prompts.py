@@ -1,0 +1,145 @@
+"""Prompts from the user's file: read, checked, split over iterations, tokenised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+from pydantic import ValidationError
+
+from dno_jax.config import PromptsSection, RunConfig
+from dno_jax.errors import DnoError
+from dno_jax.records import Message, Prompt, explain
+
+
+def load_prompts(path: str) -> list[Prompt]:
+    """Read a JSONL file of Prompt rows, or of {"prompt": text, "gold": text?, "prompt_id"?: text} rows.
+
+    Raises:
+        DnoError: no such file, no prompts, a malformed row (file and line named), or an id that comes twice.
+    """
+    prompts = [_prompt(row, place=place) for row, place in read_rows(path)]
+    if not prompts:
+        raise DnoError(f"{path}: holds no prompts; expected one JSON object a line")
+    counts = Counter(prompt.prompt_id for prompt in prompts)
+    most, count = counts.most_common(1)[0]
+    if count > 1:
+        raise DnoError(f"{path}: prompt_id {most!r} comes {count} times; ids must be unique")
+    return prompts
+
+
+def read_rows(path: str) -> list[tuple[dict[str, Any], str]]:
+    """Read JSON objects with their places ("file:line").
+
+    Raises:
+        DnoError: no such file, or a line that is no JSON object.
+    """
+    file = epath.Path(path)
+    if not file.exists():
+        raise DnoError(f"{path}: no such file")
+    rows = []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DnoError(f"{place}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DnoError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        rows.append((row, place))
+    return rows
+
+
+def with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """Turn the short form {"prompt": text, ...} into {"messages": [...], ...}, with an id made of the text."""
+    if "prompt" in row and "messages" not in row:
+        row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
+        del row["prompt"]
+    if "prompt_id" not in row and "messages" in row:
+        identity = json.dumps(row["messages"], sort_keys=True)
+        row = {**row, "prompt_id": hashlib.sha256(identity.encode()).hexdigest()[:16]}
+    return row
+
+
+def _prompt(row: dict[str, Any], *, place: str) -> Prompt:
+    try:
+        return Prompt.model_validate(with_messages(row))
+    except ValidationError as error:
+        raise DnoError(f"{place}: not a valid prompt: {explain(error)}") from None
+
+
+@dataclass(frozen=True)
+class PromptSplit:
+    training: tuple[tuple[Prompt, ...], ...]  # one part an iteration
+    held_out: tuple[Prompt, ...]
+
+
+def split_prompts(config: RunConfig) -> PromptSplit:
+    """Set held-out prompts aside and give every iteration its part, as a function of the seed alone.
+
+    Raises:
+        DnoError: too few prompts, or a held-out prompt that is also trained on.
+    """
+    section: PromptsSection = config.prompts
+    prompts = load_prompts(section.path)
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0x5EED]))).permutation(len(prompts))
+    shuffled = [prompts[i] for i in order]
+    if section.held_out_path:
+        held_out = load_prompts(section.held_out_path)
+        common = {p.prompt_id for p in prompts} & {p.prompt_id for p in held_out}
+        if common:
+            raise DnoError(f"{section.held_out_path}: prompt {min(common)!r} is also in {section.path}")
+    else:
+        held_out, shuffled = shuffled[: section.held_out], shuffled[section.held_out :]
+    parts = config.iterations if section.split == "disjoint" else 1
+    if len(shuffled) < parts:
+        raise DnoError(
+            f"{section.path}: {len(prompts)} prompts leave {len(shuffled)} to train on after {len(held_out)} held out; "
+            f"{config.iterations} iterations with split={section.split} need at least {parts}"
+        )
+    training = [shuffled[part::parts] for part in range(parts)] * (config.iterations // parts)
+    return PromptSplit(training=tuple(tuple(part) for part in training), held_out=tuple(held_out))
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+
+    @property
+    def name(self) -> int:
+        """32 bits that name the prompt in the sampler's keys."""
+        return int.from_bytes(hashlib.sha256(self.prompt.prompt_id.encode()).digest()[:4], "big")
+
+
+def tokenize_prompts(
+    prompts: Sequence[Prompt], *, encode: Callable[[tuple[Message, ...]], tuple[int, ...]], section: PromptsSection
+) -> tuple[list[TokenizedPrompt], Counter[str]]:
+    """Tokenise, and sort by length (then id) so that a batch holds prompts of like length.
+
+    Raises:
+        DnoError: a prompt is longer than prompts.max_length and too_long is "error".
+    """
+    kept: list[TokenizedPrompt] = []
+    dropped: Counter[str] = Counter()
+    for prompt in prompts:
+        ids = encode(prompt.messages)
+        if len(ids) <= section.max_length:
+            kept.append(TokenizedPrompt(prompt, ids))
+        elif section.too_long == "drop":
+            dropped["prompt too long"] += 1
+        else:
+            raise DnoError(
+                f"prompt {prompt.prompt_id!r} has {len(ids)} tokens, prompts.max_length is {section.max_length}; "
+                "raise it, shorten the prompt, or set prompts.too_long=drop"
+            )
+    kept.sort(key=lambda item: (len(item.token_ids), item.prompt.prompt_id))
+    return kept, dropped

@@ -1,0 +1,51 @@
+"""From Pair rows to training rows: the token ids that were sampled, joined by id across iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dno_jax.errors import DnoError
+from dno_jax.records import Pair, ReferenceScore, Rollout
+from dno_jax.run_dir import RunDir
+from dno_jax.training.batches import TrainingRow
+
+
+def load_pairs(run_dir: RunDir, iteration: int) -> list[Pair]:
+    """Every pair of an iteration, new and replayed, in order of id: the order that training permutes."""
+    return sorted(run_dir.stage("pair", iteration).read(Pair), key=lambda pair: pair.pair_id)
+
+
+def training_rows(
+    run_dir: RunDir, pairs: Iterable[Pair], references: Iterable[ReferenceScore] = ()
+) -> list[TrainingRow]:
+    """Return one row a pair with the token ids of its rollouts, and the reference log-probabilities where given.
+
+    Raises:
+        DnoError: a rollout or a reference score that a pair names is missing.
+    """
+    pairs = list(pairs)
+    wanted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
+    rollouts: dict[str, Rollout] = {}
+    for iteration in sorted({pair.iteration for pair in pairs}):
+        for rollout in run_dir.stage("sample", iteration).read(Rollout):
+            if rollout.rollout_id in wanted:
+                rollouts[rollout.rollout_id] = rollout
+    scores = {score.pair_id: score for score in references}
+    rows = []
+    for pair in pairs:
+        for name in (pair.chosen_id, pair.rejected_id):
+            if name not in rollouts:
+                raise DnoError(f"pair {pair.pair_id!r} names rollout {name!r}, which is in no shard of {run_dir.path}")
+        if scores and pair.pair_id not in scores:
+            raise DnoError(f"pair {pair.pair_id!r} has no reference score; remove the reference folder and score again")
+        score = scores.get(pair.pair_id)
+        chosen, rejected = rollouts[pair.chosen_id], rollouts[pair.rejected_id]
+        rows.append(
+            TrainingRow(
+                prompt_ids=(chosen.prompt_token_ids, rejected.prompt_token_ids),
+                response_ids=(chosen.token_ids, rejected.token_ids),
+                reference_logprob=(score.chosen_logprob, score.rejected_logprob) if score else (0.0, 0.0),
+                target=pair.target,
+            )
+        )
+    return rows

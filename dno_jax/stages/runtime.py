@@ -1,0 +1,110 @@
+"""What every device stage starts from: the mesh, the model and the tokenizer of a configuration, checked together."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dno_jax.config import ModelConfigSection, RunConfig, SftConfig, config_digest
+from dno_jax.errors import DnoError
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder, abstract_params
+from dno_jax.model.hf import read_config, read_end_token_ids
+from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.sharding import Constrain, Layout, num_row_shards
+from dno_jax.run_dir import RunDir
+from dno_jax.training.checkpoint import load_policy
+from dno_jax.training.state import param_shardings
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A configuration brought to life on the devices of this process and its peers."""
+
+    config: RunConfig | SftConfig
+    run_dir: RunDir
+    mesh: Mesh
+    model_config: ModelConfig
+    tokenizer: ChatTokenizer
+    end_ids: tuple[int, ...]
+
+    @classmethod
+    def start(cls, config: RunConfig | SftConfig) -> Runtime:
+        """Read the model's shape and tokenizer and lay out the devices.
+
+        Raises:
+            DnoError: whatever does not fit together, before anything is computed.
+        """
+        use_compilation_cache()
+        section: ModelConfigSection = config.model
+        shape_from = getattr(section, "init_config", None) or section.path
+        model_config = read_config(shape_from)
+        tokenizer = ChatTokenizer.load(section.path, section.chat_template)
+        runtime = cls(
+            config=config,
+            run_dir=RunDir(config.run_dir),
+            mesh=make_mesh(config.mesh),
+            model_config=model_config,
+            tokenizer=tokenizer,
+            end_ids=read_end_token_ids(section.path),
+        )
+        runtime._check()
+        return runtime
+
+    def _check(self) -> None:
+        config, shards = self.config, num_row_shards(self.mesh)
+        longest = config.max_length if isinstance(config, RunConfig) else config.data.max_length
+        if longest > self.model_config.max_position_embeddings:
+            raise DnoError(
+                f"sequences of up to {longest} tokens exceed the model's context of "
+                f"{self.model_config.max_position_embeddings} (max_position_embeddings of {config.model.path}); "
+                "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
+            )
+        rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
+        if isinstance(config, RunConfig):
+            rows["sampling.batch_prompts"] = config.sampling.batch_prompts
+        for name, count in rows.items():
+            if count % shards:
+                raise DnoError(
+                    f"{name} is {count}, which the mesh's data*fsdp={shards} devices do not divide; make it a multiple"
+                )
+
+    @cached_property
+    def config_digest(self) -> str:
+        return config_digest(self.config)
+
+    def model(self, layout: Layout) -> Decoder:
+        """The decoder with activations pinned to a layout; equal calls give equal (hence jit-cached) modules."""
+        section = self.config.model
+        return Decoder(
+            self.model_config,
+            dtype=jnp.dtype(section.dtype),
+            remat=section.remat,
+            constrain=Constrain(self.mesh, layout),
+        )
+
+    def param_shardings(self, layout: Layout) -> Any:
+        return param_shardings(self.model_config, self.mesh, layout)
+
+    def load_policy(self, policy: int, layout: Layout) -> Any:
+        """Read pi_t into arrays of a layout."""
+        return load_policy(
+            self.run_dir.policy(policy),
+            shapes=abstract_params(self.model_config),
+            shardings=self.param_shardings(layout),
+        )
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk, so that the next start pays nothing; JAX_COMPILATION_CACHE_DIR moves them."""
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "dno_jax", "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

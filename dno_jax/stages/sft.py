@@ -1,0 +1,94 @@
+"""Supervised fine-tuning, the step before DNO: prompt tokens are masked, each response trains its one end token."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from pydantic import ValidationError
+
+from dno_jax.config import SftConfig
+from dno_jax.errors import DnoError
+from dno_jax.model import hf
+from dno_jax.model.decoder import init_params
+from dno_jax.parallel.mesh import barrier, is_primary
+from dno_jax.parallel.sharding import TRAIN, relayout, replicated
+from dno_jax.records import Example, explain
+from dno_jax.report.console import say
+from dno_jax.stages.policies import local_copy
+from dno_jax.stages.prompts import read_rows, with_messages
+from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.train import train
+from dno_jax.training.batches import TrainingRow
+from dno_jax.training.checkpoint import remove_states
+from dno_jax.training.step import supervised_loss
+
+
+def run(config: SftConfig) -> epath.Path:
+    """Fine-tune (or train from random weights) and export a Hugging Face checkpoint; return where it lies."""
+    start = time.perf_counter()
+    runtime = Runtime.start(config)
+    if is_primary():
+        runtime.run_dir.open(config)
+    barrier("sft config")
+    target = runtime.run_dir.export_path
+    if target.exists():
+        if is_primary():
+            say(f"{target} is there already: nothing to do")
+        return target
+    rows = supervised_rows(runtime, config)
+    result = train(
+        runtime,
+        _initial(runtime, config),
+        rows,
+        row_loss=supervised_loss,
+        max_length=config.data.max_length,
+        iteration=0,
+        stage="sft",
+        states_path=runtime.run_dir.path / "states",
+        guard=False,
+    )
+    params = relayout(result.params, replicated(runtime.mesh))
+    if is_primary():
+        hf.save(target, runtime.model_config, local_copy(params), source=config.model.path)
+        remove_states(runtime.run_dir.path / "states")
+        loss = result.metrics["loss"]
+        say(f"sft: {result.num_steps} steps, loss {loss:.4f}, {time.perf_counter() - start:.0f} s; checkpoint {target}")
+    barrier("sft export")
+    return target
+
+
+def supervised_rows(runtime: Runtime, config: SftConfig) -> list[TrainingRow]:
+    """Read and tokenise the examples.
+
+    Raises:
+        DnoError: a malformed row, no rows, or an example longer than data.max_length (its place is named).
+    """
+    rows = []
+    for row, place in read_rows(config.data.path):
+        try:
+            example = Example.model_validate(with_messages(row))
+        except ValidationError as error:
+            raise DnoError(f"{place}: not a valid example: {explain(error)}") from None
+        prompt = runtime.tokenizer.prompt_ids(example.messages)
+        response = runtime.tokenizer.response_ids(example.messages, example.response, end_id=runtime.end_ids[0])
+        if len(prompt) + len(response) > config.data.max_length:
+            raise DnoError(
+                f"{place}: {len(prompt) + len(response)} tokens exceed data.max_length {config.data.max_length}; "
+                "raise it or remove the example"
+            )
+        rows.append(TrainingRow((prompt,), (response,), reference_logprob=(0.0,), weight=float(len(response))))
+    if not rows:
+        raise DnoError(f"{config.data.path}: holds no examples")
+    return rows
+
+
+def _initial(runtime: Runtime, config: SftConfig) -> Any:
+    shardings = runtime.param_shardings(TRAIN)
+    if config.model.init_config is None:
+        return hf.load(config.model.path, shardings=shardings)[1]
+    return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(
+        runtime.model_config, jax.random.key(config.seed)
+    )

@@ -1,0 +1,185 @@
+"""Train policy t into policy t+1 on iteration t's pairs; the sharded loop that supervised fine-tuning shares."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from dno_jax.config import RunConfig, SftConfig
+from dno_jax.errors import DnoError
+from dno_jax.parallel.mesh import barrier, is_primary, wait_until
+from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
+from dno_jax.records import ReferenceScore
+from dno_jax.report.console import Meter
+from dno_jax.run_dir import Manifest
+from dno_jax.stages.rows import load_pairs, training_rows
+from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.sample import policy_input
+from dno_jax.stages.score import reference_identity
+from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
+from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
+from dno_jax.training.metrics import MetricsWriter
+from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dno_jax.training.state import init_state, state_shardings
+from dno_jax.training.step import RowLoss, preference_loss, train_step
+
+# Before the first update the policy is its own reference, so every log-ratio is zero up to rounding. Nats a response: far
+# above the rounding of each dtype, far below what another policy, tokenizer or mask gives.
+STEP_ZERO_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
+
+
+def run(config: RunConfig, iteration: int) -> Manifest:
+    """Regress the log-ratios against policy t onto its pairs' preferences (Algorithm 2, line 7); write policy t+1.
+
+    Raises:
+        DnoError: the reference scores belong to another policy, tokenizer, length or dtype, or the first step shows that
+            they do (its loss is not log 2).
+    """
+    start = time.perf_counter()
+    runtime = Runtime.start(config)
+    stage = runtime.run_dir.stage("train", iteration)
+    scored = runtime.run_dir.stage("score", iteration)
+    reference = scored.require()
+    inputs = stage.reference_of(scored.manifest_path) | policy_input(runtime, iteration)
+    manifest = stage.finished(inputs, config_digest=runtime.config_digest)
+    if manifest and policy_fingerprint(runtime.run_dir.policy(iteration + 1)):
+        return manifest
+    expected = reference_identity(runtime, iteration)
+    differing = [name for name, value in expected.items() if reference.details.get(name) != value]
+    if differing:
+        raise DnoError(
+            f"{scored.path}: reference scores of another {', '.join(differing)}; remove the folder to score again"
+        )
+
+    pairs = load_pairs(runtime.run_dir, iteration)
+    rows = training_rows(runtime.run_dir, pairs, scored.read(ReferenceScore))
+    result = train(
+        runtime,
+        runtime.load_policy(iteration, TRAIN),
+        rows,
+        row_loss=preference_loss(config.loss),
+        max_length=config.max_length,
+        iteration=iteration,
+        stage="train",
+        states_path=stage.path / "states",
+        guard=True,
+    )
+    digest = save_policy(runtime.run_dir.policy(iteration + 1), result.params)
+    barrier(f"trained {iteration}")
+    if is_primary():
+        remove_states(stage.path / "states")
+        stage.finish(
+            config_digest=runtime.config_digest,
+            inputs=inputs,
+            rows=len(rows),
+            seconds=time.perf_counter() - start,
+            details={"policy": iteration + 1, "fingerprint": digest, "steps": result.num_steps, **result.metrics},
+        )
+    wait_until(stage.manifest_path.exists)
+    return stage.require()
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    params: Any
+    num_steps: int
+    metrics: dict[str, float]  # of the last step
+
+
+def train(
+    runtime: Runtime,
+    params: Any,
+    rows: Sequence[TrainingRow],
+    *,
+    row_loss: RowLoss,
+    max_length: int,
+    iteration: int,
+    stage: str,
+    states_path: Any,
+    guard: bool,
+) -> TrainResult:
+    """Run every optimiser step over the rows, going on after the last state that was saved.
+
+    Args:
+        params: where to start, in the TRAIN layout; donated.
+        guard: check that step 0's implicit rewards are zero.
+    """
+    config: RunConfig | SftConfig = runtime.config
+    section = config.training
+    steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
+    optimizer = make_optimizer(config.optimizer)
+    rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
+    shardings = state_shardings(optimizer, runtime.param_shardings(TRAIN), params)
+    state = init_state(params, optimizer, shardings)
+    model = runtime.model(TRAIN)
+    checkpoints = StateCheckpoints(states_path, save_every=section.save_every)
+    restored = checkpoints.restore(state, shardings)
+    state = state if restored is None else restored
+    first = int(state.step)
+    order = batch_order(
+        len(rows),
+        batch_size=section.batch_size,
+        num_epochs=section.num_epochs,
+        seed=config.seed,
+        iteration=iteration,
+        start=first,
+    )
+    writer = MetricsWriter(
+        runtime.run_dir,
+        iteration=iteration,
+        stage=stage,
+        tensorboard=config.report.tensorboard,
+        enabled=is_primary(),
+        first_step=first,
+    )
+    try:
+        with Meter(f"{stage:<9} {iteration}", total=steps, unit="steps", done=first, enabled=is_primary()) as meter:
+            for step, indices in enumerate(order, start=first):
+                chosen = [rows[i] for i in indices]
+                batch = make_batch(chosen, batch_size=section.batch_size, max_length=max_length)
+                placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
+                learning_rate = float(rate(step))
+                state, metrics = train_step(
+                    state,
+                    placed,
+                    jax.numpy.float32(learning_rate),
+                    model=model,
+                    optimizer=optimizer,
+                    row_loss=row_loss,
+                    chunk=section.logprob_chunk,
+                    micro_batches=section.batch_size // (section.micro_batch_size or section.batch_size),
+                )
+                if guard and step == 0:
+                    check_step_zero(jax.device_get(metrics), dtype=config.model.dtype)
+                tokens = sum(len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True))
+                writer.write(step, metrics, learning_rate=learning_rate, tokens=float(tokens))
+                if step + 1 < steps:
+                    checkpoints.save(state, step=step + 1)
+                meter.advance(1, note=f"loss {writer.last['loss']:.4f}" if writer.last else "")
+    finally:
+        # Also after an error: what is still being written, states and metrics, is worth keeping.
+        checkpoints.close()
+        writer.close()
+    last = {name: round(value, 6) for name, value in writer.last.items()}
+    return TrainResult(params=state.params, num_steps=steps, metrics=last)
+
+
+def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
+    """Refuse to train when the first step shows a policy that is not its own reference.
+
+    Raises:
+        DnoError: an implicit log-ratio is not zero, or the loss is not log 2, within the dtype's rounding.
+    """
+    tolerance = STEP_ZERO_TOLERANCE[dtype]
+    ratio, loss = float(metrics["max_abs_log_ratio"]), float(metrics["loss"])
+    if not ratio <= tolerance:
+        raise DnoError(
+            f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most {tolerance:g} is "
+            f"rounding in {dtype}), loss {loss:.4f} instead of log 2 = {math.log(2):.4f}: the reference is not of this "
+            "policy, tokenizer or mask; remove the reference folder and score again"
+        )

@@ -1,0 +1,1 @@
+"""Training: state, batches, optimiser, the sharded step, checkpoints and metrics."""

@@ -1,0 +1,59 @@
+"""Metrics to metrics.jsonl and TensorBoard, fetched one step behind so that the device never waits for the host."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import jax
+
+from dno_jax.run_dir import RunDir
+
+
+class MetricsWriter:
+    """Takes each step's metrics as device arrays and writes those of the step before."""
+
+    def __init__(self, run_dir: RunDir, *, iteration: int, stage: str, tensorboard: bool, enabled: bool, first_step: int):
+        self._run_dir = run_dir
+        self._place = {"iteration": iteration, "stage": stage}
+        self._enabled = enabled
+        self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
+        self._clock = time.perf_counter()
+        self._board = None
+        self.last: dict[str, float] = {}
+        if enabled:
+            run_dir.forget_metrics(iteration=iteration, stage=stage, from_step=first_step)
+        if enabled and tensorboard:
+            from tensorboardX import SummaryWriter
+
+            folder = run_dir.tensorboard_path / f"{stage}_{iteration:03d}"
+            self._board = SummaryWriter(str(folder), purge_step=first_step)
+
+    def write(self, step: int, metrics: dict[str, Any], **host: float) -> None:
+        """Queue one step's device metrics and host figures (`tokens` becomes tokens_per_second)."""
+        self.flush()
+        self._pending = (step, metrics, host)
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics, host = self._pending
+        self._pending = None
+        row = {name: float(value) for name, value in jax.device_get(metrics).items()} | host
+        now = time.perf_counter()
+        if "tokens" in row:
+            row["tokens_per_second"] = row.pop("tokens") / max(now - self._clock, 1e-9)
+        self._clock = now
+        self.last = row
+        if not self._enabled:
+            return
+        rounded = {name: float(f"{value:.7g}") for name, value in row.items()}
+        self._run_dir.append_metrics({**self._place, "step": step, **rounded})
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(f"{self._place['stage']}/{name}", value, step)
+
+    def close(self) -> None:
+        self.flush()
+        if self._board is not None:
+            self._board.close()

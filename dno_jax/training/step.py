@@ -1,0 +1,179 @@
+"""The sharded training step: forward, loss, gradient accumulation, update. Everything here is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from dno_jax.config import LossSection
+from dno_jax.logprobs import head_token_logprobs, sequence_logprobs
+from dno_jax.losses import dno_loss, implicit_reward, nll_loss
+from dno_jax.model.decoder import Decoder, output_head
+from dno_jax.training.batches import PairBatch
+from dno_jax.training.state import TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+# (log-probability [P, C], response tokens [P, C], batch) -> (loss [P], per-row metrics {name: [P]})
+RowLoss = Callable[[Array, Array, PairBatch], tuple[Array, dict[str, Array]]]
+
+
+def response_logprobs(
+    model: Decoder,
+    params: Any,
+    *,
+    token: Int[Array, "B T"],
+    position: Int[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    response_length: int,
+    chunk: int,
+) -> Float[Array, " B"]:
+    """Return log pi(y|x) of each row, nats: the sum over response tokens. Policy and reference both come from here.
+
+    Args:
+        response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
+        response_length: static upper bound of a row's response tokens; the head runs on that many positions a row only.
+        chunk: tokens a slice of the output head.
+    """
+    hidden, _ = model.apply({"params": params}, token, position)
+    # The hidden state at s - 1 predicts the token at s.
+    source = jnp.argmax(response_mask, axis=1)[:, None] - 1 + jnp.arange(response_length)
+    inside = (source >= 0) & (source < token.shape[1] - 1)
+    source = jnp.clip(source, 0, token.shape[1] - 2)
+    window = model.constrain(jnp.take_along_axis(hidden, source[..., None], axis=1), ("batch", "length", "embed"))
+    logprob = head_token_logprobs(
+        window, output_head(model.config, params), jnp.take_along_axis(token, source + 1, axis=1), chunk=chunk
+    )
+    return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
+
+
+def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int) -> Float[Array, "P C"]:
+    """Return log pi(y|x) of every sequence of a batch."""
+    rows, count, length = batch.token.shape
+    logprob = response_logprobs(
+        model,
+        params,
+        token=batch.token.reshape(rows * count, length),
+        position=batch.position.reshape(rows * count, length),
+        response_mask=batch.response_mask.reshape(rows * count, length),
+        response_length=batch.response_length,
+        chunk=chunk,
+    )
+    return logprob.reshape(rows, count)
+
+
+@lru_cache  # one function a configuration: it is part of the compiled step's identity
+def preference_loss(section: LossSection) -> RowLoss:
+    """Return the loss of a configuration, with the metrics that show what it does to each side of a pair."""
+
+    def loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
+        del num_tokens
+        chosen, rejected = logprob[:, 0], logprob[:, 1]
+        reference_chosen, reference_rejected = batch.reference_logprob[:, 0], batch.reference_logprob[:, 1]
+        value = dno_loss(
+            chosen_logprob=chosen,
+            rejected_logprob=rejected,
+            reference_chosen_logprob=reference_chosen,
+            reference_rejected_logprob=reference_rejected,
+            target=batch.target,
+            beta=section.beta,
+        )
+        chosen_reward = implicit_reward(logprob=chosen, reference_logprob=reference_chosen, beta=section.beta)
+        rejected_reward = implicit_reward(logprob=rejected, reference_logprob=reference_rejected, beta=section.beta)
+        return value, {
+            "accuracy": (chosen_reward > rejected_reward).astype(jnp.float32),
+            "margin": chosen_reward - rejected_reward,
+            "chosen_reward": chosen_reward,
+            "rejected_reward": rejected_reward,
+            "chosen_logprob": chosen,
+            "rejected_logprob": rejected,
+        }
+
+    return loss
+
+
+def supervised_loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
+    """The mean negative log-likelihood a response token (rows weigh as many tokens as they have)."""
+    del batch
+    return nll_loss(logprob=logprob[:, 0], num_tokens=num_tokens[:, 0]), {}
+
+
+@partial(
+    jax.jit, static_argnames=("model", "optimizer", "row_loss", "chunk", "micro_batches"), donate_argnames=("state",)
+)
+def train_step(
+    state: TrainState,
+    batch: PairBatch,
+    learning_rate: Float[Array, ""],
+    *,
+    model: Decoder,
+    optimizer: optax.GradientTransformation,
+    row_loss: RowLoss,
+    chunk: int,
+    micro_batches: int = 1,
+) -> tuple[TrainState, Metrics]:
+    """Take one optimiser step on the weighted mean loss of a batch.
+
+    The mean is over the whole batch however many micro-batches compute it: gradients of weighted sums are added up and
+    divided once by the whole weight.
+
+    Args:
+        batch: rows over (data, fsdp); their number is a multiple of micro_batches.
+        learning_rate: multiplies the updates of `optimizer`, which is made with a rate of 1.
+
+    Returns:
+        The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
+        max_abs_log_ratio, the largest |log pi/pi_t| of a response in the batch before the update, nats.
+    """
+    total_weight = jnp.maximum(jnp.sum(batch.weight), 1e-9)
+
+    def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, Metrics]:
+        logprob = batch_logprobs(model, params, part, chunk=chunk)
+        num_tokens = jnp.sum(part.response_mask, axis=-1)
+        loss, metrics = row_loss(logprob, num_tokens, part)
+        weight = part.weight / total_weight
+        summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
+        ratio = jnp.abs(logprob - part.reference_logprob)
+        summed["max_abs_log_ratio"] = jnp.max(jnp.where(part.weight[:, None] > 0, ratio, 0.0))
+        return summed["loss"], jax.lax.stop_gradient(summed)
+
+    gradient = jax.grad(weighted_loss, has_aux=True)
+    if micro_batches == 1:
+        grads, metrics = gradient(state.params, batch)
+    else:
+        parts = jax.tree.map(partial(_split, parts=micro_batches, place=model.constrain), batch)
+
+        def add(carry: tuple[Any, Metrics], part: PairBatch) -> tuple[tuple[Any, Metrics], None]:
+            grads, metrics = gradient(state.params, part)
+            largest = jnp.maximum(carry[1]["max_abs_log_ratio"], metrics["max_abs_log_ratio"])
+            summed = jax.tree.map(jnp.add, carry, (grads, metrics))
+            return (summed[0], summed[1] | {"max_abs_log_ratio": largest}), None
+
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
+        )
+        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["response_tokens"] = jnp.sum(batch.response_mask & (batch.weight > 0)[:, None, None]).astype(jnp.float32)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+
+
+def _split(leaf: Array, *, parts: int, place: Callable[[Array, tuple], Array]) -> Array:
+    """[P, ...] -> [parts, P / parts, ...], striding so that each part takes rows from every device."""
+    shaped = jnp.moveaxis(leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]), 1, 0)
+    return place(shaped, (None, "batch", *(None,) * (leaf.ndim - 1)))
+
+
+@partial(jax.jit, static_argnames=("model", "chunk"))
+def score_step(params: Any, batch: PairBatch, *, model: Decoder, chunk: int) -> Float[Array, "P C"]:
+    """Return the log-probabilities of a batch under a frozen policy: the reference of the next training."""
+    return batch_logprobs(model, params, batch, chunk=chunk)

@@ -1,0 +1,42 @@
+"""CPU, 8 virtual devices, no silent rank promotion, shapes checked by jaxtyping and beartype, warnings are errors."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from jaxtyping import install_import_hook
+
+# The hook re-writes modules as they are imported: nothing of dno_jax may have been imported yet.
+assert not [name for name in sys.modules if name.split(".")[0] == "dno_jax"]
+install_import_hook("dno_jax", "beartype.beartype")
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real checkpoints and data, where they are at hand; a test that needs them is skipped visibly elsewhere."""
+    if not SHARED_DATA.exists():
+        pytest.skip("../shared/data is not here")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tests leave the user's cache alone but share one among themselves and their child processes."""
+    folder = os.environ.get("DNO_TEST_CACHE") or str(tmp_path_factory.mktemp("xla"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    jax.config.update("jax_compilation_cache_dir", folder)
+    yield
