@@ -28,6 +28,10 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
+def _rubric(name: str) -> str:
+    return _absolute(name) if name.endswith((".yaml", ".yml")) else name
+
+
 PathStr = Annotated[str, AfterValidator(_absolute)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -101,11 +105,16 @@ class OpenAISection(Section):
     """Any chat.completions endpoint. The key itself never stands in a file: only the variable's name does."""
 
     model: str = Field("gpt-4.1-mini", min_length=1)
-    base_url: str | None = Field(None, description="None is the client's default")
-    api_key_env: str | None = Field("OPENAI_API_KEY", description="environment variable of the key; None for no key")
-    rubric: str = Field("listwise_6point", min_length=1)
-    temperature: float = Field(0.0, ge=0.0)
-    max_tokens: Count = 2048
+    base_url: str | None = Field(None, description="None is the client's default", json_schema_extra=MAY_CHANGE)
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY", description="environment variable of the key; None for no key", json_schema_extra=MAY_CHANGE
+    )
+    rubric: Annotated[str, AfterValidator(_rubric)] = Field("listwise_6point", description="built in, or a YAML file")
+    temperature: float | None = Field(0.0, ge=0.0, description="None sends none: some models take no other than theirs")
+    max_tokens: Count = Field(2048, description="tokens of the longest reply")
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="what the endpoint calls it (reasoning models: max_completion_tokens)"
+    )
     max_concurrency: Count = Field(32, json_schema_extra=MAY_CHANGE)
     max_tries: Count = Field(5, description="requests for one verdict in one run", json_schema_extra=MAY_CHANGE)
     timeout: float = Field(120.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)

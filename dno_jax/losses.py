@@ -14,7 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 Logprob = Float[ArrayLike, "*#P"]  # of any shapes that broadcast against each other
 
@@ -79,11 +79,11 @@ def dno_loss(
     return jax.nn.softplus(-delta) + (1.0 - jnp.asarray(target, jnp.float32)) * delta
 
 
-def nll_loss(*, logprob: Logprob, num_tokens: Float[ArrayLike, "*#P"]) -> Float[Array, "*#P"]:
+def nll_loss(*, logprob: Logprob, num_tokens: Num[ArrayLike, "*#P"]) -> Float[Array, "*#P"]:
     """Return the mean negative log-likelihood a token of each response (supervised fine-tuning).
 
     Args:
         logprob: log pi(y|x) summed over the response's tokens, nats.
-        num_tokens: tokens of the response, as a float; 0 gives a loss of 0.
+        num_tokens: tokens of the response; 0 gives a loss of 0.
     """
     return -jnp.asarray(logprob, jnp.float32) / jnp.maximum(jnp.asarray(num_tokens, jnp.float32), 1.0)

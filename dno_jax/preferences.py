@@ -45,7 +45,7 @@ def _who(candidate: ScoredCandidate) -> str:
     return "gold" if candidate.is_gold else "student"
 
 
-def check_preference_matrix(wins: Float[np.ndarray, "C C"]) -> Float[np.ndarray, "C C"]:
+def check_preference_matrix(wins: np.ndarray) -> Float[np.ndarray, "C C"]:
     """Return the matrix as float64 if it is one of preference probabilities.
 
     Raises:

@@ -77,20 +77,28 @@ def _spec(axes: Axes, table: dict[str, tuple[str, ...]], *, layout: str) -> Part
 
 
 def resolve(mesh: Mesh, spec: PartitionSpec, *, shape: tuple[int, ...], name: str) -> NamedSharding:
-    """Return the sharding of an array of this shape.
+    """Return the sharding of an array of this shape, without the mesh axes that have one device.
+
+    The compiler leaves those out of the shardings of its results; were they kept in those of the arguments, a step would be
+    compiled again for its own output.
 
     Raises:
         DnoError: a dimension is not divisible by the devices it is split over; `name` says whose.
     """
+    parts: list[tuple[str, ...] | str | None] = []
     for dimension, part in zip(shape, spec, strict=True):
         axes = () if part is None else (part if isinstance(part, tuple) else (part,))
+        real = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+        parts.append(real if len(real) > 1 else (real[0] if real else None))
         devices = math.prod(mesh.shape[axis] for axis in axes)
         if dimension % devices:
             raise DnoError(
                 f"{name} of shape {shape}: size {dimension} cannot be split over {'*'.join(axes)}={devices} devices; "
                 "choose mesh axes that divide it"
             )
-    return NamedSharding(mesh, spec)
+    while parts and parts[-1] is None:
+        parts.pop()
+    return NamedSharding(mesh, PartitionSpec(*parts))
 
 
 def weight_shardings(mesh: Mesh, layout: Layout, *, axes: Any, shapes: Any) -> Any:

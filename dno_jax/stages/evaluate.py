@@ -17,7 +17,6 @@ from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
 from dno_jax.parallel.mesh import is_primary, wait_until
-from dno_jax.parallel.sharding import DECODE
 from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.console import Meter
@@ -52,7 +51,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         if tokenized:
             sample_to_shards(
                 runtime,
-                runtime.load_policy(policy, DECODE),
+                runtime.load_for_decoding(policy),
                 tokenized,
                 out=rollouts_of(run_dir, policy),
                 policy=policy,

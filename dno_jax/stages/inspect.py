@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 
 from dno_jax.annotation.annotator import build_annotator
 from dno_jax.config import RunConfig
@@ -27,8 +29,9 @@ def check(config: RunConfig) -> None:
     for part in {*split.training, split.held_out}:
         tokenize_prompts(part, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
     if is_primary():
-        annotator = build_annotator(config.annotation, store_path=None, seed=config.seed)
-        asyncio.run(annotator.close())
+        with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
+            store = os.path.join(folder, "annotations.sqlite")
+            asyncio.run(build_annotator(config.annotation, store_path=store, seed=config.seed).close())
 
 
 def strip(config: RunConfig) -> TemplateStrip:

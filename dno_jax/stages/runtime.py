@@ -15,10 +15,10 @@ from dno_jax.config import ModelConfigSection, RunConfig, SftConfig, config_dige
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, abstract_params
-from dno_jax.model.hf import read_config, read_end_token_ids
+from dno_jax.model.hf import read_config
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import Constrain, Layout, num_row_shards
+from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards
 from dno_jax.run_dir import RunDir
 from dno_jax.training.checkpoint import load_policy
 from dno_jax.training.state import param_shardings
@@ -33,7 +33,6 @@ class Runtime:
     mesh: Mesh
     model_config: ModelConfig
     tokenizer: ChatTokenizer
-    end_ids: tuple[int, ...]
 
     @classmethod
     def start(cls, config: RunConfig | SftConfig) -> Runtime:
@@ -53,7 +52,6 @@ class Runtime:
             mesh=make_mesh(config.mesh),
             model_config=model_config,
             tokenizer=tokenizer,
-            end_ids=read_end_token_ids(section.path),
         )
         runtime._check()
         return runtime
@@ -93,13 +91,25 @@ class Runtime:
     def param_shardings(self, layout: Layout) -> Any:
         return param_shardings(self.model_config, self.mesh, layout)
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the tokenizer's, which is trained, and all that generation_config.json names."""
+        return self.tokenizer.end_ids
+
     def load_policy(self, policy: int, layout: Layout) -> Any:
-        """Read pi_t into arrays of a layout."""
+        """Read pi_t, float32, into arrays of a layout."""
         return load_policy(
             self.run_dir.policy(policy),
             shapes=abstract_params(self.model_config),
             shardings=self.param_shardings(layout),
         )
+
+    def load_for_decoding(self, policy: int) -> Any:
+        """Read pi_t in the DECODE layout and in the compute dtype, so that no token's step casts weights again."""
+        params, dtype = self.load_policy(policy, DECODE), jnp.dtype(self.config.model.dtype)
+        if dtype == jnp.float32:
+            return params
+        return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), donate_argnums=0)(params)
 
 
 def use_compilation_cache() -> None:

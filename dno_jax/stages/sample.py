@@ -41,7 +41,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     tokenized, dropped = tokenize_prompts(
         prompts, encode=runtime.tokenizer.prompt_ids, section=config.prompts
     )
-    params = runtime.load_policy(iteration, DECODE)
+    params = runtime.load_for_decoding(iteration)
     sample_to_shards(
         runtime,
         params,

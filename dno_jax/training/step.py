@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dno_jax.config import LossSection
@@ -24,47 +25,46 @@ RowLoss = Callable[[Array, Array, PairBatch], tuple[Array, dict[str, Array]]]
 
 
 def response_logprobs(
-    model: Decoder,
-    params: Any,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
     *,
-    token: Int[Array, "B T"],
-    position: Int[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
+    token: Int[ArrayLike, "B T"],
+    response_mask: Bool[ArrayLike, "B T"],
     response_length: int,
     chunk: int,
 ) -> Float[Array, " B"]:
     """Return log pi(y|x) of each row, nats: the sum over response tokens. Policy and reference both come from here.
 
     Args:
+        hidden: after the final norm.
         response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
         response_length: static upper bound of a row's response tokens; the head runs on that many positions a row only.
         chunk: tokens a slice of the output head.
     """
-    hidden, _ = model.apply({"params": params}, token, position)
+    token, response_mask = jnp.asarray(token), jnp.asarray(response_mask)
     # The hidden state at s - 1 predicts the token at s.
-    source = jnp.argmax(response_mask, axis=1)[:, None] - 1 + jnp.arange(response_length)
+    source = jnp.argmax(response_mask, axis=1)[:, None] - 1 + jnp.arange(response_length)[None]
     inside = (source >= 0) & (source < token.shape[1] - 1)
     source = jnp.clip(source, 0, token.shape[1] - 2)
-    window = model.constrain(jnp.take_along_axis(hidden, source[..., None], axis=1), ("batch", "length", "embed"))
-    logprob = head_token_logprobs(
-        window, output_head(model.config, params), jnp.take_along_axis(token, source + 1, axis=1), chunk=chunk
-    )
+    window = jnp.take_along_axis(hidden, source[..., None], axis=1)
+    logprob = head_token_logprobs(window, head, jnp.take_along_axis(token, source + 1, axis=1), chunk=chunk)
     return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
 
 
 def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int) -> Float[Array, "P C"]:
     """Return log pi(y|x) of every sequence of a batch."""
     rows, count, length = batch.token.shape
+    token = jnp.reshape(batch.token, (rows * count, length))
+    hidden, _ = model.apply({"params": params}, token, jnp.reshape(batch.position, token.shape))
     logprob = response_logprobs(
-        model,
-        params,
-        token=batch.token.reshape(rows * count, length),
-        position=batch.position.reshape(rows * count, length),
-        response_mask=batch.response_mask.reshape(rows * count, length),
+        hidden,
+        output_head(model.config, params),
+        token=token,
+        response_mask=jnp.reshape(batch.response_mask, token.shape),
         response_length=batch.response_length,
         chunk=chunk,
     )
-    return logprob.reshape(rows, count)
+    return jnp.reshape(logprob, (rows, count))
 
 
 @lru_cache  # one function a configuration: it is part of the compiled step's identity
@@ -161,7 +161,7 @@ def train_step(
         (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["grad_norm"] = optax.tree.norm(grads)
     metrics["response_tokens"] = jnp.sum(batch.response_mask & (batch.weight > 0)[:, None, None]).astype(jnp.float32)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -1,0 +1,33 @@
+"""The policy: a Llama-family decoder, its cache, its tokenizer, and the way to and from Hugging Face checkpoints."""
+
+from dno_jax.model import hf
+from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache, repeat_cache
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import (
+    Decoder,
+    abstract_params,
+    init_params,
+    logits,
+    output_head,
+    param_axes,
+)
+from dno_jax.model.tokenizer import ChatTokenizer, TemplateStrip, template_strip
+
+__all__ = [
+    "ChatTokenizer",
+    "Decoder",
+    "KVCache",
+    "ModelConfig",
+    "TemplateStrip",
+    "abstract_params",
+    "cache_axes",
+    "grow_cache",
+    "hf",
+    "init_cache",
+    "init_params",
+    "logits",
+    "output_head",
+    "param_axes",
+    "repeat_cache",
+    "template_strip",
+]

@@ -1,0 +1,107 @@
+import json
+import os
+
+import pytest
+
+from dno_jax.config import RunConfig, parse_config
+from dno_jax.errors import DnoError
+from dno_jax.records import Message, Prompt, ReferenceScore, parse_lines
+from dno_jax.run_dir import RunDir, digest_of, write_atomically
+
+
+def config(root, **changes):
+    tree = {"run_dir": str(root), "model": {"path": "m"}, "prompts": {"path": "p"}, "annotation": {"kind": "openai"}}
+    return parse_config(RunConfig, tree | changes, place="test")
+
+
+def scores(*ids):
+    return [ReferenceScore(pair_id=name, chosen_logprob=-1.0, rejected_logprob=-2.0) for name in ids]
+
+
+def test_shards_are_read_in_order_and_a_torn_one_is_not_seen(tmp_path):
+    stage = RunDir(tmp_path).stage("score", 3)
+    assert stage.shard_names() == []
+    stage.write_shard("0000010", scores("c"))
+    stage.write_shard("0000000", scores("a", "b"))
+    (tmp_path / "iterations/003/reference/.0000020.jsonl.99.tmp").write_text('{"pair_')  # what kill -9 leaves
+    assert stage.shard_names() == ["0000000", "0000010"]
+    assert [row.pair_id for row in stage.read(ReferenceScore)] == ["a", "b", "c"]
+
+
+def test_a_manifest_is_whole_and_names_what_it_was_made_from(tmp_path):
+    run_dir = RunDir(tmp_path)
+    upstream, stage = run_dir.stage("pair", 0), run_dir.stage("score", 0)
+    with pytest.raises(DnoError, match="'pair' of iteration 0 is not finished"):
+        upstream.require()
+    upstream.write_shard("new", scores("a"))
+    upstream.finish(config_digest="c", inputs={}, rows=1, seconds=0.1)
+    inputs = stage.reference_of(upstream.manifest_path)
+    assert list(inputs) == ["iterations/000/pairs/MANIFEST.json"]
+    assert stage.finished(inputs, config_digest="c") is None
+    stage.write_shard("0000000", scores("a"))
+    made = stage.finish(config_digest="c", inputs=inputs, rows=1, seconds=1.0, dropped={"x": 2}, details={"y": [1]})
+    assert stage.finished(inputs, config_digest="c") == made
+    assert made.outputs == {"0000000": digest_of(tmp_path / "iterations/000/reference/0000000.jsonl")}
+    assert made.versions["jax"]
+    with pytest.raises(DnoError, match=r"other inputs.*config\.yaml.*remove the folder"):
+        stage.finished(inputs, config_digest="other")
+    upstream.write_shard("new", scores("a", "b"))
+    upstream.finish(config_digest="c", inputs={}, rows=2, seconds=0.1)
+    with pytest.raises(DnoError, match=r"pairs/MANIFEST\.json"):
+        stage.finished(stage.reference_of(upstream.manifest_path), config_digest="c")
+
+
+def test_a_changed_configuration_is_refused_by_name(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.open(config(run_dir.path))
+    run_dir.open(config(run_dir.path, mesh={"fsdp": 2}))
+    with pytest.raises(DnoError, match=r"loss\.beta: 0\.1 -> 0\.5"):
+        run_dir.open(config(run_dir.path, loss={"beta": 0.5}))
+    assert run_dir.load_config().loss.beta == 0.1
+
+
+def test_an_unwritable_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DnoError, match="cannot be written"):
+        RunDir(tmp_path / "file" / "run").open(config(tmp_path))
+    with pytest.raises(DnoError, match=r"no config\.yaml"):
+        RunDir(tmp_path / "empty").load_config()
+
+
+def test_metrics_forget_the_steps_that_are_taken_again(tmp_path):
+    run_dir = RunDir(tmp_path)
+    for step in range(4):
+        run_dir.append_metrics({"iteration": 0, "stage": "train", "step": step})
+    run_dir.append_metrics({"iteration": 1, "stage": "train", "step": 0})
+    with run_dir.metrics_path.open("a") as file:
+        file.write('{"iteration": 1, "st')  # a line that a crash cut short
+    run_dir.forget_metrics(iteration=0, stage="train", from_step=2)
+    assert [(row["iteration"], row["step"]) for row in run_dir.read_metrics()] == [(0, 0), (0, 1), (1, 0)]
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "b.json"
+    write_atomically(path, "old")
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_malformed_rows_are_named_by_file_and_line():
+    good = Prompt(prompt_id="p", messages=(Message(role="user", content="hi"),)).model_dump_json()
+    assert len(list(parse_lines(Prompt, [good, "", good], place="f"))) == 2
+    for bad, message in [
+        ("{", "f:2: not a valid Prompt"),
+        (json.dumps({"prompt_id": "p"}), "messages"),
+        (json.dumps({"prompt_id": "p", "messages": [{"role": "robot", "content": "x"}]}), r"messages\.0\.role"),
+        (json.dumps({"prompt_id": "p", "messages": [{"role": "assistant", "content": "x"}]}), "ends with the user's"),
+        (json.dumps({"prompt_id": "p", "messages": [{"role": "user", "content": " "}]}), "empty"),
+        (json.dumps({"prompt_id": "p", "messages": [{"role": "user", "content": "x"}], "extra": 1}), "extra"),
+    ]:
+        with pytest.raises(DnoError, match=message):
+            list(parse_lines(Prompt, [good, bad], place="f"))

@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+
+from dno_jax.training.batches import TrainingRow, batch_order, length_bucket, make_batch, num_steps
+
+
+def test_a_batch_holds_every_token_once_and_masks_the_prompt():
+    rows = [
+        TrainingRow(((1, 2, 3), (1, 2, 3)), ((4, 5), (6,)), reference_logprob=(-1.5, -2.5), target=0.7),
+        TrainingRow(((7,), (7,)), ((8, 9, 10), (11, 12)), reference_logprob=(-3.0, -4.0)),
+    ]
+    batch = make_batch(rows, batch_size=4, max_length=64)
+    assert batch.token.shape == (4, 2, 32)
+    assert batch.token[0, 0, :5].tolist() == [1, 2, 3, 4, 5]
+    assert batch.position[0, 0, :6].tolist() == [0, 1, 2, 3, 4, -1]
+    assert np.flatnonzero(batch.response_mask[0, 0]).tolist() == [3, 4]
+    assert np.flatnonzero(batch.response_mask[1, 1]).tolist() == [1, 2]
+    assert batch.weight.tolist() == [1, 1, 0, 0]
+    np.testing.assert_allclose(batch.target, [0.7, 1, 0, 0], rtol=1e-6)
+    assert batch.reference_logprob[:2].tolist() == [[-1.5, -2.5], [-3.0, -4.0]]
+    assert not batch.response_mask[2:].any()
+    assert np.all(batch.position[2:] == -1)
+    assert batch.response_length >= 3
+
+
+def test_refuses_what_does_not_fit():
+    row = TrainingRow(((1,) * 30, (1,)), ((2,) * 10, (2,)))
+    with pytest.raises(ValueError, match="40 tokens exceeds max_length 39"):
+        make_batch([row], batch_size=1, max_length=39)
+    with pytest.raises(ValueError, match="2 rows for a batch of 1"):
+        make_batch([row, row], batch_size=1, max_length=64)
+
+
+def test_few_shapes():
+    for max_length in (64, 96, 768, 4096, 1000):
+        buckets = {length_bucket(n, max_length=max_length) for n in range(1, max_length + 1)}
+        assert max(buckets) == max_length
+        assert len(buckets) <= 8
+        assert all(length_bucket(n, max_length=max_length) >= n for n in range(1, max_length + 1))
+
+
+@pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 4), (8, 4), (3, 8)])
+def test_every_epoch_uses_every_row_once(num_rows, batch_size):
+    order = list(batch_order(num_rows, batch_size=batch_size, num_epochs=2, seed=1, iteration=0))
+    assert len(order) == num_steps(num_rows, batch_size=batch_size, num_epochs=2)
+    half = len(order) // 2
+    for epoch in (order[:half], order[half:]):
+        assert sorted(np.concatenate(epoch).tolist()) == list(range(num_rows))
+    if num_rows > 4:
+        assert np.any(np.concatenate(order[:half]) != np.concatenate(order[half:]))
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_a_restart_sees_the_rest_of_the_same_order(start):
+    whole = list(batch_order(11, batch_size=4, num_epochs=2, seed=1, iteration=3))
+    rest = list(batch_order(11, batch_size=4, num_epochs=2, seed=1, iteration=3, start=start))
+    assert [batch.tolist() for batch in rest] == [batch.tolist() for batch in whole[start:]]
