@@ -40,7 +40,7 @@ def run(
     from dno_jax import iteration
     from dno_jax.parallel.mesh import is_primary
     from dno_jax.report.console import console
-    from dno_jax.report.summary import iteration_table, seconds_table
+    from dno_jax.report.summary import iteration_table, policy_table
     from dno_jax.run_dir import RunDir
 
     settings = _load(config, overrides)
@@ -48,8 +48,8 @@ def run(
     result = iteration.run(settings)
     if is_primary():
         folder = RunDir(settings.run_dir)
+        console.print(policy_table(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, iterations=settings.iterations))
-        console.print(seconds_table(folder, iterations=settings.iterations))
         console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", markup=False)
 
 
@@ -141,12 +141,13 @@ def export(
 def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
     """Say which stages are done, with rows and seconds, and what comes next."""
     from dno_jax.report.console import console
-    from dno_jax.report.summary import iteration_table, stage_statuses, status_table
+    from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
     from dno_jax.run_dir import RunDir
 
     folder = RunDir(str(run_dir))
     settings = folder.load_config()
     console.print(status_table(stage_statuses(folder, iterations=settings.iterations)))
+    console.print(policy_table(folder, iterations=settings.iterations))
     console.print(iteration_table(folder, iterations=settings.iterations))
 
 

@@ -247,7 +247,7 @@ class RunConfig(Section):
 class SftModelSection(ModelConfigSection):
     """Start from `path`, or, with `init_config`, from random weights and the tokenizer in `path`."""
 
-    init_config: PathStr | None = Field(None, description="a config.json: random weights of that shape")
+    init_config: PathStr | None = Field(None, description="directory with a config.json: start from random weights of that shape")
 
 
 class SftDataSection(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def corpus():
     spec = importlib.util.spec_from_file_location("demo_corpus", ROOT / "examples" / "demo_corpus.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "demo_corpus", module)  # dataclasses look their module up
+        patch.setitem(sys.modules, "demo_corpus", module)  # dataclasses look their module up
         spec.loader.exec_module(module)
         yield module
 
@@ -112,10 +113,7 @@ def test_lengths_fit_the_demo_and_the_model(tokenizer, files, examples):
     assert sft.data.max_length <= context
     rows = [*prompts_of(files, "prompts.jsonl"), *prompts_of(files, "held_out.jsonl"), *examples]
     chats = [[message.model_dump() for message in row.messages] for row in rows]
-    lengths = [
-        len(ids)
-        for ids in tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
-    ]
+    lengths = [len(ids) for ids in tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)]
     assert max(lengths) <= run.prompts.max_length
     responses = [row.response if isinstance(row, Example) else row.gold for row in rows]
     told = [len(ids) + 1 for ids in tokenizer(responses, add_special_tokens=False)["input_ids"]]

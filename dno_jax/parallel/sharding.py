@@ -159,9 +159,9 @@ def relayout(tree: Any, shardings: Any) -> Any:
     return jax.jit(lambda t: t, out_shardings=shardings)(tree)
 
 
-def owned_rows(array: jax.Array) -> dict[int, np.ndarray]:
+def owned_rows(array: jax.Array) -> dict[int, Any]:
     """Return {row: value} of the rows that this process is to write; over all processes each row comes exactly once."""
-    rows: dict[int, np.ndarray] = {}
+    rows: dict[int, Any] = {}
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
             start = shard.index[0].start or 0

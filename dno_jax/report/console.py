@@ -104,10 +104,12 @@ class Meter:
         ending = f", {left:,.0f} s left" if 0 < left < float("inf") else ""
         note = f" {self._note}" if self._note else ""
         console.print(
-            f"{self._description}{note}: {self._done}/{self._total} {self._unit} ({rate:,.1f}/s{ending})", markup=False
+            f"{self._description}{note}: {self._done}/{self._total} {self._unit} ({rate:,.1f}/s{ending})",
+            markup=False,
+            soft_wrap=True,
         )
 
 
 def say(message: str) -> None:
     """Print one line for a person."""
-    console.print(message, markup=False)
+    console.print(message, markup=False, soft_wrap=True)

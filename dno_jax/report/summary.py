@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dno_jax.errors import DnoError
@@ -34,7 +35,7 @@ def stage_statuses(run_dir: RunDir, *, iterations: int) -> list[StageStatus]:
 
 def status_table(statuses: list[StageStatus]) -> Table:
     """Stages done with rows, drops and seconds; the first unfinished one is what comes next."""
-    table = Table(title="stages")
+    table = Table(title="stages", box=SIMPLE_HEAD)
     for column in ("iteration", "stage", "state", "rows", "dropped", "seconds"):
         table.add_column(column, justify="left" if column in ("stage", "state") else "right")
     is_next = True
@@ -51,38 +52,36 @@ def status_table(statuses: list[StageStatus]) -> Table:
     return table
 
 
-def iteration_table(run_dir: RunDir, *, iterations: int) -> Table:
-    """One row a policy: win rates with 95 % intervals, length, new pairs by kind and replayed ones."""
+def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
+    """One row a policy: win rates with 95 % intervals, and length."""
     evaluated = _evaluated(run_dir, iterations)
     best = best_policy_of(run_dir, iterations=iterations) if evaluated else None
-    table = Table(title="policies on held-out prompts (* best)")
-    columns = ("policy", "beats 0", "beats previous", "beats gold", "words", "S>S", "S>G", "G>S", "replayed")
-    for column in columns:
+    table = Table(title="policies on held-out prompts (* best)", box=SIMPLE_HEAD)
+    for column in ("policy", "beats policy 0", "beats previous", "beats gold", "words"):
         table.add_column(column, justify="right", no_wrap=True)
     for iteration in evaluated:
-        paired = run_dir.stage("pair", iteration).require().details
         details, policy = run_dir.stage("evaluate", iteration).require().details, iteration + 1
         if iteration == 0:
-            table.add_row(f"0{' *' if best == 0 else ''}", "", "", "", _words(details, 0))
-        rates = details["win_rates"]
-        table.add_row(
-            f"{policy}{' *' if best == policy else ''}",
-            *(_rate(rates.get(opponent)) for opponent in ("0", str(iteration), "gold")),
-            _words(details, policy),
-            *(str(paired["kinds"].get(kind, 0)) for kind in PAIR_KINDS),
-            str(paired["replayed"]),
-        )
+            table.add_row(f"{'* ' if best == 0 else ''}0", "", "", "", _words(details, 0))
+        rates = (details["win_rates"].get(opponent) for opponent in ("0", str(iteration), "gold"))
+        table.add_row(f"{'* ' if best == policy else ''}{policy}", *map(_rate, rates), _words(details, policy))
     return table
 
 
-def seconds_table(run_dir: RunDir, *, iterations: int) -> Table:
-    """Seconds by stage, one row an iteration; annotation runs beside sampling."""
-    table = Table(title="seconds by stage")
-    for column in ("iteration", *STAGES):
+def iteration_table(run_dir: RunDir, *, iterations: int) -> Table:
+    """One row an iteration: pairs by kind (S student, G gold), replayed ones, and seconds by stage."""
+    table = Table(title="pairs by kind, seconds by stage (annotate runs beside sample)", box=None, padding=(0, 0, 0, 2))
+    for column in ("", *(kind.replace("student", "S").replace("gold", "G") for kind in PAIR_KINDS), "replay", *STAGES):
         table.add_column(column, justify="right", no_wrap=True)
     for iteration in _evaluated(run_dir, iterations):
-        manifests = (run_dir.stage(name, iteration).require() for name in STAGES)
-        table.add_row(str(iteration), *(f"{manifest.seconds:.1f}" for manifest in manifests))
+        manifests = {name: run_dir.stage(name, iteration).require() for name in STAGES}
+        paired = manifests["pair"].details
+        table.add_row(
+            str(iteration),
+            *(str(paired["kinds"].get(kind, 0)) for kind in PAIR_KINDS),
+            str(paired["replayed"]),
+            *(f"{manifest.seconds:.1f}" for manifest in manifests.values()),
+        )
     return table
 
 

@@ -38,14 +38,13 @@ def export(config: RunConfig, *, policy: int, path: str, overwrite: bool = False
     Raises:
         DnoError: the policy does not exist, the target does, or what was written does not reload to the same model.
     """
-    target = epath.Path(path)
-    if target.exists() and not overwrite:
+    if epath.Path(path).exists() and not overwrite:
         raise DnoError(f"{path} exists; give another path, or --overwrite")
     runtime = Runtime.start(config)
     params = relayout(runtime.load_policy(policy, TRAIN), replicated(runtime.mesh))
     if is_primary():
         local = local_copy(params)
-        hf.save(target, runtime.model_config, local, source=config.model.path, overwrite=overwrite)
+        hf.save(path, runtime.model_config, local, source=config.model.path, overwrite=overwrite)
     barrier(f"export {policy}")
 
 

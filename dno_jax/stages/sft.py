@@ -52,7 +52,7 @@ def run(config: SftConfig) -> epath.Path:
     )
     params = relayout(result.params, replicated(runtime.mesh))
     if is_primary():
-        hf.save(target, runtime.model_config, local_copy(params), source=config.model.path)
+        hf.save(str(target), runtime.model_config, local_copy(params), source=config.model.path)
         remove_states(runtime.run_dir.path / "states")
         loss = result.metrics["loss"]
         say(f"sft: {result.num_steps} steps, loss {loss:.4f}, {time.perf_counter() - start:.0f} s; checkpoint {target}")

@@ -29,6 +29,34 @@ def test_attention_equals_jax():
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+@pytest.mark.parametrize("length", [64, 65, 200, 700])
+def test_blocks_of_queries_change_nothing(length):
+    """Whole sequences are cut into blocks that skip keys after them; rows are padded left, right and in the middle.
+
+    1e-6 as above; gradients of early keys are sums over all later queries, so they are compared relative to their size.
+    """
+    q, k, v = qkv(B=4, T=length, S=length)
+    kept = np.ones((4, length), bool)
+    kept[1, : length // 3] = kept[2, length // 2 :] = kept[3, 10:20] = False
+    position = jnp.asarray(np.where(kept, np.cumsum(kept, axis=1) - 1, -1), jnp.int32)
+    mask = visible(position, position)
+    weight = jnp.asarray(kept, jnp.float32)[:, :, None, None]
+
+    def ours(q, k, v):
+        return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask) * weight
+
+    def theirs(q, k, v):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]) * weight
+
+    np.testing.assert_allclose(ours(q, k, v), theirs(q, k, v), atol=1e-6)
+    for a, b in zip(
+        jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x))), (0, 1, 2))(q, k, v),
+        jax.grad(lambda *x: jnp.sum(jnp.sin(theirs(*x))), (0, 1, 2))(q, k, v),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-6, atol=3e-6)
+
+
 def test_a_query_that_sees_nothing_is_finite_also_in_the_gradient():
     q, k, v = qkv()
     mask = jnp.zeros((2, 5, 7), bool).at[0].set(True)

@@ -1,0 +1,209 @@
+"""What a person gets wrong: each has a message that names it, exit status 2, no traceback, and nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dno_jax import cli
+from tests.small import small_tree, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("bad")
+
+
+@pytest.fixture
+def command(folder, tmp_path, capsys, monkeypatch):
+    """Run `dno run` in this process on a small configuration with overrides; return what it said."""
+    tree = small_tree(folder, run_dir="unused")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tree, "run_dir": str(tmp_path / "run")}))
+
+    def run(*overrides, verb="run"):
+        monkeypatch.setattr(sys, "argv", ["dno", verb, str(path), *overrides])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr().err
+        assert caught.value.code == 2, said
+        assert "Traceback" not in said
+        return said
+
+    return run
+
+
+def copy_of(folder, tmp_path):
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(folder / "checkpoint", copy)
+    return copy
+
+
+def test_missing_checkpoint(command, tmp_path):
+    said = command(f"model.path={tmp_path / 'absent'}")
+    assert "absent" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_weights(command, folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    (copy / "model.safetensors").unlink()
+    assert "model.safetensors" in command(f"model.path={copy}")
+
+
+def test_truncated_weights(command, folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "model.safetensors" in command(f"model.path={copy}")
+    assert not list((tmp_path / "run").rglob("FINGERPRINT"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "gpt2"),
+        ({"sliding_trapdoor": 7}, "sliding_trapdoor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_unknown_architecture_or_key(command, folder, tmp_path, change, named):
+    copy = copy_of(folder, tmp_path)
+    tree = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(tree | change))
+    assert named in command(f"model.path={copy}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_chat_template(command, tmp_path):
+    said = command("model.chat_template=tokenizer")
+    assert "template" in said
+    assert "raw" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_prompt_file(command, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    assert "empty.jsonl: holds no prompts" in command(f"prompts.path={tmp_path / 'empty.jsonl'}")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"prompt": "babe dam"', "rows.jsonl:2: not valid JSON"),
+        ("[1]", "rows.jsonl:2: expected a JSON object"),
+        ('{"prompt": ""}', "rows.jsonl:2: not a valid prompt"),
+        ('{"question": "babe"}', "rows.jsonl:2"),
+        ('{"prompt": "bam", "prompt_id": "p"}', "prompt_id 'p' comes 2 times"),
+    ],
+)
+def test_malformed_rows(command, tmp_path, line, named):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "bam", "prompt_id": "p"}\n' + line + "\n")
+    assert named in command(f"prompts.path={tmp_path / 'rows.jsonl'}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompt_longer_than_allowed(command, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "bam " * 40, "prompt_id": "long one"}) + "\n" + '{"prompt": "bam"}\n')
+    said = command(f"prompts.path={tmp_path / 'long.jsonl'}")
+    assert "'long one' has 41 tokens" in said
+    assert "too_long=drop" in said
+
+
+def test_sequences_longer_than_the_context(command):
+    said = command("sampling.max_new_tokens=60")
+    assert "76 tokens exceed the model's context of 64" in said
+
+
+def test_one_sample_a_prompt(command):
+    assert "num_samples is 1" in command("sampling.num_samples=1")
+
+
+def test_mesh_that_does_not_divide_the_devices(command):
+    assert "does not divide the 8 cpu devices" in command("mesh.data=3")
+
+
+def test_mesh_that_does_not_divide_the_model(command):
+    said = command("mesh.data=1", "mesh.tensor=8")
+    assert "cannot be split over tensor=8" in said
+    assert "parameter embed" in said
+
+
+def test_mesh_that_does_not_divide_the_batch(command):
+    assert "sampling.batch_prompts is 6" in command("sampling.batch_prompts=6")
+
+
+def test_unknown_field(command):
+    assert "'sampels' is unknown; known here: num_samples" in command("sampling.sampels=3")
+
+
+def test_unwritable_run_directory(command, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in command(f"run_dir={tmp_path / 'file' / 'run'}")
+
+
+def test_unknown_criterion(command, tmp_path):
+    assert "beauty" in command("annotation.oracle.criteria=[beauty, variety, brevity]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_prompt_that_is_trained_on(command, folder, tmp_path):
+    assert "is also in" in command(f"prompts.held_out_path={folder / 'prompts.jsonl'}")
+
+
+def test_more_iterations_than_prompts(command):
+    assert "need at least 99" in command("iterations=99", "prompts.held_out_path=null")
+
+
+def test_half_of_the_process_flags(command):
+    assert "go together" in command("--num-processes", "2")
+
+
+def test_a_stage_before_its_turn(command):
+    assert "stage 'annotate' of iteration 0 is not finished" in command(verb="pair")
+    assert "stage 'pair' of iteration 0 is not finished" in command(verb="score")
+
+
+def test_status_of_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dno", "status", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "no run directory" in capsys.readouterr().err
+
+
+def test_export_over_something_that_is_there(folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "run").mkdir()
+    from dno_jax.config import RunConfig, dump_config, parse_config
+
+    config = parse_config(RunConfig, small_tree(folder), place="test")
+    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    monkeypatch.setattr(sys, "argv", ["dno", "export", str(tmp_path / "run"), str(tmp_path / "there"), "--policy", "0"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_template_that_parts_from_its_own_prompt_is_refused(tmp_path, command):
+    """The whole chat must begin with the prompt's ids, else what is trained is not what was sampled."""
+    template = (
+        "{{ bos_token }}{% if messages[-1].role == 'assistant' %}{{ 'bam ' }}{% endif %}"
+        "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    )
+    path = write_checkpoint(tmp_path / "odd", template=template)
+    said = command(f"model.path={path}", "model.chat_template=tokenizer")
+    assert "part" in said
+
+
+def test_the_installed_command_answers(tmp_path):
+    done = subprocess.run(
+        [Path(sys.executable).parent / "dno", "run", tmp_path / "none.yaml"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dno: ")
