@@ -16,7 +16,7 @@ soak: install-test  ## long runs and many kills
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: install-test
-	$(PIP) install -q ".[dev]"
+	$(PIP) install -q -e ".[dev]"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
 install: $(VENV)/.installed

@@ -68,7 +68,9 @@ def _stage_command(name: str, summary: str, *, needs_devices: bool = True) -> No
         if not 0 <= iteration < settings.iterations:
             from dno_jax.errors import DnoError
 
-            raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
+            raise DnoError(
+                f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}"
+            )
         stage = importlib.import_module(f"dno_jax.stages.{name}").run
         if needs_devices:
             from dno_jax.iteration import prepare
@@ -82,7 +84,11 @@ def _stage_command(name: str, summary: str, *, needs_devices: bool = True) -> No
 
 
 _stage_command("sample", "Sample K responses a prompt from policy t.")
-_stage_command("annotate", "Judge the candidates; needs no accelerator, any machine with the run directory will do.", needs_devices=False)
+_stage_command(
+    "annotate",
+    "Judge the candidates; needs no accelerator, any machine with the run directory will do.",
+    needs_devices=False,
+)
 _stage_command("pair", "Choose the training pairs.", needs_devices=False)
 _stage_command("score", "Write the reference log-probabilities of the pairs.")
 _stage_command("train", "Train policy t into policy t+1.")

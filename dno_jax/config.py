@@ -1,7 +1,7 @@
 """The whole configuration: frozen pydantic models, read from YAML, overridden by `a.b=value`.
 
-Names follow Hugging Face where one exists: num_x counts, max_x is an inclusive bound, x_id identifies. A relative path is
-relative to the directory the command runs in. Nothing here imports jax.
+Names follow Hugging Face where one exists: num_x counts, max_x is an inclusive bound, x_id identifies. A relative path
+is relative to the directory the command runs in. Nothing here imports jax.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,12 +45,16 @@ class ModelConfigSection(Section):
     """Which checkpoint, and how it is computed."""
 
     path: PathStr = Field(description="directory of a Hugging Face checkpoint")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute dtype; parameters stay float32")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="compute dtype; parameters stay float32"
+    )
     remat: Literal["none", "full", "dots"] = Field(
-        "full", description="what the backward pass recomputes: nothing, every layer, or all but matrix products"
+        default="full",
+        description="what the backward pass recomputes: nothing, every layer, or all but matrix products",
     )
     chat_template: str = Field(
-        "tokenizer", description="'tokenizer' (its own), 'raw' (no template: a base model), or the path of a Jinja file"
+        default="tokenizer",
+        description="'tokenizer' (its own), 'raw' (no template: a base model), or the path of a Jinja file",
     )
 
 
@@ -74,25 +78,29 @@ class MeshSection(Section):
 
 class PromptsSection(Section):
     path: PathStr = Field(description="JSONL of Prompt rows, or of {prompt, gold?} rows")
-    held_out: int = Field(0, ge=0, description="prompts set aside for evaluation, drawn by seed, when no file is given")
-    held_out_path: PathStr | None = Field(None, description="JSONL of prompts for evaluation")
-    split: Literal["disjoint", "shared"] = Field(
-        "disjoint", description="each iteration gets its own part of the prompts (section 5.1), or all of them"
+    held_out: int = Field(
+        default=0, ge=0, description="prompts set aside for evaluation, drawn by seed, when no file is given"
     )
-    max_length: Count = Field(512, description="tokens of the longest prompt, template included")
-    too_long: Literal["error", "drop"] = Field("error", description="what becomes of a longer prompt; drops are counted")
+    held_out_path: PathStr | None = Field(default=None, description="JSONL of prompts for evaluation")
+    split: Literal["disjoint", "shared"] = Field(
+        default="disjoint", description="each iteration gets its own part of the prompts (section 5.1), or all of them"
+    )
+    max_length: Count = Field(default=512, description="tokens of the longest prompt, template included")
+    too_long: Literal["error", "drop"] = Field(
+        default="error", description="what becomes of a longer prompt; drops are counted"
+    )
 
 
 class SamplingSection(Section):
     """How the K responses are drawn (the paper: K=5, temperature 0.7, top-p 0.95)."""
 
-    num_samples: int = Field(5, description="K")
+    num_samples: int = Field(default=5, description="K")
     max_new_tokens: Count = 512
-    temperature: float = Field(0.7, ge=0.0, description="0 is greedy")
-    top_k: int = Field(0, ge=0, description="0 keeps all")
-    top_p: float = Field(0.95, gt=0.0, le=1.0)
-    min_p: float = Field(0.0, ge=0.0, lt=1.0)
-    batch_prompts: Count = Field(16, description="prompts a call, over all devices; each becomes K rows")
+    temperature: float = Field(default=0.7, ge=0.0, description="0 is greedy")
+    top_k: int = Field(default=0, ge=0, description="0 keeps all")
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
+    batch_prompts: Count = Field(default=16, description="prompts a call, over all devices; each becomes K rows")
 
     @model_validator(mode="after")
     def _pairs_need_two(self) -> SamplingSection:
@@ -104,27 +112,33 @@ class SamplingSection(Section):
 class OpenAISection(Section):
     """Any chat.completions endpoint. The key itself never stands in a file: only the variable's name does."""
 
-    model: str = Field("gpt-4.1-mini", min_length=1)
-    base_url: str | None = Field(None, description="None is the client's default", json_schema_extra=MAY_CHANGE)
+    model: str = Field(default="gpt-4.1-mini", min_length=1)
+    base_url: str | None = Field(default=None, description="None is the client's default", json_schema_extra=MAY_CHANGE)
     api_key_env: str | None = Field(
-        "OPENAI_API_KEY", description="environment variable of the key; None for no key", json_schema_extra=MAY_CHANGE
+        default="OPENAI_API_KEY",
+        description="environment variable of the key; None for no key",
+        json_schema_extra=MAY_CHANGE,
     )
-    rubric: Annotated[str, AfterValidator(_rubric)] = Field("listwise_6point", description="built in, or a YAML file")
-    temperature: float | None = Field(0.0, ge=0.0, description="None sends none: some models take no other than theirs")
-    max_tokens: Count = Field(2048, description="tokens of the longest reply")
+    rubric: Annotated[str, AfterValidator(_rubric)] = Field(
+        default="listwise_6point", description="built in, or a YAML file"
+    )
+    temperature: float | None = Field(
+        default=0.0, ge=0.0, description="None sends none: some models take no other than theirs"
+    )
+    max_tokens: Count = Field(default=2048, description="tokens of the longest reply")
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
-        "max_tokens", description="what the endpoint calls it (reasoning models: max_completion_tokens)"
+        default="max_tokens", description="what the endpoint calls it (reasoning models: max_completion_tokens)"
     )
-    max_concurrency: Count = Field(32, json_schema_extra=MAY_CHANGE)
-    max_tries: Count = Field(5, description="requests for one verdict in one run", json_schema_extra=MAY_CHANGE)
-    timeout: float = Field(120.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
+    max_concurrency: Count = Field(default=32, json_schema_extra=MAY_CHANGE)
+    max_tries: Count = Field(default=5, description="requests for one verdict in one run", json_schema_extra=MAY_CHANGE)
+    timeout: float = Field(default=120.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
 
 
 class OracleSection(Section):
     """The embedded preference: a majority over criteria, hence general (cycles exist) and deterministic."""
 
     criteria: tuple[str, ...] = ("relevance", "variety", "brevity")
-    target_words: Count = Field(30, description="the length that 'brevity' likes best")
+    target_words: Count = Field(default=30, description="the length that 'brevity' likes best")
 
     @model_validator(mode="after")
     def _odd(self) -> OracleSection:
@@ -138,24 +152,33 @@ class AnnotationSection(Section):
     oracle: OracleSection = OracleSection()
     openai: OpenAISection = OpenAISection()
     max_failed: Fraction = Field(
-        0.0, description="share of pools that may stay without a verdict (dropped and counted)", json_schema_extra=MAY_CHANGE
+        default=0.0,
+        description="share of pools that may stay without a verdict (dropped and counted)",
+        json_schema_extra=MAY_CHANGE,
     )
 
 
 class PairingSection(Section):
     """Section 5.1's rules. Floors and margins are in the unit of `reward`."""
 
-    reward: Literal["score", "win_rate"] = Field("score", description="list-wise points, or mean win rate in the pool")
-    positive_floor: float = Field(5.0, description="least reward of a chosen response")
-    margin: float = Field(2.0, ge=0.0, description="least reward gap")
-    student_margin: float = Field(1.0, ge=0.0, description="least gap where the chosen response is the student's")
-    max_pairs_per_prompt: Count | None = Field(None, description="keep the widest gaps; None keeps all")
-    degenerate_ngram: Count = Field(4, description="n of the repetition test")
-    degenerate_share: Fraction = Field(
-        0.5, description="a response whose share of repeated n-grams exceeds this is a negative, whatever its reward"
+    reward: Literal["score", "win_rate"] = Field(
+        default="score", description="list-wise points, or mean win rate in the pool"
     )
-    replay: Fraction = Field(0.3, description="largest share of the pairs that may come from the iteration before")
-    replay_decay: Fraction = Field(0.5, description="and of that from each one further back (0.3, 0.15, ...)")
+    positive_floor: float = Field(default=5.0, description="least reward of a chosen response")
+    margin: float = Field(default=2.0, ge=0.0, description="least reward gap")
+    student_margin: float = Field(
+        default=1.0, ge=0.0, description="least gap where the chosen response is the student's"
+    )
+    max_pairs_per_prompt: Count | None = Field(default=None, description="keep the widest gaps; None keeps all")
+    degenerate_ngram: Count = Field(default=4, description="n of the repetition test")
+    degenerate_share: Fraction = Field(
+        default=0.5,
+        description="a response whose share of repeated n-grams exceeds this is a negative, whatever its reward",
+    )
+    replay: Fraction = Field(
+        default=0.3, description="largest share of the pairs that may come from the iteration before"
+    )
+    replay_decay: Fraction = Field(default=0.5, description="and of that from each one further back (0.3, 0.15, ...)")
 
     @model_validator(mode="after")
     def _units(self) -> PairingSection:
@@ -171,31 +194,44 @@ class PairingSection(Section):
 
 class LossSection(Section):
     name: Literal["dno"] = "dno"
-    beta: float = Field(0.1, gt=0.0, description="the paper's eta-tilde: the KL coefficient of Eq. 13")
+    beta: float = Field(default=0.1, gt=0.0, description="the paper's eta-tilde: the KL coefficient of Eq. 13")
+
+    if TYPE_CHECKING:  # pydantic gives frozen models one at run time, which type checkers do not see
+
+        def __hash__(self) -> int: ...
 
 
 class OptimizerSection(Section):
     """AdamW. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B: sweep it."""
 
-    learning_rate: float = Field(5e-7, gt=0.0)
+    learning_rate: float = Field(default=5e-7, gt=0.0)
     learning_rate_decay: float = Field(
-        1.0, gt=0.0, le=1.0, description="factor of the learning rate an iteration ('lower at later iterations')"
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="factor of the learning rate an iteration ('lower at later iterations')",
     )
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: Fraction = 0.1
-    weight_decay: float = Field(0.0, ge=0.0)
-    b1: float = Field(0.9, ge=0.0, lt=1.0)
-    b2: float = Field(0.95, ge=0.0, lt=1.0)
-    eps: float = Field(1e-8, gt=0.0)
-    max_grad_norm: float = Field(1.0, gt=0.0)
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0)
+    eps: float = Field(default=1e-8, gt=0.0)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
+
+    if TYPE_CHECKING:  # as in LossSection
+
+        def __hash__(self) -> int: ...
 
 
 class TrainingSection(Section):
-    batch_size: Count = Field(64, description="rows an optimiser step: pairs, or examples for sft")
-    micro_batch_size: Count | None = Field(None, description="rows a forward pass; None is batch_size")
-    num_epochs: Count = Field(1, description="the paper: at most 1")
-    logprob_chunk: Count = Field(512, description="tokens a slice of the output head")
-    save_every: Count = Field(100, description="optimiser steps between checkpoints", json_schema_extra=MAY_CHANGE)
+    batch_size: Count = Field(default=64, description="rows an optimiser step: pairs, or examples for sft")
+    micro_batch_size: Count | None = Field(default=None, description="rows a forward pass; None is batch_size")
+    num_epochs: Count = Field(default=1, description="the paper: at most 1")
+    logprob_chunk: Count = Field(default=512, description="tokens a slice of the output head")
+    save_every: Count = Field(
+        default=100, description="optimiser steps between checkpoints", json_schema_extra=MAY_CHANGE
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> TrainingSection:
@@ -205,7 +241,7 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
-    num_samples: Count = Field(1, description="responses a held-out prompt and policy")
+    num_samples: Count = Field(default=1, description="responses a held-out prompt and policy")
 
 
 class ReportSection(Section):
@@ -216,10 +252,10 @@ class RunConfig(Section):
     """One run of Algorithm 2 (DNO-Prct): T iterations from a checkpoint to a better checkpoint."""
 
     run_dir: PathStr = Field(json_schema_extra=MAY_CHANGE)
-    seed: int = Field(0, ge=0, lt=2**31)
-    iterations: Count = Field(3, description="T")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    iterations: Count = Field(default=3, description="T")
     model: ModelConfigSection
-    mesh: MeshSection = Field(MeshSection(), json_schema_extra=MAY_CHANGE)
+    mesh: MeshSection = Field(default=MeshSection(), json_schema_extra=MAY_CHANGE)
     prompts: PromptsSection
     sampling: SamplingSection = SamplingSection()
     annotation: AnnotationSection = AnnotationSection()
@@ -228,7 +264,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
-    report: ReportSection = Field(ReportSection(), json_schema_extra=MAY_CHANGE)
+    report: ReportSection = Field(default=ReportSection(), json_schema_extra=MAY_CHANGE)
 
     @model_validator(mode="after")
     def _rooms_agree(self) -> RunConfig:
@@ -247,25 +283,27 @@ class RunConfig(Section):
 class SftModelSection(ModelConfigSection):
     """Start from `path`, or, with `init_config`, from random weights and the tokenizer in `path`."""
 
-    init_config: PathStr | None = Field(None, description="directory with a config.json: start from random weights of that shape")
+    init_config: PathStr | None = Field(
+        default=None, description="directory with a config.json: start from random weights of that shape"
+    )
 
 
 class SftDataSection(Section):
     path: PathStr = Field(description="JSONL of {messages, response} or {prompt, response} rows")
-    max_length: Count = Field(512, description="tokens of the longest example; longer ones are an error")
+    max_length: Count = Field(default=512, description="tokens of the longest example; longer ones are an error")
 
 
 class SftConfig(Section):
     """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
 
     run_dir: PathStr = Field(json_schema_extra=MAY_CHANGE)
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     model: SftModelSection
-    mesh: MeshSection = Field(MeshSection(), json_schema_extra=MAY_CHANGE)
+    mesh: MeshSection = Field(default=MeshSection(), json_schema_extra=MAY_CHANGE)
     data: SftDataSection
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
-    report: ReportSection = Field(ReportSection(), json_schema_extra=MAY_CHANGE)
+    report: ReportSection = Field(default=ReportSection(), json_schema_extra=MAY_CHANGE)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -1,7 +1,7 @@
 """The one log-probability primitive: policy, reference, sampler audit and every loss use it.
 
-All accumulation is float32 whatever the inputs; a [B, T, V] array is never made. The token's logit is selected by a masked
-sum, not by a gather, because a gather fails under Explicit meshes and vocabulary shards. Only jax is imported.
+All accumulation is float32 whatever the inputs; a [B, T, V] array is never made. The token's logit is selected by a
+masked sum, not by a gather, because a gather fails under Explicit meshes and vocabulary shards. Only jax is imported.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def head_token_logprobs(
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected at least 1 token a slice")
+    hidden, token = jnp.asarray(hidden), jnp.asarray(token)
     batch, length, _ = hidden.shape
     # Slices run along T so that a sharded batch axis stays whole in each of them.
     width = max(1, min(length, chunk // max(batch, 1)))

@@ -65,8 +65,8 @@ def check_preference_matrix(wins: np.ndarray) -> Float[np.ndarray, "C C"]:
 def expected_win_rates(wins: Float[np.ndarray, "C C"]) -> Float[np.ndarray, " C"]:
     """Return each candidate's mean probability to beat the others of its pool (Algorithm 2, line 5).
 
-    This is the paper's estimate of r_t(x, y): the mean over the other K of {y^1..y^K, y_gold}. With a teacher's response in
-    the pool it is biased for the student's samples: E r = (K-1)/K r_t(y) + P(y > y_gold)/K.
+    This is the paper's estimate of r_t(x, y): the mean over the other K of {y^1..y^K, y_gold}. With a teacher's
+    response in the pool it is biased for the student's samples: E r = (K-1)/K r_t(y) + P(y > y_gold)/K.
 
     Args:
         wins: P(row beats column), in [0, 1], wins + wins^T = 1.
@@ -84,6 +84,23 @@ def scores_to_wins(scores: Sequence[float]) -> Float[np.ndarray, "C C"]:
     return 0.5 * (1.0 + np.sign(values[:, None] - values[None, :]))
 
 
+def win_matrix(*, wins: Sequence[Sequence[float]] | None, scores: Sequence[float] | None) -> Float[np.ndarray, "C C"]:
+    """Return P(row beats column) of one verdict, in whichever form the judge gave it.
+
+    Args:
+        wins: [C][C] probabilities of a pairwise judge, or None.
+        scores: [C] points of a list-wise judge, or None.
+
+    Raises:
+        ValueError: neither or both are given.
+    """
+    if wins is not None and scores is None:
+        return np.asarray(wins, np.float64)
+    if scores is not None and wins is None:
+        return scores_to_wins(scores)
+    raise ValueError("a verdict has either wins or scores; got both, or neither (it is no answer)")
+
+
 def large_margin_pairs(
     candidates: Sequence[ScoredCandidate],
     *,
@@ -95,8 +112,8 @@ def large_margin_pairs(
     """Choose the pairs of one prompt by section 5.1's rules, and count what was dropped and why.
 
     A chosen response has at least `positive_floor` reward and is not degenerate. A pair's gap is at least `margin`, or
-    `student_margin` where the chosen response is the student's. A degenerate response is a negative to every chosen one.
-    Equal rewards never make a pair, even at margin 0: a tie is no preference.
+    `student_margin` where the chosen response is the student's. A degenerate response is a negative to every chosen
+    one. Equal rewards never make a pair, even at margin 0: a tie is no preference.
 
     Args:
         candidates: the judged pool of one prompt, without duplicates.
@@ -110,9 +127,7 @@ def large_margin_pairs(
     dropped: Counter[str] = Counter()
     for i, first in enumerate(candidates):
         for second in candidates[i + 1 :]:
-            outcome = _pair(
-                first, second, positive_floor=positive_floor, margin=margin, student_margin=student_margin
-            )
+            outcome = _pair(first, second, positive_floor=positive_floor, margin=margin, student_margin=student_margin)
             if isinstance(outcome, PairChoice):
                 pairs.append(outcome)
             else:
@@ -158,9 +173,9 @@ def repeated_ngram_share(token_ids: Sequence[int], n: int) -> float:
 def replay_counts(available: Sequence[int], *, num_new: int, fraction: float, decay: float) -> list[int]:
     """Return how many old pairs to mix in, by age, so that each age's share of the whole stays at most its cap.
 
-    The share of the mixed set that may come from `age` iterations back is fraction * decay^(age-1): 0.3, 0.15, ... in the
-    paper. Shares are of the new mix (the paper leaves open of which set); where an age has too few pairs, the others are not
-    raised above their caps.
+    The share of the mixed set that may come from `age` iterations back is fraction * decay^(age-1): 0.3, 0.15, ... in
+    the paper. Shares are of the new mix (the paper leaves open of which set); where an age has too few pairs, the
+    others are not raised above their caps.
 
     Args:
         available: pairs on hand by age, youngest (t-1) first.
@@ -169,8 +184,8 @@ def replay_counts(available: Sequence[int], *, num_new: int, fraction: float, de
     """
     counts = [0] * len(available)
     shares = [fraction * decay**age for age in range(len(available))]
-    # With every age at its cap the mix has num_new / (1 - sum of shares) pairs; an age with fewer pairs than its cap makes
-    # the mix smaller and with it every other cap, so lower the total until it is consistent.
+    # With every age at its cap the mix has num_new / (1 - sum of shares) pairs; an age with fewer pairs than its cap
+    # makes the mix smaller and with it every other cap, so lower the total until it is consistent.
     total = float(num_new + sum(available))
     for _ in range(64):
         counts = [min(have, int(share * total + 1e-9)) for have, share in zip(available, shares, strict=True)]

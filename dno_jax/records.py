@@ -67,7 +67,8 @@ class Rollout(Record):
         text: what the judge sees; the decoded `token_ids` without special tokens.
         token_ids: response ids, ending with an end-of-sequence id exactly when finish == "stop".
         prompt_token_ids: the ids the response was conditioned on.
-        logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's response.
+        logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's
+            response.
         finish: "stop" (an end id was emitted) or "length" (cut at the maximum).
     """
 

@@ -3,8 +3,9 @@
     <run_dir>/config.yaml  metrics.jsonl  annotations.sqlite  tensorboard/  policies/000/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
-A stage writes closed shards (temporary file, then rename) and, last, MANIFEST.json. What has a manifest is done; what has
-shards goes on after them. Paths are etils.epath, so a run directory may lie in an object store. Nothing here imports jax.
+A stage writes closed shards (temporary file, then rename) and, last, MANIFEST.json. What has a manifest is done; what
+has shards goes on after them. Paths are etils.epath, so a run directory may lie in an object store. Nothing here
+imports jax.
 """
 
 from __future__ import annotations
@@ -38,7 +39,17 @@ STAGES = {
     "evaluate": "evaluation",
 }
 MANIFEST = "MANIFEST.json"
-_RECORDED_PACKAGES = ("dno_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "openai", "numpy")
+_RECORDED_PACKAGES = (
+    "dno_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "openai",
+    "numpy",
+)
 
 
 class Manifest(Record):
@@ -171,13 +182,12 @@ class RunDir:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = epath.Path(path)
-
-    config_path = property(lambda self: self.path / "config.yaml")
-    metrics_path = property(lambda self: self.path / "metrics.jsonl")
-    annotations_path = property(lambda self: self.path / "annotations.sqlite")
-    tensorboard_path = property(lambda self: self.path / "tensorboard")
-    export_path = property(lambda self: self.path / "export")
-    template_path = property(lambda self: self.path / "template.txt")
+        self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.annotations_path = self.path / "annotations.sqlite"
+        self.tensorboard_path = self.path / "tensorboard"
+        self.template_path = self.path / "template.txt"
+        self.export_path = self.path / "export"
 
     def policy(self, policy: int) -> epath.Path:
         """Orbax checkpoint of pi_t; 0 is the imported checkpoint."""

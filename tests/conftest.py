@@ -34,9 +34,8 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory):
+def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests leave the user's cache alone but share one among themselves and their child processes."""
     folder = os.environ.get("DNO_TEST_CACHE") or str(tmp_path_factory.mktemp("xla"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
-    yield

@@ -1,7 +1,7 @@
 """`python -m tests.crash POINT -- DNO_ARGUMENTS`: the command line, killed by SIGKILL at a named point.
 
-A point is "<what>:<n>": at the n-th call of <what> (from 1) the process dies as by kill -9, before the call does anything,
-or, for "after-...", right after it.
+A point is "<what>:<n>": at the n-th call of <what> (from 1) the process dies as by kill -9, before the call does
+anything, or, for "after-...", right after it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable
 
 
-def die_at(owner: object, name: str, count: int, *, after: bool = False, only: Callable[..., bool] = lambda *a, **k: True) -> None:
+def die_at(
+    owner: object, name: str, count: int, *, after: bool = False, only: Callable[..., bool] = lambda *a, **k: True
+) -> None:
     original, seen = getattr(owner, name), 0
 
     def killer(*args, **kwargs):

@@ -110,7 +110,9 @@ def test_malformed_rows(command, tmp_path, line, named):
 
 
 def test_prompt_longer_than_allowed(command, tmp_path):
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "bam " * 40, "prompt_id": "long one"}) + "\n" + '{"prompt": "bam"}\n')
+    (tmp_path / "long.jsonl").write_text(
+        json.dumps({"prompt": "bam " * 40, "prompt_id": "long one"}) + "\n" + '{"prompt": "bam"}\n'
+    )
     said = command(f"prompts.path={tmp_path / 'long.jsonl'}")
     assert "'long one' has 41 tokens" in said
     assert "too_long=drop" in said
@@ -203,7 +205,10 @@ def test_a_template_that_parts_from_its_own_prompt_is_refused(tmp_path, command)
 
 def test_the_installed_command_answers(tmp_path):
     done = subprocess.run(
-        [Path(sys.executable).parent / "dno", "run", tmp_path / "none.yaml"], capture_output=True, text=True, check=False
+        [Path(sys.executable).parent / "dno", "run", tmp_path / "none.yaml"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("dno: ")

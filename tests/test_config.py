@@ -27,7 +27,9 @@ def write(tmp_path, tree=MINIMAL):
 
 def test_overrides_are_yaml_laid_over_the_file(tmp_path):
     config = load_config(
-        RunConfig, write(tmp_path), ["sampling.num_samples=8", "optimizer.learning_rate=1.0e-6", "mesh.fsdp=-1", "mesh.data=1"]
+        RunConfig,
+        write(tmp_path),
+        ["sampling.num_samples=8", "optimizer.learning_rate=1.0e-6", "mesh.fsdp=-1", "mesh.data=1"],
     )
     assert (config.sampling.num_samples, config.optimizer.learning_rate, config.mesh.fsdp) == (8, 1e-6, -1)
 
@@ -78,7 +80,9 @@ def test_bad_files_are_named(tmp_path, text):
 def test_changes_that_decide_results_are_named_and_others_are_not(tmp_path):
     config = load_config(RunConfig, write(tmp_path))
     other = load_config(
-        RunConfig, write(tmp_path), ["loss.beta=0.2", "mesh.fsdp=4", "run_dir=elsewhere", "annotation.openai.max_concurrency=4"]
+        RunConfig,
+        write(tmp_path),
+        ["loss.beta=0.2", "mesh.fsdp=4", "run_dir=elsewhere", "annotation.openai.max_concurrency=4"],
     )
     assert changed_fields(config, other) == ["loss.beta: 0.1 -> 0.2"]
     same = load_config(RunConfig, write(tmp_path), ["mesh.fsdp=4", "training.save_every=7"])

@@ -40,12 +40,18 @@ def test_values_and_gradients_do_not_depend_on_the_chunk(arrays, chunk):
     np.testing.assert_allclose(
         head_token_logprobs(hidden, head, token, chunk=chunk), reference(hidden, head, token), rtol=1e-5, atol=2e-6
     )
-    for found, expected in zip(jax.grad(chunked, (0, 1))(hidden, head), jax.grad(whole, (0, 1))(hidden, head), strict=True):
+    for found, expected in zip(
+        jax.grad(chunked, (0, 1))(hidden, head), jax.grad(whole, (0, 1))(hidden, head), strict=True
+    ):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-6)
 
 
 def test_no_array_of_the_whole_vocabulary_times_the_whole_batch(arrays):
-    hidden, head, token = (np.repeat(arrays[0], 32, axis=1), np.tile(arrays[1], (1, 64)), np.repeat(arrays[2], 32, axis=1))
+    hidden, head, token = (
+        np.repeat(arrays[0], 32, axis=1),
+        np.tile(arrays[1], (1, 64)),
+        np.repeat(arrays[2], 32, axis=1),
+    )
 
     def loss(chunk):
         def total(h, w):

@@ -11,6 +11,7 @@ from dno_jax.preferences import (
     repeated_ngram_share,
     replay_counts,
     scores_to_wins,
+    win_matrix,
 )
 
 PAPER = {"positive_floor": 5.0, "margin": 2.0, "student_margin": 1.0}
@@ -36,9 +37,7 @@ def test_the_papers_rules_by_hand():
     )  # fmt: skip
     # s1 = gold and s3 = s4 tie; gold > s2 is one short; s2 > s3 and s2 > s4 lack a good enough winner.
     assert dropped == Counter({"tie": 2, "below margin": 1, "chosen below positive_floor": 2})
-    assert Counter(pair.kind for pair in pairs) == Counter(
-        {"student>student": 7, "student>gold": 1, "gold>student": 2}
-    )
+    assert Counter(pair.kind for pair in pairs) == Counter({"student>student": 7, "student>gold": 1, "gold>student": 2})
 
 
 def test_every_unordered_pair_is_a_pair_or_counted():
@@ -83,6 +82,15 @@ def test_win_rates_are_means_over_the_others():
     wins = np.asarray([[0.5, 1.0, 0.0], [0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])
     np.testing.assert_allclose(expected_win_rates(wins), [0.5, 0.5, 0.5])
     np.testing.assert_allclose(expected_win_rates(scores_to_wins([6.0, 2.0, 2.0])), [1.0, 0.25, 0.25])
+
+
+def test_either_form_of_a_verdict_gives_its_win_matrix():
+    wins = ((0.5, 0.25), (0.75, 0.5))
+    np.testing.assert_array_equal(win_matrix(wins=wins, scores=None), wins)
+    np.testing.assert_array_equal(win_matrix(wins=None, scores=(4.0, 2.0)), [[0.5, 1.0], [0.0, 0.5]])
+    for both_or_none in ({"wins": None, "scores": None}, {"wins": wins, "scores": (4.0, 2.0)}):
+        with pytest.raises(ValueError, match="either wins or scores"):
+            win_matrix(**both_or_none)
 
 
 @pytest.mark.parametrize(

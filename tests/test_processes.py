@@ -71,8 +71,11 @@ def test_policies_agree_to_rounding(runs, tmp_path):
         config = found[count].load_config()
         policies.export(config, policy=1, path=str(tmp_path / str(count)))
         loaded.append(hf.load(str(tmp_path / str(count)))[1])
-    for (path, a), (_, b) in zip(jax.tree.leaves_with_path(loaded[0]), jax.tree.leaves_with_path(loaded[1]), strict=True):
-        # Six Adam steps at 1e-3: a gradient of rounding size can turn a step's sign, so no element moves more than a step.
+    for (path, a), (_, b) in zip(
+        jax.tree.leaves_with_path(loaded[0]), jax.tree.leaves_with_path(loaded[1]), strict=True
+    ):
+        # Six Adam steps at 1e-3: a gradient of rounding size can turn a step's sign,
+        # so no element moves more than a step.
         np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 

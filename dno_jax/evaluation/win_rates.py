@@ -29,9 +29,9 @@ class WinRate:
 def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate:
     """Return the mean preference with a Wilson interval at the effective number of comparisons.
 
-    The variance of the mean is estimated from per-prompt sums (cluster-robust); the effective number is the one at which
-    independent comparisons would have that variance, at most their real number. Where all agree, so that no variance can be
-    seen, it is the number of prompts: many samples of one prompt are one witness.
+    The variance of the mean is estimated from per-prompt sums (cluster-robust); the effective number is the one at
+    which independent comparisons would have that variance, at most their real number. Where all agree, so that no
+    variance can be seen, it is the number of prompts: many samples of one prompt are one witness.
 
     Args:
         preferences: P(policy preferred) of each comparison, in [0, 1]; 1/2 is a tie.

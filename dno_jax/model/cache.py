@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import flax.struct
@@ -61,7 +62,8 @@ def cache_axes(config: ModelConfig) -> KVCache:
 
 def repeat_cache(cache: KVCache, k: int) -> KVCache:
     """Return a cache in which row b has become the rows b*k .. b*k + k - 1, to share one prefill among k samples."""
-    return cache.replace(
+    return replace(
+        cache,
         key=_repeat(cache.key, k, axis=1),
         value=_repeat(cache.value, k, axis=1),
         position=_repeat(cache.position, k, axis=0),
@@ -77,7 +79,8 @@ def grow_cache(cache: KVCache, num_slots: int) -> KVCache:
     more = num_slots - cache.num_slots
     if more < 0:
         raise ValueError(f"the cache has {cache.num_slots} slots; it cannot grow to {num_slots}")
-    return cache.replace(
+    return replace(
+        cache,
         key=jnp.pad(cache.key, [(0, 0)] * 4 + [(0, more)]),
         value=jnp.pad(cache.value, [(0, 0)] * 3 + [(0, more), (0, 0)]),
         position=jnp.pad(cache.position, [(0, 0), (0, more)], constant_values=-1),

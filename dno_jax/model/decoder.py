@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -36,6 +36,14 @@ def identity(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 _ONES = nn.initializers.ones_init()
 _ZEROS = nn.initializers.zeros_init()
 _NORMAL = nn.initializers.truncated_normal(stddev=0.02)
+
+
+def _param(
+    module: nn.Module, name: str, *, init: nn.initializers.Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> AnyArray:
+    """Declare a float32 parameter of a module, with the names of its axes; return its value."""
+    boxed = nn.with_partitioning(init, axes)
+    return cast(AnyArray, module.param(name, boxed, shape, jnp.float32))  # flax types the box, and gives what is in it
 
 
 class Block(nn.Module):
@@ -66,7 +74,7 @@ class Block(nn.Module):
         biases = {"attention": config.attention_bias, "mlp": config.mlp_bias}
 
         def norm(name: str, y: jax.Array) -> jax.Array:
-            scale = self.param(name, nn.with_partitioning(_ONES, ("norm",)), (D,), jnp.float32)
+            scale = _param(self, name, init=_ONES, shape=(D,), axes=("norm",))
             return rms_norm(y, scale, eps=config.rms_norm_eps)
 
         def project(
@@ -80,11 +88,10 @@ class Block(nn.Module):
             part: Literal["attention", "mlp"],
         ) -> jax.Array:
             # The last `out` axes of the kernel are the output's, and the bias has just those.
-            kernel = self.param(name, nn.with_partitioning(_NORMAL, axes), shape, jnp.float32)
+            kernel = _param(self, name, init=_NORMAL, shape=shape, axes=axes)
             y = jnp.einsum(equation, y, kernel.astype(self.dtype), precision=precision_for(self.dtype))
             if biases[part]:
-                boxed = nn.with_partitioning(_ZEROS, axes[-out:])
-                bias = self.param(f"{name}_bias", boxed, shape[-out:], jnp.float32)
+                bias = _param(self, f"{name}_bias", init=_ZEROS, shape=shape[-out:], axes=axes[-out:])
                 y = y + bias.astype(self.dtype)[None, None]
             return y
 
@@ -154,10 +161,10 @@ class Decoder(nn.Module):
         if cache is not None and token.shape[1] > cache.num_slots:
             raise ValueError(f"{token.shape[1]} tokens do not fit a cache of {cache.num_slots} slots")
         table_shape = (config.vocab_size, config.hidden_size)
-        table = self.param("embed", nn.with_partitioning(_NORMAL, ("vocab", "embed")), table_shape, jnp.float32)
+        table = _param(self, "embed", init=_NORMAL, shape=table_shape, axes=("vocab", "embed"))
         if not config.tie_word_embeddings:
             # Declared here so that it belongs to the tree; used by output_head.
-            self.param("head", nn.with_partitioning(_NORMAL, ("embed", "vocab")), table_shape[::-1], jnp.float32)
+            _param(self, "head", init=_NORMAL, shape=table_shape[::-1], axes=("embed", "vocab"))
 
         # Whole rows before the look-up: a gather from split rows makes the partitioner replicate its [B, T, D] result.
         table = self.constrain(jnp.asarray(table), ("vocab", "embed"))
@@ -172,22 +179,23 @@ class Decoder(nn.Module):
             carry = (x, cache.key, cache.value)
         mask = visible(position, key_position)
 
+        in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)  # flax's own hint is int
         stack = nn.scan(
             _remat_block(self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=in_axes,
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.dtype, self.constrain, name="layers")
         layer = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
         (x, key, value), _ = stack(carry, layer, cos, sin, mask, cursor)
 
-        scale = self.param("final_norm", nn.with_partitioning(_ONES, ("norm",)), (config.hidden_size,), jnp.float32)
+        scale = _param(self, "final_norm", init=_ONES, shape=(config.hidden_size,), axes=("norm",))
         hidden = self.constrain(rms_norm(x, scale, eps=config.rms_norm_eps), ("batch", "length", "embed"))
         if cache is None:
             return hidden, None
-        return hidden, KVCache(key=key, value=value, position=key_position, length=cursor + token.shape[1])
+        return hidden, KVCache(key=key, value=value, position=key_position, length=cache.length + token.shape[1])
 
 
 def _remat_block(remat: Remat) -> Any:

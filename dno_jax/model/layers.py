@@ -15,7 +15,8 @@ AnyArray = jax.Array | np.ndarray
 # Finite, so that a row that sees nothing becomes a mean over everything instead of NaN, in the backward pass too.
 _UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 
-# Measured on a CPU at T = 256 and 512: blocks of 32 to 128 queries are within 15 % of each other, all twice as fast as none.
+# Measured on a CPU at T = 256 and 512: blocks of 32 to 128 queries are within 15 % of each other,
+# all twice as fast as none.
 _QUERY_BLOCKS, _SHORTEST_BLOCK = 8, 64
 
 
@@ -73,8 +74,8 @@ def attend(
     Keys lie with slots innermost: a decode step then reads both caches in the order in which they lie in memory.
     A query that sees no key gives a finite value that means nothing.
 
-    A whole sequence (T == S) is cut into blocks of queries, each against the keys up to its own end: half of the work, and
-    scores that fit a cache. It needs tokens to stand in order of position along a row, padding anywhere.
+    A whole sequence (T == S) is cut into blocks of queries, each against the keys up to its own end: half of the work,
+    and scores that fit a cache. It needs tokens to stand in order of position along a row, padding anywhere.
     """
     length = q_BTNH.shape[1]
     block = max(_SHORTEST_BLOCK, -(-length // _QUERY_BLOCKS))

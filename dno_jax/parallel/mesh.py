@@ -49,12 +49,11 @@ def initialize(
     Raises:
         DnoError: only some of the three values are given, or they contradict each other.
     """
-    given = (coordinator, num_processes, process_id)
-    if all(value is None for value in given):
+    if coordinator is None and num_processes is None and process_id is None:
         if _inside_cluster():
             jax.distributed.initialize()
         return
-    if any(value is None for value in given):
+    if coordinator is None or num_processes is None or process_id is None:
         raise DnoError("--coordinator, --num-processes and --process-id go together: give all three, or none")
     if not 0 <= process_id < num_processes:
         raise DnoError(f"--process-id is {process_id}; expected 0 to {num_processes - 1}")

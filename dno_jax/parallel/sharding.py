@@ -1,7 +1,8 @@
 """From the names of array axes to devices: one frozen table a layout, one strict resolver.
 
-A name that the table lacks and a size that the mesh does not divide both raise. Weights and activations have separate tables
-because the same axis lies differently in them: "embed" is split over fsdp in a weight and whole in an activation.
+A name that the table lacks and a size that the mesh does not divide both raise. Weights and activations have separate
+tables because the same axis lies differently in them: "embed" is split over fsdp in a weight and whole in an
+activation.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def _spec(axes: Axes, table: dict[str, tuple[str, ...]], *, layout: str) -> Part
 def resolve(mesh: Mesh, spec: PartitionSpec, *, shape: tuple[int, ...], name: str) -> NamedSharding:
     """Return the sharding of an array of this shape, without the mesh axes that have one device.
 
-    The compiler leaves those out of the shardings of its results; were they kept in those of the arguments, a step would be
-    compiled again for its own output.
+    The compiler leaves those out of the shardings of its results; were they kept in those of the arguments, a step
+    would be compiled again for its own output.
 
     Raises:
         DnoError: a dimension is not divisible by the devices it is split over; `name` says whose.
@@ -118,7 +119,7 @@ def weight_shardings(mesh: Mesh, layout: Layout, *, axes: Any, shapes: Any) -> A
 
 def row_sharding(mesh: Mesh, *, ndim: int, axis: int = 0) -> NamedSharding:
     """Return the sharding of a batch whose axis `axis` counts rows."""
-    spec = [None] * ndim
+    spec: list[tuple[str, ...] | None] = [None] * ndim
     spec[axis] = _ROWS[1]
     return NamedSharding(mesh, PartitionSpec(*spec))
 

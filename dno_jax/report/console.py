@@ -55,7 +55,11 @@ _board = _Board()
 
 
 class Meter:
-    """Counts one stage's work up to its total; `with Meter("sample", total=n, unit="prompts") as meter: meter.advance(k)`."""
+    """Counts one stage's work up to its total.
+
+    with Meter("sample", total=n, unit="prompts") as meter:
+        meter.advance(k)
+    """
 
     def __init__(self, description: str, *, total: int, unit: str, done: int = 0, enabled: bool = True):
         self._description, self._total, self._unit = description, total, unit
@@ -85,7 +89,9 @@ class Meter:
             self._spoke = time.monotonic()
             self._say()
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             _board.leave()
         elif self._enabled and kind is None and self._said != self._done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax
@@ -79,8 +79,12 @@ def generate(
     num_prompts, prompt_length = prompts.token.shape
     place = model.constrain
 
+    def decode(token: Array, position: Array, cache: KVCache) -> tuple[Array, KVCache]:
+        # flax also types the mutable collections that `apply` would return if there were any.
+        return cast(tuple[Array, KVCache], model.apply({"params": params}, token, position, cache))
+
     cache = init_cache(config, batch_size=num_prompts, num_slots=prompt_length, dtype=model.dtype)
-    hidden, cache = model.apply({"params": params}, prompts.token, prompts.position, cache)
+    hidden, cache = decode(prompts.token, prompts.position, cache)
     lengths = jnp.sum(prompts.position >= 0, axis=1)
     last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
     cache = grow_cache(repeat_cache(cache, samples), prompt_length + generation.max_new_tokens)
@@ -111,7 +115,7 @@ def generate(
         )
         # A finished row goes on as padding: its position is -1, so nothing it writes is ever seen.
         position = jnp.where(alive & ~responses.stopped, loop.position, -1)
-        hidden, cache = model.apply({"params": params}, token[:, None], position[:, None], loop.cache)
+        hidden, cache = decode(token[:, None], position[:, None], loop.cache)
         return _Loop(
             step=loop.step + 1, hidden=hidden[:, 0], position=loop.position + 1, responses=responses, cache=cache
         )
@@ -144,5 +148,3 @@ def prompt_bucket(length: int, *, max_length: int) -> int:
     while bucket < length:
         bucket *= 2
     return min(bucket, max_length)
-
-

@@ -1,4 +1,7 @@
-"""Drawing one token a row: temperature, then top-k, then top-p, then min-p, from keys that name the row and the position."""
+"""Drawing one token a row: temperature, then top-k, then top-p, then min-p.
+
+The keys name the row and the position.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +46,14 @@ def address(
     return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(prompt, sample)
 
 
-def sample_token(row_key: Array, logits: Float[Array, "B V"], *, step: Int[Array, ""], truncation: Truncation) -> Int[Array, " B"]:
+def sample_token(
+    row_key: Array, logits: Float[Array, "B V"], *, step: Int[Array, ""], truncation: Truncation
+) -> Int[Array, " B"]:
     """Draw token number `step` of each row.
 
-    Exact without a sort: a draw from everything that top-k and min-p keep is inside the nucleus iff the mass of strictly
-    likelier tokens is below p; rows outside draw again under the next key. A row's token depends on its own key and logits
-    only, however often its neighbours draw.
+    Exact without a sort: a draw from everything that top-k and min-p keep is inside the nucleus iff the mass of
+    strictly likelier tokens is below p; rows outside draw again under the next key. A row's token depends on its own
+    key and logits only, however often its neighbours draw.
 
     Args:
         row_key: one key a row (`address`).
@@ -112,7 +117,9 @@ def _inverse_cdf(mass: Float[Array, "B V"]):
     def draw(uniform: Float[Array, " B"]) -> Int[Array, " B"]:
         goal = uniform * ends_BN[:, -1]
         block = _first_above(ends_BN, goal)
-        before = jnp.where(block > 0, jnp.take_along_axis(ends_BN, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+        before = jnp.where(
+            block > 0, jnp.take_along_axis(ends_BN, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0
+        )
         inside_BW = jnp.take_along_axis(mass_BNW, block[:, None, None], axis=1)[:, 0]
         token = _first_above(jnp.cumsum(inside_BW, axis=-1), goal - before)
         return (block * _BLOCK + token).astype(jnp.int32)
@@ -121,7 +128,10 @@ def _inverse_cdf(mass: Float[Array, "B V"]):
 
 
 def _first_above(ends: Float[Array, "B N"], goal: Float[Array, " B"]) -> Int[Array, " B"]:
-    """Index of the first cumulative sum above the goal, never past the last bin that has mass (rounding can ask for it)."""
+    """Index of the first cumulative sum above the goal.
+
+    Never past the last bin that has mass: rounding can ask for that.
+    """
     index = jnp.sum(ends <= goal[:, None], axis=-1)
     last = jnp.argmax(ends >= ends[:, -1:], axis=-1)
     return jnp.minimum(index, last)

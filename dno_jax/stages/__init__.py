@@ -1,1 +1,4 @@
-"""The stages of an iteration; every effect of the program lives here. `stages.<name>.run(config, iteration) -> Manifest`."""
+"""The stages of an iteration; every effect of the program lives here.
+
+`stages.<name>.run(config, iteration) -> Manifest`.
+"""

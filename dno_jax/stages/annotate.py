@@ -21,7 +21,8 @@ from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
 
 _POLL_SECONDS = 0.2
-# Shards in work at once: enough to keep the judge busy over the slow end of a shard, few enough to stay small in memory.
+# Shards in work at once: enough to keep the judge busy over the slow end of a shard,
+# few enough to stay small in memory.
 _SHARDS_AT_ONCE = 8
 
 
@@ -32,8 +33,8 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
         abandoned: asked between shards; true means that sampling has failed and no more shards will come.
 
     Raises:
-        DnoError: more pools than `annotation.max_failed` allows have no verdict (run again: only those are asked anew), the
-            judge cannot be reached, or the key is missing.
+        DnoError: more pools than `annotation.max_failed` allows have no verdict (run again: only those are asked anew),
+            the judge cannot be reached, or the key is missing.
     """
     start = time.perf_counter()
     run_dir = RunDir(config.run_dir)
@@ -50,11 +51,13 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
     judgements = list(stage.read(Judgement))
     states = Counter(judgement.state for judgement in judgements)
     dropped = Counter({f"verdict {state}": count for state, count in states.items() if state != "ok"})
+    for shard in sampled.shard_names():  # over all of them: an earlier call may have closed some
+        work.pools(shard, dropped=dropped)
     return stage.finish(
         config_digest=digest,
         inputs=stage.reference_of(sampled.manifest_path),
         rows=len(judgements),
-        dropped=dropped + work.dropped,
+        dropped=dropped,
         seconds=time.perf_counter() - start,
         details={"judge": annotator.identity, "states": dict(states)},
     )
@@ -67,11 +70,11 @@ class _Work:
     stage: StageDir
     sampled: StageDir
     prompts_path: epath.Path
-    dropped: Counter[str] = field(default_factory=Counter)
     unsettled: dict[str, list[Judgement]] = field(default_factory=dict)
     prompts: dict[str, Prompt] = field(default_factory=dict)
 
-    def pools(self, shard: str) -> list[Pool]:
+    def pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
+        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
         if not self.prompts:
             lines = self.prompts_path.read_text().splitlines()
             rows = parse_lines(Prompt, lines, place=str(self.prompts_path))
@@ -81,11 +84,11 @@ class _Work:
             by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
         pools = []
         for prompt_id, rollouts in by_prompt.items():
-            candidates = distinct_candidates(rollouts, dropped=self.dropped)
+            candidates = distinct_candidates(rollouts, dropped=dropped)
             if len(candidates) >= 2:
                 pools.append(Pool(prompt=self.prompts[prompt_id], candidates=candidates))
             else:
-                self.dropped["fewer than two distinct candidates"] += 1
+                dropped["fewer than two distinct candidates"] += 1
         return pools
 
 
@@ -122,15 +125,14 @@ async def _judge_all(work: _Work, annotator: Annotator, *, abandoned: Callable[[
 
         async def one_shard(shard: str) -> None:
             async with slots:
-                pools = work.pools(shard)
+                pools = work.pools(shard, dropped=Counter())
                 meter.expect(len(work.prompts))
                 await probe_once(pools)
-                judgements = await asyncio.gather(*(annotator.judge(pool) for pool in pools))
+                judgements = await judge_pools(annotator, pools, meter=meter)
                 if all(judgement.state == "ok" for judgement in judgements):
                     work.stage.write_shard(shard, judgements)
                 else:
-                    work.unsettled[shard] = list(judgements)
-                meter.advance(len(judgements))
+                    work.unsettled[shard] = judgements
 
         try:
             closed = set(work.stage.shard_names())
@@ -153,6 +155,21 @@ async def _judge_all(work: _Work, annotator: Annotator, *, abandoned: Callable[[
             raise outcome
     if work.sampled.manifest() is None:
         raise DnoError(f"{work.sampled.path}: sampling stopped before it was finished; run again to go on")
+
+
+async def judge_pools(annotator: Annotator, pools: Sequence[Pool], *, meter: Meter) -> list[Judgement]:
+    """Judge pools side by side. After an error the others still finish: they are paid for, and the store keeps them."""
+
+    async def one(pool: Pool) -> Judgement:
+        judgement = await annotator.judge(pool)
+        meter.advance(1)
+        return judgement
+
+    outcomes = await asyncio.gather(*(one(pool) for pool in pools), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return [outcome for outcome in outcomes if isinstance(outcome, Judgement)]
 
 
 def _settle(work: _Work, *, max_failed: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import time
 from collections import Counter
@@ -17,10 +18,11 @@ from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
 from dno_jax.parallel.mesh import is_primary, wait_until
-from dno_jax.preferences import scores_to_wins
+from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.sample import policy_input, response_statistics, sample_to_shards
@@ -40,12 +42,13 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     runtime = Runtime.start(config)
     run_dir, newest = runtime.run_dir, iteration + 1
     stage = run_dir.stage("evaluate", iteration)
-    inputs: dict[str, str] = {}
+    held_out = split_prompts(config).held_out
+    shown = "".join(prompt.model_dump_json() for prompt in held_out)
+    inputs = {"held-out prompts": hashlib.sha256(shown.encode()).hexdigest()}
     for policy in range(newest + 1):
         inputs |= policy_input(runtime, policy)
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
-    held_out = split_prompts(config).held_out
     tokenized, dropped = tokenize_prompts(held_out, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
     for policy in [0, 1] if iteration == 0 else [newest]:
         if tokenized:
@@ -83,9 +86,7 @@ class _Judged:
     dropped: Counter[str]
 
 
-def _judge(
-    config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int
-) -> _Judged:
+def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int) -> _Judged:
     """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
     for policy in range(newest + 1):
@@ -94,37 +95,35 @@ def _judge(
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     players: list[tuple[Prompt, dict[str, str]]] = []
     for (prompt_id, _), texts in sorted(responses.items()):
+        if prompt_id not in by_id or len(texts) <= newest:
+            raise DnoError(
+                f"{run_dir.path}: the held-out prompts are not those that earlier policies answered "
+                f"(prompt {prompt_id!r}); restore the file, or remove the evaluation folders of all iterations"
+            )
         gold = by_id[prompt_id].gold
         if gold and gold.strip():
             texts = texts | {GOLD: gold}
         players.append((by_id[prompt_id], texts))
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
 
-    async def all_pools() -> list[Judgement | None]:
-        with Meter(f"judge     {newest}", total=len(players), unit="pools") as meter:
+    pools = {index: pool for index, (prompt, texts) in enumerate(players) if (pool := _pool(prompt, texts))}
 
-            async def one(prompt: Prompt, texts: dict[str, str]) -> Judgement | None:
-                distinct = _distinct(texts)
-                verdict = None
-                if len(distinct) >= 2:
-                    candidates = tuple(Candidate(names[0], text) for text, names in distinct.items())
-                    verdict = await annotator.judge(Pool(prompt=prompt, candidates=candidates))
-                meter.advance(1)
-                return verdict
+    async def judge_all() -> list[Judgement]:
+        try:
+            with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
+                return await judge_pools(annotator, list(pools.values()), meter=meter)
+        finally:
+            await annotator.close()
 
-            try:
-                return list(await asyncio.gather(*(one(prompt, texts) for prompt, texts in players)))
-            finally:
-                await annotator.close()
-
-    verdicts = asyncio.run(all_pools())
+    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))
+    verdicts = [judgements.get(index) for index in range(len(players))]
     answered = [verdict for verdict in verdicts if verdict is not None]
     missing = [verdict for verdict in answered if verdict.state != "ok"]
     if len(missing) > config.annotation.max_failed * max(len(players), 1):
         reasons = Counter(f"{verdict.state}: {verdict.detail}" for verdict in missing).most_common(1)
         raise DnoError(
-            f"{stage.path}: {len(missing)} of {len(players)} held-out pools have no verdict (most often {reasons[0][0]}); "
-            "run again: verdicts that were given are kept"
+            f"{stage.path}: {len(missing)} of {len(players)} held-out pools have no verdict "
+            f"(most often {reasons[0][0]}); run again: verdicts that were given are kept"
         )
     stage.sub("judgements").write_shard("0000000", answered)
     preferences: list[tuple[str, str, str, float]] = []
@@ -132,6 +131,14 @@ def _judge(
         if verdict is None or verdict.state == "ok":
             preferences += _preferences(prompt, texts, verdict)
     return _Judged(preferences, Counter({"held-out pool without verdict": len(missing)} if missing else {}))
+
+
+def _pool(prompt: Prompt, texts: dict[str, str]) -> Pool | None:
+    """What the judge is shown of one pool; None where all players gave the same words."""
+    distinct = _distinct(texts)
+    if len(distinct) < 2:
+        return None
+    return Pool(prompt=prompt, candidates=tuple(Candidate(names[0], texts[names[0]]) for names in distinct.values()))
 
 
 def _distinct(texts: dict[str, str]) -> dict[str, list[str]]:
@@ -142,18 +149,13 @@ def _distinct(texts: dict[str, str]) -> dict[str, list[str]]:
     return distinct
 
 
-def _preferences(
-    prompt: Prompt, texts: dict[str, str], verdict: Judgement | None
-) -> list[tuple[str, str, str, float]]:
+def _preferences(prompt: Prompt, texts: dict[str, str], verdict: Judgement | None) -> list[tuple[str, str, str, float]]:
     """Every ordered comparison of two players in one pool; equal texts tie."""
     place: dict[str, int] = {}
     for names in _distinct(texts).values():
         position = verdict.candidate_ids.index(names[0]) if verdict else 0
         place |= dict.fromkeys(names, position)
-    if verdict is None:
-        wins = np.full((1, 1), 0.5)
-    else:
-        wins = np.asarray(verdict.wins) if verdict.wins is not None else scores_to_wins(verdict.scores)
+    wins = np.full((1, 1), 0.5) if verdict is None else win_matrix(wins=verdict.wins, scores=verdict.scores)
     return [
         (prompt.prompt_id, first, second, float(wins[place[first], place[second]]))
         for first, second in itertools.permutations(texts, 2)
@@ -167,7 +169,8 @@ def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]
         for policy in range(newest + 1)
     }
     if not judged.preferences:
-        return {"policy": newest, "win_rates": {}, "lengths": lengths, "best": newest, "why": "no held-out prompts"}
+        why = "no verdict on any held-out pool" if judged.dropped else "no held-out prompts"
+        return {"policy": newest, "win_rates": {}, "lengths": lengths, "best": newest, "why": f"the newest: {why}"}
 
     def rate(player: str, opponent: str) -> Any:
         rows = [row for row in judged.preferences if row[1] == player and row[2] == opponent]

@@ -1,10 +1,14 @@
-"""Judgements -> training pairs by section 5.1's rules, with every drop counted by reason; replay from earlier iterations."""
+"""Judgements -> training pairs by section 5.1's rules, with every drop counted by reason.
+
+Pairs of earlier iterations are replayed.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import cast
 
 import numpy as np
 
@@ -16,9 +20,9 @@ from dno_jax.preferences import (
     large_margin_pairs,
     repeated_ngram_share,
     replay_counts,
-    scores_to_wins,
+    win_matrix,
 )
-from dno_jax.records import Judgement, Pair, Rollout
+from dno_jax.records import Judgement, Pair, PairKind, Rollout
 from dno_jax.run_dir import Manifest, RunDir
 
 _NEW, _REPLAYED = "new", "replayed"
@@ -37,6 +41,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     judged.require()
     inputs = stage.reference_of(judged.manifest_path)
     for earlier in range(iteration):
+        run_dir.stage("pair", earlier).require()
         inputs |= stage.reference_of(run_dir.stage("pair", earlier).manifest_path)
     digest = config_digest(config)
     if manifest := stage.finished(inputs, config_digest=digest):
@@ -114,7 +119,7 @@ def new_pairs(
                     chosen_reward=round(choice.chosen.reward, 6),
                     rejected_reward=round(choice.rejected.reward, 6),
                     target=1.0,
-                    kind=choice.kind,  # type: ignore[arg-type]
+                    kind=cast(PairKind, choice.kind),
                     iteration=iteration,
                 )
             )
@@ -134,15 +139,12 @@ def pool_rewards(judgement: Judgement, section: PairingSection) -> list[float]:
                 "set pairing.reward=win_rate"
             )
         return list(judgement.scores)
-    wins = judgement.wins if judgement.wins is not None else scores_to_wins(judgement.scores)
-    return expected_win_rates(np.asarray(wins)).tolist()
+    return expected_win_rates(win_matrix(wins=judgement.wins, scores=judgement.scores)).tolist()
 
 
 def _replay(run_dir: RunDir, config: RunConfig, *, iteration: int, num_new: int) -> list[Pair]:
     """Draw pairs of earlier iterations within their caps, by the seed alone."""
-    pools = [
-        run_dir.stage("pair", earlier).read_shard(Pair, _NEW) for earlier in range(iteration - 1, -1, -1)
-    ]
+    pools = [run_dir.stage("pair", earlier).read_shard(Pair, _NEW) for earlier in range(iteration - 1, -1, -1)]
     counts = replay_counts(
         [len(pool) for pool in pools],
         num_new=num_new,

@@ -90,7 +90,9 @@ def split_prompts(config: RunConfig) -> PromptSplit:
     """
     section: PromptsSection = config.prompts
     prompts = load_prompts(section.path)
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0x5EED]))).permutation(len(prompts))
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0x5EED]))).permutation(
+        len(prompts)
+    )
     shuffled = [prompts[i] for i in order]
     if section.held_out_path:
         held_out = load_prompts(section.held_out_path)

@@ -16,9 +16,9 @@ def load_pairs(run_dir: RunDir, iteration: int) -> list[Pair]:
 
 
 def training_rows(
-    run_dir: RunDir, pairs: Iterable[Pair], references: Iterable[ReferenceScore] = ()
+    run_dir: RunDir, pairs: Iterable[Pair], references: Iterable[ReferenceScore] | None = None
 ) -> list[TrainingRow]:
-    """Return one row a pair with the token ids of its rollouts, and the reference log-probabilities where given.
+    """Return one row a pair: the token ids of its rollouts, and its reference log-probabilities where given.
 
     Raises:
         DnoError: a rollout or a reference score that a pair names is missing.
@@ -30,15 +30,15 @@ def training_rows(
         for rollout in run_dir.stage("sample", iteration).read(Rollout):
             if rollout.rollout_id in wanted:
                 rollouts[rollout.rollout_id] = rollout
-    scores = {score.pair_id: score for score in references}
+    scores = None if references is None else {score.pair_id: score for score in references}
     rows = []
     for pair in pairs:
         for name in (pair.chosen_id, pair.rejected_id):
             if name not in rollouts:
                 raise DnoError(f"pair {pair.pair_id!r} names rollout {name!r}, which is in no shard of {run_dir.path}")
-        if scores and pair.pair_id not in scores:
+        if scores is not None and pair.pair_id not in scores:
             raise DnoError(f"pair {pair.pair_id!r} has no reference score; remove the reference folder and score again")
-        score = scores.get(pair.pair_id)
+        score = None if scores is None else scores[pair.pair_id]
         chosen, rejected = rollouts[pair.chosen_id], rollouts[pair.rejected_id]
         rows.append(
             TrainingRow(

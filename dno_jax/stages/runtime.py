@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,21 @@ from dno_jax.run_dir import RunDir
 from dno_jax.training.checkpoint import load_policy
 from dno_jax.training.state import param_shardings
 
+ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
+
 
 @dataclass(frozen=True)
-class Runtime:
+class Runtime(Generic[ConfigT]):
     """A configuration brought to life on the devices of this process and its peers."""
 
-    config: RunConfig | SftConfig
+    config: ConfigT
     run_dir: RunDir
     mesh: Mesh
     model_config: ModelConfig
     tokenizer: ChatTokenizer
 
     @classmethod
-    def start(cls, config: RunConfig | SftConfig) -> Runtime:
+    def start(cls, config: ConfigT) -> Runtime[ConfigT]:
         """Read the model's shape and tokenizer and lay out the devices.
 
         Raises:
@@ -114,7 +116,8 @@ class Runtime:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next start pays nothing; JAX_COMPILATION_CACHE_DIR moves them."""
-    if jax.config.jax_compilation_cache_dir is None:
+    options: Any = jax.config  # its attributes are made at run time
+    if options.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "dno_jax", "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

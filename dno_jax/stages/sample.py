@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from dno_jax.config import RunConfig
+from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
 from dno_jax.parallel.sharding import DECODE, owned_rows, row_sharding, to_device
 from dno_jax.records import Prompt, Rollout
@@ -33,14 +35,12 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     prompts = split_prompts(config).training[iteration]
     prompts_path = runtime.run_dir.prompts_path(iteration)
     if is_primary():
-        write_atomically(prompts_path, "".join(prompt.model_dump_json() + "\n" for prompt in prompts))
+        _keep_prompts(prompts_path, prompts)
     barrier(f"prompts {iteration}")
     inputs = stage.reference_of(prompts_path) | policy_input(runtime, iteration)
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
-    tokenized, dropped = tokenize_prompts(
-        prompts, encode=runtime.tokenizer.prompt_ids, section=config.prompts
-    )
+    tokenized, dropped = tokenize_prompts(prompts, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
     params = runtime.load_for_decoding(iteration)
     sample_to_shards(
         runtime,
@@ -67,13 +67,24 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     return stage.require()
 
 
-def policy_input(runtime: Runtime, policy: int) -> dict[str, str]:
+def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
+    """Write the iteration's prompts, once: what was sampled from must not change under its samples."""
+    text = "".join(prompt.model_dump_json() + "\n" for prompt in prompts)
+    if not path.exists():
+        write_atomically(path, text)
+    elif path.read_text() != text:
+        raise DnoError(
+            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir"
+        )
+
+
+def policy_input(runtime: Runtime[RunConfig], policy: int) -> dict[str, str]:
     """The entry of a manifest's `inputs` that names a policy by its fingerprint."""
     return {f"policies/{policy:03d}": policy_fingerprint(runtime.run_dir.policy(policy)) or "missing"}
 
 
 def sample_to_shards(
-    runtime: Runtime,
+    runtime: Runtime[RunConfig],
     params: Any,
     prompts: Sequence[TokenizedPrompt],
     *,
@@ -89,7 +100,6 @@ def sample_to_shards(
     programs on the same rows.
     """
     config = runtime.config
-    assert isinstance(config, RunConfig)
     generation = Generation(
         num_samples=num_samples,
         max_new_tokens=config.sampling.max_new_tokens,
@@ -136,7 +146,7 @@ def _unfinished(out: StageDir, batches: Sequence[Sequence[TokenizedPrompt]]) -> 
 
 
 def _dispatch(
-    runtime: Runtime, params: Any, prompts: Sequence[TokenizedPrompt], *, generation: Generation, policy: int
+    runtime: Runtime[RunConfig], params: Any, prompts: Sequence[TokenizedPrompt], *, generation: Generation, policy: int
 ) -> Responses:
     """Start the generation of one batch; short batches are filled up with rows of padding."""
     config = runtime.config
@@ -160,7 +170,7 @@ def _dispatch(
     )
 
 
-def _write(runtime: Runtime, batch: _Batch, *, out: StageDir, policy: int, gold_too: bool) -> None:
+def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy: int, gold_too: bool) -> None:
     """Write the shard of those rows of a finished batch that this process owns."""
     columns = {name: owned_rows(getattr(batch.responses, name)) for name in ("token", "length", "logprob", "stopped")}
     num_samples = batch.responses.token.shape[0] // runtime.config.sampling.batch_prompts
@@ -185,16 +195,18 @@ def _write(runtime: Runtime, batch: _Batch, *, out: StageDir, policy: int, gold_
                     finish="stop" if columns["stopped"][row] else "length",
                 )
             )
-        if gold_too and item.prompt.gold and item.prompt.gold.strip():
-            rollouts.append(gold_rollout(runtime, item, rollout_id=f"{policy:03d}/{item.prompt.prompt_id}/gold"))
+        gold = item.prompt.gold
+        if gold_too and gold and gold.strip():
+            rollout_id = f"{policy:03d}/{item.prompt.prompt_id}/gold"
+            rollouts.append(gold_rollout(runtime, item, gold=gold, rollout_id=rollout_id))
     if mine:
         out.write_shard(f"{batch.first + mine[0]:07d}", rollouts)
 
 
-def gold_rollout(runtime: Runtime, item: TokenizedPrompt, *, rollout_id: str) -> Rollout:
+def gold_rollout(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, gold: str, rollout_id: str) -> Rollout:
     """The teacher's response as a candidate like any other: tokenised once, cut where the student's would be."""
     config = runtime.config
-    ids = runtime.tokenizer.response_ids(item.prompt.messages, item.prompt.gold, end_id=runtime.end_ids[0])
+    ids = runtime.tokenizer.response_ids(item.prompt.messages, gold, end_id=runtime.end_ids[0])
     whole = len(ids) <= config.sampling.max_new_tokens
     ids = ids[: config.sampling.max_new_tokens]
     return Rollout(
@@ -203,7 +215,7 @@ def gold_rollout(runtime: Runtime, item: TokenizedPrompt, *, rollout_id: str) ->
         sample=-1,
         policy=None,
         # The judge reads what is trained on, also where that was cut.
-        text=item.prompt.gold if whole else runtime.tokenizer.decode(ids),
+        text=gold if whole else runtime.tokenizer.decode(ids),
         token_ids=ids,
         prompt_token_ids=item.token_ids,
         logprob=None,

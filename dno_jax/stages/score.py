@@ -49,7 +49,9 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         mine = {row: value for row, value in owned_rows(logprobs).items() if row < len(batches[index])}
         scores = [
             ReferenceScore(
-                pair_id=pairs[batches[index][row]].pair_id, chosen_logprob=float(value[0]), rejected_logprob=float(value[1])
+                pair_id=pairs[batches[index][row]].pair_id,
+                chosen_logprob=float(value[0]),
+                rejected_logprob=float(value[1]),
             )
             for row, value in sorted(mine.items())
         ]
@@ -63,9 +65,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         for index in pending:
             batch = make_batch([rows[i] for i in batches[index]], batch_size=size, max_length=config.max_length)
             shardings = jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch)
-            logprobs = score_step(
-                params, to_device(batch, shardings), model=model, chunk=config.training.logprob_chunk
-            )
+            logprobs = score_step(params, to_device(batch, shardings), model=model, chunk=config.training.logprob_chunk)
             if before is not None:
                 write(*before)
             before = (index, logprobs)
@@ -84,10 +84,9 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     return stage.require()
 
 
-def reference_identity(runtime: Runtime, iteration: int) -> dict[str, str | int]:
+def reference_identity(runtime: Runtime[RunConfig], iteration: int) -> dict[str, str | int]:
     """What the numbers on disk are numbers of; training refuses any other."""
     config = runtime.config
-    assert isinstance(config, RunConfig)
     return {
         "policy": iteration,
         "fingerprint": policy_fingerprint(runtime.run_dir.policy(iteration)) or "missing",

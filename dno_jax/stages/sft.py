@@ -60,7 +60,7 @@ def run(config: SftConfig) -> epath.Path:
     return target
 
 
-def supervised_rows(runtime: Runtime, config: SftConfig) -> list[TrainingRow]:
+def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[TrainingRow]:
     """Read and tokenise the examples.
 
     Raises:
@@ -85,7 +85,7 @@ def supervised_rows(runtime: Runtime, config: SftConfig) -> list[TrainingRow]:
     return rows
 
 
-def _initial(runtime: Runtime, config: SftConfig) -> Any:
+def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:
     shardings = runtime.param_shardings(TRAIN)
     if config.model.init_config is None:
         return hf.load(config.model.path, shardings=shardings)[1]

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
@@ -18,7 +19,7 @@ from dno_jax.records import ReferenceScore
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest
 from dno_jax.stages.rows import load_pairs, training_rows
-from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.runtime import ConfigT, Runtime
 from dno_jax.stages.sample import policy_input
 from dno_jax.stages.score import reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
@@ -28,8 +29,8 @@ from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import RowLoss, preference_loss, train_step
 
-# Before the first update the policy is its own reference, so every log-ratio is zero up to rounding. Nats a response: far
-# above the rounding of each dtype, far below what another policy, tokenizer or mask gives.
+# Before the first update the policy is its own reference, so every log-ratio is zero up to rounding. Nats a response:
+# far above the rounding of each dtype, far below what another policy, tokenizer or mask gives.
 STEP_ZERO_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
 
 
@@ -37,8 +38,8 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     """Regress the log-ratios against policy t onto its pairs' preferences (Algorithm 2, line 7); write policy t+1.
 
     Raises:
-        DnoError: the reference scores belong to another policy, tokenizer, length or dtype, or the first step shows that
-            they do (its loss is not log 2).
+        DnoError: the reference scores belong to another policy, tokenizer, length or dtype, or the first step shows
+            that they do (its loss is not log 2).
     """
     start = time.perf_counter()
     runtime = Runtime.start(config)
@@ -47,7 +48,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     reference = scored.require()
     inputs = stage.reference_of(scored.manifest_path) | policy_input(runtime, iteration)
     manifest = stage.finished(inputs, config_digest=runtime.config_digest)
-    if manifest and policy_fingerprint(runtime.run_dir.policy(iteration + 1)):
+    if manifest and policy_fingerprint(runtime.run_dir.policy(iteration + 1)) == manifest.details["fingerprint"]:
         return manifest
     expected = reference_identity(runtime, iteration)
     differing = [name for name, value in expected.items() if reference.details.get(name) != value]
@@ -92,7 +93,7 @@ class TrainResult:
 
 
 def train(
-    runtime: Runtime,
+    runtime: Runtime[ConfigT],
     params: Any,
     rows: Sequence[TrainingRow],
     *,
@@ -109,7 +110,7 @@ def train(
         params: where to start, in the TRAIN layout; donated.
         guard: check that step 0's implicit rewards are zero.
     """
-    config: RunConfig | SftConfig = runtime.config
+    config = runtime.config
     section = config.training
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
     optimizer = make_optimizer(config.optimizer)
@@ -143,7 +144,7 @@ def train(
                 chosen = [rows[i] for i in indices]
                 batch = make_batch(chosen, batch_size=section.batch_size, max_length=max_length)
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
-                learning_rate = float(rate(step))
+                learning_rate = float(np.asarray(rate(step)))
                 state, metrics = train_step(
                     state,
                     placed,
@@ -156,7 +157,9 @@ def train(
                 )
                 if guard and step == 0:
                     check_step_zero(jax.device_get(metrics), dtype=config.model.dtype)
-                tokens = sum(len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True))
+                tokens = sum(
+                    len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
+                )
                 writer.write(step, metrics, learning_rate=learning_rate, tokens=float(tokens))
                 if step + 1 < steps:
                     checkpoints.save(state, step=step + 1)
@@ -179,7 +182,7 @@ def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
     ratio, loss = float(metrics["max_abs_log_ratio"]), float(metrics["loss"])
     if not ratio <= tolerance:
         raise DnoError(
-            f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most {tolerance:g} is "
-            f"rounding in {dtype}), loss {loss:.4f} instead of log 2 = {math.log(2):.4f}: the reference is not of this "
-            "policy, tokenizer or mask; remove the reference folder and score again"
+            f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most "
+            f"{tolerance:g} is rounding in {dtype}), loss {loss:.4f} instead of log 2 = {math.log(2):.4f}: the "
+            "reference is not of this policy, tokenizer or mask; remove the reference folder and score again"
         )

@@ -92,7 +92,10 @@ def _column(values: list, filler: int) -> np.ndarray:
 
 
 def length_bucket(length: int, *, max_length: int) -> int:
-    """Return the padded length: max_length halved as often as the longest row allows, at least 32; few shapes, few compiles."""
+    """Return the padded length: max_length halved as often as the longest row allows, at least 32.
+
+    Few shapes, few compiles.
+    """
     bucket = max_length
     while bucket // 2 >= max(length, 32) and bucket % 2 == 0:
         bucket //= 2
@@ -109,12 +112,14 @@ def batch_order(
 ) -> Iterator[np.ndarray]:
     """Yield the row indices of every batch from step `start` on.
 
-    Each epoch is one permutation drawn from (seed, iteration, epoch) alone: a restart, another mesh or another number of
-    processes sees the same order.
+    Each epoch is one permutation drawn from (seed, iteration, epoch) alone: a restart, another mesh or another number
+    of processes sees the same order.
     """
     batches = -(-num_rows // batch_size)
     for epoch in range(start // batches, num_epochs):
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, iteration, epoch]))).permutation(num_rows)
+        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, iteration, epoch]))).permutation(
+            num_rows
+        )
         first = start % batches if epoch == start // batches else 0
         for batch in range(first, batches):
             yield order[batch * batch_size : (batch + 1) * batch_size]

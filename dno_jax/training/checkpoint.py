@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ def save_policy(path: epath.Path, params: Any) -> str:
     digest = fingerprint(params)
     if policy_fingerprint(path) == digest:
         return digest
+    if is_primary() and (path / _FINGERPRINT).exists():  # it would mark half-written weights as whole
+        (path / _FINGERPRINT).unlink()
+    barrier(f"policy {path} open")
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path / "params", params, force=True)
     checkpointer.wait_until_finished()
@@ -55,7 +58,9 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
         DnoError: there is no whole policy at `path`.
     """
     if policy_fingerprint(path) is None:
-        raise DnoError(f"{path}: no whole policy there (it has no {_FINGERPRINT} file); run the stage that writes it first")
+        raise DnoError(
+            f"{path}: no whole policy there (it has no {_FINGERPRINT} file); run the stage that writes it first"
+        )
     target = jax.tree.map(
         lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
     )
@@ -85,7 +90,7 @@ class StateCheckpoints:
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
         )
-        return self._manager.restore(step, args=ocp.args.StandardRestore(target))
+        return cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(target)))
 
     def close(self) -> None:
         """Wait for what is still being written."""
@@ -96,8 +101,8 @@ class StateCheckpoints:
 def fingerprint(params: Any) -> str:
     """Return 64 hex digits that name these parameters, whatever the mesh, dtype-exact.
 
-    Two weighted sums of each array's bits modulo 2^32, made on the devices, then sha256 over names, shapes and sums: cheap at
-    any size, equal for equal arrays. It finds mix-ups and corruption, not forgeries.
+    Two weighted sums of each array's bits modulo 2^32, made on the devices, then sha256 over names, shapes and sums:
+    cheap at any size, equal for equal arrays. It finds mix-ups and corruption, not forgeries.
     """
     sums = jax.jit(lambda tree: jax.tree.map(_bit_sums, tree))(params)
     digest = hashlib.sha256()

@@ -13,7 +13,9 @@ from dno_jax.run_dir import RunDir
 class MetricsWriter:
     """Takes each step's metrics as device arrays and writes those of the step before."""
 
-    def __init__(self, run_dir: RunDir, *, iteration: int, stage: str, tensorboard: bool, enabled: bool, first_step: int):
+    def __init__(
+        self, run_dir: RunDir, *, iteration: int, stage: str, tensorboard: bool, enabled: bool, first_step: int
+    ):
         self._run_dir = run_dir
         self._place = {"iteration": iteration, "stage": stage}
         self._enabled = enabled

@@ -10,7 +10,9 @@ from dno_jax.config import OptimizerSection
 
 
 def learning_rate_schedule(section: OptimizerSection, *, num_steps: int, iteration: int = 0) -> optax.Schedule:
-    """Return step -> learning rate: linear warm-up over warmup_ratio of the steps, then constant, linear or cosine to 0.
+    """Return step -> learning rate: linear warm-up over warmup_ratio of the steps, then the schedule.
+
+    That is constant, or linear or cosine to 0.
 
     Args:
         num_steps: optimiser steps of this iteration.
@@ -34,8 +36,8 @@ def learning_rate_schedule(section: OptimizerSection, *, num_steps: int, iterati
 def make_optimizer(section: OptimizerSection) -> optax.GradientTransformation:
     """Return the optimiser with a learning rate of 1: the step multiplies its updates by the schedule's value.
 
-    So the compiled step is the same program for every iteration and every number of steps. The state starts anew in each
-    iteration, because the objective does.
+    So the compiled step is the same program for every iteration and every number of steps. The state starts anew in
+    each iteration, because the objective does.
     """
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),

@@ -26,7 +26,7 @@ RowLoss = Callable[[Array, Array, PairBatch], tuple[Array, dict[str, Array]]]
 
 def response_logprobs(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Float[ArrayLike, "D V"],
     *,
     token: Int[ArrayLike, "B T"],
     response_mask: Bool[ArrayLike, "B T"],
@@ -54,8 +54,8 @@ def response_logprobs(
 def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int) -> Float[Array, "P C"]:
     """Return log pi(y|x) of every sequence of a batch."""
     rows, count, length = batch.token.shape
-    token = jnp.reshape(batch.token, (rows * count, length))
-    hidden, _ = model.apply({"params": params}, token, jnp.reshape(batch.position, token.shape))
+    token = jnp.reshape(jnp.asarray(batch.token), (rows * count, length))
+    hidden, _ = model.apply({"params": params}, token, jnp.reshape(jnp.asarray(batch.position), token.shape))
     logprob = response_logprobs(
         hidden,
         output_head(model.config, params),

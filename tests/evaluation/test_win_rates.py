@@ -32,7 +32,9 @@ def test_the_interval_covers_the_truth_about_95_times_in_100():
     for _ in range(400):
         # Prompts differ in how good the policy is at them; 4 samples each.
         chance = np.repeat(rng.beta(3.0, 2.0, size=60), 4)
-        found = win_rate((rng.random(240) < chance).astype(float).tolist(), np.repeat(np.arange(60), 4).astype(str).tolist())
+        found = win_rate(
+            (rng.random(240) < chance).astype(float).tolist(), np.repeat(np.arange(60), 4).astype(str).tolist()
+        )
         covered += found.low <= 0.6 <= found.high
     assert 0.91 <= covered / 400 <= 0.99
 

@@ -107,9 +107,7 @@ def test_text_does_not_depend_on_batch_order_or_padding(params, responses):
 
 def test_more_samples_leave_the_first_ones_alone(params, responses):
     more = run(params, prompt_batch(), dataclasses.replace(GENERATION, num_samples=5))
-    np.testing.assert_array_equal(
-        more.token.reshape(8, 5, -1)[:, :3], responses.token.reshape(8, 3, -1)
-    )
+    np.testing.assert_array_equal(more.token.reshape(8, 5, -1)[:, :3], responses.token.reshape(8, 3, -1))
 
 
 def test_iteration_and_seed_change_the_text(params, responses):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,10 +66,13 @@ def test_kept_set_equals_numpy_on_a_thousand_rows():
     for top_k, top_p in [(0, 0.9), (7, 1.0), (7, 0.6), (1, 0.5), (0, 1e-9)]:
         kept = np.asarray(top_k_mask(jnp.asarray(logits), top_k))
         mass = np.where(kept, np.exp(logits - logits.max(-1, keepdims=True)), 0.0).astype(np.float32)
-        inside = jax.vmap(lambda t: inside_nucleus(jnp.asarray(mass), jnp.full(1000, t), top_p=top_p))(tokens).T
+        accepts = partial(inside_nucleus, jnp.asarray(mass), top_p=top_p)
+        inside = jax.vmap(lambda t, accepts=accepts: accepts(jnp.full(1000, t)))(tokens).T
         for row in range(1000):
             expected = numpy_distribution(logits[row], Truncation(top_k=top_k, top_p=top_p)) > 0
-            np.testing.assert_array_equal(np.asarray(inside[row]) & kept[row], expected, err_msg=f"row {row} {top_k} {top_p}")
+            np.testing.assert_array_equal(
+                np.asarray(inside[row]) & kept[row], expected, err_msg=f"row {row} {top_k} {top_p}"
+            )
 
 
 def test_greedy_takes_the_likeliest():
@@ -83,8 +88,13 @@ def test_a_row_does_not_depend_on_its_neighbours():
     truncation = Truncation(temperature=0.8, top_p=0.5)  # half of the rows have to draw again
     together = np.asarray(sample_token(key, logits, step=jnp.int32(7), truncation=truncation))
     order = rng.permutation(64)
-    np.testing.assert_array_equal(sample_token(key[order], logits[order], step=jnp.int32(7), truncation=truncation), together[order])
-    alone = [int(sample_token(key[i : i + 1], logits[i : i + 1], step=jnp.int32(7), truncation=truncation)[0]) for i in range(8)]
+    np.testing.assert_array_equal(
+        sample_token(key[order], logits[order], step=jnp.int32(7), truncation=truncation), together[order]
+    )
+    alone = [
+        int(sample_token(key[i : i + 1], logits[i : i + 1], step=jnp.int32(7), truncation=truncation)[0])
+        for i in range(8)
+    ]
     np.testing.assert_array_equal(alone, together[:8])
 
 
@@ -92,7 +102,9 @@ def test_every_part_of_the_address_matters():
     logits = np.zeros(1000)
 
     def draw(seed=0, iteration=0, prompt=0, sample=0, step=0):
-        key = address(seed=seed, iteration=iteration, prompt=jnp.asarray([prompt], jnp.uint32), sample=jnp.asarray([sample]))
+        key = address(
+            seed=seed, iteration=iteration, prompt=jnp.asarray([prompt], jnp.uint32), sample=jnp.asarray([sample])
+        )
         rows = jnp.asarray(logits, jnp.float32)[None]
         return int(sample_token(key, rows, step=jnp.int32(step), truncation=Truncation())[0])
 

@@ -14,7 +14,8 @@ from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
 from dno_jax.report.console import console
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
 from dno_jax.run_dir import STAGES, RunDir
-from dno_jax.stages import pair, policies, score, train
+from dno_jax.stages import pair, policies, sample, score, train
+from dno_jax.stages.rows import load_pairs, training_rows
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.small import small_tree
 from tests.stages.conftest import deep_merge
@@ -34,7 +35,7 @@ def files(run_dir):
 
 
 def test_every_stage_leaves_rows_and_a_manifest(finished):
-    config, run_dir, result = finished
+    _, run_dir, result = finished
     for t in range(2):
         for name in STAGES:
             manifest = run_dir.stage(name, t).require()
@@ -64,29 +65,29 @@ def test_what_the_judge_read_is_what_is_trained_on(finished):
 
 
 def test_pairs_name_rollouts_and_judgements_and_every_drop_is_counted(finished):
-    config, run_dir, _ = finished
+    _, run_dir, _ = finished
     for t in range(2):
         stage = run_dir.stage("pair", t)
         details, rollouts = stage.require().details, {r.rollout_id: r for r in run_dir.stage("sample", t).read(Rollout)}
-        new = [pair for pair in stage.read(Pair) if pair.iteration == t]
-        replayed = [pair for pair in stage.read(Pair) if pair.iteration != t]
+        new = [row for row in stage.read(Pair) if row.iteration == t]
+        replayed = [row for row in stage.read(Pair) if row.iteration != t]
         assert (len(new), len(replayed)) == (details["new"], details["replayed"])
         assert len(replayed) <= 0.3 * (len(new) + len(replayed)) + 1e-9
         pools = {row.prompt_id: row for row in run_dir.stage("annotate", t).read(Judgement)}
         possible = sum(len(row.candidate_ids) * (len(row.candidate_ids) - 1) // 2 for row in pools.values())
         assert len(new) + sum(stage.require().dropped.values()) == possible
-        for pair in new:
-            assert rollouts[pair.chosen_id].prompt_id == rollouts[pair.rejected_id].prompt_id == pair.prompt_id
-            ids, wins = pools[pair.prompt_id].candidate_ids, np.asarray(pools[pair.prompt_id].wins)
+        for made in new:
+            assert rollouts[made.chosen_id].prompt_id == rollouts[made.rejected_id].prompt_id == made.prompt_id
+            ids, wins = pools[made.prompt_id].candidate_ids, np.asarray(pools[made.prompt_id].wins)
             rate = (wins.sum(1) - 0.5) / (len(ids) - 1)
-            assert pair.chosen_reward == pytest.approx(rate[ids.index(pair.chosen_id)], abs=1e-6)
-            assert pair.chosen_reward > pair.rejected_reward
-            assert pair.target == 1.0
-    assert [pair for pair in run_dir.stage("pair", 1).read(Pair) if pair.iteration == 0]
+            assert made.chosen_reward == pytest.approx(rate[ids.index(made.chosen_id)], abs=1e-6)
+            assert made.chosen_reward > made.rejected_reward
+            assert made.target == 1.0
+    assert [row for row in run_dir.stage("pair", 1).read(Pair) if row.iteration == 0]
 
 
 def test_training_starts_at_log_two_and_the_reference_is_the_previous_policy(finished):
-    config, run_dir, _ = finished
+    _, run_dir, _ = finished
     rows = [row for row in run_dir.read_metrics() if row["stage"] == "train"]
     for t in range(2):
         steps = [row for row in rows if row["iteration"] == t]
@@ -105,14 +106,14 @@ def test_training_starts_at_log_two_and_the_reference_is_the_previous_policy(fin
 
 def test_sampled_logprobs_equal_the_trainers(finished):
     """The sampler's record (cached decoding) against the trainer's (teacher forcing), on responses in pairs."""
-    config, run_dir, _ = finished
+    _, run_dir, _ = finished
     rollouts = {row.rollout_id: row for row in run_dir.stage("sample", 0).read(Rollout)}
     scores = {row.pair_id: row for row in run_dir.stage("score", 0).read(ReferenceScore)}
     compared = 0
-    for pair in run_dir.stage("pair", 0).read(Pair):
+    for made in run_dir.stage("pair", 0).read(Pair):
         for name, value in (
-            (pair.chosen_id, scores[pair.pair_id].chosen_logprob),
-            (pair.rejected_id, scores[pair.pair_id].rejected_logprob),
+            (made.chosen_id, scores[made.pair_id].chosen_logprob),
+            (made.rejected_id, scores[made.pair_id].rejected_logprob),
         ):
             if not rollouts[name].is_gold:
                 compared += 1
@@ -132,7 +133,7 @@ def test_a_finished_run_is_not_touched_again(finished):
 
 
 def test_tables_show_what_the_manifests_say(finished):
-    config, run_dir, result = finished
+    _, run_dir, result = finished
     with console.capture() as captured:
         for table in (
             status_table(stage_statuses(run_dir, iterations=2)),
@@ -149,7 +150,7 @@ def test_tables_show_what_the_manifests_say(finished):
 
 
 def test_evaluation_is_antisymmetric_and_knows_the_teacher(finished):
-    config, run_dir, result = finished
+    _, run_dir, result = finished
     details = run_dir.stage("evaluate", 1).require().details
     matrix = np.asarray(details["matrix"])
     np.testing.assert_allclose(matrix + matrix.T, 1.0, atol=2e-4)
@@ -160,10 +161,36 @@ def test_evaluation_is_antisymmetric_and_knows_the_teacher(finished):
 
 
 def test_a_changed_configuration_is_refused_and_named(finished):
-    config, run_dir, _ = finished
+    config, _, _ = finished
     changed = config.model_copy(update={"loss": config.loss.model_copy(update={"beta": 0.3})})
     with pytest.raises(DnoError, match=r"loss\.beta: 0\.1 -> 0\.3"):
         iteration.run(changed)
+
+
+def test_prompts_that_changed_under_a_run_are_refused(finished, make_config, tmp_path):
+    config, _, _ = finished
+    rows = Path(config.prompts.path).read_text().splitlines()
+    changed = tmp_path / "prompts.jsonl"
+    changed.write_text("\n".join(rows) + "\n")
+    other = make_config(iterations=2, prompts={"path": str(changed)})
+    iteration.prepare(other)
+    before = RunDir(other.run_dir).prompts_path(0)
+    sample.run(other, 0)
+    kept = before.read_text()
+    changed.write_text("\n".join(rows[:-2]) + "\n")
+    with pytest.raises(DnoError, match="the prompt file has changed since this iteration began"):
+        sample.run(other, 0)
+    assert before.read_text() == kept
+
+
+def test_missing_reference_scores_are_never_zeros(finished):
+    _, run_dir, _ = finished
+    pairs = load_pairs(run_dir, 0)
+    scores = list(run_dir.stage("score", 0).read(ReferenceScore))
+    with pytest.raises(DnoError, match="has no reference score"):
+        training_rows(run_dir, pairs, scores[1:])
+    with pytest.raises(DnoError, match="has no reference score"):
+        training_rows(run_dir, pairs, [])
 
 
 def test_step_zero_refuses_a_foreign_reference(make_config):
@@ -189,7 +216,7 @@ def test_step_zero_refuses_a_foreign_reference(make_config):
 
 
 def test_no_pair_is_an_error_with_the_funnel(finished, make_config):
-    config, run_dir, _ = finished
+    _, run_dir, _ = finished
     other = make_config(iterations=2, pairing={"degenerate_share": 1.0})
     target = RunDir(other.run_dir)
     for name in ("sample", "annotate"):
@@ -211,7 +238,29 @@ def test_without_held_out_prompts_the_last_policy_is_returned(make_config):
     config = make_config(iterations=1, prompts={"held_out_path": None})
     result = iteration.run(config)
     assert result.best == 1
-    assert RunDir(config.run_dir).stage("evaluate", 0).require().details["why"] == "no held-out prompts"
+    assert RunDir(config.run_dir).stage("evaluate", 0).require().details["why"] == "the newest: no held-out prompts"
+
+
+def test_bfloat16_compute_runs_the_loop_within_the_guard(make_config):
+    config = make_config(iterations=1, model={"dtype": "bfloat16", "remat": "full"})
+    iteration.run(config)
+    run_dir = RunDir(config.run_dir)
+    first = next(row for row in run_dir.read_metrics() if row["stage"] == "train")
+    # Scoring and training are different programs: they round differently, by far less than the guard allows.
+    assert first["max_abs_log_ratio"] < train.STEP_ZERO_TOLERANCE["bfloat16"]
+    assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_micro_batches_train_the_same_policy(make_config, tmp_path):
+    other = make_config(training={"micro_batch_size": 8, "batch_size": 16})
+    whole = make_config(run_dir=str(tmp_path / "whole"), training={"batch_size": 16})
+    losses = []
+    for changed in (other, whole):
+        iteration.prepare(changed)
+        iteration.run_iteration(changed, 0)
+        rows = [row for row in RunDir(changed.run_dir).read_metrics() if row["stage"] == "train"]
+        losses.append([row["loss"] for row in rows])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_meshes_agree_and_export_the_same_files(make_config, finished, tmp_path):

@@ -12,7 +12,14 @@ from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dno_jax.training.state import init_state, param_shardings, state_shardings
-from dno_jax.training.step import batch_logprobs, preference_loss, response_logprobs, score_step, supervised_loss, train_step
+from dno_jax.training.step import (
+    batch_logprobs,
+    preference_loss,
+    response_logprobs,
+    score_step,
+    supervised_loss,
+    train_step,
+)
 
 OPTIMIZER = OptimizerSection(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0)
 LOSS = preference_loss(LossSection(beta=0.1))
@@ -41,7 +48,10 @@ def take_steps(config, params, batches, *, axes=(1, 1, 1), remat="none", micro_b
 
 @pytest.fixture(scope="module")
 def batches(rows):
-    return [make_batch(rows[:8], batch_size=8, max_length=LENGTH), make_batch(rows[8:], batch_size=8, max_length=LENGTH)]
+    return [
+        make_batch(rows[:8], batch_size=8, max_length=LENGTH),
+        make_batch(rows[8:], batch_size=8, max_length=LENGTH),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,10 @@ def plain(config, params, batches):
 
 
 def assert_same(found, expected, *, rtol=2e-5, atol=3e-6):
-    """Equal up to float32 rounding of sums in another order (Adam's first steps magnify it by at most 1 / eps^(1/2))."""
+    """Equal up to float32 rounding of sums in another order.
+
+    Adam's first steps magnify it by at most 1 / eps^(1/2).
+    """
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(found[0].params), jax.tree.leaves_with_path(expected[0].params), strict=True
     ):
@@ -84,7 +97,9 @@ def test_gradients_on_a_mesh_equal_one_devices(config, params, batches):
     for axes in [(2, 2, 2), (2, 4, 1)]:
         value, found = gradients(axes)
         assert float(value) == pytest.approx(float(loss), rel=1e-6)
-        for (path, a), (_, b) in zip(jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(expected), strict=True):
+        for (path, a), (_, b) in zip(
+            jax.tree.leaves_with_path(found), jax.tree.leaves_with_path(expected), strict=True
+        ):
             scale = float(jnp.max(jnp.abs(b)))
             np.testing.assert_allclose(a, b, atol=3e-6 * scale, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
 
@@ -141,7 +156,7 @@ def test_logprobs_equal_one_forward_pass_a_token(config, params, rows):
     batch = make_batch([row], batch_size=1, max_length=LENGTH)
     found = score_step(params, batch, model=Decoder(config), chunk=7)
     assert float(found[0, 0]) == pytest.approx(brute, abs=1e-4)
-    shifted = TrainingRow(row.prompt_ids, (row.response_ids[0][1:] + (1,), row.response_ids[1]))
+    shifted = TrainingRow(row.prompt_ids, ((*row.response_ids[0][1:], 1), row.response_ids[1]))
     wrong = score_step(params, make_batch([shifted], batch_size=1, max_length=LENGTH), model=Decoder(config), chunk=7)
     assert abs(float(wrong[0, 0]) - brute) > 1e-2
 
@@ -154,7 +169,12 @@ def test_prompt_and_padding_positions_get_no_gradient_from_the_head(config, para
 
     def total(h):
         return response_logprobs(
-            h, jnp.asarray(params["head"]), token=token, response_mask=mask, response_length=batch.response_length, chunk=64
+            h,
+            jnp.asarray(params["head"]),
+            token=token,
+            response_mask=mask,
+            response_length=batch.response_length,
+            chunk=64,
         ).sum()
 
     slope = np.asarray(jax.grad(total)(jnp.asarray(hidden)))

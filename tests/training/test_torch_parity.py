@@ -33,7 +33,7 @@ def pairs(shared_data):
                 continue
             order = ("response_1", "response_2") if row["label"] == 1 else ("response_2", "response_1")
             prompt = tokenizer(row["prompt"]).input_ids
-            responses = [tokenizer(row["prompt"] + " " + row[name]).input_ids[len(prompt) :] + [2] for name in order]
+            responses = [[*tokenizer(row["prompt"] + " " + row[name]).input_ids[len(prompt) :], 2] for name in order]
             if all(len(prompt) + len(response) <= 256 for response in responses):
                 found.append((prompt, *responses))
             if len(found) == PAIRS:

@@ -1,0 +1,125 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dno_jax.config import MeshSection
+from dno_jax.errors import DnoError
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import abstract_params, init_params
+from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.sharding import (
+    DECODE,
+    TRAIN,
+    Constrain,
+    num_row_shards,
+    owned_rows,
+    relayout,
+    replicated,
+    resolve,
+    row_sharding,
+    to_device,
+)
+from dno_jax.training.checkpoint import fingerprint, load_policy, policy_fingerprint, save_policy
+from dno_jax.training.state import param_shardings
+
+CONFIG = ModelConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64,
+    tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+)  # fmt: skip
+
+
+def mesh_of(data, fsdp, tensor):
+    return make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor))
+
+
+def test_one_axis_takes_the_rest():
+    assert dict(mesh_of(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh_of(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    with pytest.raises(DnoError, match="does not divide the 8 cpu devices"):
+        mesh_of(3, -1, 1)
+
+
+def test_unknown_axes_and_indivisible_sizes_raise():
+    mesh = mesh_of(2, 2, 2)
+    with pytest.raises(DnoError, match=r"TRAIN knows no axis 'embde'"):
+        TRAIN.weight_spec(("embde",))
+    with pytest.raises(DnoError, match=r"w of shape \(7, 8\): size 7 cannot be split over fsdp=2"):
+        resolve(mesh, TRAIN.weight_spec(("embed", "mlp")), shape=(7, 8), name="w")
+
+
+def test_layouts_split_what_they_say():
+    mesh = mesh_of(2, 2, 2)
+    train, decode = (param_shardings(CONFIG, mesh, layout) for layout in (TRAIN, DECODE))
+    assert train["layers"]["up"].spec == PartitionSpec(None, "fsdp", "tensor")
+    assert decode["layers"]["up"].spec == PartitionSpec(None, None, "tensor")
+    assert train["layers"]["mlp_norm"].spec == PartitionSpec()
+    assert TRAIN.activation_spec(("batch", "length", "embed")) == PartitionSpec(("data", "fsdp"), None, None)
+    assert num_row_shards(mesh) == 4
+
+
+def test_axes_of_one_device_are_left_out():
+    mesh = mesh_of(8, 1, 1)
+    assert {leaf.spec for leaf in jax.tree.leaves(param_shardings(CONFIG, mesh, TRAIN))} == {PartitionSpec()}
+
+
+def test_constrain_is_a_value():
+    mesh = mesh_of(2, 2, 2)
+    assert Constrain(mesh, TRAIN) == Constrain(mesh_of(2, 2, 2), TRAIN) != Constrain(mesh, DECODE)
+    assert hash(Constrain(mesh, TRAIN)) == hash(Constrain(mesh_of(2, 2, 2), TRAIN))
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_every_row_is_owned_once(axes):
+    mesh = mesh_of(*axes)
+    rows = np.arange(16 * 3).reshape(16, 3)
+    placed = to_device(rows, row_sharding(mesh, ndim=2))
+    owned = owned_rows(placed)
+    assert sorted(owned) == list(range(16))
+    np.testing.assert_array_equal(np.stack([owned[row] for row in range(16)]), rows)
+
+
+def test_relayout_moves_without_changing_a_bit():
+    mesh = mesh_of(2, 2, 2)
+    params = jax.device_put(init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh, TRAIN))
+    places = param_shardings(CONFIG, mesh, DECODE)
+    with jax.transfer_guard("disallow"):  # on the devices: not through the host
+        moved = relayout(params, places)
+    for leaf, place in zip(jax.tree.leaves(moved), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    assert fingerprint(moved) == fingerprint(params)
+
+
+def test_a_fingerprint_names_the_values_and_not_the_mesh():
+    params = init_params(CONFIG, jax.random.key(0))
+    base = fingerprint(params)
+    for axes in [(8, 1, 1), (1, 8, 1), (2, 2, 2)]:
+        assert fingerprint(jax.device_put(params, param_shardings(CONFIG, mesh_of(*axes), TRAIN))) == base
+    up = params["layers"]["up"]
+    bump = up.at[1, 3, 5].set(jnp.nextafter(up[1, 3, 5], jnp.float32(1)))
+    swapped = up.at[0, 0, 0].set(up[0, 0, 1]).at[0, 0, 1].set(up[0, 0, 0])
+    for other in (bump, swapped, up.astype(jnp.bfloat16)):
+        assert fingerprint({**params, "layers": {**params["layers"], "up": other}}) != base
+
+
+def test_a_policy_saved_on_one_mesh_is_read_on_another(tmp_path):
+    from etils import epath
+
+    params = init_params(CONFIG, jax.random.key(0))
+    path = epath.Path(tmp_path / "policy")
+    with pytest.raises(DnoError, match="no whole policy"):
+        load_policy(path, shapes=abstract_params(CONFIG), shardings=param_shardings(CONFIG, mesh_of(8, 1, 1), TRAIN))
+    digest = save_policy(path, jax.device_put(params, param_shardings(CONFIG, mesh_of(2, 2, 2), TRAIN)))
+    assert policy_fingerprint(path) == digest
+    for axes in [(1, 8, 1), (1, 4, 2)]:
+        places = param_shardings(CONFIG, mesh_of(*axes), DECODE)
+        loaded = load_policy(path, shapes=abstract_params(CONFIG), shardings=places)
+        assert fingerprint(loaded) == digest
+        assert loaded["layers"]["q"].sharding.is_equivalent_to(places["layers"]["q"], 4)
+
+
+def test_replicated_means_everywhere():
+    mesh = mesh_of(2, 2, 2)
+    assert replicated(mesh) == NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,135 @@
+"""The annotate stage by itself.
+
+It follows shards as they close, shows a judge what it should see, and never waits in vain.
+"""
+
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from dno_jax.errors import DnoError
+from dno_jax.records import Judgement, Message, Prompt, Rollout
+from dno_jax.run_dir import RunDir, write_atomically
+from dno_jax.stages import annotate
+
+WORDS = ["bam", "dom", "fen", "gat", "kos", "lem", "bes", "dan"]
+
+
+def rollout(prompt_id, sample, text, *, gold=False):
+    return Rollout(
+        rollout_id=f"000/{prompt_id}/{'gold' if gold else sample}",
+        prompt_id=prompt_id,
+        sample=-1 if gold else sample,
+        policy=None if gold else 0,
+        text=text,
+        token_ids=(1, 2),
+        prompt_token_ids=(1,),
+        logprob=None if gold else -1.0,
+        finish="stop",
+    )
+
+
+@pytest.fixture
+def sampled(make_config):
+    """A run directory with four prompts and no rollouts yet."""
+    config = make_config(iterations=1)
+    run_dir = RunDir(config.run_dir)
+    prompts = [
+        Prompt(prompt_id=f"p{i}", messages=(Message(role="user", content=" ".join(WORDS[i : i + 3])),))
+        for i in range(4)
+    ]
+    write_atomically(run_dir.prompts_path(0), "".join(prompt.model_dump_json() + "\n" for prompt in prompts))
+    return config, run_dir
+
+
+def rows(prompt_id, seed):
+    return [rollout(prompt_id, k, " ".join(WORDS[(seed + k) % 8 :][:4])) for k in range(4)]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "waited for a minute"
+        time.sleep(0.02)
+
+
+def test_shards_are_judged_while_sampling_goes_on(sampled):
+    config, run_dir = sampled
+    source, stage, errors = run_dir.stage("sample", 0), run_dir.stage("annotate", 0), []
+
+    def work():
+        try:
+            annotate.run(config, 0)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    for index in range(4):
+        source.write_shard(f"{index:07d}", rows(f"p{index}", index))
+        wait_for(lambda done=index + 1: len(stage.shard_names()) == done or errors)  # before the next one is sampled
+    assert stage.manifest() is None
+    source.finish(config_digest="c", inputs={}, rows=16, seconds=0.0)
+    thread.join(60)
+    assert not errors
+    assert stage.require().rows == 4
+    assert [row.prompt_id for row in stage.read(Judgement)] == ["p0", "p1", "p2", "p3"]
+
+
+def test_stops_when_sampling_has_failed_and_keeps_what_it_has(sampled):
+    config, run_dir = sampled
+    run_dir.stage("sample", 0).write_shard("0000000", rows("p0", 0))
+    with pytest.raises(DnoError, match="sampling stopped before it was finished"):
+        annotate.run(config, 0, abandoned=lambda: True)
+    assert run_dir.stage("annotate", 0).shard_names() == ["0000000"]
+    assert run_dir.stage("annotate", 0).manifest() is None
+
+
+def test_empty_and_repeated_responses_are_not_shown_and_are_counted(sampled):
+    config, run_dir = sampled
+    source = run_dir.stage("sample", 0)
+    source.write_shard(
+        "0000000",
+        [
+            rollout("p0", 0, "bam dom"),
+            rollout("p0", 1, " bam dom "),
+            rollout("p0", 2, "  "),
+            rollout("p0", 3, "fen gat"),
+            rollout("p0", -1, "fen gat", gold=True),
+            *(rollout("p1", k, "kos") for k in range(4)),  # a greedy sampler's pool
+        ],
+    )
+    source.finish(config_digest="c", inputs={}, rows=9, seconds=0.0)
+    manifest = annotate.run(config, 0)
+    judgements = list(run_dir.stage("annotate", 0).read(Judgement))
+    assert [row.candidate_ids for row in judgements] == [("000/p0/gold", "000/p0/0")]
+    assert Counter(manifest.dropped) == Counter(
+        {"duplicate response": 5, "empty response": 1, "fewer than two distinct candidates": 1}
+    )
+
+
+def test_drops_are_counted_over_a_restart(sampled):
+    config, run_dir = sampled
+    source = run_dir.stage("sample", 0)
+    source.write_shard("0000000", [rollout("p0", k, text) for k, text in enumerate(["bam", "bam", "dom"])])
+    with pytest.raises(DnoError):
+        annotate.run(config, 0, abandoned=lambda: True)
+    source.write_shard("0000001", [rollout("p1", k, text) for k, text in enumerate(["fen", "", "dom"])])
+    source.finish(config_digest="c", inputs={}, rows=6, seconds=0.0)
+    assert annotate.run(config, 0).dropped == {"duplicate response": 1, "empty response": 1}
+
+
+def test_a_second_call_judges_nothing_again(sampled, monkeypatch):
+    config, run_dir = sampled
+    source = run_dir.stage("sample", 0)
+    source.write_shard("0000000", rows("p0", 0))
+    source.finish(config_digest="c", inputs={}, rows=4, seconds=0.0)
+    first = annotate.run(config, 0)
+
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("asked again")
+
+    monkeypatch.setattr(annotate, "build_annotator", forbidden)
+    assert annotate.run(config, 0) == first

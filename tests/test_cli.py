@@ -1,0 +1,134 @@
+"""Commands that other tests do not run: sft, inspect, import, export, status, single stages."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from dno_jax import cli
+from dno_jax.model import hf
+from dno_jax.run_dir import STAGES, RunDir
+from dno_jax.training.checkpoint import policy_fingerprint
+from tests.small import WORDS, small_tree
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture
+def dno(monkeypatch):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["dno", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code in (0, None), caught.value.code
+
+    return run
+
+
+def test_stage_by_stage_equals_one_run(folder, dno, capsys):
+    config = folder / "stages.yaml"
+    config.write_text(yaml.safe_dump({**small_tree(folder, run_dir="stages"), "iterations": 1, "prompts": {
+        **small_tree(folder)["prompts"], "split": "shared"}}))  # fmt: skip
+    dno("import", config)
+    for name in STAGES:
+        dno(name, config)
+    whole = folder / "whole.yaml"
+    whole.write_text(config.read_text().replace("/stages", "/whole"))
+    dno("run", whole)
+    one, two = RunDir(folder / "stages"), RunDir(folder / "whole")
+    assert policy_fingerprint(one.policy(1)) == policy_fingerprint(two.policy(1)) is not None
+    capsys.readouterr()
+    dno("status", folder / "stages")
+    said = capsys.readouterr().err
+    assert said.count("done") == len(STAGES)
+    dno("export", folder / "stages", folder / "out", "--policy", "1")
+    _, params = hf.load(str(folder / "out"))
+    _, best = hf.load(str(folder / "whole" / "export"))
+    if int(two.stage("evaluate", 0).require().details["best"]) == 1:
+        for name in ("embed", "final_norm"):
+            np.testing.assert_array_equal(params[name], best[name])
+
+
+def test_inspect_shows_where_the_loss_starts_and_ends(folder, dno, capsys):
+    config = folder / "inspect.yaml"
+    config.write_text(yaml.safe_dump(small_tree(folder, run_dir="inspect")))
+    dno("inspect", config)
+    lines = capsys.readouterr().out.splitlines()
+    assert "1 BOS, end token trained" in lines[0]
+    strip = [line for line in lines[2:] if line.strip()]
+    trained = [" loss " in line for line in strip]
+    start = trained.index(True)
+    assert not any(trained[:start])
+    assert "'</s>'" in strip[trained.index(False, start) - 1 if False in trained[start:] else -1]
+    assert not (folder / "inspect").exists()
+
+
+@pytest.fixture(scope="module")
+def sft_config(folder):
+    """Examples whose answer is their first word three times: learnt in a few steps from random weights."""
+    small_tree(folder)
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(64):
+        words = rng.choice(WORDS[:12], size=2).tolist()
+        rows.append(json.dumps({"prompt": " ".join(words), "response": " ".join(words[:1] * 3)}))
+    (folder / "sft.jsonl").write_text("\n".join(rows[:1]) + "\n" + "\n".join(rows) + "\n")
+    return {
+        "run_dir": str(folder / "sft"),
+        "model": {
+            "path": str(folder / "checkpoint"),
+            "init_config": str(folder / "checkpoint"),
+            "chat_template": "raw",
+        },
+        "data": {"path": str(folder / "sft.jsonl"), "max_length": 32},
+        "optimizer": {"learning_rate": 1e-2, "schedule": "linear"},
+        "training": {"batch_size": 16, "num_epochs": 12, "save_every": 5},
+        "report": {"tensorboard": True},
+    }
+
+
+def test_sft_learns_and_exports_a_checkpoint(folder, dno, sft_config, capsys):
+    config = folder / "sft.yaml"
+    config.write_text(yaml.safe_dump(sft_config))
+    dno("sft", config)
+    run_dir = RunDir(folder / "sft")
+    losses = [row["loss"] for row in run_dir.read_metrics()]
+    assert losses[0] == pytest.approx(np.log(76), rel=0.1)
+    assert losses[-1] < 0.5 * losses[0]
+    assert list((folder / "sft" / "tensorboard").rglob("events.out.tfevents.*"))
+    assert not (folder / "sft" / "states").exists()
+    model_config, params = hf.load(str(folder / "sft" / "export"))
+    assert params["embed"].shape == (model_config.vocab_size, model_config.hidden_size)
+    before = (folder / "sft" / "export" / "model.safetensors").stat().st_mtime_ns
+    dno("sft", config)
+    assert "nothing to do" in capsys.readouterr().err
+    assert (folder / "sft" / "export" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_prompt_tokens_of_sft_are_masked(folder, sft_config):
+    from dno_jax.config import SftConfig, parse_config
+    from dno_jax.stages.runtime import Runtime
+    from dno_jax.stages.sft import supervised_rows
+
+    config = parse_config(SftConfig, sft_config, place="test")
+    runtime = Runtime.start(config)
+    for row in supervised_rows(runtime, config)[:5]:
+        assert row.prompt_ids[0][0] == 1  # one BOS, in the prompt
+        assert 1 not in row.response_ids[0]
+        assert row.response_ids[0][-1] == 2
+        assert list(row.response_ids[0]).count(2) == 1
+        assert row.weight == len(row.response_ids[0]) == 4
+
+
+def test_help_names_every_command(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["dno", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    for name in ("run", "sft", "import", "export", "status", "inspect", *STAGES):
+        assert f"  {name} " in said

@@ -1,0 +1,121 @@
+"""`make soak`: what takes longer than CI allows. Figures go into docs/."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dno_jax.run_dir import RunDir
+from tests.annotation.judge_server import JudgeServer
+from tests.small import small_tree
+from tests.test_resume import contents, environment, finish, write_config
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("soak")
+
+
+def killed_at_random(path, rng, *, longest):
+    """Start the run and kill it at a random moment; return its exit status, None if it was killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dno_jax", "run", str(path)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        return process.wait(timeout=rng.uniform(2.0, longest))
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def test_forty_kills_at_random_moments_change_nothing(folder, capsys):
+    whole = write_config(folder, "whole")
+    start = time.monotonic()
+    finish(whole)
+    longest = time.monotonic() - start
+    rng, kills = random.Random(0), 0
+    broken = write_config(folder, "broken")
+    while kills < 40:
+        status = killed_at_random(broken, rng, longest=longest)
+        if status is None:
+            kills += 1
+            continue
+        assert status == 0
+        expected, found = contents(RunDir(folder / "whole")), contents(RunDir(folder / "broken"))
+        assert found == expected
+        subprocess.run(["rm", "-rf", str(folder / "broken")], check=True)  # and from the start again
+    finish(broken)
+    assert contents(RunDir(folder / "broken")) == contents(RunDir(folder / "whole"))
+    with capsys.disabled():
+        print(f"\n[soak: {kills} kills, a whole run takes {longest:.0f} s]")
+
+
+def test_kills_under_a_faulty_judge_lose_no_verdict(folder, capsys):
+    rng, concurrency, kills = random.Random(1), 4, 0
+    with JudgeServer(delay=0.05, fraction=0.2, faults=("429", "500", "garbage", "close"), fault_seed=3) as server:
+        openai = {
+            "base_url": server.url,
+            "api_key_env": None,
+            "max_concurrency": concurrency,
+            "model": "judge",
+            "timeout": 5,
+        }
+        changes = {
+            "iterations": 2,
+            "annotation": {"kind": "openai", "openai": openai},
+            "pairing": {"reward": "score", "positive_floor": 3, "margin": 1, "student_margin": 1},
+        }
+        path = write_config(folder, "faulty", **changes)
+        status = None
+        while status is None and kills < 60:
+            status = killed_at_random(path, rng, longest=12.0)
+            kills += status is None
+        assert status == 0, f"not finished after {kills} kills"
+        with capsys.disabled():
+            print(f"\n[soak: {kills} kills, {server.requests} requests, {server.duplicates} verdicts bought twice]")
+        assert server.duplicates <= concurrency * kills
+
+
+def test_two_processes_survive_a_kill_of_either(folder):
+    path = folder / "pair.yaml"
+    path.write_text(yaml.safe_dump(small_tree(folder, run_dir="pair")))
+    rng = random.Random(2)
+    environment_ = {**environment(), "DNO": f"{Path(sys.executable).parent}/dno"}
+    command = [str(ROOT / "launch" / "local.sh"), "2", str(path)]
+    for victim in (0, 1, 0, 1):
+        launcher = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment_,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(rng.uniform(8.0, 25.0))
+        found = subprocess.run(
+            ["pgrep", "-f", f"{path} .*--process-id {victim}"], capture_output=True, text=True, check=False
+        )
+        for pid in found.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        launcher.wait(timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment_, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = write_config(folder, "alone")
+    finish(alone)
+    one, two = contents(RunDir(folder / "alone")), contents(RunDir(folder / "pair"))
+    for stage in ("pair", "annotate"):
+        assert one[0][stage, 0] == two[0][stage, 0]
