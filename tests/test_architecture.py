@@ -65,6 +65,7 @@ def test_losses_and_logprobs_import_only_jax():
 def test_host_side_rooms_never_import_jax():
     files = [
         *(PACKAGE / "annotation").rglob("*.py"),
+        *(PACKAGE / "games").rglob("*.py"),
         *(PACKAGE / f"{n}.py" for n in ("preferences", "records", "run_dir", "config")),
     ]
     for path in files:
