@@ -59,9 +59,7 @@ def head_token_logprobs(
     def one_slice(start: Int[Array, ""]) -> Float[Array, "B W"]:
         hidden_slice = jax.lax.dynamic_slice_in_dim(hidden, start, width, axis=1)
         token_slice = jax.lax.dynamic_slice_in_dim(token, start, width, axis=1)
-        logits = jnp.einsum(
-            "btd,dv->btv", hidden_slice, head, preferred_element_type=jnp.float32, precision=_precision(hidden.dtype)
-        )
+        logits = einsum_float32("btd,dv->btv", hidden_slice, head)
         return token_logprobs(logits, token_slice)
 
     if slices == 1:
@@ -75,6 +73,19 @@ def sequence_logprobs(logprob: Float[ArrayLike, "*B T"], mask: Bool[ArrayLike, "
     return jnp.sum(jnp.where(mask, jnp.asarray(logprob, jnp.float32), 0.0), axis=-1)
 
 
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
-    # An accelerator multiplies float32 in bfloat16 by default; who asks for float32 means it.
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+def einsum_float32(equation: str, a: Array, b: Array) -> Array:
+    """Return einsum(equation, a, b) accumulated and returned in float32, multiplied in the operands' own dtype.
+
+    float32 operands are multiplied as float32 (an accelerator would take bfloat16 or TF32 passes by default).
+    """
+    if a.dtype == jnp.float32:
+        return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
+
+    def native(a: Array, b: Array) -> Array:
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+    def widened(a: Array, b: Array) -> Array:
+        # XLA's CPU back-end lacks some of these products; that of two bfloat16 numbers is exact in float32.
+        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
+
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=native)

@@ -22,6 +22,6 @@ for ((id = 0; id < num_processes; id++)); do
 done
 # The first process to fail ends the others: they would wait for it in a collective.
 for ((left = num_processes; left > 0; left--)); do
-  wait -n "${pids[@]}" || exit $?
+  wait -n || exit $?
 done
 trap - EXIT

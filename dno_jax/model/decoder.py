@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dno_jax.logprobs import einsum_float32
 from dno_jax.model.cache import KVCache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import AnyArray, attend, precision_for, rms_norm, rope, rope_angles, visible
@@ -217,13 +218,7 @@ def logits(config: ModelConfig, params: Mapping[str, Any], hidden: Float[Array, 
     """Return float32 logits of hidden states, multiplied in the dtype of `hidden` and accumulated in float32."""
     # The table as it lies: transposing it first would copy it.
     name, equation = ("embed", "...d,vd->...v") if config.tie_word_embeddings else ("head", "...d,dv->...v")
-    return jnp.einsum(
-        equation,
-        hidden,
-        params[name].astype(hidden.dtype),
-        precision=precision_for(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    return einsum_float32(equation, hidden, params[name].astype(hidden.dtype))
 
 
 def _without_mesh() -> Any:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dno_jax.logprobs import einsum_float32
+
 # Parameters come as numpy arrays from a checkpoint and as jax arrays from anywhere else.
 AnyArray = jax.Array | np.ndarray
 
@@ -97,10 +99,9 @@ def _attend_block(
 ) -> Float[Array, "B T N H"]:
     B, T, N, H = q_BTNH.shape
     K = k_BKHS.shape[1]
-    precision = precision_for(q_BTNH.dtype)
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bkhs->bkgts", q_BTKGH, k_BKHS, precision=precision, preferred_element_type=jnp.float32)
+    scores = einsum_float32("btkgh,bkhs->bkgts", q_BTKGH, k_BKHS)
     scores = jnp.where(mask_BTS[:, None, None], scores * H**-0.5, _UNSEEN)
     weight = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    mixed = jnp.einsum("bkgts,bksh->btkgh", weight, v_BKSH, precision=precision, preferred_element_type=jnp.float32)
+    mixed = einsum_float32("bkgts,bksh->btkgh", weight, v_BKSH)
     return mixed.reshape(B, T, N, H).astype(q_BTNH.dtype)
