@@ -73,11 +73,12 @@ def sequence_logprobs(logprob: Float[ArrayLike, "*B T"], mask: Bool[ArrayLike, "
     return jnp.sum(jnp.where(mask, jnp.asarray(logprob, jnp.float32), 0.0), axis=-1)
 
 
-def einsum_float32(equation: str, a: Array, b: Array) -> Array:
+def einsum_float32(equation: str, a: ArrayLike, b: ArrayLike) -> Array:
     """Return einsum(equation, a, b) accumulated and returned in float32, multiplied in the operands' own dtype.
 
     float32 operands are multiplied as float32 (an accelerator would take bfloat16 or TF32 passes by default).
     """
+    a, b = jnp.asarray(a), jnp.asarray(b)
     if a.dtype == jnp.float32:
         return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
 
