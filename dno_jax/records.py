@@ -15,7 +15,8 @@ from dno_jax.errors import DnoError
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
 JudgementState = Literal["ok", "refused", "unparsable", "failed"]
-PairKind = Literal["student>student", "student>gold", "gold>student"]
+Source = Literal["policy", "mixture", "gold", "data"]
+PairKind = Literal["student>student", "student>gold", "gold>student", "data>data", "data>gold", "gold>data"]
 
 
 class Record(BaseModel):
@@ -29,16 +30,26 @@ class Message(Record):
     content: str
 
 
+class GivenResponse(Record):
+    """A response that comes with the data, with its points where somebody gave it any."""
+
+    text: str = Field(min_length=1)
+    score: float | None = Field(default=None, allow_inf_nan=False)
+
+
 class Prompt(Record):
     """One prompt x, with the teacher's response where there is one.
 
-    `gold` is the text of the teacher's response y_gold (Algorithm 2, line 3), or None.
+    Attributes:
+        gold: text of the teacher's response y_gold (Algorithm 2, line 3), or None.
+        candidates: responses for offline methods (sampling.source=data).
     """
 
     prompt_id: str = Field(min_length=1)
     messages: tuple[Message, ...] = Field(min_length=1)
     source: str = ""
     gold: str | None = None
+    candidates: tuple[GivenResponse, ...] = ()
 
     @model_validator(mode="after")
     def _ends_with_a_question(self) -> Prompt:
@@ -62,19 +73,21 @@ class Rollout(Record):
 
     Attributes:
         rollout_id: "<iteration>/<prompt_id>/<sample>", or ".../gold" for the teacher's response.
-        sample: index of the sample in [0, K); -1 for the teacher's response.
-        policy: index t of the policy pi_t that sampled it; None for the teacher's response.
+        sample: index of the sample; -1 for the teacher's response.
+        source: who wrote it: policy t, its mixture with pi_ref, the teacher, or somebody in the data.
+        policy: index t of the policy pi_t that sampled it, alone or in the mixture; None where none did.
         text: what the judge sees; the decoded `token_ids` without special tokens.
         token_ids: response ids, ending with an end-of-sequence id exactly when finish == "stop".
         prompt_token_ids: the ids the response was conditioned on.
         logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's
-            response.
+            response and for the data's.
         finish: "stop" (an end id was emitted) or "length" (cut at the maximum).
     """
 
     rollout_id: str
     prompt_id: str
     sample: int = Field(ge=-1)
+    source: Source
     policy: int | None
     text: str
     token_ids: tuple[int, ...]
@@ -84,7 +97,7 @@ class Rollout(Record):
 
     @property
     def is_gold(self) -> bool:
-        return self.policy is None
+        return self.source == "gold"
 
 
 class Judgement(Record):
@@ -133,6 +146,7 @@ class Pair(Record):
     Attributes:
         chosen_reward, rejected_reward: the rewards the pair rule compared, in the unit of `pairing.reward`.
         target: P(chosen preferred) in [0, 1] that the loss regresses on; 1 for DNO-Prct (Eq. 13).
+        weight: how many pairs of samples this one stands for, as equal texts are judged once.
         kind: who won against whom.
         iteration: the iteration whose rollouts the ids name (an earlier one for replayed pairs).
     """
@@ -144,12 +158,13 @@ class Pair(Record):
     chosen_reward: float
     rejected_reward: float
     target: float = Field(ge=0.0, le=1.0)
+    weight: float = Field(default=1.0, gt=0.0)
     kind: PairKind
     iteration: int = Field(ge=0)
 
 
 class ReferenceScore(Record):
-    """log pi_t of both responses of a pair, nats, summed over response tokens."""
+    """log-probabilities of both responses of a pair under one frozen policy, nats, summed over response tokens."""
 
     pair_id: str
     chosen_logprob: float

@@ -1,0 +1,56 @@
+"""The whole configuration: frozen pydantic models, read from YAML, overridden by `a.b=value`.
+
+num_x counts, max_x is an inclusive bound, x_id identifies. A relative path is relative to the directory the command
+runs in. Nothing here imports jax.
+"""
+
+from dno_jax.config.annotation import AnnotationSection, OpenAISection, OracleSection, SelfSection, TableSection
+from dno_jax.config.base import Section
+from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
+from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
+from dno_jax.config.sections import (
+    EvaluationSection,
+    LossName,
+    LossSection,
+    MeshSection,
+    ModelConfigSection,
+    OptimizerSection,
+    OuterSection,
+    PairingSection,
+    PromptsSection,
+    ReferenceSection,
+    ReportSection,
+    SamplingSection,
+    TrainingSection,
+)
+
+__all__ = [
+    "AnnotationSection",
+    "EvaluationSection",
+    "LossName",
+    "LossSection",
+    "MeshSection",
+    "ModelConfigSection",
+    "OpenAISection",
+    "OptimizerSection",
+    "OracleSection",
+    "OuterSection",
+    "PairingSection",
+    "PromptsSection",
+    "ReferenceSection",
+    "ReportSection",
+    "RunConfig",
+    "SamplingSection",
+    "Section",
+    "SelfSection",
+    "SftConfig",
+    "SftDataSection",
+    "SftModelSection",
+    "TableSection",
+    "TrainingSection",
+    "changed_fields",
+    "config_digest",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

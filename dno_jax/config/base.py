@@ -1,0 +1,26 @@
+"""What every section of the configuration is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+# A field marked so may differ when a run directory is resumed: it changes cost, not results.
+MAY_CHANGE: dict[str, Any] = {"may_change": True}
+
+
+def absolute(path: str) -> str:
+    if not path:
+        raise ValueError("an empty path")
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+PathStr = Annotated[str, AfterValidator(absolute)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

@@ -1,0 +1,137 @@
+"""From a YAML file and overrides to a validated configuration, and from that to its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from dno_jax.config.base import Section
+from dno_jax.errors import DnoError
+from dno_jax.records import explain
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a YAML file, lay `a.b=value` overrides over it (values are YAML), and validate.
+
+    A file with `base: other.yaml` (relative to itself) says only what it changes in that one.
+
+    Raises:
+        DnoError: naming the file, the field's path, what was expected and, for an unknown field, the known ones.
+    """
+    tree = _read(Path(path), above=())
+    for override in overrides:
+        _lay_over(tree, override)
+    return parse_config(kind, tree, place=str(path))
+
+
+def _read(path: Path, *, above: tuple[Path, ...]) -> dict[str, Any]:
+    """Read one file, laid over its bases; `above` are the files that led here."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        named = f" (the base of {above[-1]})" if above else ""
+        raise DnoError(f"{path}: no such configuration file{named}") from None
+    except yaml.YAMLError as error:
+        raise DnoError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise DnoError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise DnoError(f"{path}: base: expected the path of a YAML file, got {base!r}")
+    if path.resolve() in above:
+        raise DnoError(f"{path}: base: {base} leads back to this file")
+    return _merge(_read(path.parent / base, above=(*above, path.resolve())), tree)
+
+
+def _merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for name, value in over.items():
+        under = merged.get(name)
+        merged[name] = _merge(under, value) if isinstance(value, dict) and isinstance(under, dict) else value
+    return merged
+
+
+def parse_config(kind: type[ConfigT], tree: dict[str, Any], *, place: str) -> ConfigT:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        unknown = [item for item in error.errors() if item["type"] == "extra_forbidden"]
+        hint = "".join(f"\n  {_known_fields(kind, item['loc'])}" for item in unknown)
+        raise DnoError(f"{place}: {explain(error)}{hint}") from None
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise DnoError(f"override {override!r}: expected a.b=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DnoError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        below = tree.setdefault(parent, {})
+        if not isinstance(below, dict):
+            raise DnoError(f"override {override!r}: {parent} is a value, not a section")
+        tree = below
+    tree[leaf] = value
+
+
+def _known_fields(kind: type[Section], loc: Iterable[Any]) -> str:
+    *parents, leaf = loc
+    for parent in parents:
+        annotation = kind.model_fields[parent].annotation if parent in kind.model_fields else None
+        # An optional section is a union with None.
+        found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, Section)]
+        if not found:
+            break
+        kind = found[0]
+    return f"{leaf!r} is unknown; known here: {', '.join(kind.model_fields)}"
+
+
+def dump_config(config: Section) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_digest(config: Section) -> str:
+    """Identity of everything that decides results (fields that may change are left out)."""
+    return hashlib.sha256(json.dumps(_deciding(config), sort_keys=True).encode()).hexdigest()
+
+
+def changed_fields(old: Section, new: Section) -> list[str]:
+    """Dotted names of the deciding fields in which two configurations differ, with both values."""
+    before, after = _flat(_deciding(old)), _flat(_deciding(new))
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names]
+
+
+def _deciding(config: Section) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("may_change"):
+            continue
+        value = getattr(config, name)
+        tree[name] = _deciding(value) if isinstance(value, Section) else value
+    return json.loads(json.dumps(tree))
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

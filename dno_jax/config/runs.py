@@ -1,0 +1,161 @@
+"""The two things that can be run: DNO, and the supervised fine-tuning before it."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from dno_jax.config.annotation import AnnotationSection
+from dno_jax.config.base import MAY_CHANGE, Count, PathStr, Section
+from dno_jax.config.sections import (
+    RESPONSE_LOSSES,
+    EvaluationSection,
+    LossSection,
+    MeshSection,
+    ModelConfigSection,
+    OptimizerSection,
+    OuterSection,
+    PairingSection,
+    PromptsSection,
+    ReferenceSection,
+    ReportSection,
+    SamplingSection,
+    TrainingSection,
+)
+
+
+class RunConfig(Section):
+    """One run: T iterations from a checkpoint to a better checkpoint. As it stands, Algorithm 2 (DNO-Prct)."""
+
+    run_dir: PathStr = Field(json_schema_extra=MAY_CHANGE)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    iterations: Count = Field(default=3, description="T")
+    model: ModelConfigSection
+    mesh: MeshSection = Field(default=MeshSection(), json_schema_extra=MAY_CHANGE)
+    prompts: PromptsSection
+    sampling: SamplingSection = SamplingSection()
+    annotation: AnnotationSection = AnnotationSection()
+    pairing: PairingSection = PairingSection()
+    loss: LossSection = LossSection()
+    reference: ReferenceSection = ReferenceSection()
+    outer: OuterSection = OuterSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    report: ReportSection = Field(default=ReportSection(), json_schema_extra=MAY_CHANGE)
+
+    @model_validator(mode="after")
+    def _judges_fit(self) -> RunConfig:
+        if not self.annotation.gives_scores and self.pairing.reward == "score":
+            raise ValueError(
+                f"annotation.kind={self.annotation.kind} gives pairwise verdicts, no scores: "
+                "set pairing.reward=win_rate"
+            )
+        if self.prompts.held_out and self.prompts.held_out_path:
+            raise ValueError("prompts.held_out and prompts.held_out_path are both given: choose one")
+        has_held_out = self.prompts.held_out or self.prompts.held_out_path
+        if has_held_out and not self.evaluation_judge.is_judge:
+            raise ValueError(
+                f"annotation.kind={self.evaluation_judge.kind} cannot judge held-out responses: give "
+                "evaluation.annotation a judge (oracle, openai, table), or no held-out prompts"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_fits(self) -> RunConfig:
+        mixes = self.sampling.source == "mixture" or self.sampling.num_opponents > 0
+        if mixes and self.reference.kind != "mixture" and self.sampling.mixture_weight is None:
+            raise ValueError(
+                "sampling from the mixture needs its weight: set reference.kind=mixture with reference.tau, or "
+                "sampling.mixture_weight"
+            )
+        if (self.pairing.opponents == "mixture") != mixes:
+            raise ValueError(
+                f"pairing.opponents={self.pairing.opponents} with sampling.source={self.sampling.source} and "
+                f"num_opponents={self.sampling.num_opponents}: win rates against the mixture go with samples of it"
+            )
+        tau = self.reference.tau
+        if self.loss.beta_schedule == "nash_md" and not tau:
+            raise ValueError("loss.beta_schedule=nash_md is made of tau: set reference.kind=mixture and reference.tau")
+        if self.loss.beta_schedule == "constant" and tau > self.loss.beta:
+            raise ValueError(f"reference.tau is {tau}, above loss.beta {self.loss.beta}: the mixture needs tau <= beta")
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> RunConfig:
+        name, pairing = self.loss.name, self.pairing
+        if name in ("inpo", "nash_md_pg") and self.reference.kind != "mixture":
+            raise ValueError(f"loss.name={name} is regularised: set reference.kind=mixture and reference.tau")
+        if name == "spin" and pairing.rule != "spin":
+            raise ValueError(f"loss.name=spin with pairing.rule={pairing.rule}: set pairing.rule=spin")
+        if name in RESPONSE_LOSSES:
+            if pairing.rule != "matching" or pairing.reward != "win_rate" or pairing.opponents == "pool":
+                raise ValueError(
+                    f"loss.name={name} reads each sample's own win rate: set pairing.rule=matching, "
+                    "pairing.reward=win_rate and pairing.opponents=policy (or mixture)"
+                )
+            if name != "sppo" and (pairing.replay or self.sampling.source != "policy"):
+                raise ValueError(
+                    f"loss.name={name} needs samples of policy t: set pairing.replay=0, sampling.source=policy"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _scheme_fits(self) -> RunConfig:
+        scheme = self.outer.scheme
+        if scheme == "proximal" and self.reference.kind == "previous":
+            raise ValueError("outer.scheme=proximal moves pi_ref: set reference.kind to mixture (with tau) or initial")
+        if scheme == "lookahead" and self.iterations < 2:
+            raise ValueError(
+                "outer.scheme=lookahead pools the pairs of the iterations before the last: iterations >= 2"
+            )
+        if scheme == "optimistic" and self.loss.name in ("spo", "nash_md_pg"):
+            raise ValueError(
+                f"outer.scheme=optimistic regresses twice; loss.name={self.loss.name} is a policy gradient"
+            )
+        return self
+
+    @property
+    def evaluation_judge(self) -> AnnotationSection:
+        return self.evaluation.annotation or self.annotation
+
+    @property
+    def uses_initial(self) -> bool:
+        """Whether the loss reads log pi_ref beside log pi_t."""
+        return self.reference.kind != "previous"
+
+    def loss_at(self, iteration: int) -> LossSection:
+        """The loss of iteration t: beta is eta_t."""
+        if self.loss.beta_schedule == "constant":
+            return self.loss
+        return self.loss.model_copy(update={"beta": self.reference.tau * (iteration + 2) / 2.0})
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence: prompt and response."""
+        return self.prompts.max_length + self.sampling.max_new_tokens
+
+
+class SftModelSection(ModelConfigSection):
+    """Start from `path`, or, with `init_config`, from random weights and the tokenizer in `path`."""
+
+    init_config: PathStr | None = Field(
+        default=None, description="directory with a config.json: start from random weights of that shape"
+    )
+
+
+class SftDataSection(Section):
+    path: PathStr = Field(description="JSONL of {messages, response} or {prompt, response} rows")
+    max_length: Count = Field(default=512, description="tokens of the longest example; longer ones are an error")
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
+
+    run_dir: PathStr = Field(json_schema_extra=MAY_CHANGE)
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    model: SftModelSection
+    mesh: MeshSection = Field(default=MeshSection(), json_schema_extra=MAY_CHANGE)
+    data: SftDataSection
+    optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
+    training: TrainingSection = TrainingSection(num_epochs=3)
+    report: ReportSection = Field(default=ReportSection(), json_schema_extra=MAY_CHANGE)
