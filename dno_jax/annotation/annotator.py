@@ -1,4 +1,4 @@
-"""What an annotator is, the one that is embedded, and the factory of both."""
+"""What an annotator is, what it is shown, and the factory of all that there are."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from dno_jax.annotation.oracles import majority_matrix
-from dno_jax.config import AnnotationSection, OracleSection
+from dno_jax.config import AnnotationSection
+from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Prompt
 
 
@@ -98,63 +98,32 @@ def presentation_order(pool: Pool, *, seed: int) -> tuple[int, ...]:
     return tuple(sorted(range(len(pool.candidates)), key=address))
 
 
-class OracleAnnotator:
-    """The embedded majority of criteria: no endpoint, no store, the same verdict every time."""
-
-    def __init__(self, section: OracleSection):
-        """Check the criteria.
-
-        Raises:
-            DnoError: an unknown criterion.
-        """
-        majority_matrix("", (), criteria=section.criteria, target_words=section.target_words)
-        self._section = section
-
-    @property
-    def identity(self) -> str:
-        criteria = ",".join(self._section.criteria)
-        return f"oracle majority criteria={criteria} target_words={self._section.target_words}"
-
-    def recall(self, pool: Pool) -> Judgement | None:
-        return self._judge(pool)
-
-    async def probe(self) -> None:
-        return None
-
-    async def judge(self, pool: Pool) -> Judgement:
-        return self._judge(pool)
-
-    async def close(self) -> None:
-        return None
-
-    def _judge(self, pool: Pool) -> Judgement:
-        wins = majority_matrix(
-            prompt_text(pool.prompt),
-            [candidate.text for candidate in pool.candidates],
-            criteria=self._section.criteria,
-            target_words=self._section.target_words,
-        )
-        return Judgement(
-            prompt_id=pool.prompt.prompt_id,
-            candidate_ids=pool.candidate_ids,
-            judge=self.identity,
-            state="ok",
-            wins=wins,
-        )
-
-
 def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[str], seed: int) -> Annotator:
     """Build the annotator a configuration asks for; whatever is wrong shows here, before sampling is paid for.
 
     Args:
-        store_path: the sqlite file of verdicts; made if absent, not touched by the oracle.
-        seed: decides the order in which a list-wise judge sees the candidates.
+        store_path: the sqlite file of verdicts; made if absent, touched only where verdicts are paid for.
+        seed: decides the order in which a list-wise judge sees the candidates, and a table's draws.
 
     Raises:
-        DnoError: an unknown criterion, a missing key, an unreadable rubric, a store that cannot be opened, a bad URL.
+        DnoError: an unknown criterion, a table that is none, a missing key, an unreadable rubric, a store that cannot
+            be opened, a bad URL; a kind that is no annotator of the host's.
     """
-    if config.kind == "oracle":
-        return OracleAnnotator(config.oracle)
-    from dno_jax.annotation.client import OpenAIAnnotator  # a run with the oracle needs none of what it imports
+    # Both modules stand on this one. What is embedded needs nothing of what the client imports.
+    from dno_jax.annotation import embedded
 
-    return OpenAIAnnotator(config.openai, store_path=store_path, seed=seed)
+    match config.kind:
+        case "oracle":
+            return embedded.OracleAnnotator(config.oracle)
+        case "table" if config.table is not None:
+            return embedded.TableAnnotator(config.table, seed=seed)
+        case "gold":
+            return embedded.GoldAnnotator()
+        case "given":
+            return embedded.GivenAnnotator()
+        case "openai":
+            from dno_jax.annotation.client import OpenAIAnnotator
+
+            return OpenAIAnnotator(config.openai, store_path=store_path, seed=seed)
+        case kind:
+            raise DnoError(f"annotation.kind={kind}: judged on the devices, not by an annotator of the host's")

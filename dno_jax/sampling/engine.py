@@ -1,4 +1,7 @@
-"""The jitted sampler: prefill every prompt once, then decode its K samples together, one program a prompt length."""
+"""The jitted sampler: prefill every prompt once, then decode its K samples together, one program a prompt length.
+
+It draws from one policy, or token by token from the geometric mixture of two.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ class Generation:
         end_ids: ids that end a response.
         truncation: the sampling distribution.
         seed: of the run, the first part of every row's address.
+        first_sample: number of the first of the K samples; others of one prompt then draw from other keys.
     """
 
     num_samples: int
@@ -34,6 +38,7 @@ class Generation:
     end_ids: tuple[int, ...]
     truncation: Truncation
     seed: int
+    first_sample: int = 0
 
 
 @flax.struct.dataclass
@@ -44,80 +49,123 @@ class PromptBatch:
 
 
 @flax.struct.dataclass
+class Mixture:
+    """The second policy of a geometric mixture, token by token (Algorithm 4, Option II; Nash-MD's pi_t^tau):
+
+    mixed(token | prefix) ∝ pi_t(token | prefix)^(1 - weight) * pi_ref(token | prefix)^weight, weight = tau / eta.
+
+    Normalised at every token, hence not the mixture of whole responses that stands in Algorithm 3's loss.
+    """
+
+    params: Any  # pi_ref's parameters: the same decoder, in the same layout
+    weight: Any  # scalar float32 in [0, 1], pi_ref's share; traced, so that a schedule compiles nothing anew
+
+
+@flax.struct.dataclass
 class Responses:
     """Rows are prompts times samples: row p * K + k is sample k of prompt p."""
 
     token: Any  # [B, N] int32, 0 after the end
     length: Any  # [B] int32, tokens generated, the end id included
-    logprob: Any  # [B] float32, sum over them of log pi(token | prefix) at temperature 1, nats
+    logprob: Any  # [B] float32, sum over them of log pi_t(token | prefix) at temperature 1, nats, mixture or not
     stopped: Any  # [B] bool, whether an end id was emitted
 
 
 @flax.struct.dataclass
 class _Loop:
     step: Any  # scalar int32, index of the token to be drawn
-    hidden: Any  # [B, D] of the last token, which predicts the next
+    hidden: Any  # one [B, D] a policy: of the last token, which predicts the next
     position: Any  # [B] int32, where the next token stands
     responses: Responses
-    cache: KVCache
+    cache: tuple[KVCache, ...]  # one a policy
 
 
 @partial(jax.jit, static_argnames=("model", "generation"))
 def generate(
-    params: Any, prompts: PromptBatch, *, model: Decoder, generation: Generation, iteration: Int[Array, ""]
+    params: Any,
+    prompts: PromptBatch,
+    *,
+    model: Decoder,
+    generation: Generation,
+    iteration: Int[Array, ""],
+    mixture: Mixture | None = None,
 ) -> Responses:
     """Sample K responses to every prompt.
 
     Text depends on (seed, iteration, prompt, sample) and the weights, not on the batch, the order, or the mesh.
 
     Args:
-        params: the decoder's parameters, in the DECODE layout on a mesh of several devices.
+        params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
         prompts: rows over (data, fsdp).
         iteration: scalar int32, part of every key.
+        mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
+            mixture, `Responses.logprob` stays pi_t's own. None holds no second cache.
     """
     config, samples = model.config, generation.num_samples
+    policies = (params,) if mixture is None else (params, mixture.params)
     num_prompts, prompt_length = prompts.token.shape
+    lengths = jnp.sum(prompts.position >= 0, axis=1)
     place = model.constrain
 
-    def decode(token: Array, position: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def decode(policy: Any, token: Array, position: Array, cache: KVCache) -> tuple[Array, KVCache]:
         # flax also types the mutable collections that `apply` would return if there were any.
-        return cast(tuple[Array, KVCache], model.apply({"params": params}, token, position, cache))
+        return cast(tuple[Array, KVCache], model.apply({"params": policy}, token, position, cache))
 
-    cache = init_cache(config, batch_size=num_prompts, num_slots=prompt_length, dtype=model.dtype)
-    hidden, cache = decode(prompts.token, prompts.position, cache)
-    lengths = jnp.sum(prompts.position >= 0, axis=1)
-    last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    cache = grow_cache(repeat_cache(cache, samples), prompt_length + generation.max_new_tokens)
-    cache = jax.tree.map(place, cache, cache_axes(config), is_leaf=_is_array)
+    def prefill(policy: Any) -> tuple[Array, KVCache]:
+        cache = init_cache(config, batch_size=num_prompts, num_slots=prompt_length, dtype=model.dtype)
+        hidden, cache = decode(policy, prompts.token, prompts.position, cache)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
+        cache = grow_cache(repeat_cache(cache, samples), prompt_length + generation.max_new_tokens)
+        cache = jax.tree.map(place, cache, cache_axes(config), is_leaf=_is_array)
+        return place(jnp.repeat(last, samples, axis=0), ("batch", "embed")), cache
+
+    hidden, cache = zip(*map(prefill, policies), strict=True)
 
     rows = num_prompts * samples
     row_key = address(
         seed=generation.seed,
         iteration=iteration,
         prompt=jnp.repeat(prompts.name, samples),
-        sample=jnp.tile(jnp.arange(samples, dtype=jnp.int32), num_prompts),
+        sample=jnp.tile(generation.first_sample + jnp.arange(samples, dtype=jnp.int32), num_prompts),
     )
     filler = jnp.repeat(lengths == 0, samples)
     end_ids = jnp.asarray(generation.end_ids, jnp.int32)
 
+    def mixed(row_logits: list[Array]) -> Array:
+        if mixture is None:
+            return row_logits[0]
+        # Raw logits do: they are log-probabilities up to a constant a row, so their mixture is too, and sample_token
+        # is blind to that constant. Two products, not a + weight * (b - a): weights 0 and 1 give a and b exactly.
+        return (1.0 - mixture.weight) * row_logits[0] + mixture.weight * row_logits[1]
+
     def take_step(loop: _Loop) -> _Loop:
         done = loop.responses
         # Every row draws over the whole vocabulary: gather it where the head is split.
-        row_logits = place(logits(config, params, loop.hidden), ("batch", None))
-        token = sample_token(row_key, row_logits, step=loop.step, truncation=generation.truncation)
+        row_logits = [
+            place(logits(config, policy, hidden), ("batch", None))
+            for policy, hidden in zip(policies, loop.hidden, strict=True)
+        ]
+        token = sample_token(row_key, mixed(row_logits), step=loop.step, truncation=generation.truncation)
         alive = ~done.stopped & ~filler
         token = jnp.where(alive, token, 0)
         responses = Responses(
             token=jax.lax.dynamic_update_slice_in_dim(done.token, token[:, None], loop.step, axis=1),
             length=done.length + alive,
-            logprob=done.logprob + jnp.where(alive, token_logprobs(row_logits, token), 0.0),
+            logprob=done.logprob + jnp.where(alive, token_logprobs(row_logits[0], token), 0.0),
             stopped=done.stopped | (alive & jnp.any(token[:, None] == end_ids[None, :], axis=1)),
         )
         # A finished row goes on as padding: its position is -1, so nothing it writes is ever seen.
         position = jnp.where(alive & ~responses.stopped, loop.position, -1)
-        hidden, cache = decode(token[:, None], position[:, None], loop.cache)
+        steps = [
+            decode(policy, token[:, None], position[:, None], cache)
+            for policy, cache in zip(policies, loop.cache, strict=True)
+        ]
         return _Loop(
-            step=loop.step + 1, hidden=hidden[:, 0], position=loop.position + 1, responses=responses, cache=cache
+            step=loop.step + 1,
+            hidden=tuple(hidden[:, 0] for hidden, _ in steps),
+            position=loop.position + 1,
+            responses=responses,
+            cache=tuple(cache for _, cache in steps),
         )
 
     def unfinished(loop: _Loop) -> Bool[Array, ""]:
@@ -125,7 +173,7 @@ def generate(
 
     start = _Loop(
         step=jnp.int32(0),
-        hidden=place(jnp.repeat(last, samples, axis=0), ("batch", "embed")),
+        hidden=hidden,
         position=jnp.repeat(lengths, samples).astype(jnp.int32),
         responses=Responses(
             token=jnp.zeros((rows, generation.max_new_tokens), jnp.int32),

@@ -1,4 +1,4 @@
-"""The factory, the pool and the embedded annotator."""
+"""The factory, the pool and the order of presentation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from dno_jax.annotation import Candidate, OracleAnnotator, Pool, build_annotator, prompt_text
+from dno_jax.annotation import Candidate, Pool, build_annotator, prompt_text
 from dno_jax.annotation.annotator import Annotator, presentation_order
-from dno_jax.config import AnnotationSection, OpenAISection, OracleSection
+from dno_jax.annotation.embedded import GivenAnnotator, GoldAnnotator, TableAnnotator
+from dno_jax.config import AnnotationSection, OpenAISection, OracleSection, TableSection
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt
 
@@ -58,19 +59,28 @@ def test_the_oracle_answers_every_pool_and_needs_no_store(tmp_path):
     asyncio.run(annotator.close())
 
 
-def test_the_oracles_identity_names_what_decides():
-    sections = [
-        OracleSection(),
-        OracleSection(target_words=31),
-        OracleSection(criteria=("brevity", "variety", "freshness")),
+def test_every_embedded_kind_is_built_without_a_store(tmp_path):
+    game = TableSection(answers=("rock", "paper"), preferences=((0.5, 0.2), (0.8, 0.5)))
+    built = [
+        build_annotator(AnnotationSection(kind=kind, table=game), store_path=tmp_path / "no" / "store", seed=3)
+        for kind in ("table", "gold", "given")
     ]
-    assert len({OracleAnnotator(section).identity for section in sections}) == 3
+    assert [type(annotator) for annotator in built] == [TableAnnotator, GoldAnnotator, GivenAnnotator]
+    assert built[0].identity == TableAnnotator(game, seed=3).identity
 
 
-def test_an_unknown_criterion_is_refused_when_built(tmp_path):
+def test_the_policy_as_its_own_judge_is_not_built_here(tmp_path):
+    with pytest.raises(DnoError, match=r"annotation\.kind=self"):
+        build_annotator(AnnotationSection(kind="self"), store_path=tmp_path / "s", seed=0)
+
+
+def test_an_unknown_criterion_and_a_crooked_table_are_refused_when_built(tmp_path):
     section = AnnotationSection(oracle=OracleSection(criteria=("brevity", "variety", "wit")))
     with pytest.raises(DnoError, match="wit"):
         build_annotator(section, store_path=tmp_path / "s", seed=0)
+    crooked = TableSection(answers=("rock", "paper"), preferences=((0.5, 0.3), (0.8, 0.5)))
+    with pytest.raises(DnoError, match=r"annotation\.table\.preferences"):
+        build_annotator(AnnotationSection(kind="table", table=crooked), store_path=tmp_path / "s", seed=0)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +129,7 @@ def test_importing_the_package_is_cheap():
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_the_client_module_does_not_import_openai():
-    code = "import sys, dno_jax.annotation.client; print([m for m in ('jax', 'openai') if m in sys.modules])"
+def test_no_annotator_imports_jax_and_the_client_no_openai():
+    modules = "dno_jax.annotation.client, dno_jax.annotation.embedded"
+    code = f"import sys, {modules}; print([m for m in ('jax', 'openai') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

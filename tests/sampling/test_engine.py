@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from dno_jax.config import MeshSection
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, init_params, logits
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
-from dno_jax.sampling.engine import Generation, PromptBatch, generate, prompt_bucket
+from dno_jax.sampling.engine import Generation, Mixture, PromptBatch, generate, prompt_bucket
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -43,9 +44,14 @@ def prompt_batch(lengths=LENGTHS, *, width=16, rows=None, names=None):
     return PromptBatch(token=jnp.asarray(token), position=jnp.asarray(position), name=jnp.asarray(name))
 
 
-def run(params, batch, generation=GENERATION, *, model=None, iteration=0):
+def run(params, batch, generation=GENERATION, *, model=None, iteration=0, mixture=None):
     found = generate(
-        params, batch, model=model or Decoder(CONFIG), generation=generation, iteration=jnp.int32(iteration)
+        params,
+        batch,
+        model=model or Decoder(CONFIG),
+        generation=generation,
+        iteration=jnp.int32(iteration),
+        mixture=mixture,
     )
     return jax.tree.map(np.asarray, found)
 
@@ -81,6 +87,11 @@ def test_responses_are_well_formed(responses):
 
 
 def test_recorded_logprobs_are_the_models_at_temperature_one(params, responses):
+    assert_own_logprobs(params, responses)
+
+
+def assert_own_logprobs(params, responses):
+    """Compare with the log-probabilities under `params` of every fifth response, read as a whole."""
     batch = prompt_batch()
     for row in range(0, 24, 5):
         prompt = np.asarray(batch.token[row // 3, : LENGTHS[row // 3]])
@@ -134,13 +145,15 @@ def test_a_tensor_axis_differs_only_where_rounding_decides(params, responses, ca
     np.testing.assert_allclose(found.logprob[same], responses.logprob[same], atol=2e-4)
 
 
-def on_mesh(params, axes):
+def on_mesh(params, axes, *, reference_params=None, weight=0.0):
     data, fsdp, tensor = axes
     mesh = make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor))
-    placed = jax.device_put(params, param_shardings(CONFIG, mesh, DECODE))
+    shardings = param_shardings(CONFIG, mesh, DECODE)
     batch = jax.tree.map(np.asarray, prompt_batch())
     batch = to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
-    return run(placed, batch, model=Decoder(CONFIG, constrain=Constrain(mesh, DECODE)))
+    mixture = None if reference_params is None else mixed_with(jax.device_put(reference_params, shardings), weight)
+    model = Decoder(CONFIG, constrain=Constrain(mesh, DECODE))
+    return run(jax.device_put(params, shardings), batch, model=model, mixture=mixture)
 
 
 def gathered_weights(params, layout):
@@ -175,6 +188,131 @@ def test_one_program_for_every_iteration(params):
     for iteration in range(3):
         run(params, prompt_batch(), iteration=iteration)
     assert generate._cache_size() == 1
+
+
+@pytest.fixture(scope="module")
+def reference_params():
+    return jax.tree.map(lambda leaf: leaf * 8 if leaf.ndim > 1 else leaf, init_params(CONFIG, jax.random.key(1)))
+
+
+def mixed_with(params, weight):
+    return Mixture(params=params, weight=jnp.float32(weight))
+
+
+def geometric(params, reference_params, ids, *, weight, temperature=1.0):
+    """Log-probabilities after every prefix of `ids`, by the formula, each policy seeing the whole sequence at once."""
+    own, reference = (
+        np.asarray(jax.nn.log_softmax(full_logits(each, padded(ids))), np.float64)[: len(ids)]
+        for each in (params, reference_params)
+    )
+    unnormalised = ((1 - weight) * own + weight * reference) / temperature
+    return unnormalised - np.log(np.sum(np.exp(unnormalised), axis=-1, keepdims=True))
+
+
+@pytest.fixture(scope="module")
+def mixed_responses(params, reference_params):
+    return run(params, prompt_batch(), mixture=mixed_with(reference_params, 0.4))
+
+
+def test_the_ends_of_a_mixture_are_its_policies(params, reference_params, responses):
+    own = run(params, prompt_batch(), mixture=mixed_with(reference_params, 0.0))
+    jax.tree.map(np.testing.assert_array_equal, own, responses)
+    reference = run(reference_params, prompt_batch())
+    found = run(params, prompt_batch(), mixture=mixed_with(reference_params, 1.0))
+    for field in ("token", "length", "stopped"):
+        np.testing.assert_array_equal(getattr(found, field), getattr(reference, field))
+    assert np.any(found.token != responses.token)
+    assert_own_logprobs(params, found)
+
+
+def test_a_mixtures_logprobs_are_pi_ts_own(params, mixed_responses, responses):
+    assert np.mean(np.any(mixed_responses.token != responses.token, axis=1)) > 0.9  # another distribution altogether
+    assert_own_logprobs(params, mixed_responses)
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.6])
+def test_a_greedy_mixture_is_the_argmax_chain_of_the_formula(params, reference_params, weight):
+    greedy = Generation(num_samples=1, max_new_tokens=12, end_ids=(), truncation=Truncation(temperature=0.0), seed=0)
+    found = run(params, prompt_batch(), greedy, mixture=mixed_with(reference_params, weight))
+    batch = prompt_batch()
+    for row, length in enumerate(LENGTHS):
+        ids = [*np.asarray(batch.token[row, :length]), *found.token[row]]
+        expected = np.argmax(geometric(params, reference_params, ids, weight=weight), axis=-1)
+        np.testing.assert_array_equal(found.token[row], expected[length - 1 : -1])
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.3, 1.0), (0.3, 0.7), (0.8, 1.0)])
+def test_frequencies_are_those_of_the_geometric_mixture(params, reference_params, weight, temperature):
+    """First and second token of many samples of one prompt, against probabilities computed from the formula."""
+    # Far from uniform, or else every average of the two looks like every other.
+    params, reference_params = ({**each, "head": 3 * each["head"]} for each in (params, reference_params))
+    many = Generation(
+        num_samples=20_000, max_new_tokens=2, end_ids=(), truncation=Truncation(temperature=temperature), seed=3
+    )
+    batch = prompt_batch([9])
+    token = run(params, batch, many, mixture=mixed_with(reference_params, weight)).token
+    prompt = list(np.asarray(batch.token[0, :9]))
+    first = int(np.argmax(np.bincount(token[:, 0])))
+    for ids, drawn in ((prompt, token[:, 0]), ([*prompt, first], token[token[:, 0] == first, 1])):
+        counts = np.bincount(drawn, minlength=CONFIG.vocab_size)
+        expected = np.exp(geometric(params, reference_params, ids, weight=weight, temperature=temperature)[-1])
+        # The draws are fixed, so this cannot flicker; other laws fail by many orders of magnitude.
+        assert fit(counts, expected) > 1e-3
+        own, reference = (
+            np.exp(geometric(params, reference_params, ids, weight=end, temperature=temperature)[-1]) for end in (0, 1)
+        )
+        assert fit(counts, (1 - weight) * own + weight * reference) < 1e-9
+        swapped = geometric(params, reference_params, ids, weight=1 - weight, temperature=temperature)[-1]
+        assert fit(counts, np.exp(swapped)) < 1e-9
+
+
+def fit(counts, probability):
+    """p-value of Pearson's chi-square, cells that expect fewer than five draws taken together."""
+    expected = probability * counts.sum()
+    rare = expected < 5
+    assert np.sum(~rare) > 10
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    return scipy.stats.chisquare(counts, expected).pvalue
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 4, 1)], ids=str)
+def test_data_meshes_give_the_same_tokens_of_a_mixture(params, reference_params, mixed_responses, axes):
+    found = on_mesh(params, axes, reference_params=reference_params, weight=0.4)
+    np.testing.assert_array_equal(found.token, mixed_responses.token)
+    np.testing.assert_allclose(found.logprob, mixed_responses.logprob, atol=2e-4)
+
+
+def test_a_tensor_axis_mixes_likewise(params, reference_params, mixed_responses):
+    found = on_mesh(params, (2, 2, 2), reference_params=reference_params, weight=0.4)
+    differing = np.flatnonzero(np.any(found.token != mixed_responses.token, axis=1))
+    assert len(differing) <= 1  # as for one policy: only where rounding decides a draw
+
+
+def test_one_program_for_every_weight_and_another_without_mixture(params, reference_params):
+    generate.clear_cache()
+    found = [run(params, prompt_batch(), mixture=mixed_with(reference_params, weight)) for weight in (0.1, 0.9)]
+    assert generate._cache_size() == 1
+    assert np.any(found[0].token != found[1].token)
+    run(params, prompt_batch())
+    assert generate._cache_size() == 2
+
+
+def test_without_mixture_there_is_no_second_cache(params, reference_params):
+    rows, slots = len(LENGTHS) * GENERATION.num_samples, 16 + GENERATION.max_new_tokens
+
+    def caches(mixture):
+        """Key caches that the decode loop carries, by reading the program."""
+        text = generate.lower(
+            params, prompt_batch(), model=Decoder(CONFIG), generation=GENERATION, iteration=jnp.int32(0),
+            mixture=mixture,
+        ).as_text()  # fmt: skip
+        heads, size = CONFIG.num_key_value_heads, CONFIG.head_dim
+        key = f"tensor<{CONFIG.num_hidden_layers}x{rows}x{heads}x{size}x{slots}xf32>"
+        return max(line.count(key) for line in text.splitlines() if "stablehlo.while" in line)
+
+    assert (caches(None), caches(mixed_with(reference_params, 0.5))) == (1, 2)
 
 
 def test_prompt_buckets_are_few_powers_of_two():
