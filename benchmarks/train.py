@@ -19,9 +19,10 @@ from common import load_model, random_ids, report
 from dno_jax.config import LossSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import TrainState
-from dno_jax.training.step import preference_loss, score_step, train_step
+from dno_jax.training.step import score_step, train_step
 
 
 def main() -> None:
@@ -75,8 +76,7 @@ def main() -> None:
     temporary = compiled.memory_analysis().temp_size_in_bytes
 
     batches = [
-        batch.replace(reference_logprob=score_step(params, batch, model=model, chunk=options.chunk))
-        for batch in batches
+        batch.replace(previous_logprob=score_step(params, batch, model=model, chunk=options.chunk)) for batch in batches
     ]
     rates, seconds = [], []
     for step in range(options.steps + 1):

@@ -49,11 +49,11 @@ def run(
     if is_primary():
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
-        console.print(iteration_table(folder, iterations=settings.iterations))
+        console.print(iteration_table(folder, settings))
         console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", markup=False)
 
 
-def _stage_command(name: str, summary: str, *, needs_devices: bool = True) -> None:
+def _stage_command(name: str, summary: str, *, module: str | None = None, needs_devices: bool = True) -> None:
     def command(
         config: Config,
         overrides: Overrides = None,
@@ -71,16 +71,18 @@ def _stage_command(name: str, summary: str, *, needs_devices: bool = True) -> No
             raise DnoError(
                 f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}"
             )
-        stage = importlib.import_module(f"dno_jax.stages.{name}").run
-        if needs_devices:
+        itself = name == "annotate" and settings.annotation.kind == "self"
+        stage = importlib.import_module(f"dno_jax.stages.{'self_judge' if itself else module or name}").run
+        if needs_devices or itself:
             from dno_jax.iteration import prepare
 
             _join(coordinator, num_processes, process_id)
             prepare(settings)
-        stage(settings, iteration)
+        options = {"stage_name": name} if module else {}
+        stage(settings, iteration, **options)
 
     command.__doc__ = summary
-    app.command(name)(command)
+    app.command(name.replace("_", "-"))(command)
 
 
 _stage_command("sample", "Sample K responses a prompt from policy t.")
@@ -92,6 +94,8 @@ _stage_command(
 _stage_command("pair", "Choose the training pairs.", needs_devices=False)
 _stage_command("score", "Write the reference log-probabilities of the pairs.")
 _stage_command("train", "Train policy t into policy t+1.")
+_stage_command("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
+_stage_command("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
 _stage_command("evaluate", "Measure policy t+1 on held-out prompts.")
 
 
@@ -152,9 +156,9 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
 
     folder = RunDir(str(run_dir))
     settings = folder.load_config()
-    console.print(status_table(stage_statuses(folder, iterations=settings.iterations)))
+    console.print(status_table(stage_statuses(folder, settings)))
     console.print(policy_table(folder, iterations=settings.iterations))
-    console.print(iteration_table(folder, iterations=settings.iterations))
+    console.print(iteration_table(folder, settings))
 
 
 @app.command()
@@ -163,6 +167,49 @@ def inspect(config: Config, overrides: Overrides = None) -> None:
     from dno_jax.stages import inspect as stage
 
     typer.echo(stage.describe(stage.strip(_load(config, overrides))), nl=False)
+
+
+@app.command()
+def game(
+    game: Annotated[str, typer.Option(help="cycle, rps, random, bradley-terry or contextual")] = "cycle",
+    algorithms: Annotated[str | None, typer.Option(help="names of dno_jax.games, with commas between them")] = None,
+    iterations: Annotated[int, typer.Option(help="how many policies each one plays")] = 2000,
+    eta: Annotated[float | None, typer.Option(help="KL coefficient of all; each one's own by default")] = None,
+    tau: Annotated[float | None, typer.Option(help="regularisation of all that have one; by default their own")] = None,
+    start: Annotated[str | None, typer.Option(help="the first policy and reference, such as .5,.3,.2")] = None,
+    num_responses: Annotated[int | None, typer.Option(help="of random, bradley-terry and contextual")] = None,
+    strength: Annotated[float | None, typer.Option(help="of the preferences; 1 by default")] = None,
+    seed: Annotated[int, typer.Option(help="of a random game, and of samples")] = 0,
+    out: Annotated[Path | None, typer.Option(help="a plot of the gaps: .svg, .png or .pdf")] = None,
+    sampled: Annotated[bool, typer.Option("--sampled", help="play them from samples with the losses too")] = False,
+    pairs: Annotated[int, typer.Option(help="sampled: pairs for each iteration and prompt")] = 4096,
+    samples: Annotated[int, typer.Option(help="sampled: verdicts behind each win rate")] = 8,
+) -> None:
+    """Play algorithms on a game small enough to know its Nash policy: who gets there, and who goes in circles."""
+    from dno_jax.report import game as report
+    from dno_jax.report.console import console, say
+
+    P = report.build_game(game, num_responses=num_responses, strength=strength, seed=seed)
+    if out is not None:
+        report.check_plot_path(out)
+    played = report.play(
+        P,
+        algorithms=report.parse_algorithms(algorithms),
+        iterations=iterations,
+        eta=eta,
+        tau=tau,
+        start=report.parse_start(start, P, game=game),
+        sampled=sampled,
+        num_pairs=pairs,
+        num_samples=samples,
+        seed=seed,
+    )
+    console.print(report.game_table(played, P))
+    for line in report.nash_lines(P):
+        say(line)
+    if out is not None:
+        report.save_plot(played, out, title=f"{game}, {P.shape[-1]} responses")
+        say(f"plot written to {out}")
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:

@@ -1,4 +1,4 @@
-"""The loop of Algorithm 2 (DNO-Prct): T iterations from a checkpoint to a better checkpoint.
+"""The loop: T iterations from a checkpoint to a better checkpoint; as it stands, Algorithm 2 (DNO-Prct).
 
 Every stage reads files and leaves files; this module only says in which order, what overlaps, and on which process.
 """
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
-from dno_jax.run_dir import Manifest, RunDir
-from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, train
+from dno_jax.run_dir import Manifest, RunDir, is_lookahead
+from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, self_judge, train
+from dno_jax.stages.scheme import updates
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ def run(config: RunConfig) -> RunResult:
     best = int(run_dir.stage("evaluate", config.iterations - 1).require().details["best"])
     if not run_dir.export_path.exists():
         policies.export(config, policy=best, path=str(run_dir.export_path))
+    if config.outer.scheme == "average" and not (run_dir.export_average_path / "mixture.json").exists():
+        policies.export_pool(config, path=str(run_dir.export_average_path))
     return RunResult(best=best, export=str(run_dir.export_path))
 
 
@@ -46,15 +49,21 @@ def prepare(config: RunConfig) -> None:
 
 def run_iteration(config: RunConfig, iteration: int) -> None:
     """Take policy t to policy t+1, and say how good it is."""
-    sample_and_annotate(config, iteration)
+    if not is_lookahead(config, iteration):
+        sample_and_annotate(config, iteration)
     host_stage(pair.run, "pair", config, iteration)
-    score.run(config, iteration)
-    train.run(config, iteration)
+    for update in updates(config, iteration):
+        score.run(config, iteration, stage_name=update.score)
+        train.run(config, iteration, stage_name=update.train)
     evaluate.run(config, iteration)
 
 
 def sample_and_annotate(config: RunConfig, iteration: int) -> None:
     """Sample on every device while process 0 annotates the shards that are closed already."""
+    if config.annotation.kind == "self":  # the judge needs the devices too
+        sample.run(config, iteration)
+        self_judge.run(config, iteration)
+        return
     if not is_primary():
         sample.run(config, iteration)
         wait_until(RunDir(config.run_dir).stage("annotate", iteration).manifest_path.exists)

@@ -34,11 +34,29 @@ STAGES = {
     "sample": "rollouts",
     "annotate": "judgements",
     "pair": "pairs",
+    "score_auxiliary": "auxiliary/reference",
+    "train_auxiliary": "auxiliary/train",
     "score": "reference",
     "train": "train",
     "evaluate": "evaluation",
 }
 MANIFEST = "MANIFEST.json"
+
+
+def stage_names(config: RunConfig, iteration: int) -> tuple[str, ...]:
+    """The stages that an iteration of this configuration runs, in order."""
+    scheme = config.outer.scheme
+    left_out = {"score_auxiliary", "train_auxiliary"} if scheme != "optimistic" else set()
+    if is_lookahead(config, iteration):
+        left_out |= {"sample", "annotate"}
+    return tuple(name for name in STAGES if name not in left_out)
+
+
+def is_lookahead(config: RunConfig, iteration: int) -> bool:
+    """Whether this iteration restarts from policy 0 on the pairs of all others (DNO-Lookahead)."""
+    return config.outer.scheme == "lookahead" and iteration == config.iterations - 1
+
+
 _RECORDED_PACKAGES = (
     "dno_jax",
     "jax",
@@ -122,7 +140,7 @@ class StageDir:
         if manifest is None:
             raise DnoError(
                 f"{self.path}: stage {self.stage!r} of iteration {self.iteration} is not finished; "
-                f"run `dno {self.stage}` (or `dno run`) first"
+                f"run `dno {self.stage.replace('_', '-')}` (or `dno run`) first"
             )
         return manifest
 
@@ -188,10 +206,15 @@ class RunDir:
         self.tensorboard_path = self.path / "tensorboard"
         self.template_path = self.path / "template.txt"
         self.export_path = self.path / "export"
+        self.export_average_path = self.path / "export_average"
 
     def policy(self, policy: int) -> epath.Path:
         """Orbax checkpoint of pi_t; 0 is the imported checkpoint."""
         return self.path / "policies" / f"{policy:03d}"
+
+    def auxiliary(self, policy: int) -> epath.Path:
+        """Orbax checkpoint of pi'_t of the optimistic scheme; the first is policy 0 itself."""
+        return self.path / "policies" / f"{policy:03d}-auxiliary" if policy else self.policy(0)
 
     def stage(self, stage: str, iteration: int) -> StageDir:
         return StageDir(self.path, stage, iteration)

@@ -104,7 +104,7 @@ def test_no_field_holds_a_secret():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads(path):
-    kind = SftConfig if "sft" in path.name else RunConfig
+    kind = SftConfig if path.name == "sft.yaml" else RunConfig
     config = load_config(kind, path)
     assert config.run_dir
     assert "shared" not in path.read_text().replace("split: shared", "")

@@ -12,7 +12,7 @@ import yaml
 
 from dno_jax.model import hf
 from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
-from dno_jax.run_dir import STAGES, RunDir
+from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.small import small_tree
 
@@ -42,7 +42,7 @@ def test_every_stage_is_whole_and_every_prompt_comes_once(runs):
     _, found = runs
     for run_dir in found.values():
         for t in range(2):
-            for name in STAGES:
+            for name in stage_names(run_dir.load_config(), t):
                 assert run_dir.stage(name, t).require().rows > 0
             rollouts = list(run_dir.stage("sample", t).read(Rollout))
             assert len(rollouts) == len({row.rollout_id for row in rollouts}) == 6 * 5

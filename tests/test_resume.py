@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
-from dno_jax.run_dir import STAGES, RunDir
+from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.annotation.judge_server import JudgeServer
 from tests.small import small_tree
@@ -75,7 +75,9 @@ def contents(run_dir):
         for stage, kind in (("sample", Rollout), ("annotate", Judgement), ("pair", Pair), ("score", ReferenceScore)):
             rows[stage, t] = sorted(row.model_dump_json() for row in run_dir.stage(stage, t).read(kind))
         rows["evaluate", t] = run_dir.stage("evaluate", t).require().details
-        rows["dropped", t] = [run_dir.stage(name, t).require().dropped for name in STAGES]
+        rows["dropped", t] = [
+            run_dir.stage(name, t).require().dropped for name in stage_names(run_dir.load_config(), t)
+        ]
     policies = [policy_fingerprint(run_dir.policy(t)) for t in range(3)]
     metrics = [
         (row["iteration"], row["step"], row["loss"]) for row in run_dir.read_metrics() if row["stage"] == "train"

@@ -141,7 +141,7 @@ class PairingSection(Section):
 
 
 # Of what each loss takes beside log-probabilities. `training/objectives.py` has the functions, by the same names.
-SOFT_LOSSES = ("dno", "chi_po", "ipo")  # regress on a target in [0, 1]
+SOFT_LOSSES = ("dno", "chi_po", "ipo", "inpo")  # regress on a target in [0, 1]
 RESPONSE_LOSSES = ("sppo", "spo", "nash_md_pg")  # read each response's own win rate
 LossName = Literal["dno", "spin", "chi_po", "ipo", "inpo", "rebel", "sppo_hard", "sppo", "spo", "nash_md_pg", "sft"]
 
@@ -176,6 +176,8 @@ class LossSection(Section):
             raise ValueError(f"name={self.name} takes no target; target=soft is for {', '.join(SOFT_LOSSES)}")
         if self.label_smoothing and self.name not in SOFT_LOSSES:
             raise ValueError(f"name={self.name} takes no label_smoothing; it is for {', '.join(SOFT_LOSSES)}")
+        if self.length_penalty and self.name in ("spo", "nash_md_pg", "sft"):
+            raise ValueError(f"name={self.name} has no reference that length_penalty could lower")
         return self
 
     if TYPE_CHECKING:  # pydantic gives frozen models one at run time, which type checkers do not see

@@ -8,9 +8,10 @@ from typing import Any, get_args
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
-from dno_jax.run_dir import STAGES, Manifest, RunDir
+from dno_jax.run_dir import Manifest, RunDir, stage_names
 
 PAIR_KINDS = get_args(PairKind)
 
@@ -23,11 +24,11 @@ class StageStatus:
     shards: int
 
 
-def stage_statuses(run_dir: RunDir, *, iterations: int) -> list[StageStatus]:
+def stage_statuses(run_dir: RunDir, config: RunConfig) -> list[StageStatus]:
     """Every stage of every iteration in the order in which they run."""
     statuses = []
-    for iteration in range(iterations):
-        for name in STAGES:
+    for iteration in range(config.iterations):
+        for name in stage_names(config, iteration):
             stage = run_dir.stage(name, iteration)
             statuses.append(StageStatus(iteration, name, stage.manifest(), len(stage.shard_names())))
     return statuses
@@ -65,24 +66,35 @@ def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
             table.add_row(f"{'* ' if best == 0 else ''}0", "", "", "", _words(details, 0))
         rates = (details["win_rates"].get(opponent) for opponent in ("0", str(iteration), "gold"))
         table.add_row(f"{'* ' if best == policy else ''}{policy}", *map(_rate, rates), _words(details, policy))
+        if average := details.get("average"):
+            rates = (average.get(opponent) for opponent in ("0", str(iteration), "gold"))
+            table.add_row(f"mean of 0..{iteration}", *map(_rate, rates), "")
     return table
 
 
-def iteration_table(run_dir: RunDir, *, iterations: int) -> Table:
-    """One row an iteration: pairs by kind (S student, G gold), replayed ones, and seconds by stage."""
+def iteration_table(run_dir: RunDir, config: RunConfig) -> Table:
+    """One row an iteration: pairs by kind (S student, G gold, D data), replayed ones, and seconds by stage."""
+    evaluated = _evaluated(run_dir, config.iterations)
+    stages = stage_names(config, 0)
+    manifests = {t: {name: run_dir.stage(name, t).require() for name in stage_names(config, t)} for t in evaluated}
+    found = {kind for stage in manifests.values() for kind in stage["pair"].details["kinds"]}
+    kinds = [kind for kind in PAIR_KINDS if "data" not in kind or kind in found]
     table = Table(title="pairs by kind, seconds by stage (annotate runs beside sample)", box=None, padding=(0, 0, 0, 2))
-    for column in ("", *(kind.replace("student", "S").replace("gold", "G") for kind in PAIR_KINDS), "replay", *STAGES):
+    for column in ("", *map(_short, kinds), "replay", *stages):
         table.add_column(column, justify="right", no_wrap=True)
-    for iteration in _evaluated(run_dir, iterations):
-        manifests = {name: run_dir.stage(name, iteration).require() for name in STAGES}
-        paired = manifests["pair"].details
+    for iteration, done in manifests.items():
+        paired = done["pair"].details
         table.add_row(
             str(iteration),
-            *(str(paired["kinds"].get(kind, 0)) for kind in PAIR_KINDS),
+            *(str(paired["kinds"].get(kind, 0)) for kind in kinds),
             str(paired["replayed"]),
-            *(f"{manifest.seconds:.1f}" for manifest in manifests.values()),
+            *(f"{done[name].seconds:.1f}" if name in done else "" for name in stages),
         )
     return table
+
+
+def _short(kind: str) -> str:
+    return kind.replace("student", "S").replace("gold", "G").replace("data", "D")
 
 
 def _evaluated(run_dir: RunDir, iterations: int) -> list[int]:

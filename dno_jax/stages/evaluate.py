@@ -23,11 +23,13 @@ from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
 from dno_jax.stages.annotate import judge_pools
+from dno_jax.stages.policies import pool_member
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sample import policy_input, response_statistics, sample_to_shards
+from dno_jax.stages.sample import Draw, response_statistics, sample_to_shards
 
 GOLD = "gold"
+AVERAGE = "average"  # the mixture of all policies before the newest
 
 
 def run(config: RunConfig, iteration: int) -> Manifest:
@@ -45,8 +47,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     held_out = split_prompts(config).held_out
     shown = "".join(prompt.model_dump_json() for prompt in held_out)
     inputs = {"held-out prompts": hashlib.sha256(shown.encode()).hexdigest()}
-    for policy in range(newest + 1):
-        inputs |= policy_input(runtime, policy)
+    inputs |= runtime.policy_inputs(*(run_dir.policy(policy) for policy in range(newest + 1)))
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
     tokenized, dropped = tokenize_prompts(held_out, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
@@ -54,11 +55,11 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         if tokenized:
             sample_to_shards(
                 runtime,
-                runtime.load_for_decoding(policy),
+                runtime.load_for_decoding(run_dir.policy(policy)),
                 tokenized,
                 out=rollouts_of(run_dir, policy),
                 policy=policy,
-                num_samples=config.evaluation.num_samples,
+                draws=(Draw("policy", config.evaluation.num_samples),),
                 description=f"held out  {policy}",
             )
     if is_primary():
@@ -86,6 +87,43 @@ class _Judged:
     dropped: Counter[str]
 
 
+@dataclass(frozen=True)
+class _Players:
+    """One sample of every player on one prompt."""
+
+    prompt: Prompt
+    sample: int
+    texts: dict[str, str]  # player -> text
+
+    def pool(self) -> Pool | None:
+        """What the judge is shown; None where all players gave the same words."""
+        distinct = self._distinct()
+        if len(distinct) < 2:
+            return None
+        # The sample is part of the id: a judge that draws its verdicts must draw anew for each.
+        candidates = tuple(Candidate(f"{names[0]}/{self.sample}", self.texts[names[0]]) for names in distinct)
+        return Pool(prompt=self.prompt, candidates=candidates)
+
+    def _distinct(self) -> list[list[str]]:
+        """The players by their words: the same words are shown to the judge once."""
+        distinct: dict[str, list[str]] = {}
+        for name, text in self.texts.items():
+            distinct.setdefault(text.strip(), []).append(name)
+        return list(distinct.values())
+
+    def preferences(self, verdict: Judgement | None) -> list[tuple[str, str, str, float]]:
+        """Every ordered comparison of two players; equal texts tie."""
+        place: dict[str, int] = {}
+        for names in self._distinct():
+            position = verdict.candidate_ids.index(f"{names[0]}/{self.sample}") if verdict else 0
+            place |= dict.fromkeys(names, position)
+        wins = np.full((1, 1), 0.5) if verdict is None else win_matrix(wins=verdict.wins, scores=verdict.scores)
+        return [
+            (self.prompt.prompt_id, first, second, float(wins[place[first], place[second]]))
+            for first, second in itertools.permutations(self.texts, 2)
+        ]
+
+
 def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int) -> _Judged:
     """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
@@ -93,8 +131,8 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         for rollout in rollouts_of(run_dir, policy).read(Rollout):
             responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    players: list[tuple[Prompt, dict[str, str]]] = []
-    for (prompt_id, _), texts in sorted(responses.items()):
+    players: list[_Players] = []
+    for (prompt_id, sample), texts in sorted(responses.items()):
         if prompt_id not in by_id or len(texts) <= newest:
             raise DnoError(
                 f"{run_dir.path}: the held-out prompts are not those that earlier policies answered "
@@ -103,10 +141,13 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         gold = by_id[prompt_id].gold
         if gold and gold.strip():
             texts = texts | {GOLD: gold}
-        players.append((by_id[prompt_id], texts))
-    annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
+        if config.outer.scheme == "average":
+            member = pool_member(prompt_id, seed=config.seed + sample, size=newest)
+            texts = texts | {AVERAGE: texts[str(member)]}
+        players.append(_Players(by_id[prompt_id], sample, texts))
+    annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
 
-    pools = {index: pool for index, (prompt, texts) in enumerate(players) if (pool := _pool(prompt, texts))}
+    pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
 
     async def judge_all() -> list[Judgement]:
         try:
@@ -119,7 +160,7 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
     verdicts = [judgements.get(index) for index in range(len(players))]
     answered = [verdict for verdict in verdicts if verdict is not None]
     missing = [verdict for verdict in answered if verdict.state != "ok"]
-    if len(missing) > config.annotation.max_failed * max(len(players), 1):
+    if len(missing) > config.evaluation_judge.max_failed * max(len(players), 1):
         reasons = Counter(f"{verdict.state}: {verdict.detail}" for verdict in missing).most_common(1)
         raise DnoError(
             f"{stage.path}: {len(missing)} of {len(players)} held-out pools have no verdict "
@@ -127,39 +168,10 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         )
     stage.sub("judgements").write_shard("0000000", answered)
     preferences: list[tuple[str, str, str, float]] = []
-    for (prompt, texts), verdict in zip(players, verdicts, strict=True):
+    for group, verdict in zip(players, verdicts, strict=True):
         if verdict is None or verdict.state == "ok":
-            preferences += _preferences(prompt, texts, verdict)
+            preferences += group.preferences(verdict)
     return _Judged(preferences, Counter({"held-out pool without verdict": len(missing)} if missing else {}))
-
-
-def _pool(prompt: Prompt, texts: dict[str, str]) -> Pool | None:
-    """What the judge is shown of one pool; None where all players gave the same words."""
-    distinct = _distinct(texts)
-    if len(distinct) < 2:
-        return None
-    return Pool(prompt=prompt, candidates=tuple(Candidate(names[0], texts[names[0]]) for names in distinct.values()))
-
-
-def _distinct(texts: dict[str, str]) -> dict[str, list[str]]:
-    """Text -> the players that gave it; the same words are shown to the judge once."""
-    distinct: dict[str, list[str]] = {}
-    for name, text in texts.items():
-        distinct.setdefault(text.strip(), []).append(name)
-    return distinct
-
-
-def _preferences(prompt: Prompt, texts: dict[str, str], verdict: Judgement | None) -> list[tuple[str, str, str, float]]:
-    """Every ordered comparison of two players in one pool; equal texts tie."""
-    place: dict[str, int] = {}
-    for names in _distinct(texts).values():
-        position = verdict.candidate_ids.index(names[0]) if verdict else 0
-        place |= dict.fromkeys(names, position)
-    wins = np.full((1, 1), 0.5) if verdict is None else win_matrix(wins=verdict.wins, scores=verdict.scores)
-    return [
-        (prompt.prompt_id, first, second, float(wins[place[first], place[second]]))
-        for first, second in itertools.permutations(texts, 2)
-    ]
 
 
 def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]:
@@ -179,12 +191,14 @@ def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]
     players = [str(policy) for policy in range(newest + 1)]
     opponents = [*players[:-1], GOLD]
     rates = {opponent: found.as_dict() for opponent in opponents if (found := rate(str(newest), opponent))}
+    average = {opponent: found.as_dict() for opponent in [*players, GOLD] if (found := rate(AVERAGE, opponent))}
     matrix = np.full((newest + 1, newest + 1), 0.5)
     for i, j in itertools.permutations(range(newest + 1), 2):
         matrix[i, j] = rate(players[i], players[j]).rate
     return {
         "policy": newest,
         "win_rates": rates,
+        **({AVERAGE: average} if average else {}),
         "matrix": np.round(matrix, 4).tolist(),
         "lengths": lengths,
         "best": best_policy(matrix),

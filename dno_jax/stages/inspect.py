@@ -31,7 +31,9 @@ def check(config: RunConfig) -> None:
     if is_primary():
         with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
             store = os.path.join(folder, "annotations.sqlite")
-            asyncio.run(build_annotator(config.annotation, store_path=store, seed=config.seed).close())
+            for section in {config.annotation.kind: config.annotation, "evaluation": config.evaluation_judge}.values():
+                if section.kind != "self":
+                    asyncio.run(build_annotator(section, store_path=store, seed=config.seed).close())
 
 
 def strip(config: RunConfig) -> TemplateStrip:

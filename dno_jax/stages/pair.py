@@ -1,29 +1,41 @@
-"""Judgements -> training pairs by section 5.1's rules, with every drop counted by reason.
+"""Judgements -> training pairs by the configuration's rule, with every drop counted by reason.
 
-Pairs of earlier iterations are replayed.
+Pairs of earlier iterations are replayed; DNO-Lookahead trains on all of them and on nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections import Counter
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
-from dno_jax.config import PairingSection, RunConfig, config_digest
+from dno_jax.config import LossSection, PairingSection, RunConfig, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
+    PairChoice,
     ScoredCandidate,
-    expected_win_rates,
+    all_pairs,
+    best_worst_pair,
+    count_cycles,
     large_margin_pairs,
+    matched_pairs,
+    pooled_pairs,
     repeated_ngram_share,
     replay_counts,
-    win_matrix,
+    scores_to_wins,
+    soft_target,
+    spin_pairs,
+    verdict_pairs,
+    win_rates,
 )
 from dno_jax.records import Judgement, Pair, PairKind, Rollout
-from dno_jax.run_dir import Manifest, RunDir
+from dno_jax.run_dir import Manifest, RunDir, is_lookahead
 
 _NEW, _REPLAYED = "new", "replayed"
 
@@ -37,109 +49,212 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     start = time.perf_counter()
     run_dir = RunDir(config.run_dir)
     stage = run_dir.stage("pair", iteration)
-    judged = run_dir.stage("annotate", iteration)
-    judged.require()
-    inputs = stage.reference_of(judged.manifest_path)
-    for earlier in range(iteration):
-        run_dir.stage("pair", earlier).require()
-        inputs |= stage.reference_of(run_dir.stage("pair", earlier).manifest_path)
+    lookahead = is_lookahead(config, iteration)
+    sources = [run_dir.stage("pair", earlier) for earlier in range(iteration)]
+    if not lookahead:
+        sources.insert(0, run_dir.stage("annotate", iteration))
+    inputs: dict[str, str] = {}
+    for source in sources:
+        source.require()
+        inputs |= stage.reference_of(source.manifest_path)
     digest = config_digest(config)
     if manifest := stage.finished(inputs, config_digest=digest):
         return manifest
 
-    rollouts = {rollout.rollout_id: rollout for rollout in run_dir.stage("sample", iteration).read(Rollout)}
-    new, dropped = new_pairs(judged.read(Judgement), rollouts, section=config.pairing, iteration=iteration)
-    if not new:
-        funnel = "; ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-        raise DnoError(
-            f"{stage.path}: no pair passed the rules (dropped: {funnel or 'nothing was judged'}); "
-            "lower pairing.positive_floor or the margins, or look at the judgements"
-        )
-    replayed = _replay(run_dir, config, iteration=iteration, num_new=len(new))
-    stage.write_shard(_NEW, new)
+    made = _Made()
+    if lookahead:
+        replayed = pooled_pairs(source.read_shard(Pair, _NEW) for source in sources)
+    else:
+        rollouts = run_dir.stage("sample", iteration).read(Rollout)
+        made = new_pairs(run_dir.stage("annotate", iteration).read(Judgement), rollouts, config, iteration=iteration)
+        if not made.pairs:
+            funnel = "; ".join(f"{reason}: {count}" for reason, count in made.dropped.most_common())
+            raise DnoError(
+                f"{stage.path}: no pair passed the rules (dropped: {funnel or 'nothing was judged'}); "
+                "lower pairing.positive_floor or the margins, or look at the judgements"
+            )
+        replayed = _replay(run_dir, config, iteration=iteration, num_new=len(made.pairs))
+    stage.write_shard(_NEW, made.pairs)
     stage.write_shard(_REPLAYED, replayed)
-    kinds = Counter(pair.kind for pair in new)
     return stage.finish(
         config_digest=digest,
         inputs=inputs,
-        rows=len(new) + len(replayed),
-        dropped=dropped,
+        rows=len(made.pairs) + len(replayed),
+        dropped=made.dropped,
         seconds=time.perf_counter() - start,
         details={
-            "new": len(new),
+            "new": len(made.pairs),
             "replayed": len(replayed),
-            "kinds": dict(sorted(kinds.items())),
-            "prompts": len({pair.prompt_id for pair in new}),
-            "mean_margin": round(float(np.mean([pair.chosen_reward - pair.rejected_reward for pair in new])), 4),
-            "mean_tokens_chosen": _mean_tokens(rollouts, [pair.chosen_id for pair in new]),
-            "mean_tokens_rejected": _mean_tokens(rollouts, [pair.rejected_id for pair in new]),
+            **_statistics(run_dir, made.pairs or replayed),
+            **made.verdicts(),
         },
     )
 
 
+@dataclass
+class _Made:
+    """What comes of the judged pools: pairs, drops by reason, and figures of the verdicts themselves."""
+
+    pairs: list[Pair] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    cycles: int = 0
+    errors: list[float] = field(default_factory=list)
+
+    def verdicts(self) -> dict[str, float | int]:
+        known = [error for error in self.errors if not math.isnan(error)]
+        error = {"mean_win_rate_error": round(float(np.mean(known)), 4)} if known else {}
+        return {"cyclic_triples": self.cycles, **error}
+
+
 def new_pairs(
-    judgements: Iterable[Judgement], rollouts: dict[str, Rollout], *, section: PairingSection, iteration: int
-) -> tuple[list[Pair], Counter[str]]:
+    judgements: Iterable[Judgement], rollouts: Iterable[Rollout], config: RunConfig, *, iteration: int
+) -> _Made:
     """Return the pairs of all judged pools in order of prompt, and what was dropped, by reason."""
-    pairs: list[Pair] = []
-    dropped: Counter[str] = Counter()
+    by_prompt: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
+    made = _Made()
     for judgement in sorted(judgements, key=lambda row: row.prompt_id):
         if judgement.state != "ok":
-            dropped[f"verdict {judgement.state}"] += 1
+            made.dropped[f"verdict {judgement.state}"] += 1
             continue
-        rewards = pool_rewards(judgement, section)
-        candidates = []
-        for candidate_id, reward in zip(judgement.candidate_ids, rewards, strict=True):
-            rollout = rollouts[candidate_id]
-            repetition = repeated_ngram_share(rollout.token_ids, section.degenerate_ngram)
-            candidates.append(
-                ScoredCandidate(
-                    candidate_id=candidate_id,
-                    reward=reward,
-                    is_gold=rollout.is_gold,
-                    degenerate=not rollout.is_gold and repetition > section.degenerate_share,
-                )
+        pool = _Pool(judgement, by_prompt[judgement.prompt_id], config.pairing)
+        made.cycles += count_cycles(pool.wins)
+        if pool.is_alone:
+            made.dropped["no opponents for a win rate"] += 1
+            continue
+        choices, reasons = _choose(pool, config, iteration=iteration)
+        made.dropped.update(reasons)
+        made.errors += pool.errors
+        made.pairs += [_pair(choice, pool, config.loss, iteration=iteration) for choice in choices]
+    return made
+
+
+def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[PairChoice], Counter[str]]:
+    """Apply the configuration's rule to one pool. A tie is information to a soft label, and nothing to a hard one."""
+    section, keep_ties = config.pairing, config.loss.target == "soft"
+    match section.rule:
+        case "large_margin" | "restrictive":
+            return large_margin_pairs(
+                pool.texts(),
+                positive_floor=section.positive_floor,
+                margin=section.margin,
+                student_margin=section.student_margin,
+                max_pairs=section.max_pairs_per_prompt,
+                winner="gold" if section.rule == "restrictive" else "any",
             )
-        chosen, reasons = large_margin_pairs(
-            candidates,
-            positive_floor=section.positive_floor,
-            margin=section.margin,
-            student_margin=section.student_margin,
-            max_pairs=section.max_pairs_per_prompt,
+        case "spin":
+            return spin_pairs(pool.texts())
+        case "best_worst":
+            return best_worst_pair(pool.texts(), margin=section.margin)
+        case "all":
+            return all_pairs(pool.texts(), keep_ties=keep_ties)
+        case "verdict":
+            rows = pool.trained_rows
+            return verdict_pairs(pool.texts(), pool.wins[np.ix_(rows, rows)], keep_ties=keep_ties)
+        case "matching":
+            name = hashlib.sha256(pool.judgement.prompt_id.encode()).digest()
+            address = [config.seed, iteration, int.from_bytes(name[:4], "big")]
+            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(address)))
+            return matched_pairs(pool.own_samples(), rng=rng)
+
+
+def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int) -> Pair:
+    winner, loser = choice.chosen, choice.rejected
+    target = 1.0
+    if loss.target == "soft" and choice.preference is not None:
+        target = choice.preference
+    elif loss.target == "soft":
+        target = soft_target(winner.reward, loser.reward, temperature=loss.target_temperature)
+    return Pair(
+        pair_id=f"{winner.candidate_id}>{loser.candidate_id.rsplit('/', 1)[-1]}",
+        prompt_id=pool.judgement.prompt_id,
+        chosen_id=winner.candidate_id,
+        rejected_id=loser.candidate_id,
+        chosen_reward=round(winner.reward, 6),
+        rejected_reward=round(loser.reward, 6),
+        target=target,
+        weight=choice.weight,
+        kind=cast(PairKind, choice.kind),
+        iteration=iteration,
+    )
+
+
+class _Pool:
+    """One prompt's candidates with their rewards: each text was judged once, however many samples gave it."""
+
+    def __init__(self, judgement: Judgement, rollouts: Sequence[Rollout], section: PairingSection):
+        self.judgement, self.section = judgement, section
+        by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+        self.judged = [by_id[name] for name in judgement.candidate_ids]
+        self.place = {rollout.text.strip(): index for index, rollout in enumerate(self.judged)}
+        self.samples = [rollout for rollout in rollouts if rollout.text.strip() in self.place]
+        if judgement.wins is not None:
+            self.wins = np.asarray(judgement.wins, np.float64)
+        else:
+            self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
+        sources = {rollout.source for rollout in self.samples}
+        self.whom = sources if section.opponents == "pool" else {section.opponents}
+        # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
+        self.trained = sources - {"mixture"} if "policy" in sources else sources
+        self.errors: list[float] = []  # standard errors of the win rates that were asked for
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether win rates are asked for and an opponent would have nobody but itself to meet."""
+        return self.section.reward == "win_rate" and int(self.count(self.whom).sum()) < 2
+
+    @property
+    def trained_rows(self) -> list[int]:
+        """Places of the judged texts that may be trained on."""
+        return [place for place, rollout in enumerate(self.judged) if rollout.source in self.trained]
+
+    def count(self, sources: Iterable[str]) -> np.ndarray:
+        """[C] how many candidates of these sources gave each judged text."""
+        wanted = set(sources)
+        places = [self.place[rollout.text.strip()] for rollout in self.samples if rollout.source in wanted]
+        return np.bincount(np.asarray(places, int), minlength=len(self.judged))
+
+    def reward(self, rollout: Rollout) -> float:
+        """The reward of a candidate, in the unit of the configuration.
+
+        Raises:
+            DnoError: points are asked for and the judge gave pairwise verdicts.
+        """
+        place = self.place[rollout.text.strip()]
+        if self.section.reward == "score":
+            if self.judgement.scores is None:
+                raise DnoError(
+                    f"judgement of prompt {self.judgement.prompt_id!r} by {self.judgement.judge} has pairwise "
+                    "verdicts, no scores; set pairing.reward=win_rate"
+                )
+            return self.judgement.scores[place]
+        own = np.zeros(len(self.judged), int)
+        own[place] = rollout.source in self.whom
+        found = win_rates(self.wins, opponents=self.count(self.whom), own=own)
+        self.errors.append(float(found.standard_error[place]))
+        return float(found.rate[place])
+
+    def texts(self) -> list[ScoredCandidate]:
+        """One candidate a text."""
+        counts = np.maximum(self.count(self.trained - {"gold"}), 1)
+        return [self._candidate(self.judged[place], count=int(counts[place])) for place in self.trained_rows]
+
+    def own_samples(self) -> list[ScoredCandidate]:
+        """One candidate a sample of the policy, equal texts too."""
+        return [
+            self._candidate(sample) for sample in self.samples if sample.source in self.trained & {"policy", "mixture"}
+        ]
+
+    def _candidate(self, rollout: Rollout, *, count: int = 1) -> ScoredCandidate:
+        repetition = repeated_ngram_share(rollout.token_ids, self.section.degenerate_ngram)
+        return ScoredCandidate(
+            candidate_id=rollout.rollout_id,
+            reward=self.reward(rollout),
+            source=rollout.source if rollout.source in ("gold", "data") else "student",
+            degenerate=not rollout.is_gold and repetition > self.section.degenerate_share,
+            count=count,
         )
-        dropped.update(reasons)
-        for choice in chosen:
-            winner, loser = choice.chosen.candidate_id, choice.rejected.candidate_id
-            pairs.append(
-                Pair(
-                    pair_id=f"{winner}>{loser.rsplit('/', 1)[-1]}",
-                    prompt_id=judgement.prompt_id,
-                    chosen_id=winner,
-                    rejected_id=loser,
-                    chosen_reward=round(choice.chosen.reward, 6),
-                    rejected_reward=round(choice.rejected.reward, 6),
-                    target=1.0,
-                    kind=cast(PairKind, choice.kind),
-                    iteration=iteration,
-                )
-            )
-    return pairs, dropped
-
-
-def pool_rewards(judgement: Judgement, section: PairingSection) -> list[float]:
-    """Return each candidate's reward in the unit of the configuration.
-
-    Raises:
-        DnoError: points are asked for and the judge gave pairwise verdicts.
-    """
-    if section.reward == "score":
-        if judgement.scores is None:
-            raise DnoError(
-                f"judgement of prompt {judgement.prompt_id!r} by {judgement.judge} has pairwise verdicts, no scores; "
-                "set pairing.reward=win_rate"
-            )
-        return list(judgement.scores)
-    return expected_win_rates(win_matrix(wins=judgement.wins, scores=judgement.scores)).tolist()
 
 
 def _replay(run_dir: RunDir, config: RunConfig, *, iteration: int, num_new: int) -> list[Pair]:
@@ -159,5 +274,20 @@ def _replay(run_dir: RunDir, config: RunConfig, *, iteration: int, num_new: int)
     return replayed
 
 
-def _mean_tokens(rollouts: dict[str, Rollout], ids: list[str]) -> float:
-    return round(float(np.mean([len(rollouts[i].token_ids) for i in ids])), 2)
+def _statistics(run_dir: RunDir, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Figures of the pairs for the manifest."""
+    tokens: dict[str, int] = {}
+    for iteration in sorted({pair.iteration for pair in pairs}):
+        tokens |= {row.rollout_id: len(row.token_ids) for row in run_dir.stage("sample", iteration).read(Rollout)}
+
+    def mean(values: Iterable[float], digits: int) -> float:
+        return round(float(np.mean(list(values))), digits)
+
+    return {
+        "kinds": dict(sorted(Counter(pair.kind for pair in pairs).items())),
+        "prompts": len({pair.prompt_id for pair in pairs}),
+        "mean_margin": mean((pair.chosen_reward - pair.rejected_reward for pair in pairs), 4),
+        "mean_target": mean((pair.target for pair in pairs), 4),
+        "mean_tokens_chosen": mean((tokens[pair.chosen_id] for pair in pairs), 2),
+        "mean_tokens_rejected": mean((tokens[pair.rejected_id] for pair in pairs), 2),
+    }

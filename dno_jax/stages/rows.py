@@ -16,9 +16,16 @@ def load_pairs(run_dir: RunDir, iteration: int) -> list[Pair]:
 
 
 def training_rows(
-    run_dir: RunDir, pairs: Iterable[Pair], references: Iterable[ReferenceScore] | None = None
+    run_dir: RunDir,
+    pairs: Iterable[Pair],
+    previous: Iterable[ReferenceScore] | None = None,
+    initial: Iterable[ReferenceScore] | None = None,
 ) -> list[TrainingRow]:
-    """Return one row a pair: the token ids of its rollouts, and its reference log-probabilities where given.
+    """Return one row a pair: the token ids of its rollouts, its rewards, and its reference log-probabilities.
+
+    Args:
+        previous, initial: log pi_t and log pi_ref of every pair; None gives zeros, which only a loss that does not read
+            them may take.
 
     Raises:
         DnoError: a rollout or a reference score that a pair names is missing.
@@ -30,22 +37,33 @@ def training_rows(
         for rollout in run_dir.stage("sample", iteration).read(Rollout):
             if rollout.rollout_id in wanted:
                 rollouts[rollout.rollout_id] = rollout
-    scores = None if references is None else {score.pair_id: score for score in references}
-    rows = []
     for pair in pairs:
         for name in (pair.chosen_id, pair.rejected_id):
             if name not in rollouts:
                 raise DnoError(f"pair {pair.pair_id!r} names rollout {name!r}, which is in no shard of {run_dir.path}")
-        if scores is not None and pair.pair_id not in scores:
-            raise DnoError(f"pair {pair.pair_id!r} has no reference score; remove the reference folder and score again")
-        score = None if scores is None else scores[pair.pair_id]
+    columns = zip(pairs, _logprobs(pairs, previous), _logprobs(pairs, initial), strict=True)
+    rows = []
+    for pair, previous_logprob, initial_logprob in columns:
         chosen, rejected = rollouts[pair.chosen_id], rollouts[pair.rejected_id]
         rows.append(
             TrainingRow(
                 prompt_ids=(chosen.prompt_token_ids, rejected.prompt_token_ids),
                 response_ids=(chosen.token_ids, rejected.token_ids),
-                reference_logprob=(score.chosen_logprob, score.rejected_logprob) if score else (0.0, 0.0),
+                previous_logprob=previous_logprob,
+                initial_logprob=initial_logprob,
+                reward=(pair.chosen_reward, pair.rejected_reward),
                 target=pair.target,
+                weight=pair.weight,
             )
         )
     return rows
+
+
+def _logprobs(pairs: list[Pair], scores: Iterable[ReferenceScore] | None) -> list[tuple[float, float]]:
+    if scores is None:
+        return [(0.0, 0.0)] * len(pairs)
+    found = {score.pair_id: (score.chosen_logprob, score.rejected_logprob) for score in scores}
+    for pair in pairs:
+        if pair.pair_id not in found:
+            raise DnoError(f"pair {pair.pair_id!r} has no reference score; remove the reference folder and score again")
+    return [found[pair.pair_id] for pair in pairs]

@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from dno_jax.config import ModelConfigSection, RunConfig, SftConfig, config_digest
@@ -20,7 +21,7 @@ from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards
 from dno_jax.run_dir import RunDir
-from dno_jax.training.checkpoint import load_policy
+from dno_jax.training.checkpoint import load_policy, policy_fingerprint
 from dno_jax.training.state import param_shardings
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
@@ -98,16 +99,20 @@ class Runtime(Generic[ConfigT]):
         """Ids that end a response: the tokenizer's, which is trained, and all that generation_config.json names."""
         return self.tokenizer.end_ids
 
-    def load_policy(self, policy: int, layout: Layout) -> Any:
-        """Read pi_t, float32, into arrays of a layout."""
+    def policy_inputs(self, *policies: epath.Path) -> dict[str, str]:
+        """Entries of a manifest's `inputs` that name policies by their fingerprints."""
+        return {f"policies/{path.name}": policy_fingerprint(path) or "missing" for path in policies}
+
+    def load_policy(self, policy: epath.Path, layout: Layout) -> Any:
+        """Read a policy, float32, into arrays of a layout."""
         return load_policy(
-            self.run_dir.policy(policy),
+            policy,
             shapes=abstract_params(self.model_config),
             shardings=self.param_shardings(layout),
         )
 
-    def load_for_decoding(self, policy: int) -> Any:
-        """Read pi_t in the DECODE layout and in the compute dtype, so that no token's step casts weights again."""
+    def load_for_decoding(self, policy: epath.Path) -> Any:
+        """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again."""
         params, dtype = self.load_policy(policy, DECODE), jnp.dtype(self.config.model.dtype)
         if dtype == jnp.float32:
             return params

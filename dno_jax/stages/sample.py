@@ -1,4 +1,4 @@
-"""Sample K responses a prompt from the current policy into shards of Rollout rows."""
+"""The candidates of an iteration: K samples a prompt and the teacher's response, in shards of Rollout rows."""
 
 from __future__ import annotations
 
@@ -17,41 +17,51 @@ from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
 from dno_jax.parallel.sharding import DECODE, owned_rows, row_sharding, to_device
-from dno_jax.records import Prompt, Rollout
+from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, StageDir, write_atomically
-from dno_jax.sampling.engine import Generation, PromptBatch, Responses, generate, prompt_bucket
+from dno_jax.sampling.engine import Generation, Mixture, PromptBatch, Responses, generate, prompt_bucket
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
-from dno_jax.training.checkpoint import policy_fingerprint
+from dno_jax.stages.scheme import center_of, mixture_weight
 
 
 def run(config: RunConfig, iteration: int) -> Manifest:
-    """Sample iteration t's prompts from policy t; rows already in closed shards are not sampled again."""
+    """Draw iteration t's candidates; rows already in closed shards are not drawn again."""
     start = time.perf_counter()
     runtime = Runtime.start(config)
-    stage = runtime.run_dir.stage("sample", iteration)
+    run_dir = runtime.run_dir
+    stage = run_dir.stage("sample", iteration)
     prompts = split_prompts(config).training[iteration]
-    prompts_path = runtime.run_dir.prompts_path(iteration)
+    prompts_path = run_dir.prompts_path(iteration)
     if is_primary():
         _keep_prompts(prompts_path, prompts)
     barrier(f"prompts {iteration}")
-    inputs = stage.reference_of(prompts_path) | policy_input(runtime, iteration)
+    weight = mixture_weight(config, iteration)
+    policies = {"policy": run_dir.policy(iteration)}
+    if config.sampling.source == "mixture" or config.sampling.num_opponents:
+        policies["center"] = center_of(config, iteration)
+    inputs = stage.reference_of(prompts_path) | runtime.policy_inputs(*policies.values())
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
     tokenized, dropped = tokenize_prompts(prompts, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
-    params = runtime.load_for_decoding(iteration)
-    sample_to_shards(
-        runtime,
-        params,
-        tokenized,
-        out=stage,
-        policy=iteration,
-        num_samples=config.sampling.num_samples,
-        description=f"sample    {iteration}",
-        gold_too=True,
-    )
+    if config.sampling.source == "data":
+        if is_primary():
+            given_to_shards(runtime, tokenized, out=stage, iteration=iteration)
+    else:
+        params = {name: runtime.load_for_decoding(path) for name, path in policies.items()}
+        mixture = Mixture(params["center"], jnp.float32(weight)) if "center" in params else None
+        sample_to_shards(
+            runtime,
+            params["policy"],
+            tokenized,
+            out=stage,
+            policy=iteration,
+            draws=_draws(config, mixture),
+            description=f"sample    {iteration}",
+            gold_too=True,
+        )
     if is_primary():
         rollouts = list(stage.read(Rollout))
         dropped.update(_gold_drops(rollouts, prompts))
@@ -67,6 +77,26 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     return stage.require()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`."""
+
+    source: Source
+    num_samples: int
+    first_sample: int = 0
+    mixture: Mixture | None = None
+
+
+def _draws(config: RunConfig, mixture: Mixture | None) -> tuple[Draw, ...]:
+    section = config.sampling
+    if section.source == "mixture":
+        return (Draw("mixture", section.num_samples, mixture=mixture),)
+    own = Draw("policy", section.num_samples)
+    if not section.num_opponents:
+        return (own,)
+    return own, Draw("mixture", section.num_opponents, first_sample=section.num_samples, mixture=mixture)
+
+
 def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
     """Write the iteration's prompts, once: what was sampled from must not change under its samples."""
     text = "".join(prompt.model_dump_json() + "\n" for prompt in prompts)
@@ -78,11 +108,6 @@ def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def policy_input(runtime: Runtime[RunConfig], policy: int) -> dict[str, str]:
-    """The entry of a manifest's `inputs` that names a policy by its fingerprint."""
-    return {f"policies/{policy:03d}": policy_fingerprint(runtime.run_dir.policy(policy)) or "missing"}
-
-
 def sample_to_shards(
     runtime: Runtime[RunConfig],
     params: Any,
@@ -90,41 +115,28 @@ def sample_to_shards(
     *,
     out: StageDir,
     policy: int,
-    num_samples: int,
+    draws: Sequence[Draw],
     description: str,
     gold_too: bool = False,
 ) -> None:
     """Sample every prompt that has no closed shard yet; each process writes the prompts that its devices hold.
 
     Batches are cut from the whole list, so that a restart, another mesh or another number of processes runs the same
-    programs on the same rows.
+    programs on the same rows. All candidates of a prompt are in one shard, which can be judged as soon as it is closed.
     """
-    config = runtime.config
-    generation = Generation(
-        num_samples=num_samples,
-        max_new_tokens=config.sampling.max_new_tokens,
-        end_ids=runtime.end_ids,
-        truncation=Truncation(
-            temperature=config.sampling.temperature,
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-            min_p=config.sampling.min_p,
-        ),
-        seed=config.seed,
-    )
-    size = config.sampling.batch_prompts
+    size = runtime.config.sampling.batch_prompts
     batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     pending = _unfinished(out, batches)
     done = sum(len(batch) for index, batch in enumerate(batches) if index not in pending)
     written: _Batch | None = None
     with Meter(description, total=len(prompts), unit="prompts", done=done, enabled=is_primary()) as meter:
         for index in pending:
-            responses = _dispatch(runtime, params, batches[index], generation=generation, policy=policy)
+            responses = [_dispatch(runtime, params, batches[index], draw=draw, policy=policy) for draw in draws]
             # The device works on this batch while the host writes the one before.
             if written is not None:
                 _write(runtime, written, out=out, policy=policy, gold_too=gold_too)
                 meter.advance(len(written.prompts))
-            written = _Batch(index * size, batches[index], responses)
+            written = _Batch(index * size, batches[index], list(zip(draws, responses, strict=True)))
         if written is not None:
             _write(runtime, written, out=out, policy=policy, gold_too=gold_too)
             meter.advance(len(written.prompts))
@@ -135,7 +147,7 @@ def sample_to_shards(
 class _Batch:
     first: int  # place of its first prompt in the whole list
     prompts: Sequence[TokenizedPrompt]
-    responses: Responses
+    drawn: Sequence[tuple[Draw, Responses]]
 
 
 def _unfinished(out: StageDir, batches: Sequence[Sequence[TokenizedPrompt]]) -> list[int]:
@@ -146,10 +158,23 @@ def _unfinished(out: StageDir, batches: Sequence[Sequence[TokenizedPrompt]]) -> 
 
 
 def _dispatch(
-    runtime: Runtime[RunConfig], params: Any, prompts: Sequence[TokenizedPrompt], *, generation: Generation, policy: int
+    runtime: Runtime[RunConfig], params: Any, prompts: Sequence[TokenizedPrompt], *, draw: Draw, policy: int
 ) -> Responses:
     """Start the generation of one batch; short batches are filled up with rows of padding."""
     config = runtime.config
+    generation = Generation(
+        num_samples=draw.num_samples,
+        first_sample=draw.first_sample,
+        max_new_tokens=config.sampling.max_new_tokens,
+        end_ids=runtime.end_ids,
+        truncation=Truncation(
+            temperature=config.sampling.temperature,
+            top_k=config.sampling.top_k,
+            top_p=config.sampling.top_p,
+            min_p=config.sampling.min_p,
+        ),
+        seed=config.seed,
+    )
     rows = config.sampling.batch_prompts
     length = prompt_bucket(max(len(item.token_ids) for item in prompts), max_length=config.prompts.max_length)
     token = np.zeros((rows, length), np.int32)
@@ -167,26 +192,27 @@ def _dispatch(
         model=runtime.model(DECODE),
         generation=generation,
         iteration=jnp.int32(policy),
+        mixture=draw.mixture,
     )
 
 
 def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy: int, gold_too: bool) -> None:
     """Write the shard of those rows of a finished batch that this process owns."""
-    columns = {name: owned_rows(getattr(batch.responses, name)) for name in ("token", "length", "logprob", "stopped")}
-    num_samples = batch.responses.token.shape[0] // runtime.config.sampling.batch_prompts
-    mine = sorted({row // num_samples for row in columns["token"]})
-    mine = [index for index in mine if index < len(batch.prompts)]
-    rollouts: list[Rollout] = []
-    for index in mine:
-        item = batch.prompts[index]
-        for sample in range(num_samples):
-            row = index * num_samples + sample
+    rollouts: dict[int, list[Rollout]] = {}
+    for draw, responses in batch.drawn:
+        columns = {name: owned_rows(getattr(responses, name)) for name in ("token", "length", "logprob", "stopped")}
+        for row in sorted(columns["token"]):
+            index, sample = divmod(row, draw.num_samples)
+            if index >= len(batch.prompts):
+                continue
+            item, sample = batch.prompts[index], sample + draw.first_sample
             token_ids = tuple(columns["token"][row][: columns["length"][row]].tolist())
-            rollouts.append(
+            rollouts.setdefault(index, []).append(
                 Rollout(
                     rollout_id=f"{policy:03d}/{item.prompt.prompt_id}/{sample}",
                     prompt_id=item.prompt.prompt_id,
                     sample=sample,
+                    source=draw.source,
                     policy=policy,
                     text=runtime.tokenizer.decode(token_ids),
                     token_ids=token_ids,
@@ -195,27 +221,71 @@ def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy:
                     finish="stop" if columns["stopped"][row] else "length",
                 )
             )
-        gold = item.prompt.gold
-        if gold_too and gold and gold.strip():
-            rollout_id = f"{policy:03d}/{item.prompt.prompt_id}/gold"
-            rollouts.append(gold_rollout(runtime, item, gold=gold, rollout_id=rollout_id))
-    if mine:
-        out.write_shard(f"{batch.first + mine[0]:07d}", rollouts)
+    for index, own in rollouts.items():
+        if gold_too and (gold := _gold(runtime, batch.prompts[index], iteration=policy)):
+            own.append(gold)
+    if rollouts:
+        out.write_shard(f"{batch.first + min(rollouts):07d}", [row for own in rollouts.values() for row in own])
 
 
-def gold_rollout(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, gold: str, rollout_id: str) -> Rollout:
-    """The teacher's response as a candidate like any other: tokenised once, cut where the student's would be."""
+def given_to_shards(
+    runtime: Runtime[RunConfig], prompts: Sequence[TokenizedPrompt], *, out: StageDir, iteration: int
+) -> None:
+    """Turn the candidates that come with the data into rollouts: offline methods sample nothing.
+
+    Raises:
+        DnoError: a prompt without candidates.
+    """
+    size = runtime.config.sampling.batch_prompts
+    for first in range(0, len(prompts), size):
+        rollouts: list[Rollout] = []
+        for item in prompts[first : first + size]:
+            if not item.prompt.candidates:
+                raise DnoError(
+                    f"prompt {item.prompt.prompt_id!r} of {runtime.config.prompts.path} has no candidates, which "
+                    'sampling.source=data trains on: give {"candidates": [{"text": ..., "score": ...}, ...]}'
+                )
+            name = f"{iteration:03d}/{item.prompt.prompt_id}"
+            rollouts += [
+                fixed_rollout(
+                    runtime, item, text=given.text, rollout_id=f"{name}/{sample}", source="data", sample=sample
+                )
+                for sample, given in enumerate(item.prompt.candidates)
+            ]
+            if gold := _gold(runtime, item, iteration=iteration):
+                rollouts.append(gold)
+        out.write_shard(f"{first:07d}", rollouts)
+
+
+def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int) -> Rollout | None:
+    """The teacher's response as a candidate like any other, where there is one that can be ranked."""
+    gold = item.prompt.gold
+    if not gold or not gold.strip():
+        return None
+    texts = {given.text.strip() for given in item.prompt.candidates}
+    if runtime.config.annotation.kind == "given" and gold.strip() not in texts:
+        return None  # nobody gave it points
+    rollout_id = f"{iteration:03d}/{item.prompt.prompt_id}/gold"
+    return fixed_rollout(runtime, item, text=gold, rollout_id=rollout_id, source="gold", sample=-1)
+
+
+def fixed_rollout(
+    runtime: Runtime[RunConfig], item: TokenizedPrompt, *, text: str, rollout_id: str, source: Source, sample: int
+) -> Rollout:
+    """A response that no policy of this run wrote: tokenised once, cut where the student's would be."""
     config = runtime.config
-    ids = runtime.tokenizer.response_ids(item.prompt.messages, gold, end_id=runtime.end_ids[0])
+    ids = runtime.tokenizer.response_ids(item.prompt.messages, text, end_id=runtime.end_ids[0])
     whole = len(ids) <= config.sampling.max_new_tokens
     ids = ids[: config.sampling.max_new_tokens]
+    # The judge reads what is trained on, also where that was cut; points that came with the data are for all of it.
+    keep = whole or config.annotation.kind == "given"
     return Rollout(
         rollout_id=rollout_id,
         prompt_id=item.prompt.prompt_id,
-        sample=-1,
+        sample=sample,
+        source=source,
         policy=None,
-        # The judge reads what is trained on, also where that was cut.
-        text=gold if whole else runtime.tokenizer.decode(ids),
+        text=text if keep else runtime.tokenizer.decode(ids),
         token_ids=ids,
         prompt_token_ids=item.token_ids,
         logprob=None,
@@ -231,7 +301,7 @@ def _gold_drops(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> Count
 
 def response_statistics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
     """Lengths and endings of the policy's own responses."""
-    own = [rollout for rollout in rollouts if not rollout.is_gold]
+    own = [rollout for rollout in rollouts if rollout.policy is not None]
     if not own:
         return {}
     tokens = np.asarray([len(rollout.token_ids) for rollout in own])

@@ -23,7 +23,7 @@ from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.train import train
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
-from dno_jax.training.step import supervised_loss
+from dno_jax.training.objectives import supervised_loss
 
 
 def run(config: SftConfig) -> epath.Path:
@@ -79,7 +79,7 @@ def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[Trai
                 f"{place}: {len(prompt) + len(response)} tokens exceed data.max_length {config.data.max_length}; "
                 "raise it or remove the example"
             )
-        rows.append(TrainingRow((prompt,), (response,), reference_logprob=(0.0,), weight=float(len(response))))
+        rows.append(TrainingRow((prompt,), (response,), previous_logprob=(0.0,), weight=float(len(response))))
     if not rows:
         raise DnoError(f"{config.data.path}: holds no examples")
     return rows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,37 +19,39 @@ from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest
 from dno_jax.stages.rows import load_pairs, training_rows
 from dno_jax.stages.runtime import ConfigT, Runtime
-from dno_jax.stages.sample import policy_input
-from dno_jax.stages.score import reference_identity
+from dno_jax.stages.scheme import update_of
+from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
 from dno_jax.training.metrics import MetricsWriter
+from dno_jax.training.objectives import RowLoss, preference_loss
 from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dno_jax.training.state import init_state, state_shardings
-from dno_jax.training.step import RowLoss, preference_loss, train_step
+from dno_jax.training.step import train_step
 
-# Before the first update the policy is its own reference, so every log-ratio is zero up to rounding. Nats a response:
+# Before the first update the policy is pi_t of its own loss, so log pi/pi_t is zero up to rounding. Nats a response:
 # far above the rounding of each dtype, far below what another policy, tokenizer or mask gives.
 STEP_ZERO_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
-    """Regress the log-ratios against policy t onto its pairs' preferences (Algorithm 2, line 7); write policy t+1.
+def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Manifest:
+    """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the policy that comes of it.
 
     Raises:
         DnoError: the reference scores belong to another policy, tokenizer, length or dtype, or the first step shows
-            that they do (its loss is not log 2).
+            that they do (the policy is not pi_t of its own loss).
     """
     start = time.perf_counter()
     runtime = Runtime.start(config)
-    stage = runtime.run_dir.stage("train", iteration)
-    scored = runtime.run_dir.stage("score", iteration)
+    update = update_of(config, iteration, stage=stage_name)
+    stage = runtime.run_dir.stage(stage_name, iteration)
+    scored = runtime.run_dir.stage(update.score, iteration)
     reference = scored.require()
-    inputs = stage.reference_of(scored.manifest_path) | policy_input(runtime, iteration)
+    inputs = stage.reference_of(scored.manifest_path) | runtime.policy_inputs(update.previous)
     manifest = stage.finished(inputs, config_digest=runtime.config_digest)
-    if manifest and policy_fingerprint(runtime.run_dir.policy(iteration + 1)) == manifest.details["fingerprint"]:
+    if manifest and policy_fingerprint(update.result) == manifest.details["fingerprint"]:
         return manifest
-    expected = reference_identity(runtime, iteration)
+    expected = reference_identity(runtime, update)
     differing = [name for name, value in expected.items() if reference.details.get(name) != value]
     if differing:
         raise DnoError(
@@ -58,20 +59,22 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         )
 
     pairs = load_pairs(runtime.run_dir, iteration)
-    rows = training_rows(runtime.run_dir, pairs, scored.read(ReferenceScore))
+    previous = list(scored.read(ReferenceScore))
+    initial = previous if update.initial is None else scored.sub(INITIAL).read(ReferenceScore)
+    rows = training_rows(runtime.run_dir, pairs, previous, initial)
     result = train(
         runtime,
-        runtime.load_policy(iteration, TRAIN),
+        runtime.load_policy(update.previous, TRAIN),
         rows,
-        row_loss=preference_loss(config.loss),
+        row_loss=preference_loss(config.loss_at(iteration), config.reference),
         max_length=config.max_length,
         iteration=iteration,
-        stage="train",
+        stage=stage_name,
         states_path=stage.path / "states",
         guard=True,
     )
-    digest = save_policy(runtime.run_dir.policy(iteration + 1), result.params)
-    barrier(f"trained {iteration}")
+    digest = save_policy(update.result, result.params)
+    barrier(f"trained {stage.path}")
     if is_primary():
         remove_states(stage.path / "states")
         stage.finish(
@@ -79,7 +82,12 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             inputs=inputs,
             rows=len(rows),
             seconds=time.perf_counter() - start,
-            details={"policy": iteration + 1, "fingerprint": digest, "steps": result.num_steps, **result.metrics},
+            details={
+                "policy": update.result.name,
+                "fingerprint": digest,
+                "steps": result.num_steps,
+                **result.metrics,
+            },
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
@@ -173,16 +181,18 @@ def train(
 
 
 def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
-    """Refuse to train when the first step shows a policy that is not its own reference.
+    """Refuse to train when the first step shows a policy that is not pi_t of its own loss.
+
+    With pi_t as the reference that is also to say that the loss is log 2 and every implicit reward 0.
 
     Raises:
-        DnoError: an implicit log-ratio is not zero, or the loss is not log 2, within the dtype's rounding.
+        DnoError: a log-ratio to pi_t is not zero within the dtype's rounding.
     """
     tolerance = STEP_ZERO_TOLERANCE[dtype]
-    ratio, loss = float(metrics["max_abs_log_ratio"]), float(metrics["loss"])
+    ratio = float(metrics["max_abs_log_ratio"])
     if not ratio <= tolerance:
         raise DnoError(
             f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most "
-            f"{tolerance:g} is rounding in {dtype}), loss {loss:.4f} instead of log 2 = {math.log(2):.4f}: the "
-            "reference is not of this policy, tokenizer or mask; remove the reference folder and score again"
+            f"{tolerance:g} is rounding in {dtype}), loss {float(metrics['loss']):.4f}: the reference is not of this "
+            "policy, tokenizer or mask; remove the reference folder and score again"
         )

@@ -16,14 +16,17 @@ class TrainingRow:
 
     Attributes:
         prompt_ids, response_ids: a tuple a sequence; the loss covers `response_ids`, end id included.
-        reference_logprob: log pi_t of each response, nats; zeros where there is no reference.
+        previous_logprob, initial_logprob: log pi_t and log pi_ref of each response, nats; 0 where nothing reads them.
+        reward: of each response, points or a win rate; zeros where nothing reads it.
         target: P(chosen preferred).
         weight: 1 for a pair; the number of response tokens for an example, so that its loss is a mean over tokens.
     """
 
     prompt_ids: tuple[tuple[int, ...], ...]
     response_ids: tuple[tuple[int, ...], ...]
-    reference_logprob: tuple[float, ...] = (0.0, 0.0)
+    previous_logprob: tuple[float, ...] = (0.0, 0.0)
+    initial_logprob: tuple[float, ...] = (0.0, 0.0)
+    reward: tuple[float, ...] = (0.0, 0.0)
     target: float = 1.0
     weight: float = 1.0
 
@@ -46,7 +49,9 @@ class PairBatch:
     token: Any  # [P, C, T] int32
     position: Any  # [P, C, T] int32, -1 is padding
     response_mask: Any  # [P, C, T] bool
-    reference_logprob: Any  # [P, C] float32, nats
+    previous_logprob: Any  # [P, C] float32, log pi_t, nats
+    initial_logprob: Any  # [P, C] float32, log pi_ref, nats
+    reward: Any  # [P, C] float32
     target: Any  # [P] float32
     weight: Any  # [P] float32, 0 on filler
     response_length: int = flax.struct.field(pytree_node=False)  # window that holds every response; static
@@ -79,7 +84,9 @@ def make_batch(rows: Sequence[TrainingRow], *, batch_size: int, max_length: int)
         token=token,
         position=position,
         response_mask=mask,
-        reference_logprob=_column([row.reference_logprob[:count] for row in rows], filler),
+        previous_logprob=_column([row.previous_logprob[:count] for row in rows], filler),
+        initial_logprob=_column([row.initial_logprob[:count] for row in rows], filler),
+        reward=_column([row.reward[:count] for row in rows], filler),
         target=_column([row.target for row in rows], filler),
         weight=_column([row.weight for row in rows], filler),
         response_length=length_bucket(max(row.response_length for row in rows), max_length=length),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,16 +12,13 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dno_jax.config import LossSection
 from dno_jax.logprobs import head_token_logprobs, sequence_logprobs
-from dno_jax.losses import dno_loss, implicit_reward, nll_loss
 from dno_jax.model.decoder import Decoder, output_head
 from dno_jax.training.batches import PairBatch
+from dno_jax.training.objectives import RowLoss
 from dno_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-# (log-probability [P, C], response tokens [P, C], batch) -> (loss [P], per-row metrics {name: [P]})
-RowLoss = Callable[[Array, Array, PairBatch], tuple[Array, dict[str, Array]]]
 
 
 def response_logprobs(
@@ -67,42 +64,6 @@ def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int)
     return jnp.reshape(logprob, (rows, count))
 
 
-@lru_cache  # one function a configuration: it is part of the compiled step's identity
-def preference_loss(section: LossSection) -> RowLoss:
-    """Return the loss of a configuration, with the metrics that show what it does to each side of a pair."""
-
-    def loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
-        del num_tokens
-        chosen, rejected = logprob[:, 0], logprob[:, 1]
-        reference_chosen, reference_rejected = batch.reference_logprob[:, 0], batch.reference_logprob[:, 1]
-        value = dno_loss(
-            chosen_logprob=chosen,
-            rejected_logprob=rejected,
-            reference_chosen_logprob=reference_chosen,
-            reference_rejected_logprob=reference_rejected,
-            target=batch.target,
-            beta=section.beta,
-        )
-        chosen_reward = implicit_reward(logprob=chosen, reference_logprob=reference_chosen, beta=section.beta)
-        rejected_reward = implicit_reward(logprob=rejected, reference_logprob=reference_rejected, beta=section.beta)
-        return value, {
-            "accuracy": (chosen_reward > rejected_reward).astype(jnp.float32),
-            "margin": chosen_reward - rejected_reward,
-            "chosen_reward": chosen_reward,
-            "rejected_reward": rejected_reward,
-            "chosen_logprob": chosen,
-            "rejected_logprob": rejected,
-        }
-
-    return loss
-
-
-def supervised_loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
-    """The mean negative log-likelihood a response token (rows weigh as many tokens as they have)."""
-    del batch
-    return nll_loss(logprob=logprob[:, 0], num_tokens=num_tokens[:, 0]), {}
-
-
 @partial(
     jax.jit, static_argnames=("model", "optimizer", "row_loss", "chunk", "micro_batches"), donate_argnames=("state",)
 )
@@ -138,7 +99,7 @@ def train_step(
         loss, metrics = row_loss(logprob, num_tokens, part)
         weight = part.weight / total_weight
         summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
-        ratio = jnp.abs(logprob - part.reference_logprob)
+        ratio = jnp.abs(logprob - part.previous_logprob)
         summed["max_abs_log_ratio"] = jnp.max(jnp.where(part.weight[:, None] > 0, ratio, 0.0))
         return summed["loss"], jax.lax.stop_gradient(summed)
 

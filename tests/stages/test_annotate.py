@@ -22,6 +22,7 @@ def rollout(prompt_id, sample, text, *, gold=False):
         rollout_id=f"000/{prompt_id}/{'gold' if gold else sample}",
         prompt_id=prompt_id,
         sample=-1 if gold else sample,
+        source="gold" if gold else "policy",
         policy=None if gold else 0,
         text=text,
         token_ids=(1, 2),

@@ -13,7 +13,7 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
 from dno_jax.report.console import console
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
-from dno_jax.run_dir import STAGES, RunDir
+from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.stages import pair, policies, sample, score, train
 from dno_jax.stages.rows import load_pairs, training_rows
 from dno_jax.training.checkpoint import policy_fingerprint
@@ -35,9 +35,9 @@ def files(run_dir):
 
 
 def test_every_stage_leaves_rows_and_a_manifest(finished):
-    _, run_dir, result = finished
+    config, run_dir, result = finished
     for t in range(2):
-        for name in STAGES:
+        for name in stage_names(config, t):
             manifest = run_dir.stage(name, t).require()
             assert manifest.stage == name
             assert manifest.rows > 0
@@ -133,11 +133,11 @@ def test_a_finished_run_is_not_touched_again(finished):
 
 
 def test_tables_show_what_the_manifests_say(finished):
-    _, run_dir, result = finished
+    config, run_dir, result = finished
     with console.capture() as captured:
         for table in (
-            status_table(stage_statuses(run_dir, iterations=2)),
-            iteration_table(run_dir, iterations=2),
+            status_table(stage_statuses(run_dir, config)),
+            iteration_table(run_dir, config),
             policy_table(run_dir, iterations=2),
         ):
             console.print(table)

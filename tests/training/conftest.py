@@ -36,5 +36,5 @@ def rows():
         prompt = ids(2, 20)
         responses = (ids(1, 24), ids(1, 24))
         reference = tuple(-4.5 * len(response) + rng.normal() for response in responses)
-        made.append(TrainingRow((prompt, prompt), responses, reference_logprob=reference))
+        made.append(TrainingRow((prompt, prompt), responses, previous_logprob=reference))
     return made

@@ -6,8 +6,8 @@ from dno_jax.training.batches import TrainingRow, batch_order, length_bucket, ma
 
 def test_a_batch_holds_every_token_once_and_masks_the_prompt():
     rows = [
-        TrainingRow(((1, 2, 3), (1, 2, 3)), ((4, 5), (6,)), reference_logprob=(-1.5, -2.5), target=0.7),
-        TrainingRow(((7,), (7,)), ((8, 9, 10), (11, 12)), reference_logprob=(-3.0, -4.0)),
+        TrainingRow(((1, 2, 3), (1, 2, 3)), ((4, 5), (6,)), previous_logprob=(-1.5, -2.5), target=0.7),
+        TrainingRow(((7,), (7,)), ((8, 9, 10), (11, 12)), previous_logprob=(-3.0, -4.0)),
     ]
     batch = make_batch(rows, batch_size=4, max_length=64)
     assert batch.token.shape == (4, 2, 32)
@@ -17,7 +17,7 @@ def test_a_batch_holds_every_token_once_and_masks_the_prompt():
     assert np.flatnonzero(batch.response_mask[1, 1]).tolist() == [1, 2]
     assert batch.weight.tolist() == [1, 1, 0, 0]
     np.testing.assert_allclose(batch.target, [0.7, 1, 0, 0], rtol=1e-6)
-    assert batch.reference_logprob[:2].tolist() == [[-1.5, -2.5], [-3.0, -4.0]]
+    assert batch.previous_logprob[:2].tolist() == [[-1.5, -2.5], [-3.0, -4.0]]
     assert not batch.response_mask[2:].any()
     assert np.all(batch.position[2:] == -1)
     assert batch.response_length >= 3

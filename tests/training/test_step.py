@@ -10,14 +10,13 @@ from dno_jax.model.decoder import Decoder, logits
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
 from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.training.objectives import preference_loss, supervised_loss
 from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dno_jax.training.state import init_state, param_shardings, state_shardings
 from dno_jax.training.step import (
     batch_logprobs,
-    preference_loss,
     response_logprobs,
     score_step,
-    supervised_loss,
     train_step,
 )
 
@@ -182,7 +181,7 @@ def test_prompt_and_padding_positions_get_no_gradient_from_the_head(config, para
 
 
 def test_an_empty_response_gives_zero_and_a_finite_loss(config, params, rows):
-    empty = TrainingRow(rows[0].prompt_ids, (rows[0].response_ids[0], ()), reference_logprob=(-4.0, 0.0))
+    empty = TrainingRow(rows[0].prompt_ids, (rows[0].response_ids[0], ()), previous_logprob=(-4.0, 0.0))
     batch = make_batch([empty, *rows[1:4]], batch_size=4, max_length=LENGTH)
     assert float(score_step(params, batch, model=Decoder(config), chunk=64)[0, 1]) == 0.0
     _, history = take_steps(config, params, [batch])
@@ -193,7 +192,7 @@ def test_overfitting_makes_the_chosen_response_the_likelier_one(config, params, 
     model = Decoder(config)
     batch = make_batch(rows[:4], batch_size=4, max_length=LENGTH)
     reference = np.asarray(score_step(params, batch, model=model, chunk=64))
-    batch = batch.replace(reference_logprob=reference)
+    batch = batch.replace(previous_logprob=reference)
     state, history = take_steps(config, params, [batch] * 50)
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert history[0]["max_abs_log_ratio"] < 1e-4
