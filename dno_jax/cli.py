@@ -71,6 +71,15 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
             raise DnoError(
                 f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}"
             )
+        from dno_jax.run_dir import stage_names
+
+        if name not in stage_names(settings, iteration):
+            from dno_jax.errors import DnoError
+
+            raise DnoError(
+                f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
+                f"it has {', '.join(stage_names(settings, iteration))}"
+            )
         itself = name == "annotate" and settings.annotation.kind == "self"
         stage = importlib.import_module(f"dno_jax.stages.{'self_judge' if itself else module or name}").run
         if needs_devices or itself:

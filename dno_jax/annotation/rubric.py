@@ -2,7 +2,8 @@
 
 Whatever a model wrote is hostile here. It reaches the prompt only as a value of a template, never as a template,
 between fences whose code is a digest of all the text in the request, so that no text can contain its own closing fence.
-The reply is one JSON object of exactly the expected shape, or no answer.
+The reply has exactly the expected shape, or is no answer: one JSON object (list-wise), or words that end with one score
+(point-wise).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import jinja2
 import jinja2.meta
@@ -27,10 +28,10 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Message, explain
 
 _BUILTIN = resources.files("dno_jax.annotation") / "rubrics"
-_NEEDED = {"fence_rule", "conversation", "candidates", "reply_shape"}
-_OPTIONAL = {"count", "min_score", "max_score"}
 _JINJA = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 _WHOLE_FENCE = re.compile(r"```json[ \t]*\r?\n(.*)\n[ \t]*```", re.DOTALL)
+_SCORE = re.compile(r"\bScore:[ \t*]*([^\s*]*)")  # judges write it bold, too
+_FENCE_LINE = r"(MESSAGE [^ ]+|CANDIDATE [^ ]+|RESPONSE) [0-9a-f]{16}>>>"
 
 
 class Unparsable(Exception):
@@ -49,14 +50,19 @@ class _RubricFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class Rubric:
-    """One list-wise rubric.
+class _Rubric:
+    """What both kinds have in common.
 
     Attributes:
         digest: sha256 of the file's bytes, so that an edited rubric with an old version is still another rubric.
-        min_score, max_score: the inclusive range of a candidate's integer score.
+        min_score, max_score: the inclusive range of an integer score.
         system, user: Jinja texts of the two messages.
     """
+
+    field: ClassVar[str]  # of the configuration
+    example: ClassVar[str]
+    needed: ClassVar[frozenset[str]]
+    optional: ClassVar[frozenset[str]]
 
     name: str
     version: str
@@ -69,6 +75,33 @@ class Rubric:
     @property
     def identity(self) -> str:
         return f"{self.name}@{self.version}#{self.digest[:12]}"
+
+    def _in_range(self, score: int) -> int:
+        if not self.min_score <= score <= self.max_score:
+            raise Unparsable(f"score {score} is outside {self.min_score}..{self.max_score}")
+        return score
+
+    def _code(self, texts: Sequence[str]) -> str:
+        # JSON keeps the texts apart: different lists never join to the same bytes. A text with its own digest in it
+        # cannot be written on purpose; the loop sees to it that chance does not write one either.
+        code = hashlib.sha256(json.dumps([self.digest, *texts]).encode()).hexdigest()[:16]
+        while any(code in text for text in texts):
+            code = hashlib.sha256(code.encode()).hexdigest()[:16]
+        return code
+
+    def _example(self) -> tuple[list[dict[str, str]], int]:
+        """A request, and how many fences it must hold."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Rubric(_Rubric):
+    """A list-wise rubric: all candidates of a prompt are graded in one reply."""
+
+    field = "annotation.openai.rubric"
+    example = "listwise_6point"
+    needed = frozenset({"fence_rule", "conversation", "candidates", "reply_shape"})
+    optional = frozenset({"count", "min_score", "max_score"})
 
     def messages(self, conversation: Sequence[Message], candidates: Sequence[str]) -> list[dict[str, str]]:
         """Render the request.
@@ -83,7 +116,7 @@ class Rubric:
         code = self._code([message.content for message in conversation] + list(candidates))
         fields = {
             "fence_rule": _fence_rule(code),
-            "conversation": "\n\n".join(_fence(f"MESSAGE ({m.role})", m.content, code) for m in conversation),
+            "conversation": _fenced_conversation(conversation, code),
             "candidates": "\n\n".join(_fence(f"CANDIDATE {i}", text, code) for i, text in enumerate(candidates, 1)),
             "reply_shape": self._reply_shape(len(candidates)),
             "count": len(candidates),
@@ -125,31 +158,89 @@ class Rubric:
             raise Unparsable(f"candidate {number}: the justification is no string")
         if type(score) is not int:  # bool is a subclass of int
             raise Unparsable(f"candidate {number}: the score is of type {type(score).__name__}, not an integer")
-        if not self.min_score <= score <= self.max_score:
-            raise Unparsable(f"candidate {number}: score {score} is outside {self.min_score}..{self.max_score}")
-        return score
+        try:
+            return self._in_range(score)
+        except Unparsable as error:
+            raise Unparsable(f"candidate {number}: {error}") from None
 
     def _reply_shape(self, count: int) -> str:
         entry = f'{{"justification": "...", "score": <integer from {self.min_score} to {self.max_score}>}}'
         return "{" + ", ".join(f'"{number}": {entry}' for number in range(1, count + 1)) + "}"
 
-    def _code(self, texts: Sequence[str]) -> str:
-        # JSON keeps the texts apart: different lists never join to the same bytes. A text with its own digest in it
-        # cannot be written on purpose; the loop sees to it that chance does not write one either.
-        code = hashlib.sha256(json.dumps([self.digest, *texts]).encode()).hexdigest()[:16]
-        while any(code in text for text in texts):
-            code = hashlib.sha256(code.encode()).hexdigest()[:16]
-        return code
+    def _example(self) -> tuple[list[dict[str, str]], int]:
+        return self.messages([Message(role="user", content="q")], ["first", "second"]), 3
+
+
+@dataclass(frozen=True)
+class PointRubric(_Rubric):
+    """A point-wise rubric: one response a request, one score a reply."""
+
+    field = "annotation.self_judge.rubric"
+    example = "additive_5point"
+    needed = frozenset({"fence_rule", "conversation", "response", "reply_shape"})
+    optional = frozenset({"min_score", "max_score"})
+
+    def messages(self, conversation: Sequence[Message], response: str) -> list[dict[str, str]]:
+        """Render the request: a system message, unless the rubric's is empty, and a user message."""
+        code = self._code([message.content for message in conversation] + [response])
+        fields = {
+            "fence_rule": _fence_rule(code),
+            "conversation": _fenced_conversation(conversation, code),
+            "response": _fence("RESPONSE", response, code),
+            "reply_shape": "Score: <points>",
+            "min_score": self.min_score,
+            "max_score": self.max_score,
+        }
+        system, user = (_template(text).render(fields) for text in (self.system, self.user))
+        return [{"role": "system", "content": system}] * bool(system.strip()) + [{"role": "user", "content": user}]
+
+    def parse(self, reply: str) -> int:
+        """Read the score that a reply ends with.
+
+        A judge may repeat its score, and may quote the response: every "Score:" in the reply must give the same one,
+        and the last must be the end of it, full stop and asterisks aside.
+
+        Raises:
+            Unparsable: anything else; a score out of range is none, never the nearest one within.
+        """
+        found = list(_SCORE.finditer(reply))
+        if not found:
+            raise Unparsable("no 'Score: <points>'")
+        given = [match[1].removesuffix(".") for match in found]
+        for text in given:
+            if not re.fullmatch("-?[0-9]{1,9}", text):
+                raise Unparsable(f"'Score: {_few([text])}' is no whole number")
+        scores = sorted({int(text) for text in given})
+        if len(scores) > 1:
+            raise Unparsable(f"scores that differ: {_few([str(score) for score in scores])}")
+        if reply[found[-1].end() :].strip(" \t\r\n*"):
+            raise Unparsable("the reply goes on after its score")
+        return self._in_range(scores[0])
+
+    def _example(self) -> tuple[list[dict[str, str]], int]:
+        return self.messages([Message(role="user", content="q")], "response"), 2
+
+
+_RubricT = TypeVar("_RubricT", bound=_Rubric)
 
 
 def load_rubric(name: str) -> Rubric:
-    """Read a builtin rubric by name, or a rubric file by path (a name that ends in .yaml or .yml).
+    """Read a builtin list-wise rubric by name, or a file by path (a name that ends in .yaml or .yml).
 
     Raises:
         DnoError: there is none, or it cannot be used; naming the file, the field and what was expected.
     """
+    return _load(Rubric, name)
+
+
+def load_point_rubric(name: str) -> PointRubric:
+    """Read a builtin point-wise rubric by name, or a file by path; raises as `load_rubric`."""
+    return _load(PointRubric, name)
+
+
+def _load(kind: type[_RubricT], name: str) -> _RubricT:
     is_path = name.endswith((".yaml", ".yml"))
-    place = f"annotation.openai.rubric {name!r}"
+    place = f"{kind.field} {name!r}"
     try:
         data = Path(name).expanduser().read_bytes() if is_path else (_BUILTIN / f"{name}.yaml").read_bytes()
     except (OSError, ValueError) as error:
@@ -163,35 +254,36 @@ def load_rubric(name: str) -> Rubric:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DnoError(f"{place}: not valid YAML: {error}") from None
     except ValidationError as error:
-        raise DnoError(f"{place}: {explain(error)}; compare with {_BUILTIN / 'listwise_6point.yaml'}") from None
+        raise DnoError(f"{place}: {explain(error)}; compare with {_BUILTIN / kind.example}.yaml") from None
     if file.min_score >= file.max_score:
         raise DnoError(f"{place}: min_score {file.min_score} is not below max_score {file.max_score}")
-    rubric = Rubric(digest=hashlib.sha256(data).hexdigest(), **file.model_dump())
+    rubric = kind(digest=hashlib.sha256(data).hexdigest(), **file.model_dump())
     _check_templates(rubric, place=place)
     return rubric
 
 
-def _check_templates(rubric: Rubric, *, place: str) -> None:
-    """Refuse a template that would forget the candidates or the fences' rule, or that fails when it is rendered."""
+def _check_templates(rubric: _Rubric, *, place: str) -> None:
+    """Refuse a template that would forget what is judged or the fences' rule, or that fails when it is rendered."""
     try:
         used = jinja2.meta.find_undeclared_variables(_JINJA.parse(rubric.system + "\n" + rubric.user))
     except jinja2.TemplateError as error:
         raise DnoError(f"{place}: not a Jinja template: {error}") from None
-    if missing := _NEEDED - used:
+    if missing := rubric.needed - used:
         raise DnoError(f"{place}: the template never shows {', '.join(sorted(missing))}; each is needed once")
-    if unknown := used - _NEEDED - _OPTIONAL:
-        known = ", ".join(sorted(_NEEDED | _OPTIONAL))
+    if unknown := used - rubric.needed - rubric.optional:
+        known = ", ".join(sorted(rubric.needed | rubric.optional))
         raise DnoError(f"{place}: the template uses {', '.join(sorted(unknown))}; known here: {known}")
     try:
-        system, user = rubric.messages([Message(role="user", content="q")], ["first", "second"])
+        messages, num_fences = rubric._example()
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
         raise DnoError(f"{place}: the template does not render: {error}") from None
-    lines = f"{system['content']}\n{user['content']}".splitlines()
-    starts = [line for line in lines if re.fullmatch(r"<<<(MESSAGE|CANDIDATE) [^ ]+ [0-9a-f]{16}>>>", line)]
-    ends = [line for line in lines if re.fullmatch(r"<<<END (MESSAGE|CANDIDATE) [^ ]+ [0-9a-f]{16}>>>", line)]
-    if len(starts) != 3 or len(ends) != 3:  # one question, two candidates
+    lines = [line for message in messages for line in message["content"].splitlines()]
+    starts = [line for line in lines if re.fullmatch(f"<<<{_FENCE_LINE}", line)]
+    ends = [line for line in lines if re.fullmatch(f"<<<END {_FENCE_LINE}", line)]
+    if len(starts) != num_fences or len(ends) != num_fences:
+        shown = "candidates" if "candidates" in rubric.needed else "response"
         raise DnoError(
-            f"{place}: conversation and candidates must each be shown exactly once, on lines of their own, so that the "
+            f"{place}: conversation and {shown} must each be shown exactly once, on lines of their own, so that the "
             "lines that enclose them stay lines"
         )
 
@@ -199,6 +291,10 @@ def _check_templates(rubric: Rubric, *, place: str) -> None:
 @functools.lru_cache(maxsize=16)
 def _template(text: str) -> jinja2.Template:
     return _JINJA.from_string(text)
+
+
+def _fenced_conversation(conversation: Sequence[Message], code: str) -> str:
+    return "\n\n".join(_fence(f"MESSAGE ({m.role})", m.content, code) for m in conversation)
 
 
 def _fence(title: str, text: str, code: str) -> str:

@@ -69,7 +69,7 @@ class SelfSection(Section):
 
     rubric: Rubric = Field(default="additive_5point", description="built in, or a YAML file")
     num_judgements: Count = Field(default=3, description="readings of a response, whose points are averaged")
-    max_prompt_length: Count = Field(default=1024, description="tokens of the longest judge prompt, template included")
+    max_prompt_length: Count = Field(default=2048, description="tokens of the longest judge prompt, template included")
     max_new_tokens: Count = Field(default=256, description="tokens of the longest reading")
     temperature: float = Field(default=0.7, ge=0.0)
     top_p: float = Field(default=0.9, gt=0.0, le=1.0)

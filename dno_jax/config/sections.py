@@ -130,8 +130,13 @@ class PairingSection(Section):
 
     @model_validator(mode="after")
     def _units(self) -> PairingSection:
-        if self.reward == "win_rate" and self.rule in ("large_margin", "restrictive"):
-            for name in ("positive_floor", "margin", "student_margin"):
+        read = {
+            "large_margin": ("positive_floor", "margin", "student_margin"),
+            "restrictive": ("positive_floor", "margin", "student_margin"),
+            "best_worst": ("margin",),
+        }
+        if self.reward == "win_rate":
+            for name in read.get(self.rule, ()):
                 if not 0.0 <= getattr(self, name) <= 1.0:
                     raise ValueError(f"{name} is {getattr(self, name)}, no win rate; with reward=win_rate give 0 to 1")
         total = sum(self.replay * self.replay_decay**age for age in range(64)) if self.replay_decay < 1 else self.replay

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from etils import epath
@@ -79,17 +79,22 @@ class _Work:
             lines = self.prompts_path.read_text().splitlines()
             rows = parse_lines(Prompt, lines, place=str(self.prompts_path))
             self.prompts = {prompt.prompt_id: prompt for prompt in rows}
-        by_prompt: dict[str, list[Rollout]] = {}
-        for rollout in self.sampled.read_shard(Rollout, shard):
-            by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
-        pools = []
-        for prompt_id, rollouts in by_prompt.items():
-            candidates = distinct_candidates(rollouts, dropped=dropped)
-            if len(candidates) >= 2:
-                pools.append(Pool(prompt=self.prompts[prompt_id], candidates=candidates))
-            else:
-                dropped["fewer than two distinct candidates"] += 1
-        return pools
+        return pools_of(self.sampled.read_shard(Rollout, shard), self.prompts, dropped=dropped)
+
+
+def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str]) -> list[Pool]:
+    """Return one pool a prompt; what is in none of them is counted by reason."""
+    by_prompt: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
+    pools = []
+    for prompt_id, own in by_prompt.items():
+        candidates = distinct_candidates(own, dropped=dropped)
+        if len(candidates) >= 2:
+            pools.append(Pool(prompt=prompts[prompt_id], candidates=candidates))
+        else:
+            dropped["fewer than two distinct candidates"] += 1
+    return pools
 
 
 def distinct_candidates(rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> tuple[Candidate, ...]:

@@ -12,6 +12,7 @@ from dno_jax.model.tokenizer import ChatTokenizer, TemplateStrip, template_strip
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
 from dno_jax.run_dir import RunDir, write_atomically
+from dno_jax.stages import self_judge
 from dno_jax.stages.prompts import load_prompts, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
 
@@ -28,6 +29,8 @@ def check(config: RunConfig) -> None:
     split = split_prompts(config)
     for part in {*split.training, split.held_out}:
         tokenize_prompts(part, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
+    if config.annotation.kind == "self":
+        self_judge.check(config)
     if is_primary():
         with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
             store = os.path.join(folder, "annotations.sqlite")

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from dno_jax.config import PromptsSection, RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt, explain
+from dno_jax.run_dir import is_lookahead
 
 
 def load_prompts(path: str) -> list[Prompt]:
@@ -101,13 +102,15 @@ def split_prompts(config: RunConfig) -> PromptSplit:
             raise DnoError(f"{section.held_out_path}: prompt {min(common)!r} is also in {section.path}")
     else:
         held_out, shuffled = shuffled[: section.held_out], shuffled[section.held_out :]
-    parts = config.iterations if section.split == "disjoint" else 1
+    # DNO-Lookahead's last iteration samples nothing: no prompt is set aside for it.
+    sampling = sum(not is_lookahead(config, iteration) for iteration in range(config.iterations))
+    parts = sampling if section.split == "disjoint" else 1
     if len(shuffled) < parts:
         raise DnoError(
             f"{section.path}: {len(prompts)} prompts leave {len(shuffled)} to train on after {len(held_out)} held out; "
-            f"{config.iterations} iterations with split={section.split} need at least {parts}"
+            f"{sampling} iterations with split={section.split} need at least {parts}"
         )
-    training = [shuffled[part::parts] for part in range(parts)] * (config.iterations // parts)
+    training = [shuffled[part::parts] for part in range(parts)] * (sampling // parts)
     return PromptSplit(training=tuple(tuple(part) for part in training), held_out=tuple(held_out))
 
 

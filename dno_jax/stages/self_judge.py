@@ -1,0 +1,380 @@
+"""The policy as its own judge (Self-Rewarding, arXiv 2401.10020): readings of every response, their points averaged.
+
+A device stage, which every process runs after sampling: the judge needs the sampler. A reading is a function of the
+weights and of (seed, iteration, rollout, reading), so asking again would give the same answer. Hence every shard is
+closed, also one whose pools are left without a verdict.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dno_jax.annotation.annotator import Pool
+from dno_jax.annotation.rubric import PointRubric, Unparsable, load_point_rubric
+from dno_jax.config import RunConfig
+from dno_jax.errors import DnoError
+from dno_jax.parallel.mesh import is_primary, same_everywhere, wait_until
+from dno_jax.parallel.sharding import DECODE, replicated, row_sharding, to_device
+from dno_jax.records import Judgement, Message, Prompt, Rollout, parse_lines
+from dno_jax.report.console import Meter, say
+from dno_jax.run_dir import Manifest, StageDir
+from dno_jax.sampling.engine import Generation, PromptBatch, Responses, generate, prompt_bucket
+from dno_jax.sampling.transforms import Truncation
+from dno_jax.stages.annotate import pools_of
+from dno_jax.stages.runtime import Runtime
+
+# Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
+_JUDGE_KEYS = 1 << 30
+
+
+def check(config: RunConfig) -> None:
+    """Raise now what no reading could mend later: the rubric, its length, the model's context, the chat template.
+
+    Says so where the longest prompts and responses would leave their pools without a verdict.
+
+    Raises:
+        DnoError: naming what does not fit.
+    """
+    judge = _Judge.start(Runtime.start(config))
+    longest, limit = judge.num_fixed + config.max_length, config.annotation.self_judge.max_prompt_length
+    if longest > limit and is_primary():
+        say(
+            f"judge prompts may take about {longest} tokens (the rubric alone {judge.num_fixed}); pools with one above "
+            f"annotation.self_judge.max_prompt_length={limit} get no verdict"
+        )
+
+
+def run(config: RunConfig, iteration: int) -> Manifest:
+    """Have policy t judge iteration t's rollouts; closed shards are not judged again.
+
+    Raises:
+        DnoError: more pools than `annotation.max_failed` allows have no verdict; or as `check`.
+    """
+    start = time.perf_counter()
+    runtime = Runtime.start(config)
+    run_dir = runtime.run_dir
+    stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
+    shards = sorted(sampled.require().outputs)  # the manifest's: every process must see the same ones
+    policy = run_dir.policy(iteration)
+    judge = _Judge.start(runtime)
+    inputs = stage.reference_of(sampled.manifest_path) | runtime.policy_inputs(policy)
+    identity = judge.identity(policy=inputs[f"policies/{policy.name}"])
+    inputs[f"rubric {judge.rubric.name}"] = judge.rubric.digest
+    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
+        return manifest
+    lines = run_dir.prompts_path(iteration).read_text().splitlines()
+    rows = parse_lines(Prompt, lines, place=str(run_dir.prompts_path(iteration)))
+    source = _Source(sampled, {prompt.prompt_id: prompt for prompt in rows})
+    pending = _unfinished(stage, shards, identity=identity)
+    judgements = [row for shard in shards if shard not in pending for row in stage.read_shard(Judgement, shard)]
+    if pending:
+        params = runtime.load_for_decoding(policy)
+        judgements += _judge_shards(judge, params, source, pending, out=stage, identity=identity)
+    # Every process has all judgements, so that all of them stop here, or none.
+    _refuse_if_too_few(judgements, max_failed=config.annotation.max_failed, place=str(stage.path))
+    if is_primary():
+        states = Counter(judgement.state for judgement in judgements)
+        dropped = Counter({f"verdict {state}": count for state, count in states.items() if state != "ok"})
+        for shard in shards:  # over all of them: an earlier call may have closed some
+            source.pools(shard, dropped=dropped)
+        stage.finish(
+            config_digest=runtime.config_digest,
+            inputs=inputs,
+            rows=len(judgements),
+            dropped=dropped,
+            seconds=time.perf_counter() - start,
+            details={"judge": identity, "states": dict(states), "readings": _reading_states(judgements)},
+        )
+    wait_until(stage.manifest_path.exists)
+    return stage.require()
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the pools come from."""
+
+    sampled: StageDir
+    prompts: dict[str, Prompt]
+
+    def pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
+        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
+        return pools_of(self.sampled.read_shard(Rollout, shard), self.prompts, dropped=dropped)
+
+
+def _unfinished(stage: StageDir, shards: Sequence[str], *, identity: str) -> list[str]:
+    """Shards that are not closed, or were judged by another judge (an edited rubric); process 0 says which, for all."""
+    closed = set(stage.shard_names()) if is_primary() else set()
+    missing = [
+        shard not in closed or any(row.judge != identity for row in stage.read_shard(Judgement, shard))
+        for shard in shards
+    ]
+    return [shards[int(index)] for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    text: str
+    score: int | None  # None where the text is no answer
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The rubric, and what the model's sampler needs to read it out."""
+
+    runtime: Runtime[RunConfig]
+    rubric: PointRubric
+    num_fixed: int  # tokens of a judge prompt besides what is judged
+    control: Counter[int]  # ids that begin or end a text, as often as every judge prompt has them
+
+    @classmethod
+    def start(cls, runtime: Runtime[RunConfig]) -> _Judge:
+        """Read the rubric and lay it beside the model.
+
+        Raises:
+            DnoError: an unknown or unusable rubric, a template that refuses it, or lengths that cannot be met.
+        """
+        section = runtime.config.annotation.self_judge
+        rubric = load_point_rubric(section.rubric)
+        context = runtime.model_config.max_position_embeddings
+        if section.max_prompt_length + section.max_new_tokens > context:
+            raise DnoError(
+                f"annotation.self_judge.max_prompt_length {section.max_prompt_length} and max_new_tokens "
+                f"{section.max_new_tokens} exceed the model's context of {context} (max_position_embeddings of "
+                f"{runtime.config.model.path}); lower one of them"
+            )
+        judge = cls(runtime, rubric, num_fixed=0, control=Counter())
+        shortest = judge._ids((Message(role="user", content="q"),), "a")
+        if len(shortest) >= section.max_prompt_length:
+            raise DnoError(
+                f"annotation.self_judge.rubric {section.rubric!r} alone takes {len(shortest)} tokens, and "
+                f"annotation.self_judge.max_prompt_length is {section.max_prompt_length}: raise it, or give a shorter "
+                "rubric"
+            )
+        return replace(judge, num_fixed=len(shortest), control=judge._control(shortest))
+
+    def identity(self, *, policy: str) -> str:
+        """Everything that changes a verdict."""
+        section = self.runtime.config.annotation.self_judge
+        return (
+            f"self rubric={self.rubric.identity} readings={section.num_judgements} temperature={section.temperature} "
+            f"top_p={section.top_p} max_new_tokens={section.max_new_tokens} seed={self.runtime.config.seed} "
+            f"policy={policy[:12]}"
+        )
+
+    def request(self, conversation: Sequence[Message], text: str) -> tuple[int, ...] | str:
+        """Return the ids of a judge prompt, or why there are none."""
+        ids = self._ids(conversation, text)
+        limit = self.runtime.config.annotation.self_judge.max_prompt_length
+        if len(ids) > limit:
+            return f"a judge prompt has {len(ids)} tokens, annotation.self_judge.max_prompt_length is {limit}"
+        if spelt := self._control(ids) - self.control:
+            # The tokenizer made an id of it, which would close the judge's turn whatever fence it stands in.
+            return f"the text to judge spells the control token {self.runtime.tokenizer.strip(sorted(spelt))[0]!r}"
+        return ids
+
+    def generate(self, params: Any, requests: Sequence[_Request], *, length: int, iteration: int) -> Responses:
+        """Start the readings of one batch, which come to every process; short batches are filled up with padding."""
+        config = self.runtime.config
+        section, rows = config.annotation.self_judge, config.sampling.batch_prompts
+        token = np.zeros((rows, length), np.int32)
+        position = np.full((rows, length), -1, np.int32)
+        name = np.zeros(rows, np.uint32)
+        for row, request in enumerate(requests):
+            token[row, : len(request.token_ids)] = request.token_ids
+            position[row, : len(request.token_ids)] = np.arange(len(request.token_ids))
+            name[row] = request.name
+        batch = PromptBatch(token=token, position=position, name=name)
+        mesh = self.runtime.mesh
+        responses = generate(
+            params,
+            to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch)),
+            model=self.runtime.model(DECODE),
+            generation=Generation(
+                num_samples=section.num_judgements,
+                max_new_tokens=section.max_new_tokens,
+                end_ids=self.runtime.end_ids,
+                truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
+                seed=config.seed,
+            ),
+            iteration=jnp.int32(_JUDGE_KEYS + iteration),
+        )
+        # Gathered right behind the sampling: asked for later, it would queue behind the next batch on the device.
+        return _gather(replicated(mesh))(responses)
+
+    def read(self, responses: Responses, *, count: int) -> list[list[_Reading]]:
+        """Wait for the readings of a batch's first `count` rows and parse them."""
+        token, length, stopped = (np.asarray(getattr(responses, name)) for name in ("token", "length", "stopped"))
+        readings = self.runtime.config.annotation.self_judge.num_judgements
+        parsed = [
+            self._parse(self.runtime.tokenizer.decode(token[row, : length[row]].tolist()), whole=bool(stopped[row]))
+            for row in range(count * readings)
+        ]
+        return [parsed[first : first + readings] for first in range(0, len(parsed), readings)]
+
+    def _parse(self, text: str, *, whole: bool) -> _Reading:
+        if not whole:
+            limit = self.runtime.config.annotation.self_judge.max_new_tokens
+            return _Reading(text, None, f"the reading was cut at annotation.self_judge.max_new_tokens={limit}")
+        try:
+            return _Reading(text, self.rubric.parse(text))
+        except Unparsable as error:
+            return _Reading(text, None, str(error))
+
+    def _ids(self, conversation: Sequence[Message], text: str) -> tuple[int, ...]:
+        messages = self.rubric.messages(conversation, text)
+        return self.runtime.tokenizer.prompt_ids([Message.model_validate(message) for message in messages])
+
+    def _control(self, ids: Sequence[int]) -> Counter[int]:
+        control = {*self.runtime.end_ids, self.runtime.tokenizer.bos_id}
+        return Counter(token for token in ids if token in control)
+
+
+@functools.cache
+def _gather(whole: NamedSharding) -> Callable[[Responses], Responses]:
+    return jax.jit(lambda responses: responses, out_shardings=whole)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of one candidate."""
+
+    candidate_id: str
+    token_ids: tuple[int, ...]
+
+    @property
+    def name(self) -> int:
+        """32 bits that name the rollout in the sampler's keys."""
+        return int.from_bytes(hashlib.sha256(self.candidate_id.encode()).digest()[:4], "big")
+
+
+@dataclass
+class _Sheet:
+    """One shard under judgement."""
+
+    shard: str
+    pools: list[Pool]
+    requests: dict[str, _Request] = field(default_factory=dict)
+    unasked: dict[str, str] = field(default_factory=dict)  # prompt id -> why its pool cannot be asked about
+    readings: dict[str, list[_Reading]] = field(default_factory=dict)
+
+    @classmethod
+    def lay_out(cls, judge: _Judge, shard: str, pools: list[Pool]) -> _Sheet:
+        sheet = cls(shard, pools)
+        for pool in pools:
+            asked = {item.candidate_id: judge.request(pool.prompt.messages, item.text) for item in pool.candidates}
+            problems = [found for found in asked.values() if isinstance(found, str)]
+            if problems:
+                sheet.unasked[pool.prompt.prompt_id] = problems[0]
+            sheet.requests |= {
+                name: _Request(name, found)
+                for name, found in asked.items()
+                if not problems and not isinstance(found, str)
+            }
+        return sheet
+
+    def batches(self, *, size: int, max_length: int) -> Iterator[tuple[int, list[_Request]]]:
+        """Yield (padded length, requests). A request's length alone says which program it runs in."""
+        by_length: dict[int, list[_Request]] = {}
+        for request in self.requests.values():
+            by_length.setdefault(prompt_bucket(len(request.token_ids), max_length=max_length), []).append(request)
+        for length, requests in sorted(by_length.items()):
+            for first in range(0, len(requests), size):
+                yield length, requests[first : first + size]
+
+    @property
+    def is_read(self) -> bool:
+        return len(self.readings) == len(self.requests)
+
+    def judgements(self, *, identity: str) -> list[Judgement]:
+        return [self._judgement(pool, identity=identity) for pool in self.pools]
+
+    def _judgement(self, pool: Pool, *, identity: str) -> Judgement:
+        fields = {"prompt_id": pool.prompt.prompt_id, "candidate_ids": pool.candidate_ids, "judge": identity}
+        if why := self.unasked.get(pool.prompt.prompt_id):
+            return Judgement(**fields, state="failed", detail=why)
+        readings = {name: self.readings[name] for name in pool.candidate_ids}
+        kept = {name: [{"score": one.score, "text": one.text} for one in own] for name, own in readings.items()}
+        raw = json.dumps(kept, ensure_ascii=False)
+        points = [[one.score for one in own if one.score is not None] for own in readings.values()]
+        unread = [own[0].why for own, known in zip(readings.values(), points, strict=True) if not known]
+        if unread:
+            detail = f"{len(unread)} of {len(points)} candidates without a readable reading ({unread[0]})"
+            return Judgement(**fields, state="unparsable", raw=raw, detail=detail)
+        return Judgement(**fields, state="ok", raw=raw, scores=tuple(sum(known) / len(known) for known in points))
+
+
+def _judge_shards(
+    judge: _Judge, params: Any, source: _Source, shards: Sequence[str], *, out: StageDir, identity: str
+) -> list[Judgement]:
+    """Judge and close shards in order; every process reads everything, process 0 writes."""
+    config, iteration = judge.runtime.config, out.iteration
+    size, max_length = config.sampling.batch_prompts, config.annotation.self_judge.max_prompt_length
+    judgements: list[Judgement] = []
+    under_way: list[_Sheet] = []
+    unread: tuple[_Sheet, list[_Request], Responses] | None = None
+
+    def read(sheet: _Sheet, requests: list[_Request], responses: Responses) -> None:
+        for request, readings in zip(requests, judge.read(responses, count=len(requests)), strict=True):
+            sheet.readings[request.candidate_id] = readings
+
+    def close_what_is_read() -> None:
+        while under_way and under_way[0].is_read:
+            sheet = under_way.pop(0)
+            rows = sheet.judgements(identity=identity)
+            if is_primary():
+                out.write_shard(sheet.shard, rows)
+            judgements.extend(rows)
+            meter.advance(len(rows))
+
+    with Meter(f"judge     {iteration}", total=0, unit="pools", enabled=is_primary()) as meter:
+        total = 0
+        for shard in shards:
+            sheet = _Sheet.lay_out(judge, shard, source.pools(shard, dropped=Counter()))
+            total += len(sheet.pools)
+            meter.expect(total)
+            under_way.append(sheet)
+            for length, requests in sheet.batches(size=size, max_length=max_length):
+                responses = judge.generate(params, requests, length=length, iteration=iteration)
+                # The device works on this batch while the host parses the one before.
+                if unread is not None:
+                    read(*unread)
+                unread = (sheet, requests, responses)
+                close_what_is_read()
+        if unread is not None:
+            read(*unread)
+        close_what_is_read()
+    return judgements
+
+
+def _refuse_if_too_few(judgements: Sequence[Judgement], *, max_failed: float, place: str) -> None:
+    missing = [judgement for judgement in judgements if judgement.state != "ok"]
+    if len(missing) <= max_failed * len(judgements):
+        return
+    reasons = Counter(f"{judgement.state}: {judgement.detail}" for judgement in missing)
+    shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    raise DnoError(
+        f"{place}: the policy gave no verdict on {len(missing)} of {len(judgements)} pools ({shown}). Another call "
+        "would read the same: teach the policy to judge first (dno sft on examples of the rubric), start a run with "
+        "another annotation.self_judge, or raise annotation.max_failed to go on without these pools"
+    )
+
+
+def _reading_states(judgements: Sequence[Judgement]) -> dict[str, int]:
+    """How many readings were answers, over all pools that were asked about."""
+    kept = [json.loads(judgement.raw) for judgement in judgements if judgement.raw]
+    scores = [reading["score"] for pool in kept for readings in pool.values() for reading in readings]
+    unread = sum(score is None for score in scores)
+    return {"ok": len(scores) - unread, "unparsable": unread}
