@@ -142,7 +142,7 @@ def test_mesh_that_does_not_divide_the_batch(command):
 
 
 def test_unknown_field(command):
-    assert "'sampels' is unknown; known here: .*num_samples" in command("sampling.sampels=3")
+    assert "'sampels' is unknown; known here: source, mixture_weight, num_opponents, num_samples" in command("sampling.sampels=3")
 
 
 def test_unwritable_run_directory(command, tmp_path):
