@@ -85,7 +85,7 @@ def make_policy(folder: Path, *, prompts: int = 512) -> None:
         "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
     (source / "config.json").write_text(json.dumps(shape))
-    answers = [answer for answer, share in START.items() for _ in range(round(100 * share))]
+    answers = [answer for answer, share in START.items() for _ in range(round(200 * share))]
     rows = [{"prompt_id": f"{i}", "prompt": QUESTION, "response": answer} for i, answer in enumerate(answers)]
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = [{"prompt_id": f"ask-{i:04d}", "prompt": QUESTION} for i in range(prompts)]
@@ -95,7 +95,7 @@ def make_policy(folder: Path, *, prompts: int = 512) -> None:
         "model": {"path": str(source), "init_config": str(source), "remat": "none", "chat_template": "raw"},
         "data": {"path": str(folder / "answers.jsonl"), "max_length": 16},
         "optimizer": {"learning_rate": 1e-2, "schedule": "cosine"},
-        "training": {"batch_size": 100, "num_epochs": 200, "save_every": 1000},
+        "training": {"batch_size": 200, "num_epochs": 200, "save_every": 1000},
         "report": {"tensorboard": False},
     }
     exported = sft.run(parse_config(SftConfig, tree, place="examples/cyclic_game.py"))
