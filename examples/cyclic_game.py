@@ -1,6 +1,7 @@
 """A language model in a cyclic game: four ways to train it, by the ordinary stages, and how far each is from Nash.
 
-    python examples/cyclic_game.py [--iterations 15] [--folder runs/cyclic_game] [--figure docs/figures/cyclic_language_model.png]
+    python examples/cyclic_game.py [--iterations 15] [--folder runs/cyclic_game]
+                                   [--figure docs/figures/cyclic_language_model.png]
 
 A Llama of some thousand parameters answers one question with rock, paper or scissors; the judge prefers them in a cycle
 (configs/cyclic_game.yaml). Every policy's probabilities are read off the model itself, and held against what the exact

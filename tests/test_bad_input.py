@@ -142,7 +142,9 @@ def test_mesh_that_does_not_divide_the_batch(command):
 
 
 def test_unknown_field(command):
-    assert "'sampels' is unknown; known here: source, mixture_weight, num_opponents, num_samples" in command("sampling.sampels=3")
+    said = command("sampling.sampels=3")
+    assert "'sampels' is unknown; known here: source, " in said
+    assert "num_samples" in said
 
 
 def test_unwritable_run_directory(command, tmp_path):
