@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -50,7 +51,7 @@ class _RubricFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Rubric:
+class _Rubric(ABC):
     """What both kinds have in common.
 
     Attributes:
@@ -89,9 +90,9 @@ class _Rubric:
             code = hashlib.sha256(code.encode()).hexdigest()[:16]
         return code
 
+    @abstractmethod
     def _example(self) -> tuple[list[dict[str, str]], int]:
         """A request, and how many fences it must hold."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

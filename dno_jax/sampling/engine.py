@@ -5,6 +5,7 @@ It draws from one policy, or token by token from the geometric mixture of two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -12,6 +13,7 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from dno_jax.logprobs import token_logprobs
@@ -46,6 +48,25 @@ class PromptBatch:
     token: Any  # [P, T] int32, right-padded
     position: Any  # [P, T] int32, -1 is padding; a row of nothing but -1 is a filler
     name: Any  # [P] uint32, 32 bits of the prompt's id
+
+
+def pack_prompts(
+    token_ids: Sequence[Sequence[int]], names: Sequence[int], *, num_rows: int, length: int
+) -> PromptBatch:
+    """Lay prompts out for `generate`, in host memory; missing rows are fillers.
+
+    Args:
+        token_ids, names: of each prompt, at most num_rows of them.
+        length: padded length, at least that of the longest prompt.
+    """
+    token = np.zeros((num_rows, length), np.int32)
+    position = np.full((num_rows, length), -1, np.int32)
+    name = np.zeros(num_rows, np.uint32)
+    for row, (ids, own) in enumerate(zip(token_ids, names, strict=True)):
+        token[row, : len(ids)] = ids
+        position[row, : len(ids)] = np.arange(len(ids))
+        name[row] = own
+    return PromptBatch(token=token, position=position, name=name)
 
 
 @flax.struct.dataclass

@@ -34,7 +34,7 @@ def check(config: RunConfig) -> None:
     if is_primary():
         with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
             store = os.path.join(folder, "annotations.sqlite")
-            for section in {config.annotation.kind: config.annotation, "evaluation": config.evaluation_judge}.values():
+            for section in (config.annotation, config.evaluation_judge):
                 if section.kind != "self":
                     asyncio.run(build_annotator(section, store_path=store, seed=config.seed).close())
 

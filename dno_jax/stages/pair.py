@@ -5,7 +5,6 @@ Pairs of earlier iterations are replayed; DNO-Lookahead trains on all of them an
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections import Counter
@@ -36,6 +35,7 @@ from dno_jax.preferences import (
 )
 from dno_jax.records import Judgement, Pair, PairKind, Rollout
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
+from dno_jax.stages.prompts import name_bits
 
 _NEW, _REPLAYED = "new", "replayed"
 
@@ -153,8 +153,7 @@ def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[Pai
             rows = pool.trained_rows
             return verdict_pairs(pool.texts(), pool.wins[np.ix_(rows, rows)], keep_ties=keep_ties)
         case "matching":
-            name = hashlib.sha256(pool.judgement.prompt_id.encode()).digest()
-            address = [config.seed, iteration, int.from_bytes(name[:4], "big")]
+            address = [config.seed, iteration, name_bits(pool.judgement.prompt_id)]
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(address)))
             return matched_pairs(pool.own_samples(), rng=rng)
 

@@ -122,7 +122,12 @@ class TokenizedPrompt:
     @property
     def name(self) -> int:
         """32 bits that name the prompt in the sampler's keys."""
-        return int.from_bytes(hashlib.sha256(self.prompt.prompt_id.encode()).digest()[:4], "big")
+        return name_bits(self.prompt.prompt_id)
+
+
+def name_bits(name: str) -> int:
+    """32 bits that stand for an id where randomness is addressed."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def tokenize_prompts(

@@ -20,7 +20,7 @@ from dno_jax.parallel.sharding import DECODE, owned_rows, row_sharding, to_devic
 from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, StageDir, write_atomically
-from dno_jax.sampling.engine import Generation, Mixture, PromptBatch, Responses, generate, prompt_bucket
+from dno_jax.sampling.engine import Generation, Mixture, Responses, generate, pack_prompts, prompt_bucket
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
@@ -177,14 +177,8 @@ def _dispatch(
     )
     rows = config.sampling.batch_prompts
     length = prompt_bucket(max(len(item.token_ids) for item in prompts), max_length=config.prompts.max_length)
-    token = np.zeros((rows, length), np.int32)
-    position = np.full((rows, length), -1, np.int32)
-    name = np.zeros(rows, np.uint32)
-    for row, item in enumerate(prompts):
-        token[row, : len(item.token_ids)] = item.token_ids
-        position[row, : len(item.token_ids)] = np.arange(len(item.token_ids))
-        name[row] = item.name
-    batch = PromptBatch(token=token, position=position, name=name)
+    names = [item.name for item in prompts]
+    batch = pack_prompts([item.token_ids for item in prompts], names, num_rows=rows, length=length)
     shardings = jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch)
     return generate(
         params,

@@ -8,7 +8,6 @@ closed, also one whose pools are left without a verdict.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import time
 from collections import Counter
@@ -30,9 +29,10 @@ from dno_jax.parallel.sharding import DECODE, replicated, row_sharding, to_devic
 from dno_jax.records import Judgement, Message, Prompt, Rollout, parse_lines
 from dno_jax.report.console import Meter, say
 from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.sampling.engine import Generation, PromptBatch, Responses, generate, prompt_bucket
+from dno_jax.sampling.engine import Generation, Responses, generate, pack_prompts, prompt_bucket
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.annotate import pools_of
+from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
@@ -189,14 +189,8 @@ class _Judge:
         """Start the readings of one batch, which come to every process; short batches are filled up with padding."""
         config = self.runtime.config
         section, rows = config.annotation.self_judge, config.sampling.batch_prompts
-        token = np.zeros((rows, length), np.int32)
-        position = np.full((rows, length), -1, np.int32)
-        name = np.zeros(rows, np.uint32)
-        for row, request in enumerate(requests):
-            token[row, : len(request.token_ids)] = request.token_ids
-            position[row, : len(request.token_ids)] = np.arange(len(request.token_ids))
-            name[row] = request.name
-        batch = PromptBatch(token=token, position=position, name=name)
+        names = [name_bits(request.candidate_id) for request in requests]
+        batch = pack_prompts([request.token_ids for request in requests], names, num_rows=rows, length=length)
         mesh = self.runtime.mesh
         responses = generate(
             params,
@@ -253,11 +247,6 @@ class _Request:
 
     candidate_id: str
     token_ids: tuple[int, ...]
-
-    @property
-    def name(self) -> int:
-        """32 bits that name the rollout in the sampler's keys."""
-        return int.from_bytes(hashlib.sha256(self.candidate_id.encode()).digest()[:4], "big")
 
 
 @dataclass
