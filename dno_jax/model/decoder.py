@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dno_jax.logprobs import einsum_float32
+from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible, xla_attention
 from dno_jax.model.cache import KVCache
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.layers import AnyArray, attend, precision_for, rms_norm, rope, rope_angles, visible
+from dno_jax.model.layers import AnyArray, precision_for, rms_norm, rope, rope_angles
 
 Remat = Literal["none", "full", "dots"]
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -53,9 +54,12 @@ class Block(nn.Module):
     config: ModelConfig
     dtype: Any
     constrain: Constrain
+    attention: Attention
 
     @nn.compact
-    def __call__(self, carry: Any, layer: Any, cos: Any, sin: Any, mask: Any, cursor: Any) -> tuple[Any, None]:
+    def __call__(
+        self, carry: Any, layer: Any, cos: Any, sin: Any, position: Any, key_position: Any, cursor: Any
+    ) -> tuple[Any, None]:
         """Run one layer.
 
         Args:
@@ -63,7 +67,7 @@ class Block(nn.Module):
                 travel in the carry and are written in place; as scanned inputs and outputs they would be copied.
             layer: scalar int32, this layer's index into the caches.
             cos, sin: [B, T, 1, H/2] rotations.
-            mask: [B, T, S] bool, what each query sees.
+            position, key_position: [B, T] and [B, S] int32, of the queries and of the keys; -1 is padding.
             cursor: scalar int32, the slot of the call's first token, or None without a cache.
         """
         x, key_cache, value_cache = carry
@@ -102,17 +106,24 @@ class Block(nn.Module):
         k = place(into("k", shape=(D, K, H), axes=("embed", "kv_heads", "head_dim")), kv_heads)
         v = place(into("v", shape=(D, K, H), axes=("embed", "kv_heads", "head_dim")), kv_heads)
         q, k = rope(q, cos, sin), rope(k, cos, sin)
-        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
+        window, scale = NO_WINDOW, H**-0.5
+        k_new, v_new = k, v
         if key_cache is not None:
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
             key_cache = jax.lax.dynamic_update_slice(
                 key_cache, k.astype(key_cache.dtype)[None], (layer, 0, 0, 0, cursor)
             )
             value_cache = jax.lax.dynamic_update_slice(
                 value_cache, v.astype(value_cache.dtype)[None], (layer, 0, 0, cursor, 0)
             )
+        if key_cache is None or key_cache.shape[-1] == x.shape[1]:
+            # Without a cache, or with one that this very call fills: every key is among this call's tokens.
+            y = self.attention(q, k_new, v_new, position_BT=position, window=window, scale=scale, softcap=None)
+        else:
             k = jax.lax.dynamic_index_in_dim(key_cache, layer, axis=0, keepdims=False)
             v = jax.lax.dynamic_index_in_dim(value_cache, layer, axis=0, keepdims=False)
-        y = place(attend(q, k, v, mask), heads)
+            y = attend(q, k, v, visible(position, key_position, window), scale=scale)
+        y = place(y, heads)
         axes = ("heads", "head_dim", "embed")
         y = project(y, "o", equation="btnh,nhd->btd", shape=(N, H, D), axes=axes, out=1, part="attention")
         x = place(x + y, ("batch", "length", "embed"))
@@ -133,12 +144,14 @@ class Decoder(nn.Module):
         dtype: of activations and of weights in products, float32 or bfloat16. Parameters stay as they are given.
         remat: what the backward pass recomputes: nothing, every layer, or all but the products with weights.
         constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
+        attention: mixes whole sequences; hashable. Not used by calls that see a cache.
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: Remat = "none"
     constrain: Constrain = identity
+    attention: Attention = xla_attention
 
     @nn.compact
     def __call__(
@@ -178,9 +191,8 @@ class Decoder(nn.Module):
             cursor = cache.length
             key_position = jax.lax.dynamic_update_slice(cache.position, position.astype(jnp.int32), (0, cursor))
             carry = (x, cache.key, cache.value)
-        mask = visible(position, key_position)
 
-        in_axes: Any = (0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast)  # flax's own hint is int
+        in_axes: Any = (0, *[nn.broadcast] * 5)  # flax's own hint is int
         stack = nn.scan(
             _remat_block(self.remat),
             variable_axes={"params": 0},
@@ -188,9 +200,9 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.dtype, self.constrain, name="layers")
+        )(config, self.dtype, self.constrain, self.attention, name="layers")
         layer = jnp.arange(config.num_hidden_layers, dtype=jnp.int32)
-        (x, key, value), _ = stack(carry, layer, cos, sin, mask, cursor)
+        (x, key, value), _ = stack(carry, layer, cos, sin, position, key_position, cursor)
 
         scale = _param(self, "final_norm", init=_ONES, shape=(config.hidden_size,), axes=("norm",))
         hidden = self.constrain(rms_norm(x, scale, eps=config.rms_norm_eps), ("batch", "length", "embed"))

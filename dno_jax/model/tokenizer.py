@@ -9,23 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dno_jax.errors import DnoError
-from dno_jax.model.hf_config import read_end_token_ids
+from dno_jax.model.hf.config_json import TOKENIZER_FILES, read_end_token_ids
 from dno_jax.records import Message
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
 @dataclass(frozen=True)

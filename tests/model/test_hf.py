@@ -16,6 +16,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.cache import init_cache
 from dno_jax.model.decoder import Decoder, abstract_params, logits
+from dno_jax.model.hf import exporter
 from tests.model.conftest import hf_config, random_params, run, write_json
 
 
@@ -280,7 +281,7 @@ def test_save_refuses_what_is_wrong(tmp_path, config, params, checkpoint):
 
 def test_a_writer_that_errs_puts_nothing_in_place(tmp_path, config, params, checkpoint, monkeypatch):
     """The check after writing is what stands between a wrong table and a published checkpoint."""
-    write = hf._write_tensors
+    write = exporter._write_tensors
 
     def swap(file, *args, **kwargs):
         write(file, *args, **kwargs)
@@ -289,7 +290,7 @@ def test_a_writer_that_errs_puts_nothing_in_place(tmp_path, config, params, chec
         tensors[names[0]], tensors[names[1]] = tensors[names[1]], tensors[names[0]]
         save_file(tensors, file)
 
-    monkeypatch.setattr(hf, "_write_tensors", swap)
+    monkeypatch.setattr(exporter, "_write_tensors", swap)
     with pytest.raises(DnoError, match="layers/k"):
         hf.save(tmp_path / "target", config, params, source=checkpoint)
     assert not (tmp_path / "target").exists()

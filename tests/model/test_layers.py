@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dno_jax.model.attention import attend, visible
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.layers import attend, rms_norm, rope, rope_angles, visible
+from dno_jax.model.layers import rms_norm, rope, rope_angles
 
 
 def qkv(B=2, T=5, S=7, N=6, K=2, H=4, seed=0):
@@ -24,7 +25,7 @@ def test_attention_equals_jax():
     """
     q, k, v = qkv()
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[:, :, 0].set(True)
-    ours = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+    ours = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
@@ -43,7 +44,7 @@ def test_blocks_of_queries_change_nothing(length):
     weight = jnp.asarray(kept, jnp.float32)[:, :, None, None]
 
     def ours(q, k, v):
-        return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask) * weight
+        return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5) * weight
 
     def theirs(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]) * weight
@@ -62,10 +63,11 @@ def test_a_query_that_sees_nothing_is_finite_also_in_the_gradient():
     mask = jnp.zeros((2, 5, 7), bool).at[0].set(True)
 
     def total(q, k, v):
-        out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)
+        out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5)
         return jnp.sum(out[0])  # the blind row is masked away by the caller
 
-    assert np.isfinite(attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask)).all()
+    out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5)
+    assert np.isfinite(out).all()
     for gradient in jax.grad(total, argnums=(0, 1, 2))(q, k, v):
         assert np.isfinite(gradient).all()
         assert (np.asarray(gradient[1]) == 0).all()
