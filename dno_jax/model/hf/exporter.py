@@ -66,7 +66,7 @@ def save(
         (temporary / "config.json").write_text(text, encoding="utf-8")
         for file in _side_files(source):
             shutil.copyfile(file, temporary / file.name)
-        _writetensor_table(temporary / SINGLE_FILE, config, params, dtype=dtype)
+        _write_tensors(temporary / SINGLE_FILE, config, params, dtype=dtype)
         _prove(temporary, config, params, dtype=dtype)
         _rename_into_place(temporary, path)
     finally:
@@ -109,7 +109,7 @@ def _side_files(source: Path) -> Iterator[Path]:
     yield from (source / name for name in names if (source / name).is_file())
 
 
-def _writetensor_table(file: Path, config: ModelConfig, params: dict[str, Any], *, dtype: np.dtype) -> None:
+def _write_tensors(file: Path, config: ModelConfig, params: dict[str, Any], *, dtype: np.dtype) -> None:
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
