@@ -114,11 +114,15 @@ def new_pairs(
     for rollout in rollouts:
         by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
     made = _Made()
-    for judgement in sorted(judgements, key=lambda row: row.prompt_id):
-        if judgement.state != "ok":
+    answers = {judgement.prompt_id: judgement for judgement in judgements}
+    for prompt_id, own in sorted(by_prompt.items()):
+        judgement = answers.get(prompt_id)
+        if judgement is None and (config.pairing.reward == "score" or not _says_something_and_nothing(own)):
+            continue  # no judge was shown it, and there is no pair in it
+        if judgement is not None and judgement.state != "ok":
             made.dropped[f"verdict {judgement.state}"] += 1
             continue
-        pool = _Pool(judgement, by_prompt[judgement.prompt_id], config.pairing)
+        pool = _Pool(own, judgement, config.pairing)
         made.cycles += count_cycles(pool.wins)
         if pool.is_alone:
             made.dropped["no opponents for a win rate"] += 1
@@ -128,6 +132,11 @@ def new_pairs(
         made.errors += pool.errors
         made.pairs += [_pair(choice, pool, config.loss, iteration=iteration) for choice in choices]
     return made
+
+
+def _says_something_and_nothing(rollouts: Sequence[Rollout]) -> bool:
+    """Whether there are both texts and empty responses: even one text alone, which no judge is shown, beats those."""
+    return {bool(rollout.text.strip()) for rollout in rollouts} == {True, False}
 
 
 def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[PairChoice], Counter[str]]:
@@ -153,7 +162,7 @@ def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[Pai
             rows = pool.trained_rows
             return verdict_pairs(pool.texts(), pool.wins[np.ix_(rows, rows)], keep_ties=keep_ties)
         case "matching":
-            address = [config.seed, iteration, name_bits(pool.judgement.prompt_id)]
+            address = [config.seed, iteration, name_bits(pool.prompt_id)]
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(address)))
             return matched_pairs(pool.own_samples(), rng=rng)
 
@@ -167,7 +176,7 @@ def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int)
         target = soft_target(winner.reward, loser.reward, temperature=loss.target_temperature)
     return Pair(
         pair_id=f"{winner.candidate_id}>{loser.candidate_id.rsplit('/', 1)[-1]}",
-        prompt_id=pool.judgement.prompt_id,
+        prompt_id=pool.prompt_id,
         chosen_id=winner.candidate_id,
         rejected_id=loser.candidate_id,
         chosen_reward=round(winner.reward, 6),
@@ -180,18 +189,33 @@ def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int)
 
 
 class _Pool:
-    """One prompt's candidates with their rewards: each text was judged once, however many samples gave it."""
+    """One prompt's candidates with their rewards: each text was judged once, however many samples gave it.
 
-    def __init__(self, judgement: Judgement, rollouts: Sequence[Rollout], section: PairingSection):
-        self.judgement, self.section = judgement, section
-        by_id = {rollout.rollout_id: rollout for rollout in rollouts}
-        self.judged = [by_id[name] for name in judgement.candidate_ids]
+    An empty response was shown to no judge: it loses to every text, as section 5.1 has it for degenerate samples. Were
+    it in no pair, nothing would keep its probability down, for a pair's loss sees differences only.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout], judgement: Judgement | None, section: PairingSection):
+        self.prompt_id, self.judge, self.section = rollouts[0].prompt_id, judgement and judgement.judge, section
+        self.scores = judgement and judgement.scores
+        if judgement is None:
+            self.judged = [min((row for row in rollouts if row.text.strip()), key=lambda row: row.sample)]
+            self.wins = np.full((1, 1), 0.5)
+        else:
+            by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+            self.judged = [by_id[name] for name in judgement.candidate_ids]
+            if judgement.wins is not None:
+                self.wins = np.asarray(judgement.wins, np.float64)
+            else:
+                self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
+        empty = [rollout for rollout in rollouts if not rollout.text.strip() and not rollout.is_gold]
+        if empty:
+            self.judged.append(min(empty, key=lambda row: row.sample))
+            self.wins = np.pad(self.wins, (0, 1), constant_values=0.0)
+            self.wins[:-1, -1], self.wins[-1, -1] = 1.0, 0.5
+            self.scores = self.scores and (*self.scores, min(0.0, *self.scores))
         self.place = {rollout.text.strip(): index for index, rollout in enumerate(self.judged)}
         self.samples = [rollout for rollout in rollouts if rollout.text.strip() in self.place]
-        if judgement.wins is not None:
-            self.wins = np.asarray(judgement.wins, np.float64)
-        else:
-            self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
         sources = {rollout.source for rollout in self.samples}
         self.whom = sources if section.opponents == "pool" else {section.opponents}
         # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
@@ -222,12 +246,12 @@ class _Pool:
         """
         place = self.place[rollout.text.strip()]
         if self.section.reward == "score":
-            if self.judgement.scores is None:
+            if self.scores is None:
                 raise DnoError(
-                    f"judgement of prompt {self.judgement.prompt_id!r} by {self.judgement.judge} has pairwise "
+                    f"judgement of prompt {self.prompt_id!r} by {self.judge} has pairwise "
                     "verdicts, no scores; set pairing.reward=win_rate"
                 )
-            return self.judgement.scores[place]
+            return self.scores[place]
         own = np.zeros(len(self.judged), int)
         own[place] = rollout.source in self.whom
         found = win_rates(self.wins, opponents=self.count(self.whom), own=own)
@@ -251,7 +275,7 @@ class _Pool:
             candidate_id=rollout.rollout_id,
             reward=self.reward(rollout),
             source=rollout.source if rollout.source in ("gold", "data") else "student",
-            degenerate=not rollout.is_gold and repetition > self.section.degenerate_share,
+            degenerate=not rollout.is_gold and (not rollout.text.strip() or repetition > self.section.degenerate_share),
             count=count,
         )
 

@@ -72,7 +72,11 @@ def judged(rollouts, *, wins=None, scores=None):
 
 
 def probability(wins, a, b):
-    return 0.5 if a == b else wins[a, b] if (a, b) in wins else 1.0 - wins[b, a]
+    if a == b:
+        return 0.5
+    if not (a and b):  # an empty response loses to every text
+        return float(bool(a))
+    return wins[a, b] if (a, b) in wins else 1.0 - wins[b, a]
 
 
 def random_wins(texts, rng):
@@ -91,7 +95,7 @@ def texts_of(made, rollouts):
 
 def met_by(rollouts, text, opponents, source):
     """The opponents, one entry a sample, that a candidate of this text meets: all but itself."""
-    met = [row.text.strip() for row in rollouts if row.text.strip() and row.source in opponents]
+    met = [row.text.strip() for row in rollouts if row.source in opponents]
     if source in opponents:
         met.remove(text)
     return met
@@ -115,7 +119,7 @@ def test_win_rates_count_every_sample_of_a_text(opponents, seed):
         sources.setdefault(row.text.strip(), row.source)
     rates, errors = {}, {}
     for text, source in sources.items():
-        if text and source != "mixture":
+        if source != "mixture":
             verdicts = [probability(wins, text, other) for other in met_by(rollouts, text, whom, source)]
             rates[text] = np.mean(verdicts)
             errors[text] = np.std(verdicts, ddof=1) / math.sqrt(len(verdicts))
@@ -129,6 +133,42 @@ def test_win_rates_count_every_sample_of_a_text(opponents, seed):
     assert {frozenset(p) for p in found} == strict
     assert made.dropped == ({"tie": len(pairs) - len(strict)} if len(pairs) > len(strict) else {})
     assert made.verdicts()["mean_win_rate_error"] == pytest.approx(np.mean(list(errors.values())), abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["all", "large_margin", "best_worst", "verdict", "spin"])
+@pytest.mark.parametrize("kind", ["wins", "scores"])
+def test_an_empty_response_loses_to_every_text(rule, kind):
+    """No judge is shown it. Under hard rules and margins too it is a negative, and never a winner."""
+    rollouts = [rollout("gold", -1, source="gold"), *samples_of(["a", "", " ", "b"])]
+    scores, wins = {"gold": 5, "a": 4, "b": 1}, {("gold", "a"): 0.6, ("gold", "b"): 1.0, ("a", "b"): 0.9}
+    pairing = {"rule": rule, "opponents": "pool", "positive_floor": 0.6, "margin": 0.3, "student_margin": 0.3}
+    if kind == "scores":
+        pairing |= {"reward": "score", "positive_floor": 4.0, "margin": 1.0, "student_margin": 1.0}
+    verdict = {"scores": scores} if kind == "scores" else {"wins": wins}
+    target = "hard" if rule != "all" else "soft"
+    config = make_config(kind="oracle" if kind == "wins" else "openai", pairing=pairing, loss={"target": target})
+    found = texts_of(made_of(config, rollouts, **verdict), rollouts)
+    losers = {"all": {"gold", "a", "b"}, "verdict": {"gold", "a", "b"}, "large_margin": {"gold", "a"}}
+    assert {chosen for chosen, rejected in found if not rejected} == losers.get(rule, {"gold"})
+    assert not [1 for chosen, _ in found if not chosen]
+    if rule in ("all", "spin"):
+        assert found["gold", ""].weight == 2.0  # two samples said nothing
+    if kind == "scores":
+        assert {row.rejected_reward for (_, rejected), row in found.items() if not rejected} == {0.0}
+
+
+def test_one_text_beside_empty_responses_needs_no_judge():
+    rollouts = samples_of(["a", "", "a", ""])
+    made = new_pairs([], rollouts, make_config(), iteration=0)
+    ((_, row),) = texts_of(made, rollouts).items()
+    assert (row.chosen_id, row.rejected_id, row.weight) == ("000/q/0", "000/q/1", 4.0)
+    assert row.chosen_reward == pytest.approx((0.5 + 1 + 1) / 3, abs=1e-6)
+    assert row.rejected_reward == pytest.approx((0.5 + 0 + 0) / 3, abs=1e-6)
+    # Points of a text that nobody judged are unknown; a prompt without any text, or without an empty one, has no pair.
+    scored = make_config(kind="openai", pairing={"reward": "score", "opponents": "pool"})
+    assert not new_pairs([], rollouts, scored, iteration=0).pairs
+    for texts in (["", ""], ["a", "a"]):
+        assert not new_pairs([], samples_of(texts), make_config(), iteration=0).pairs
 
 
 def test_duplicates_weigh_as_opponents_and_as_pairs():
@@ -333,7 +373,7 @@ def test_matching_leaves_the_mixtures_samples_alone():
 def test_pools_without_a_verdict_or_without_opponents_are_counted():
     good = samples_of(["a", "b"])
     refused = samples_of(["a", "b"], prompt="r")
-    alone = [rollout("g", -1, source="gold", prompt="s"), *samples_of(["a", ""], prompt="s")]
+    alone = [rollout("g", -1, source="gold", prompt="s"), *samples_of(["a"], prompt="s")]
     ids = tuple(row.rollout_id for row in refused)
     judgements = [
         judged(alone, wins={("g", "a"): 1.0}),

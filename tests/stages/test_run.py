@@ -73,8 +73,10 @@ def test_pairs_name_rollouts_and_judgements_and_every_drop_is_counted(finished):
         replayed = [row for row in stage.read(Pair) if row.iteration != t]
         assert (len(new), len(replayed)) == (details["new"], details["replayed"])
         assert len(replayed) <= 0.3 * (len(new) + len(replayed)) + 1e-9
+        silent = {row.prompt_id for row in rollouts.values() if not row.text.strip()}  # one more candidate each
         pools = {row.prompt_id: row for row in run_dir.stage("annotate", t).read(Judgement)}
-        possible = sum(len(row.candidate_ids) * (len(row.candidate_ids) - 1) // 2 for row in pools.values())
+        sizes = [len(row.candidate_ids) + (row.prompt_id in silent) for row in pools.values()]
+        possible = sum(size * (size - 1) // 2 for size in sizes)
         assert len(new) + sum(stage.require().dropped.values()) == possible
         for made in new:
             assert rollouts[made.chosen_id].prompt_id == rollouts[made.rejected_id].prompt_id == made.prompt_id
