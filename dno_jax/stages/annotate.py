@@ -140,7 +140,12 @@ async def _judge_all(work: _Work, annotator: Annotator, *, abandoned: Callable[[
                     work.unsettled[shard] = judgements
 
         try:
-            closed = set(work.stage.shard_names())
+            # A shard that another judge closed (its rubric was edited since) is judged anew: one iteration, one judge.
+            closed = {
+                name
+                for name in work.stage.shard_names()
+                if all(row.judge == annotator.identity for row in work.stage.read_shard(Judgement, name))
+            }
             while True:
                 # Asked before the shards are listed: what closes in between is seen in the next round.
                 last_round = work.sampled.manifest() is not None or abandoned()

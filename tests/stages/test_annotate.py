@@ -134,3 +134,23 @@ def test_a_second_call_judges_nothing_again(sampled, monkeypatch):
 
     monkeypatch.setattr(annotate, "build_annotator", forbidden)
     assert annotate.run(config, 0) == first
+
+
+def test_one_iteration_has_one_judge(sampled):
+    """A rubric that was edited between two calls: shards of the old one are judged anew, those of the new one stay."""
+    config, run_dir = sampled
+    source, stage = run_dir.stage("sample", 0), run_dir.stage("annotate", 0)
+    source.write_shard("0000000", rows("p0", 0))
+    with pytest.raises(DnoError):
+        annotate.run(config, 0, abandoned=lambda: True)
+    (before,) = {row.judge for row in stage.read(Judgement)}
+    oracle = config.annotation.oracle
+    edited = oracle.model_copy(update={"target_words": oracle.target_words + 1})
+    annotation = config.annotation.model_copy(update={"oracle": edited})
+    config = config.model_copy(update={"annotation": annotation})
+    source.write_shard("0000001", rows("p1", 3))
+    source.finish(config_digest="c", inputs={}, rows=8, seconds=0.0)
+    manifest = annotate.run(config, 0)
+    judges = Counter(row.judge for row in stage.read(Judgement))
+    assert judges == {manifest.details["judge"]: 2}
+    assert before not in judges
