@@ -14,7 +14,7 @@ from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import PairBatch, TrainingRow, make_batch
 from dno_jax.training.objectives import OBJECTIVES, preference_loss
 from dno_jax.training.step import batch_logprobs
-from tests.training.test_step import LENGTH, assert_same, take_steps
+from tests.training.test_step import LENGTH, OPTIMIZER, assert_same, take_steps
 
 NAMES = typing.get_args(LossName)
 ROWS = 6
@@ -246,7 +246,7 @@ def test_compiled_losses_equal_eager_ones(name, batch, logprob, num_tokens):
     np.testing.assert_allclose(compiled, eager, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["inpo", "sppo"])
+@pytest.mark.parametrize("name", ["sppo", "nash_md_pg"])
 def test_micro_batches_and_meshes_take_the_whole_batchs_step(name, config, params, rows):
     """With an initial policy that is another one, and rewards: columns that DNO does not read."""
     rng = np.random.default_rng(1)
@@ -264,7 +264,9 @@ def test_micro_batches_and_meshes_take_the_whole_batchs_step(name, config, param
     ]
     batch = make_batch(made, batch_size=8, max_length=LENGTH)  # three of eight rows are filler
     row_loss = preference_loss(LossSection(name=name, beta=1.0), ReferenceSection(kind="mixture", tau=0.3))
-    step = partial(take_steps, config, params, [batch], row_loss=row_loss)
+    # With its usual eps Adam turns the rounding of a gradient that is nearly 0 into a step of some size.
+    section = OPTIMIZER.model_copy(update={"eps": 1e-6})
+    step = partial(take_steps, config, params, [batch], row_loss=row_loss, section=section)
     whole = step()
     assert_same(step(micro_batches=4), whole)
     assert_same(step(axes=(2, 2, 2)), whole)

@@ -25,12 +25,23 @@ LOSS = preference_loss(LossSection(beta=0.1))
 LENGTH = 48
 
 
-def take_steps(config, params, batches, *, axes=(1, 1, 1), remat="none", micro_batches=1, row_loss=LOSS, chunk=64):
+def take_steps(
+    config,
+    params,
+    batches,
+    *,
+    axes=(1, 1, 1),
+    remat="none",
+    micro_batches=1,
+    row_loss=LOSS,
+    chunk=64,
+    section=OPTIMIZER,
+):
     devices = jax.devices()[: math.prod(axes)]
     data, fsdp, tensor = axes
     mesh = make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), devices)
     model = Decoder(config, remat=remat, constrain=Constrain(mesh, TRAIN))
-    optimizer = make_optimizer(OPTIMIZER)
+    optimizer = make_optimizer(section)
     places = param_shardings(config, mesh, TRAIN)
     placed = jax.device_put(params, places)
     state = init_state(placed, optimizer, state_shardings(optimizer, places, placed))
