@@ -1,6 +1,6 @@
 """A language model in a cyclic game: four ways to train it, by the ordinary stages, and how far each is from Nash.
 
-    python examples/cyclic_game.py [--iterations 15] [--folder runs/cyclic_game]
+    python examples/cyclic_game.py [--iterations 30] [--folder runs/cyclic_game]
                                    [--figure docs/figures/cyclic_language_model.png]
 
 A Llama of some thousand parameters answers one question with rock, paper or scissors; the judge prefers them in a cycle
@@ -231,7 +231,7 @@ def draw(played: dict[str, Played], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("runs/cyclic_game"))
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/cyclic_language_model.png"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
