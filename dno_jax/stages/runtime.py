@@ -74,7 +74,8 @@ class Runtime(Generic[ConfigT]):
         for name, count in rows.items():
             if count % shards:
                 raise DnoError(
-                    f"{name} is {count}, which the mesh's data*fsdp={shards} devices do not divide; make it a multiple"
+                    f"{name} is {count}, which the mesh's data*fsdp*expert={shards} devices do not divide; "
+                    "make it a multiple"
                 )
 
     @cached_property

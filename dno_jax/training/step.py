@@ -84,7 +84,7 @@ def train_step(
     divided once by the whole weight.
 
     Args:
-        batch: rows over (data, fsdp); their number is a multiple of micro_batches.
+        batch: rows over (data, fsdp, expert); their number is a multiple of micro_batches.
         learning_rate: multiplies the updates of `optimizer`, which is made with a rate of 1.
 
     Returns:
