@@ -12,8 +12,9 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dno_jax.logprobs import head_token_logprobs, sequence_logprobs
-from dno_jax.model.decoder import Decoder, output_head
+from dno_jax.logprobs import sequence_logprobs
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.state import TrainState
@@ -23,8 +24,9 @@ Metrics = dict[str, Float[Array, ""]]
 
 def response_logprobs(
     hidden: Float[Array, "B T D"],
-    head: Float[ArrayLike, "D V"],
+    params: Any,
     *,
+    config: ModelConfig,
     token: Int[ArrayLike, "B T"],
     response_mask: Bool[ArrayLike, "B T"],
     response_length: int,
@@ -34,6 +36,7 @@ def response_logprobs(
 
     Args:
         hidden: after the final norm.
+        params: of the decoder, for its output head.
         response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
         response_length: static upper bound of a row's response tokens; the head runs on that many positions a row only.
         chunk: tokens a slice of the output head.
@@ -44,7 +47,8 @@ def response_logprobs(
     inside = (source >= 0) & (source < token.shape[1] - 1)
     source = jnp.clip(source, 0, token.shape[1] - 2)
     window = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    logprob = head_token_logprobs(window, head, jnp.take_along_axis(token, source + 1, axis=1), chunk=chunk)
+    target = jnp.take_along_axis(token, source + 1, axis=1)
+    logprob = head_logprobs(config, params, window, target, chunk=chunk)
     return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
 
 
@@ -55,7 +59,8 @@ def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int)
     hidden, _ = model.apply({"params": params}, token, jnp.reshape(jnp.asarray(batch.position), token.shape))
     logprob = response_logprobs(
         hidden,
-        output_head(model.config, params),
+        params,
+        config=model.config,
         token=token,
         response_mask=jnp.reshape(batch.response_mask, token.shape),
         response_length=batch.response_length,

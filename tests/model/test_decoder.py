@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dno_jax.model.cache import cache_axes, grow_cache, init_cache, repeat_cache
-from dno_jax.model.decoder import Decoder, abstract_params, init_params, logits, output_head, param_axes
+from dno_jax.model.decoder import Decoder, abstract_params, head_logprobs, init_params, logits, param_axes
 from tests.model.conftest import random_params, run
 
 
