@@ -179,6 +179,12 @@ class LossSection(Section):
     length_penalty: float = Field(default=0.0, ge=0.0, description="reward that a token costs (R-DPO's alpha)")
     clip_range: float = Field(default=0.2, gt=0.0, lt=1.0, description="of spo's and nash_md_pg's importance ratio")
     max_reward: float = Field(default=10.0, gt=0.0, description="chi_po clips margins to twice this")
+    load_balance_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of a mixture's load-balance loss; 0 reports it only: a pull on the router that no "
+        "preference asked for would move the policy away from its reference",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> LossSection:

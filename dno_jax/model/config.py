@@ -84,6 +84,9 @@ class ModelConfig:
             and for all. transformers selects by the longest text of each batch, so that a token's log-probability
             depends on later tokens and on neighbours; sampling, scoring and training would then disagree. None: no
             text is longer than the original context.
+        num_experts: of a mixture of experts in place of every MLP, each intermediate_size wide; 0: no mixture.
+        num_experts_per_tok: experts that a token goes to.
+        expert_norm: the weights of a token's experts are divided by their sum (norm_topk_prob).
 
     Raises:
         ValueError: the numbers contradict each other.
@@ -122,6 +125,9 @@ class ModelConfig:
     layer_ropes: tuple[int, ...] | None = None
     rotary_dim: int | None = None
     rope_length: int | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    expert_norm: bool = True
 
     @property
     def context(self) -> int:
@@ -163,6 +169,13 @@ class ModelConfig:
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "clip_qkv"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if not min(self.num_experts, 1) <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; expected at least 1 and at most num_experts "
+                f"{self.num_experts}"
+            )
+        if self.num_experts and self.mlp_bias:
+            raise ValueError("mlp_bias is true; experts have no biases")
         for name, lowest, highest in (("windows", 1, None), ("layer_ropes", 0, len(self.ropes) - 1)):
             self._check_layers(name, lowest=lowest, highest=highest)
         if self.norm == "layer" and self.qk_norm is not None:

@@ -7,6 +7,7 @@ The tree (float32, layers stacked on axis 0; [...] are shapes):
             q_bias [L, N, H]  k_bias, v_bias [L, K, H]  o_bias, down_bias [L, D]  gate_bias, up_bias [L, F]
             attention_norm, mlp_norm, attention_post_norm, mlp_post_norm [L, D]
             q_norm, k_norm [L, H], or [L, N, H] and [L, K, H] where all heads are normed together
+            router [L, D, E]  gate, up [L, E, D, F]  down [L, E, F, D]  where experts take the MLP's place
 
 What a family has of these, ModelConfig says; a LayerNorm without parameters has no *_norm at all.
 """
@@ -28,6 +29,7 @@ from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible, xla_a
 from dno_jax.model.cache import KVCache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
+from dno_jax.model.moe import Experts, dense_experts, expert_load, route
 from dno_jax.model.rope import rope_angles, rotate
 
 Remat = Literal["none", "full", "dots"]
@@ -42,6 +44,8 @@ def identity(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
 
 _ZEROS = nn.initializers.zeros_init()
 _NORMAL = nn.initializers.truncated_normal(stddev=0.02)
+# Under this name layers leave how their tokens were spread over experts.
+LOAD = "expert_load"
 
 
 def _param(
@@ -86,12 +90,13 @@ def layer_numbers(config: ModelConfig) -> LayerNumbers:
 
 
 class Block(nn.Module):
-    """One layer: attention and gated MLP, each normed before or after (or both) and added to the residual stream."""
+    """One layer: attention and gated MLP (or a mixture of such), each normed before or after (or both) and added to the residual stream."""
 
     config: ModelConfig
     dtype: Any
     constrain: Constrain
     attention: Attention
+    experts: Experts
 
     @nn.compact
     def __call__(
@@ -128,7 +133,8 @@ class Block(nn.Module):
             cursor=cursor,
         )
         x = after("attention", x, y)
-        x = after("mlp", x, self._mlp(before("mlp", x)))
+        y = before("mlp", x)
+        x = after("mlp", x, self._mixture(y, position) if config.num_experts else self._mlp(y))
         return (x, *cache), None
 
     def _norm(self, name: str, y: jax.Array, *axes: tuple[str, int]) -> jax.Array:
@@ -218,6 +224,33 @@ class Block(nn.Module):
         y = self.constrain(ACTIVATIONS[config.hidden_act](into("gate")) * into("up"), ("batch", "length", "mlp"))
         return self._project(y, "down", equation="btf,fd->btd", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
 
+    def _mixture(self, y: jax.Array, position: Any) -> jax.Array:
+        config = self.config
+        D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+
+        def kernel(name: str, shape: tuple[int, ...], *axes: str) -> jax.Array:
+            return jnp.asarray(_param(self, name, init=_NORMAL, shape=shape, axes=axes))
+
+        routing = route(
+            y,
+            kernel("router", (D, E), "embed", "routes"),
+            position,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm=config.expert_norm,
+        )
+        self.sow("intermediates", LOAD, expert_load(routing, position))  # computed only for a caller who asks for it
+        into = ("experts", "embed", "mlp")
+        y = self.experts(
+            y,
+            routing.weight,
+            routing.expert,
+            gate_EDF=kernel("gate", (E, D, F), *into).astype(self.dtype),
+            up_EDF=kernel("up", (E, D, F), *into).astype(self.dtype),
+            down_EFD=kernel("down", (E, F, D), "experts", "mlp", "embed").astype(self.dtype),
+            activation=ACTIVATIONS[config.hidden_act],
+        )
+        return self.constrain(y, ("batch", "length", "embed"))
+
 
 class Decoder(nn.Module):
     """A decoder of any family up to the final norm; the output head is applied by `logits` or by the log-prob primitive.
@@ -228,6 +261,7 @@ class Decoder(nn.Module):
         remat: what the backward pass recomputes: nothing, every layer, or all but the products with weights.
         constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
+        experts: runs tokens through their experts, in a mixture; hashable.
     """
 
     config: ModelConfig
@@ -235,6 +269,7 @@ class Decoder(nn.Module):
     remat: Remat = "none"
     constrain: Constrain = identity
     attention: Attention = xla_attention
+    experts: Experts = dense_experts
 
     @nn.compact
     def __call__(
@@ -279,12 +314,12 @@ class Decoder(nn.Module):
         in_axes: Any = (0, *[nn.broadcast] * 5)  # flax's own hint is int
         stack = nn.scan(
             _remat_block(self.remat),
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=in_axes,
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.dtype, self.constrain, self.attention, name="layers")
+        )(config, self.dtype, self.constrain, self.attention, self.experts, name="layers")
         (x, key, value), _ = stack(carry, layer_numbers(config), cos, sin, position, key_position, cursor)
 
         # Logits are linear in this: scaled here, in float32, no user of the head can forget it.

@@ -179,7 +179,7 @@ def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str
             raise DnoError(f"{place}: key {key!r} is missing")
     values = {**defaults, **tree}
     for key, other in family.same.items():
-        if key in tree and tree[key] != values[other]:
+        if key in tree and values[other] not in (None, tree[key]):
             raise DnoError(f"{place}: {key} is {tree[key]!r}, but {other} is {values[other]!r}; make them equal")
     heads = _number(values, "num_attention_heads", int, place=place)
     if values["num_key_value_heads"] is None:

@@ -115,9 +115,8 @@ def _write_tensors(file: Path, config: ModelConfig, params: dict[str, Any], *, d
     tensors: dict[str, np.ndarray] = {}
     for stored in stored_tensors(config):
         parts = []
-        for tensor, layer in stored.parts:
-            leaf = tree_leaf(params, tensor.path)
-            parts.append(tensor.to_hf(leaf if layer is None else leaf[layer]).astype(dtype))
+        for tensor, index in stored.parts:
+            parts.append(tensor.to_hf(tree_leaf(params, tensor.path)[index]).astype(dtype))
         tensors[stored.name] = np.ascontiguousarray(np.concatenate(parts))
     # The library sorts by dtype and name, so equal tensors give equal bytes.
     save_file(tensors, file, metadata={"format": "pt"})

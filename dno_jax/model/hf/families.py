@@ -34,6 +34,14 @@ _POST_NORMS = {
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
+# Mixtral's w1, w3 and w2 are gate, up and down.
+_MIXTRAL_EXPERTS = {
+    "router": "block_sparse_moe.gate",
+    "gate": "block_sparse_moe.experts.{}.w1",
+    "up": "block_sparse_moe.experts.{}.w3",
+    "down": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN_EXPERTS = {"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")}
 _FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
 
 
@@ -52,7 +60,8 @@ class Family:
         sliding: (values, layer) -> whether a layer has the sliding window where layer_types does not say.
         theta: transformers' default of rope_theta.
         local_theta: that of layers with a sliding window, where these have a rotation of their own.
-        names: our leaf -> Hugging Face's name within a layer. Leaves of one name share a tensor, in our order.
+        names: our leaf -> Hugging Face's name within a layer, with {} for the expert. Leaves of one name share a
+            tensor, in our order.
     """
 
     architecture: str
@@ -85,6 +94,12 @@ _QWEN = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+_EXPERTS: tuple[Meaning, ...] = (
+    ("num_local_experts", "num_experts", int, None),
+    ("num_experts_per_tok", "num_experts_per_tok", int, None),
+)
+# The weight of the load-balance loss is the run's to choose, not the checkpoint's.
+_ROUTER_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
 _GEMMA = {
     "head_dim": 256,
     "max_position_embeddings": 8192,
@@ -134,6 +149,50 @@ FAMILIES: dict[str, Family] = {
         keys=_QWEN | {"head_dim": 128, "attention_bias": False},
         fixed={"qk_norm": "head"},
         sliding=_in_upper,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        keys={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        only={"router_jitter_noise": (0.0, None)},
+        harmless=_ROUTER_LOSS,
+        meaning=_EXPERTS,
+        sliding=_in_all,
+        theta=1_000_000.0,
+        names=_NAMES | _MIXTRAL_EXPERTS,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        keys={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": None,  # published files; transformers 5 writes num_local_experts
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        only={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        harmless=_ROUTER_LOSS | {"max_window_layers"},  # where it slides, it slides in every layer
+        same={"num_local_experts": "num_experts"},
+        meaning=(
+            *_EXPERTS,
+            ("num_experts", "num_experts", int, None),
+            ("moe_intermediate_size", "intermediate_size", int, None),
+            ("norm_topk_prob", "expert_norm", bool, None),
+        ),
+        fixed={"qk_norm": "head"},
+        sliding=_in_all,
+        names=_NAMES | _QWEN_EXPERTS,
     ),
     "gemma": Family(
         "GemmaForCausalLM",

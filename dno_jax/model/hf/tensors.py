@@ -28,11 +28,11 @@ class Tensor:
 
     Attributes:
         path: keys in our tree.
-        template: Hugging Face name; {} is the layer for stacked parameters.
-        inputs: how many leading axes of ours (after the layer axis) are the matrix's inputs. 0: the axes keep their
+        template: Hugging Face name; a {} for each axis of the stack.
+        inputs: how many leading axes of ours (after the stack) are the matrix's inputs. 0: the axes keep their
             order; otherwise Hugging Face's matrix is [merged outputs, merged inputs].
-        shape: of one layer, in our order.
-        num_layers: None for a parameter that is not stacked.
+        shape: of one tensor, in our order.
+        stack: leading axes of ours along which tensors are stacked: (), (layers,) or (layers, experts).
         first_row, total_rows: where several parameters share one tensor, where this one's begin on its axis 0, and
             how many there are in all. None: the tensor is this one's own.
     """
@@ -41,17 +41,17 @@ class Tensor:
     template: str
     inputs: int
     shape: tuple[int, ...]
-    num_layers: int | None
+    stack: tuple[int, ...]
     first_row: int = 0
     total_rows: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (self.template,) if self.num_layers is None else tuple(map(self.template.format, range(self.num_layers)))
+        return tuple(self.template.format(*index) for index in np.ndindex(*self.stack))
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Our axes (of one layer) that each axis of Hugging Face's tensor merges."""
+        """Our axes (after the stack) that each axis of Hugging Face's tensor merges."""
         axes = tuple(range(len(self.shape)))
         if self.inputs:
             return axes[self.inputs :], axes[: self.inputs]
@@ -74,16 +74,15 @@ class Tensor:
         return None if self.total_rows is None else slice(self.first_row, self.first_row + self.part_shape[0])
 
     def read(self, files: SliceReader, index: tuple[slice, ...]) -> np.ndarray:
-        """Return float32 [layers..., axes...] of the part that `index` names, reading no more than it must."""
-        layers, index = (range(1), index) if self.num_layers is None else (index[0], index[1:])
-        if isinstance(layers, slice):
-            layers = range(*layers.indices(self.num_layers or 1))
+        """Return float32 [stack..., axes...] of the part that `index` names, reading no more than it must."""
+        stack, index = index[: len(self.stack)], index[len(self.stack) :]
+        rows = [range(*s.indices(size)) for s, size in zip(stack, self.stack, strict=True)]
         bounds = [s.indices(size)[:2] for s, size in zip(index, self.shape, strict=True)]
-        shape = tuple(stop - start for start, stop in bounds)
-        out = np.empty((len(layers), *shape), np.float32)
-        for row, layer in enumerate(layers):
-            out[row] = self._read_one(files, self.names[layer], bounds)
-        return out[0] if self.num_layers is None else out
+        out = np.empty((*map(len, rows), *(stop - start for start, stop in bounds)), np.float32)
+        for place in np.ndindex(*map(len, rows)):
+            name = self.template.format(*(row[i] for row, i in zip(rows, place, strict=True)))
+            out[place] = self._read_one(files, name, bounds)
+        return out
 
     def _read_one(self, files: SliceReader, name: str, bounds: list[tuple[int, int]]) -> np.ndarray:
         merged, apart, rest = [], [], []
@@ -100,7 +99,7 @@ class Tensor:
         return part.transpose(np.argsort([axis for group in self.groups for axis in group]))
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Return one layer's parameter in Hugging Face's layout: its rows alone, where the tensor is shared."""
+        """Return one tensor's parameter in Hugging Face's layout: its rows alone, where the tensor is shared."""
         return array.transpose([axis for group in self.groups for axis in group]).reshape(self.part_shape)
 
 
@@ -109,12 +108,12 @@ class Stored:
     """One tensor of the files: the parts that its rows are made of, in order.
 
     Attributes:
-        parts: parameters, each with its layer's index (None where it is not stacked).
+        parts: parameters, each with its index in the stack.
     """
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[Tensor, int | None], ...]
+    parts: tuple[tuple[Tensor, tuple[int, ...]], ...]
 
 
 def tensor_table(config: ModelConfig) -> list[Tensor]:
@@ -122,14 +121,15 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     N, K, H, L = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.num_hidden_layers
     names = FAMILIES[config.family].names
-    table = [Tensor(("embed",), "model.embed_tokens.weight", 0, (V, D), None)]
+    table = [Tensor(("embed",), "model.embed_tokens.weight", 0, (V, D), ())]
     if config.norm == "rms":
-        table.append(Tensor(("final_norm",), "model.norm.weight", 0, (D,), None))
+        table.append(Tensor(("final_norm",), "model.norm.weight", 0, (D,), ()))
     if not config.tie_word_embeddings:
-        table.append(Tensor(("head",), "lm_head.weight", 1, (D, V), None))
+        table.append(Tensor(("head",), "lm_head.weight", 1, (D, V), ()))
 
     def layer(leaf: str, hf_name: str, inputs: int, *shape: int) -> None:
-        table.append(Tensor(("layers", leaf), f"model.layers.{{}}.{hf_name}", inputs, shape, L))
+        stack = (L, config.num_experts) if "{}" in hf_name else (L,)
+        table.append(Tensor(("layers", leaf), f"model.layers.{{}}.{hf_name}", inputs, shape, stack))
 
     norms: list[tuple[str, bool, tuple[int, ...]]] = [
         ("attention_norm", config.pre_norm, (D,)),
@@ -142,6 +142,8 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
     for leaf, present, shape in norms:
         if present and config.norm == "rms":
             layer(leaf, f"{names[leaf]}.weight", 0, *shape)
+    if config.num_experts:
+        layer("router", f"{names['router']}.weight", 1, D, config.num_experts)
     projections = [
         ("q", config.attention_bias, 1, (D, N, H)),
         ("k", config.attention_bias, 1, (D, K, H)),
@@ -176,8 +178,8 @@ def _share_rows(table: list[Tensor]) -> list[Tensor]:
 
 def stored_tensors(config: ModelConfig) -> list[Stored]:
     """Return the tensors that a checkpoint's files hold, each with the parameters that it is made of."""
-    parts: dict[str, list[tuple[Tensor, int | None]]] = {}
+    parts: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {}
     for tensor in tensor_table(config):
-        for index, name in enumerate(tensor.names):
-            parts.setdefault(name, []).append((tensor, None if tensor.num_layers is None else index))
+        for index, name in zip(np.ndindex(*tensor.stack), tensor.names, strict=True):
+            parts.setdefault(name, []).append((tensor, index))
     return [Stored(name, own[0][0].hf_shape, tuple(own)) for name, own in parts.items()]
