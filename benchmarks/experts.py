@@ -1,8 +1,7 @@
 """The ways to compute a mixture of experts: `python benchmarks/experts.py [--tokens 512 --experts 64 --top 8]`.
 
 Milliseconds of the forward pass and of value and gradients (best of --repeats), and temporaries. "einsum" runs
-all
-experts on all tokens in three products; "dense" and "ragged" are the package's.
+all experts on all tokens in three products; "dense" and "ragged" are the package's.
 """
 
 from __future__ import annotations

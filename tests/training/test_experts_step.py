@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +20,17 @@ from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
 from dno_jax.training.batches import make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
-from dno_jax.training.state import init_state, param_shardings, state_shardings
+from dno_jax.training.state import TrainState, init_state, param_shardings, state_shardings
 from dno_jax.training.step import batch_logprobs, train_step
 
-OPTIMIZER = OptimizerSection(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0)
+# Adam's first step is g / (|g| + eps): with an eps above the rounding of gradients it does not magnify that.
+OPTIMIZER = OptimizerSection(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, eps=1e-3)
 LOSS = preference_loss(LossSection(beta=0.1))
 
 
 @pytest.fixture(scope="module")
 def mixture(config):
-    return dataclasses.replace(config, num_experts=4, num_experts_per_tok=2, intermediate_size=48)
+    return dataclasses.replace(config, num_experts=4, num_experts_per_tok=2, intermediate_size=40)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def prepare(mixture, params, batch, axes, *, remat="full", local=None):
     return model, jax.device_put(params, places), placed, places
 
 
-def step(mixture, params, batch, axes=(1, 1, 1, 1), *, remat="full", local=None, **kwargs):
+def step(mixture, params, batch, axes=(1, 1, 1, 1), *, remat="none", local=None, **kwargs):
     model, params, batch, places = prepare(mixture, params, batch, axes, remat=remat, local=local)
     optimizer = make_optimizer(OPTIMIZER)
     state = init_state(params, optimizer, state_shardings(optimizer, places, params))
@@ -73,19 +75,19 @@ def plain(mixture, mixture_params, batch):
 
 
 def assert_same(found, expected):
-    """Equal up to float32 rounding of sums in another order, which Adam's first step magnifies where gradients are 0."""
+    """Equal up to float32 rounding of sums in another order."""
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(found[0].params), jax.tree.leaves_with_path(expected[0].params), strict=True
     ):
-        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6, err_msg=jax.tree_util.keystr(path))
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=3e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("axes", [(1, 1, 2, 1), (1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize("axes", [(1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
 def test_meshes_agree_with_one_device(mixture, mixture_params, batch, plain, axes):
-    assert_same(step(mixture, mixture_params, batch, axes), plain)
+    assert_same(step(mixture, mixture_params, batch, axes, remat="full"), plain)
 
 
 def test_gradients_on_a_mesh_equal_one_devices(mixture, mixture_params, batch):
@@ -124,17 +126,20 @@ def test_the_load_is_of_the_tokens_that_are_no_padding(mixture, mixture_params, 
 
 def test_micro_batches_report_the_whole_batchs_load(mixture, mixture_params, batch, plain):
     assert_same(step(mixture, mixture_params, batch, micro_batches=4), plain)
-    # Weighed in, it is the mean of the micro-batches': every token counts once.
-    state, _, _ = step(mixture, mixture_params, batch, micro_batches=2, load_balance_weight=1.0)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_micro_batches_weigh_in_by_their_tokens(mixture, mixture_params, rows):
+    """Two micro-batches of the same rows: the mean of their losses is the loss of both."""
+    twice = make_batch([row for row in rows[:4] for _ in range(2)], batch_size=8, max_length=48)
+    whole = step(mixture, mixture_params, twice, load_balance_weight=30.0)
+    assert_same(step(mixture, mixture_params, twice, load_balance_weight=30.0, micro_batches=2), whole)
 
 
 def test_the_weight_evens_the_load_and_zero_leaves_it(mixture, mixture_params, batch, plain):
-    # Its gradient reaches the router and changes nothing that is reported of this step.
+    # `loss` is without it: what is reported of this step stays.
     state, metrics, _ = step(mixture, mixture_params, batch, load_balance_weight=1.0)
     for name in plain[1].keys() - {"grad_norm"}:
         assert metrics[name] == pytest.approx(plain[1][name], rel=1e-5)
-    assert metrics["grad_norm"] > 1.1 * plain[1]["grad_norm"]
 
     def spread(params):
         token, position = (jnp.asarray(a.reshape(16, 48)) for a in (batch.token, batch.position))
@@ -145,7 +150,12 @@ def test_the_weight_evens_the_load_and_zero_leaves_it(mixture, mixture_params, b
 
 
 def test_dense_models_report_no_load(config, params, batch):
-    assert not {"load_balance", "busiest_expert"} & step(config, params, batch)[1].keys()
+    optimizer = make_optimizer(OPTIMIZER)
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    run = partial(train_step, model=Decoder(config), optimizer=optimizer, row_loss=LOSS, chunk=64)
+    _, metrics = jax.eval_shape(run, state, batch, jnp.float32(1e-3))
+    assert "loss" in metrics
+    assert not {"load_balance", "busiest_expert"} & metrics.keys()
 
 
 def test_each_device_holds_its_own_experts_alone(mixture, mixture_params, batch, plain):
@@ -173,5 +183,5 @@ def test_each_device_holds_its_own_experts_alone(mixture, mixture_params, batch,
 
 
 def test_an_expert_axis_that_does_not_divide_is_refused(mixture):
-    with pytest.raises(DnoError, match=r"layers/down of shape \(2, 4, 48, 32\): size 4 cannot be split over expert=8"):
+    with pytest.raises(DnoError, match=r"layers/down of shape \(2, 4, 40, 32\): size 4 cannot be split over expert=8"):
         param_shardings(mixture, mesh_of((1, 1, 8, 1)), TRAIN)
