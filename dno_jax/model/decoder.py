@@ -90,7 +90,10 @@ def layer_numbers(config: ModelConfig) -> LayerNumbers:
 
 
 class Block(nn.Module):
-    """One layer: attention and gated MLP (or a mixture of such), each normed before or after (or both) and added to the residual stream."""
+    """One layer: attention and gated MLP, each normed before or after (or both) and added to the residual stream.
+
+    In a mixture of experts, a token's experts stand in the place of the MLP.
+    """
 
     config: ModelConfig
     dtype: Any

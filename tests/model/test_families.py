@@ -263,6 +263,8 @@ def length_counts(config: ModelConfig) -> bool:
 
 # Not switches: names of tensors; and the context where a rotation names none of its own.
 NOT_SWITCHES = {"family", "max_position_embeddings"}
+# Mixtures have a file of their own, test_moe_models.py.
+NOT_SWITCHES |= {"num_experts", "num_experts_per_tok", "expert_norm"}
 
 
 def switches(config: ModelConfig) -> dict[str, ModelConfig]:
