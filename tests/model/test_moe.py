@@ -8,7 +8,7 @@ import torch
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
-from dno_jax.model.moe import busiest_share, expert_load, load_balance_loss, route
+from dno_jax.model.moe import busiest_share, expert_load, load_balance_loss, ragged_experts, route
 
 B, T, D, E, K, L = 3, 8, 16, 6, 2, 3
 
@@ -89,3 +89,19 @@ def test_extremes_of_the_load():
     assert measure(60 * jnp.eye(E)) == pytest.approx((1.0, 1 / E))
     assert measure(60 * jnp.eye(E)[jnp.zeros(E, int)]) == pytest.approx((E, 1.0))
     assert measure(jnp.eye(E), position - 1) == (0.0, 0.0)
+
+
+def test_ragged_products_become_the_instruction_of_a_tpu():
+    """Forward and backward: three products and six of their gradients, none of them over all experts."""
+    x, _, position = tokens()
+    routing = route(x, tokens()[1], position, num_experts_per_tok=K, norm=True)
+    kernels = {"gate_EDF": jnp.ones((E, D, 8)), "up_EDF": jnp.ones((E, D, 8)), "down_EFD": jnp.ones((E, 8, D))}
+
+    def total(x, kernels):
+        return jnp.sum(ragged_experts(x, routing.weight, routing.expert, activation=jax.nn.silu, **kernels))
+
+    traced = jax.jit(jax.value_and_grad(total, argnums=(0, 1))).trace(x, kernels)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count('"chlo.ragged_dot"') == 9
+    assert "dot_general" not in text
+    assert "dot_general" in traced.lower(lowering_platforms=("cpu",)).as_text()  # the search finds what it looks for
