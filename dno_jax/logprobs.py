@@ -27,8 +27,18 @@ def token_logprobs(logits: Float[ArrayLike, "*B V"], token: Int[ArrayLike, "*B"]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def softcapped(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
+    """Return softcap * tanh(logits / softcap), about the logits where they are small; None leaves them."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
 def head_token_logprobs(
-    hidden: Float[ArrayLike, "B T D"], head: Float[ArrayLike, "D V"], token: Int[ArrayLike, "B T"], *, chunk: int
+    hidden: Float[ArrayLike, "B T D"],
+    head: Float[ArrayLike, "D V"],
+    token: Int[ArrayLike, "B T"],
+    *,
+    chunk: int,
+    softcap: float | None = None,
 ) -> Float[Array, "B T"]:
     """Return log softmax(hidden @ head)[token] without holding the logits of more than B x chunk/B tokens.
 
@@ -39,6 +49,7 @@ def head_token_logprobs(
         head: output head in any float dtype; multiplied in hidden's dtype, accumulated in float32.
         token: ids in [0, V).
         chunk: tokens a slice, over the whole batch; need not divide B * T.
+        softcap: logits x become softcap * tanh(x / softcap) first (Gemma 2); None leaves them.
 
     Raises:
         ValueError: chunk is not positive.
@@ -60,7 +71,7 @@ def head_token_logprobs(
         hidden_slice = jax.lax.dynamic_slice_in_dim(hidden, start, width, axis=1)
         token_slice = jax.lax.dynamic_slice_in_dim(token, start, width, axis=1)
         logits = einsum_float32("btd,dv->btv", hidden_slice, head)
-        return token_logprobs(logits, token_slice)
+        return token_logprobs(softcapped(logits, softcap), token_slice)
 
     if slices == 1:
         return one_slice(jnp.int32(0))[:, :length]

@@ -28,15 +28,20 @@ class ModelConfigSection(Section):
 
 
 class MeshSection(Section):
-    """Devices by mesh axis; one axis may be -1 and takes what is left."""
+    """Devices by mesh axis; one axis may be -1 and takes what is left.
+
+    data and fsdp split rows; fsdp splits weights too, tensor heads and widths. expert splits the experts of a mixture,
+    and rows as data does: for a dense model it is the same as data.
+    """
 
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
     tensor: int = 1
 
     @model_validator(mode="after")
     def _axes(self) -> MeshSection:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"{name} is {size}; expected a positive number of devices, or -1 for the rest")
@@ -174,6 +179,12 @@ class LossSection(Section):
     length_penalty: float = Field(default=0.0, ge=0.0, description="reward that a token costs (R-DPO's alpha)")
     clip_range: float = Field(default=0.2, gt=0.0, lt=1.0, description="of spo's and nash_md_pg's importance ratio")
     max_reward: float = Field(default=10.0, gt=0.0, description="chi_po clips margins to twice this")
+    load_balance_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of a mixture's load-balance loss; 0 reports it only: a pull on the router that no "
+        "preference asked for would move the policy away from its reference",
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> LossSection:

@@ -1,14 +1,14 @@
-"""The policy: a Llama-family decoder, its cache, its tokenizer, and the way to and from Hugging Face checkpoints."""
+"""The policy: one decoder for every family, its cache, its tokenizer, and Hugging Face checkpoints in and out."""
 
 from dno_jax.model import hf
 from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache, repeat_cache
-from dno_jax.model.config import ModelConfig
+from dno_jax.model.config import ModelConfig, RopeConfig
 from dno_jax.model.decoder import (
     Decoder,
     abstract_params,
+    head_logprobs,
     init_params,
     logits,
-    output_head,
     param_axes,
 )
 from dno_jax.model.tokenizer import ChatTokenizer, TemplateStrip, template_strip
@@ -18,15 +18,16 @@ __all__ = [
     "Decoder",
     "KVCache",
     "ModelConfig",
+    "RopeConfig",
     "TemplateStrip",
     "abstract_params",
     "cache_axes",
     "grow_cache",
+    "head_logprobs",
     "hf",
     "init_cache",
     "init_params",
     "logits",
-    "output_head",
     "param_axes",
     "repeat_cache",
     "template_strip",

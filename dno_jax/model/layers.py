@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 # Parameters come as numpy arrays from a checkpoint and as jax arrays from anywhere else.
 AnyArray = jax.Array | np.ndarray
+
+# By the names of ModelConfig.hidden_act.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
 
 
 def precision_for(dtype: Any) -> jax.lax.Precision | None:
@@ -21,30 +30,27 @@ def precision_for(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def rms_norm(x: Float[Array, "*rows D"], scale: Float[AnyArray, " D"], *, eps: float) -> Float[Array, "*rows D"]:
-    """Divide by the root of the mean square, times `scale`; in float32 inside, in the dtype of `x` outside."""
+def rms_norm(x: Float[Array, "*shape"], scale: Float[AnyArray, "*axes"], *, eps: float) -> Float[Array, "*shape"]:
+    """Divide by the root of the mean square, times `scale`; in float32 inside, in the dtype of `x` outside.
+
+    Args:
+        x: the trailing axes, as many as `scale` has, are normed together.
+    """
     wide = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    scale = jnp.asarray(scale, jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+    axes = tuple(range(-scale.ndim, 0))
+    mean_square = jnp.mean(jnp.square(wide), axis=axes, keepdims=True)
+    scale = jnp.asarray(scale, jnp.float32).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
     return (wide * jax.lax.rsqrt(mean_square + eps) * scale).astype(x.dtype)
 
 
-def rope_angles(
-    position: Int[Array, "B T"], *, head_dim: int, theta: float
-) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
-    """Return (cos, sin) of every position's rotation, float32, with an axis of one for the heads."""
-    # The frequencies are constants: the rounding of numpy's float32 power is the same on every device.
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequency = (1.0 / np.power(np.float32(theta), exponent)).astype(np.float32)
-    place = jnp.maximum(position, 0).astype(jnp.float32)
-    angle = place[:, :, None, None] * frequency[None, None, None, :]
-    return jnp.cos(angle), jnp.sin(angle)
+def layer_norm(x: Float[Array, "*rows D"], *, eps: float, scale: float = 1.0) -> Float[Array, "*rows D"]:
+    """Subtract the mean and divide by the deviation, times a number; in float32 inside, in the dtype of `x` outside."""
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + eps) * scale).astype(x.dtype)
 
 
-def rope(
-    x_BTNH: Float[Array, "B T N H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
-) -> Float[Array, "B T N H"]:
-    """Rotate by position, pairing dimension i with i + H/2 (Hugging Face's convention; Meta's files pair 2i, 2i+1)."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+def scaled(x: Float[Array, "*shape"], scale: float) -> Float[Array, "*shape"]:
+    """Multiply by a number in float32, in the dtype of `x` outside."""
+    return x if scale == 1.0 else (x.astype(jnp.float32) * scale).astype(x.dtype)

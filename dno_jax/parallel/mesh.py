@@ -1,4 +1,4 @@
-"""Devices as a (data, fsdp, tensor) mesh, and processes as one program."""
+"""Devices as a (data, fsdp, expert, tensor) mesh, and processes as one program."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 
 def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> Mesh:

@@ -36,9 +36,10 @@ class Layout:
         return _spec(axes, dict(self.activations), layout=self.name)
 
 
-_ROWS = ("batch", ("data", "fsdp"))
+# Outside of its experts a mixture is a dense model, so the devices of the expert axis take rows of their own there.
+ROW_AXES = ("data", "fsdp", "expert")
 _ACTIVATIONS: Table = (
-    _ROWS,
+    ("batch", ROW_AXES),
     ("layers", ()),
     ("length", ()),
     ("slots", ()),
@@ -57,6 +58,8 @@ _TENSOR: Table = (
     ("head_dim", ()),
     ("mlp", ("tensor",)),
     ("vocab", ("tensor",)),
+    ("experts", ("expert",)),
+    ("routes", ()),
 )
 
 # Training gathers each layer's weights when it needs them; decoding would gather them again for every token.
@@ -120,13 +123,13 @@ def weight_shardings(mesh: Mesh, layout: Layout, *, axes: Any, shapes: Any) -> A
 def row_sharding(mesh: Mesh, *, ndim: int, axis: int = 0) -> NamedSharding:
     """Return the sharding of a batch whose axis `axis` counts rows."""
     spec: list[tuple[str, ...] | None] = [None] * ndim
-    spec[axis] = _ROWS[1]
+    spec[axis] = ROW_AXES
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def num_row_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split; batch sizes must be multiples of it."""
-    return math.prod(mesh.shape[axis] for axis in _ROWS[1])
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -117,7 +117,7 @@ def generate(
 
     Args:
         params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
-        prompts: rows over (data, fsdp).
+        prompts: rows over (data, fsdp, expert).
         iteration: scalar int32, part of every key.
         mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
             mixture, `Responses.logprob` stays pi_t's own. None holds no second cache.

@@ -18,6 +18,7 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, abstract_params
 from dno_jax.model.hf import read_config
 from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards
 from dno_jax.run_dir import RunDir
@@ -68,13 +69,19 @@ class Runtime(Generic[ConfigT]):
                 f"{self.model_config.max_position_embeddings} (max_position_embeddings of {config.model.path}); "
                 "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
             )
+        if isinstance(config, RunConfig) and config.loss.load_balance_weight and not self.model_config.num_experts:
+            raise DnoError(
+                f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
+                "of experts; set it to 0"
+            )
         rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
         if isinstance(config, RunConfig):
             rows["sampling.batch_prompts"] = config.sampling.batch_prompts
         for name, count in rows.items():
             if count % shards:
                 raise DnoError(
-                    f"{name} is {count}, which the mesh's data*fsdp={shards} devices do not divide; make it a multiple"
+                    f"{name} is {count}, which the mesh's data*fsdp*expert={shards} devices do not divide; "
+                    "make it a multiple"
                 )
 
     @cached_property
@@ -89,6 +96,7 @@ class Runtime(Generic[ConfigT]):
             dtype=jnp.dtype(section.dtype),
             remat=section.remat,
             constrain=Constrain(self.mesh, layout),
+            experts=sharded_experts(self.mesh),
         )
 
     def param_shardings(self, layout: Layout) -> Any:

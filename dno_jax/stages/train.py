@@ -72,6 +72,7 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Mani
         stage=stage_name,
         states_path=stage.path / "states",
         guard=True,
+        load_balance_weight=config.loss.load_balance_weight,
     )
     digest = save_policy(update.result, result.params)
     barrier(f"trained {stage.path}")
@@ -111,12 +112,14 @@ def train(
     stage: str,
     states_path: Any,
     guard: bool,
+    load_balance_weight: float = 0.0,
 ) -> TrainResult:
     """Run every optimiser step over the rows, going on after the last state that was saved.
 
     Args:
         params: where to start, in the TRAIN layout; donated.
         guard: check that step 0's implicit rewards are zero.
+        load_balance_weight: of the load-balance loss of a mixture of experts.
     """
     config = runtime.config
     section = config.training
@@ -162,6 +165,7 @@ def train(
                     row_loss=row_loss,
                     chunk=section.logprob_chunk,
                     micro_batches=section.batch_size // (section.micro_batch_size or section.batch_size),
+                    load_balance_weight=load_balance_weight,
                 )
                 if guard and step == 0:
                     check_step_zero(jax.device_get(metrics), dtype=config.model.dtype)

@@ -12,8 +12,10 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from dno_jax.logprobs import head_token_logprobs, sequence_logprobs
-from dno_jax.model.decoder import Decoder, output_head
+from dno_jax.logprobs import sequence_logprobs
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import LOAD, Decoder, head_logprobs
+from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.state import TrainState
@@ -23,8 +25,9 @@ Metrics = dict[str, Float[Array, ""]]
 
 def response_logprobs(
     hidden: Float[Array, "B T D"],
-    head: Float[ArrayLike, "D V"],
+    params: Any,
     *,
+    config: ModelConfig,
     token: Int[ArrayLike, "B T"],
     response_mask: Bool[ArrayLike, "B T"],
     response_length: int,
@@ -34,6 +37,7 @@ def response_logprobs(
 
     Args:
         hidden: after the final norm.
+        params: of the decoder, for its output head.
         response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
         response_length: static upper bound of a row's response tokens; the head runs on that many positions a row only.
         chunk: tokens a slice of the output head.
@@ -44,28 +48,41 @@ def response_logprobs(
     inside = (source >= 0) & (source < token.shape[1] - 1)
     source = jnp.clip(source, 0, token.shape[1] - 2)
     window = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    logprob = head_token_logprobs(window, head, jnp.take_along_axis(token, source + 1, axis=1), chunk=chunk)
+    target = jnp.take_along_axis(token, source + 1, axis=1)
+    logprob = head_logprobs(config, params, window, target, chunk=chunk)
     return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
 
 
 def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int) -> Float[Array, "P C"]:
     """Return log pi(y|x) of every sequence of a batch."""
+    return _logprobs_and_load(model, params, batch, chunk=chunk)[0]
+
+
+def _logprobs_and_load(
+    model: Decoder, params: Any, batch: PairBatch, *, chunk: int
+) -> tuple[Float[Array, "P C"], ExpertLoad | None]:
+    """Return log pi(y|x) of every sequence, and the load of every layer's experts; None where there are none."""
     rows, count, length = batch.token.shape
     token = jnp.reshape(jnp.asarray(batch.token), (rows * count, length))
-    hidden, _ = model.apply({"params": params}, token, jnp.reshape(jnp.asarray(batch.position), token.shape))
+    position = jnp.reshape(jnp.asarray(batch.position), token.shape)
+    (hidden, _), left = model.apply({"params": params}, token, position, mutable=["intermediates"])
+    load = left["intermediates"]["layers"][LOAD][0] if model.config.num_experts else None
     logprob = response_logprobs(
         hidden,
-        output_head(model.config, params),
+        params,
+        config=model.config,
         token=token,
         response_mask=jnp.reshape(batch.response_mask, token.shape),
         response_length=batch.response_length,
         chunk=chunk,
     )
-    return jnp.reshape(logprob, (rows, count))
+    return jnp.reshape(logprob, (rows, count)), load
 
 
 @partial(
-    jax.jit, static_argnames=("model", "optimizer", "row_loss", "chunk", "micro_batches"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("model", "optimizer", "row_loss", "chunk", "micro_batches", "load_balance_weight"),
+    donate_argnames=("state",),
 )
 def train_step(
     state: TrainState,
@@ -77,6 +94,7 @@ def train_step(
     row_loss: RowLoss,
     chunk: int,
     micro_batches: int = 1,
+    load_balance_weight: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted mean loss of a batch.
 
@@ -84,45 +102,55 @@ def train_step(
     divided once by the whole weight.
 
     Args:
-        batch: rows over (data, fsdp); their number is a multiple of micro_batches.
+        batch: rows over (data, fsdp, expert); their number is a multiple of micro_batches.
         learning_rate: multiplies the updates of `optimizer`, which is made with a rate of 1.
+        load_balance_weight: of the load-balance loss, which is added to what is minimised and not to `loss`. It is
+            no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
-        max_abs_log_ratio, the largest |log pi/pi_t| of a response in the batch before the update, nats.
+        max_abs_log_ratio, the largest |log pi/pi_t| of a response in the batch before the update, nats. For a mixture
+        of experts also load_balance and busiest_expert of the whole batch (moe.load_balance_loss, busiest_share).
     """
     total_weight = jnp.maximum(jnp.sum(batch.weight), 1e-9)
+    total_tokens = jnp.maximum(jnp.sum(batch.position >= 0), 1)
 
-    def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, Metrics]:
-        logprob = batch_logprobs(model, params, part, chunk=chunk)
+    def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
+        logprob, load = _logprobs_and_load(model, params, part, chunk=chunk)
         num_tokens = jnp.sum(part.response_mask, axis=-1)
         loss, metrics = row_loss(logprob, num_tokens, part)
         weight = part.weight / total_weight
         summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
         ratio = jnp.abs(logprob - part.previous_logprob)
         summed["max_abs_log_ratio"] = jnp.max(jnp.where(part.weight[:, None] > 0, ratio, 0.0))
-        return summed["loss"], jax.lax.stop_gradient(summed)
+        total = summed["loss"]
+        if load is not None and load_balance_weight:
+            share = jnp.sum(part.position >= 0) / total_tokens
+            total = total + load_balance_weight * share * load_balance_loss(load)
+        return total, jax.lax.stop_gradient((summed, load))
 
     gradient = jax.grad(weighted_loss, has_aux=True)
     if micro_batches == 1:
-        grads, metrics = gradient(state.params, batch)
+        grads, (metrics, load) = gradient(state.params, batch)
     else:
         parts = jax.tree.map(partial(_split, parts=micro_batches, place=model.constrain), batch)
 
-        def add(carry: tuple[Any, Metrics], part: PairBatch) -> tuple[tuple[Any, Metrics], None]:
-            grads, metrics = gradient(state.params, part)
-            largest = jnp.maximum(carry[1]["max_abs_log_ratio"], metrics["max_abs_log_ratio"])
-            summed = jax.tree.map(jnp.add, carry, (grads, metrics))
-            return (summed[0], summed[1] | {"max_abs_log_ratio": largest}), None
+        def add(carry: Any, part: PairBatch) -> tuple[Any, None]:
+            found = gradient(state.params, part)
+            largest = jnp.maximum(carry[1][0]["max_abs_log_ratio"], found[1][0]["max_abs_log_ratio"])
+            grads, (metrics, load) = jax.tree.map(jnp.add, carry, found)
+            return (grads, (metrics | {"max_abs_log_ratio": largest}, load)), None
 
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
         )
-        (grads, metrics), _ = jax.lax.scan(add, zeros, parts)
+        (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, parts)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
+    if load is not None:
+        metrics |= {"load_balance": load_balance_loss(load), "busiest_expert": busiest_share(load)}
     metrics["response_tokens"] = jnp.sum(batch.response_mask & (batch.weight > 0)[:, None, None]).astype(jnp.float32)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics

@@ -52,6 +52,7 @@ def config() -> ModelConfig:
         rope_theta=5000.0,
         max_position_embeddings=64,
         attention_bias=True,
+        output_bias=True,
         mlp_bias=True,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dno_jax.model.cache import cache_axes, grow_cache, init_cache, repeat_cache
-from dno_jax.model.decoder import Decoder, abstract_params, init_params, logits, output_head, param_axes
+from dno_jax.model.decoder import Decoder, abstract_params, head_logprobs, init_params, logits, param_axes
 from tests.model.conftest import random_params, run
 
 
@@ -229,7 +229,9 @@ def test_a_sharded_forward_pass_equals_the_plain_one():
     config = ModelConfig(96, 32, 48, 2, 4, 2, 8)
     params = random_params(config)
     token = text(config, rows=4, length=12)
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(
+        (2, 2, 1, 2), ("data", "fsdp", "expert", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 4
+    )
     axes, abstract = param_axes(config), abstract_params(config)
     placed = jax.device_put(params, sharding.weight_shardings(mesh, sharding.TRAIN, axes=axes, shapes=abstract))
     model = Decoder(config, remat="full", constrain=sharding.Constrain(mesh, sharding.TRAIN))

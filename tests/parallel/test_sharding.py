@@ -36,8 +36,8 @@ def mesh_of(data, fsdp, tensor):
 
 
 def test_one_axis_takes_the_rest():
-    assert dict(mesh_of(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
-    assert dict(mesh_of(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(mesh_of(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert dict(mesh_of(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
     with pytest.raises(DnoError, match="does not divide the 8 cpu devices"):
         mesh_of(3, -1, 1)
 
@@ -56,7 +56,7 @@ def test_layouts_split_what_they_say():
     assert train["layers"]["up"].spec == PartitionSpec(None, "fsdp", "tensor")
     assert decode["layers"]["up"].spec == PartitionSpec(None, None, "tensor")
     assert train["layers"]["mlp_norm"].spec == PartitionSpec()
-    assert TRAIN.activation_spec(("batch", "length", "embed")) == PartitionSpec(("data", "fsdp"), None, None)
+    assert TRAIN.activation_spec(("batch", "length", "embed")) == PartitionSpec(("data", "fsdp", "expert"), None, None)
     assert num_row_shards(mesh) == 4
 
 

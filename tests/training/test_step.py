@@ -180,7 +180,8 @@ def test_prompt_and_padding_positions_get_no_gradient_from_the_head(config, para
     def total(h):
         return response_logprobs(
             h,
-            jnp.asarray(params["head"]),
+            params,
+            config=config,
             token=token,
             response_mask=mask,
             response_length=batch.response_length,

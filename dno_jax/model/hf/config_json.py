@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dno_jax.errors import DnoError
+from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.hf.families import FAMILIES, Family, Meaning
+from dno_jax.model.hf.rope_json import read_ropes
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,24 +31,13 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
-# model_type -> architecture. Mistral without its sliding window is the same arithmetic as Llama.
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# What transformers assumes where a key is absent.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "max_position_embeddings": 2048, "sliding_window": None},
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-}
-_COMMON_DEFAULTS = {
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
+# Understood in every family, with what transformers assumes where a key is absent and the family says nothing else.
+_COMMON = {"head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 # They say nothing about the arithmetic of a forward pass.
 _HARMLESS = {
+    "_attn_implementation_autoset",
     "_name_or_path",
     "architectures",
     "bos_token_id",
@@ -55,29 +47,45 @@ _HARMLESS = {
     "model_type",
     "pad_token_id",
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 }
 # Understood, but only at these values: anything else changes the arithmetic.
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "pretraining_tp": (1,),
-    "attention_dropout": (0, None),
-    "sliding_window": (None,),
-    "quantization_config": (None,),
-}
-_ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+_ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0, None), "quantization_config": (None,)}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_MEANING: tuple[Meaning, ...] = (
+    *((name, name, int, None) for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")),
+    ("tie_word_embeddings", "tie_word_embeddings", bool, None),
+    ("rms_norm_eps", "rms_norm_eps", float, None),
+    ("attention_bias", "attention_bias", bool, None),
+    ("attention_bias", "output_bias", bool, None),
+    ("mlp_bias", "mlp_bias", bool, None),
+    ("clip_qkv", "clip_qkv", float, None),
+    ("attn_logit_softcapping", "attention_softcap", float, None),
+    ("final_logit_softcapping", "logit_softcap", float, None),
+    ("query_pre_attn_scalar", "attention_scale", float, lambda scalar: scalar**-0.5),
+    ("attention_multiplier", "attention_scale", float, None),
+    ("embedding_multiplier", "embed_scale", float, None),
+    ("residual_multiplier", "residual_scale", float, None),
+    ("logits_scaling", "logit_scale", float, lambda scaling: 1 / scaling),
+)
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """Return the shape of the model in a checkpoint directory.
+def read_config(path: str | Path, *, rope_length: int | None = None) -> ModelConfig:
+    """Return the shape and arithmetic of the model in a checkpoint directory.
+
+    Args:
+        rope_length: tokens of the run's longest text; see ModelConfig.rope_length.
 
     Raises:
         DnoError: config.json is missing or no JSON, an unknown model_type, a key that is not understood, or a value
             that is not supported.
     """
     file, tree = read_json(path, "config.json")
-    return parse_config(tree, place=str(file))
+    return parse_config(tree, place=str(file), rope_length=rope_length)
 
 
 def read_end_token_ids(path: str | Path) -> tuple[int, ...]:
@@ -121,48 +129,101 @@ def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     return file, tree
 
 
-def parse_config(tree: dict[str, Any], *, place: str) -> ModelConfig:
+def parse_config(tree: dict[str, Any], *, place: str, rope_length: int | None = None) -> ModelConfig:
     """Return the ModelConfig that a config.json describes; `place` names it in messages."""
     model_type = tree.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise DnoError(f"{place}: model_type is {model_type!r}; supported are {', '.join(ARCHITECTURES)}")
-    expected = [ARCHITECTURES[model_type]]
+    if model_type not in FAMILIES:
+        raise DnoError(f"{place}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    expected = [family.architecture]
     if tree.get("architectures", expected) not in (expected, None):
         raise DnoError(f"{place}: architectures is {tree['architectures']!r}; {model_type} supports {expected}")
-    values = {**_COMMON_DEFAULTS, **_DEFAULTS[model_type], **tree}
-    known = {*_REQUIRED, *_COMMON_DEFAULTS, *_DEFAULTS[model_type], *_HARMLESS, *_ONLY, *_ROPE}
+    values = _understood(tree, family, place=place)
+    fields: dict[str, Any] = {"family": model_type, "rope_length": rope_length}
+    for key, field, kind, convert in (*_MEANING, *family.meaning):
+        if values.get(key) is not None:
+            value = _number(values, key, kind, place=place)
+            fields[field] = convert(value) if convert else value
+    act = "hidden_activation" if "hidden_activation" in family.keys else "hidden_act"
+    if values[act] not in _ACTIVATIONS:
+        raise DnoError(f"{place}: {act} is {values[act]!r}; supported are {', '.join(_ACTIVATIONS)}")
+    fields["hidden_act"] = _ACTIVATIONS[values[act]]
+    sliding = _sliding_layers(values, family, place=place)
+    if any(sliding):
+        window = _number(values, "sliding_window", int, place=place)
+        fields["windows"] = tuple(window if slides else NO_WINDOW for slides in sliding)
+    fields |= read_ropes(values, family, sliding=sliding, place=place)
+    try:
+        return ModelConfig(**(fields | family.fixed))
+    except ValueError as error:
+        raise DnoError(f"{place}: {error}") from None
+
+
+def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
+    """Return every key that matters, with defaults filled in, once nothing is left that could be misread."""
+    only = _ONLY | dict(family.only)
+    defaults = _COMMON | dict(family.keys)
+    if "rms_norm_eps" in family.fixed:
+        del defaults["rms_norm_eps"]
+    known = {*_REQUIRED, *defaults, *_HARMLESS, *only, *_ROPE, *family.harmless, *family.same}
     for key in sorted(tree.keys() - known):
         raise DnoError(
             f"{place}: key {key!r} (value {tree[key]!r}) is not understood, and may change what the model computes; "
             "remove it if it is known to do nothing"
         )
-    for key, allowed in _ONLY.items():
-        if key in values and not any(values[key] == value for value in allowed):
-            absent = "" if key in tree else " (the default of an absent key)"
-            raise DnoError(f"{place}: {key} is {values[key]!r}{absent}; supported is only {allowed[0]!r}")
-    if model_type == "mistral" and (values["attention_bias"] or values["mlp_bias"]):
-        raise DnoError(f"{place}: attention_bias and mlp_bias mean nothing in a mistral model; remove them")
+    for key, allowed in only.items():
+        if key in tree and not any(type(tree[key]) in (type(v), float) and tree[key] == v for v in allowed):
+            raise DnoError(f"{place}: {key} is {tree[key]!r}; supported is only {allowed[0]!r}")
     for key in _REQUIRED:
         if key not in tree:
             raise DnoError(f"{place}: key {key!r} is missing")
+    values = {**defaults, **tree}
+    for key, other in family.same.items():
+        if key in tree and values[other] not in (None, tree[key]):
+            raise DnoError(f"{place}: {key} is {tree[key]!r}, but {other} is {values[other]!r}; make them equal")
     heads = _number(values, "num_attention_heads", int, place=place)
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = heads
     if values["head_dim"] is None:
         width = _number(values, "hidden_size", int, place=place)
-        if width % heads:
+        if heads < 1 or width % heads:
             raise DnoError(f"{place}: num_attention_heads {heads} does not divide hidden_size {width}; give head_dim")
         values["head_dim"] = width // heads
-    names = (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")
-    numbers: dict[str, Any] = {name: _number(values, name, int, place=place) for name in names}
-    numbers["rms_norm_eps"] = float(_number(values, "rms_norm_eps", float, place=place))
-    numbers["rope_theta"] = _rope_theta(tree, place=place)
-    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-        numbers[name] = _number(values, name, bool, place=place)
-    try:
-        return ModelConfig(**numbers)
-    except ValueError as error:
-        raise DnoError(f"{place}: {error}") from None
+    if values.get("use_sliding_window") is False:
+        values["sliding_window"] = None
+    if "no_rope_layers" in values:
+        values["no_rope_layers"] = _rope_layers(values, place=place)
+    return values
+
+
+def _rope_layers(values: dict[str, Any], *, place: str) -> list[bool]:
+    """Whether each layer rotates. transformers' name says the opposite: a 1 in no_rope_layers is a layer that does."""
+    count, given = _number(values, "num_hidden_layers", int, place=place), values["no_rope_layers"]
+    if given is None:
+        interval = _number(values, "no_rope_layer_interval", int, place=place)
+        return [(layer + 1) % interval != 0 for layer in range(count)]
+    if not isinstance(given, list) or len(given) < count or not all(value in (0, 1) for value in given):
+        raise DnoError(f"{place}: no_rope_layers is {given!r}; expected a 0 or 1 for each of {count} layers")
+    return [bool(value) for value in given[:count]]
+
+
+def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> list[bool]:
+    """Whether each layer's queries see a window of keys only."""
+    count, kinds = values["num_hidden_layers"], values.get("layer_types")
+    if family.sliding is None:
+        return [False] * count
+    if kinds is None:
+        sliding = [family.sliding(values, layer) for layer in range(count)]
+    else:
+        allowed = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, list) or len(kinds) != count or not all(kind in allowed for kind in kinds):
+            raise DnoError(
+                f"{place}: layer_types is {kinds!r}; expected {' or '.join(allowed)} for each of {count} layers"
+            )
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    if any(sliding) and values["sliding_window"] is None:
+        raise DnoError(f"{place}: layers slide but there is no sliding_window (or use_sliding_window is false)")
+    return sliding
 
 
 def _number(tree: dict[str, Any], key: str, kind: type, *, place: str) -> Any:
@@ -170,25 +231,6 @@ def _number(tree: dict[str, Any], key: str, kind: type, *, place: str) -> Any:
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
         raise DnoError(f"{place}: {key} is {value!r}; expected {kind.__name__}")
-    return value
-
-
-def _rope_theta(tree: dict[str, Any], *, place: str) -> float:
-    """transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters with both inside."""
-    theta: dict[str, Any] = {"rope_theta": tree["rope_theta"]} if "rope_theta" in tree else {}
-    for key in ("rope_scaling", "rope_parameters"):
-        inner = tree.get(key)
-        if inner is None:
-            continue
-        if not isinstance(inner, dict):
-            raise DnoError(f"{place}: {key} is {inner!r}; expected an object")
-        for name, value in inner.items():
-            if name in ("rope_type", "type") and value == "default":
-                continue
-            if name == "rope_theta" and theta.get(name, value) == value:
-                theta[name] = value
-                continue
-            raise DnoError(
-                f"{place}: {key} has {name} = {value!r}; supported is only rope_type 'default' with one rope_theta"
-            )
-    return float(_number(theta, "rope_theta", float, place=place)) if theta else 10_000.0
+    if kind is float and not 0 < value < float("inf"):
+        raise DnoError(f"{place}: {key} is {value!r}; expected a positive number")
+    return kind(value)

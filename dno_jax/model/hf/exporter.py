@@ -22,7 +22,7 @@ from dno_jax.model.decoder import Decoder, abstract_params, logits
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, parse_config, read_json
 from dno_jax.model.hf.files import SINGLE_FILE
 from dno_jax.model.hf.importer import load, tree_leaf
-from dno_jax.model.hf.tensors import tensor_table
+from dno_jax.model.hf.tensors import stored_tensors
 
 
 def save(
@@ -75,7 +75,7 @@ def save(
 
 def _config_text(config: ModelConfig, *, source: Path, dtype: np.dtype) -> str:
     file, tree = read_json(source, "config.json")
-    theirs = parse_config(tree, place=str(file))
+    theirs = parse_config(tree, place=str(file), rope_length=config.rope_length)
     for field in fields(ModelConfig):
         mine, other = getattr(config, field.name), getattr(theirs, field.name)
         if mine != other:
@@ -113,11 +113,11 @@ def _write_tensors(file: Path, config: ModelConfig, params: dict[str, Any], *, d
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
-    for tensor in tensor_table(config):
-        array = tree_leaf(params, tensor.path)
-        layers = [array] if tensor.num_layers is None else array
-        for name, layer in zip(tensor.names, layers, strict=True):
-            tensors[name] = np.ascontiguousarray(tensor.to_hf(layer).astype(dtype))
+    for stored in stored_tensors(config):
+        parts = []
+        for tensor, index in stored.parts:
+            parts.append(tensor.to_hf(tree_leaf(params, tensor.path)[index]).astype(dtype))
+        tensors[stored.name] = np.ascontiguousarray(np.concatenate(parts))
     # The library sorts by dtype and name, so equal tensors give equal bytes.
     save_file(tensors, file, metadata={"format": "pt"})
 

@@ -38,8 +38,7 @@ def load(path: str | Path, *, shardings: Any = None) -> tuple[ModelConfig, dict[
         files.check(table, tied=config.tie_word_embeddings, place=path)
         params: dict[str, Any] = {}
         for tensor in table:
-            stack = () if tensor.num_layers is None else (tensor.num_layers,)
-            shape = stack + tensor.shape
+            shape = tensor.stack + tensor.shape
             if shardings is None:
                 array: Any = tensor.read(files, (slice(None),) * len(shape))
             else:

@@ -1,0 +1,312 @@
+"""What is particular to each family of models: one entry a model_type, data only.
+
+An entry says which keys of config.json are understood (and what transformers assumes where one is absent), which are
+so at some values alone, what the family fixes, and how its files name tensors. The arithmetic is ModelConfig's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Values = Mapping[str, Any]
+# (key of config.json, field of ModelConfig, type in the file, conversion or None)
+Meaning = tuple[str, str, type, Callable[[Any], Any] | None]
+
+_NAMES = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+# The same name means different things: post_attention_layernorm stands before the MLP in Llama, after attention here.
+_POST_NORMS = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+# Mixtral's w1, w3 and w2 are gate, up and down.
+_MIXTRAL_EXPERTS = {
+    "router": "block_sparse_moe.gate",
+    "gate": "block_sparse_moe.experts.{}.w1",
+    "up": "block_sparse_moe.experts.{}.w3",
+    "down": "block_sparse_moe.experts.{}.w2",
+}
+_QWEN_EXPERTS = {"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")}
+_FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type is read and named.
+
+    Attributes:
+        architecture: the only class of its checkpoints that is supported.
+        keys: keys that are understood beside those of every family -> transformers' default.
+        only: keys that are understood at these values alone.
+        harmless: keys that its published checkpoints have and its forward pass does not read.
+        same: key -> key that it must repeat where both are given.
+        meaning: what keys mean beside what they mean everywhere.
+        fixed: fields of ModelConfig that follow from the family.
+        sliding: (values, layer) -> whether a layer has the sliding window where layer_types does not say.
+        theta: transformers' default of rope_theta.
+        local_theta: that of layers with a sliding window, where these have a rotation of their own.
+        names: our leaf -> Hugging Face's name within a layer, with {} for the expert. Leaves of one name share a
+            tensor, in our order.
+    """
+
+    architecture: str
+    keys: Values
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    harmless: frozenset[str] = frozenset()
+    same: Mapping[str, str] = field(default_factory=dict)
+    meaning: tuple[Meaning, ...] = ()
+    fixed: Values = field(default_factory=dict)
+    sliding: Callable[[Values, int], bool] | None = None
+    theta: float = 10_000.0
+    local_theta: float | None = None
+    names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
+
+
+def _in_all(values: Values, layer: int) -> bool:
+    del layer
+    return values["sliding_window"] is not None
+
+
+def _in_upper(values: Values, layer: int) -> bool:
+    return values["sliding_window"] is not None and layer >= values["max_window_layers"]
+
+
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_EXPERTS: tuple[Meaning, ...] = (
+    ("num_local_experts", "num_experts", int, None),
+    ("num_experts_per_tok", "num_experts_per_tok", int, None),
+)
+# The weight of the load-balance loss is the run's to choose, not the checkpoint's.
+_ROUTER_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
+_GEMMA = {
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+}
+_GEMMA_2 = {
+    "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "final_logit_softcapping": None,
+    "sliding_window": 4096,
+    "layer_types": None,
+}
+_GEMMA_ONLY = {"use_bidirectional_attention": (False, None)}
+_GEMMA_FIXED = {"norm_offset": 1.0}
+_EMBED_SCALE: tuple[Meaning, ...] = (("hidden_size", "embed_scale", int, math.sqrt),)
+_OLMO_2 = {"num_key_value_heads": None, "max_position_embeddings": 2048, "attention_bias": False}
+_OLMO_2_FIXED = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        keys={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        only={"pretraining_tp": (1, None), "sliding_window": (None,), "rope_interleaved": (False,)},
+        harmless=frozenset({"is_llama_config"}),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        keys={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        sliding=_in_all,
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        keys=_QWEN,
+        only={"use_mrope": (False,)},
+        fixed={"attention_bias": True},
+        sliding=_in_upper,
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        keys=_QWEN | {"head_dim": 128, "attention_bias": False},
+        fixed={"qk_norm": "head"},
+        sliding=_in_upper,
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        keys={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        only={"router_jitter_noise": (0.0, None)},
+        harmless=_ROUTER_LOSS,
+        meaning=_EXPERTS,
+        sliding=_in_all,
+        theta=1_000_000.0,
+        names=_NAMES | _MIXTRAL_EXPERTS,
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        keys={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "moe_intermediate_size": 768,
+            "num_experts": None,  # published files; transformers 5 writes num_local_experts
+            "num_local_experts": None,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        only={"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+        harmless=_ROUTER_LOSS | {"max_window_layers"},  # where it slides, it slides in every layer
+        same={"num_local_experts": "num_experts"},
+        meaning=(
+            *_EXPERTS,
+            ("num_experts", "num_experts", int, None),
+            ("moe_intermediate_size", "intermediate_size", int, None),
+            ("norm_topk_prob", "expert_norm", bool, None),
+        ),
+        fixed={"qk_norm": "head"},
+        sliding=_in_all,
+        names=_NAMES | _QWEN_EXPERTS,
+    ),
+    "gemma": Family(
+        "GemmaForCausalLM",
+        keys=_GEMMA | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
+        # The first files say gelu where the tanh is meant; transformers reads both so.
+        only=_GEMMA_ONLY
+        | {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": (None, "gelu_pytorch_tanh")},
+        meaning=_EMBED_SCALE,
+        fixed=_GEMMA_FIXED | {"hidden_act": "gelu_tanh"},
+    ),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        keys=_GEMMA | _GEMMA_2 | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+        only=_GEMMA_ONLY,
+        harmless=frozenset({"cache_implementation"}),
+        same={"sliding_window_size": "sliding_window", "hidden_act": "hidden_activation"},
+        meaning=_EMBED_SCALE,
+        fixed=_GEMMA_FIXED | {"post_norm": True},
+        sliding=lambda values, layer: (layer + 1) % 2 != 0,
+        names=_NAMES | _POST_NORMS,
+    ),
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        keys=_GEMMA
+        | _GEMMA_2
+        | {"max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_local_base_freq": None},
+        # transformers reads the soft-cap of scores and does not apply it.
+        only=_GEMMA_ONLY | {"attn_logit_softcapping": (None,)},
+        harmless=frozenset({"cache_implementation"}),
+        same={"_sliding_window_pattern": "sliding_window_pattern", "hidden_act": "hidden_activation"},
+        meaning=_EMBED_SCALE,
+        fixed=_GEMMA_FIXED | {"post_norm": True, "qk_norm": "head"},
+        sliding=lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
+        theta=1_000_000.0,
+        local_theta=10_000.0,
+        names=_NAMES | _POST_NORMS,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        keys={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "partial_rotary_factor": 1.0,
+        },
+        only={
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "lm_head_bias": (False,),
+            "embd_pdrop": (0, None),
+            "resid_pdrop": (0, None),
+            "full_attn_mod": (1,),
+            "interpolate_factor": (1,),
+        },
+        harmless=frozenset({"auto_map"}),  # names Microsoft's own code, which transformers has taken over
+        sliding=_in_all,
+        names=_NAMES | _FUSED,
+    ),
+    "olmo": Family(
+        "OlmoForCausalLM",
+        keys={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "clip_qkv": None,
+        },
+        fixed={"norm": "layer", "rms_norm_eps": 1e-5},
+    ),
+    "olmo2": Family(
+        "Olmo2ForCausalLM",
+        keys=_OLMO_2 | {"rms_norm_eps": 1e-5},
+        fixed=_OLMO_2_FIXED,
+        names=_NAMES | _POST_NORMS,
+    ),
+    "olmo3": Family(
+        "Olmo3ForCausalLM",
+        keys=_OLMO_2 | {"rms_norm_eps": 1e-5, "sliding_window": 4096, "layer_types": None},
+        fixed=_OLMO_2_FIXED,
+        sliding=lambda values, layer: (layer + 1) % 4 != 0,
+        theta=500_000.0,
+        local_theta=500_000.0,
+        names=_NAMES | _POST_NORMS,
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        keys={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        harmless=frozenset({"max_window_layers", "pretraining_tp"}),
+        sliding=lambda values, layer: values["sliding_window"] is not None and not values["no_rope_layers"][layer],
+        theta=2_000_000.0,
+    ),
+    "granite": Family(
+        "GraniteForCausalLM",
+        keys={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+}

@@ -1,0 +1,442 @@
+"""Every family and rope type against transformers: tiny checkpoints with random weights, written by transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dno_jax.model import hf
+from dno_jax.model.cache import grow_cache, init_cache
+from dno_jax.model.config import ModelConfig, RopeConfig
+from dno_jax.model.decoder import Decoder, abstract_params, logits
+from dno_jax.model.hf.config_json import parse_config
+from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.training.step import score_step
+from tests.model.conftest import run
+
+# The window is passed within the short text, the original context of stretched rotations in the long one only.
+SHORT, LONG, WINDOW, ORIGINAL = 64, 112, 12, 80
+
+# Logits are of order one and pass through four layers of float32, whose unit there is 1.2e-7: some forty of them.
+TOLERANCE = 5e-6
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 96,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 320,
+    "rms_norm_eps": 1e-2,  # so large that another one shows
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FACTORS = [1.0 + 0.3 * i for i in range(6)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config.json, in words that both transformers and we read, without the sizes that all have."""
+
+    model_type: str
+    tree: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        sizes = {k: v for k, v in SIZES.items() if k != "rms_norm_eps" or self.model_type != "olmo"}
+        return {"model_type": self.model_type, **sizes, **self.tree}
+
+    def config(self, length: int | None = None) -> ModelConfig:
+        return parse_config(self.config_json, place="case", rope_length=length)
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **numbers}}
+
+
+CASES = {
+    "llama": Case("llama", {"attention_bias": True, "mlp_bias": True, "rope_theta": 5000.0}),
+    "llama_gelu": Case("llama", {"hidden_act": "gelu", "tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "llama3": Case(
+        "llama",
+        rope(
+            "llama3", factor=8.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position_embeddings=ORIGINAL
+        ),
+    ),
+    "linear": Case("llama", rope("linear", factor=4.0)),
+    "dynamic": Case("llama", {**rope("dynamic", factor=4.0), "max_position_embeddings": ORIGINAL}),
+    "yarn": Case(
+        "llama", rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=4.0, beta_slow=0.25)
+    ),
+    "yarn_exact": Case(
+        "qwen2",
+        rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=ORIGINAL,
+            truncate=False,
+            mscale=2.0,
+            mscale_all_dim=0.5,
+        ),
+    ),
+    "mistral": Case("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
+    "nemo": Case("mistral", {"sliding_window": None, "head_dim": 20}),
+    "qwen2": Case("qwen2", {"tie_word_embeddings": True}),
+    "qwen2_window": Case("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "qwen3": Case(
+        "qwen3",
+        {
+            "head_dim": 20,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 3,
+        },
+    ),
+    "gemma": Case("gemma", {"head_dim": 20, "num_key_value_heads": 1}),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        },
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "final_logit_softcapping": 1.5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "phi3": Case("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.5}),
+    "phi4": Case(
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": ORIGINAL,
+            **rope(
+                "longrope",
+                partial_rotary_factor=0.75,
+                short_factor=FACTORS,
+                long_factor=[2.0 * x for x in FACTORS],
+                original_max_position_embeddings=ORIGINAL,
+            ),
+        },
+    ),
+    "olmo": Case("olmo", {"clip_qkv": 0.5}),
+    "olmo2": Case("olmo2", {"rope_theta": 5000.0}),
+    "olmo3": Case(
+        "olmo3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 5000.0,
+                    "original_max_position_embeddings": ORIGINAL,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+    ),
+    "smollm3": Case("smollm3", {"use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layer_interval": 2}),
+    "smollm3_biased": Case("smollm3", {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 1, 0]}),
+    "granite": Case(
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 1.7,
+            "attention_bias": True,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers wrote, and what it computes from it on the same texts."""
+
+    path: Path
+    token: np.ndarray  # [B, LONG]
+    exact: dict[int, np.ndarray]  # length of the texts -> float32 logits [B, length, V]
+    rough: np.ndarray  # those of the long texts in bfloat16
+
+
+def torch_model(path: Path, dtype: str = "float32") -> Any:
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager").eval()
+
+
+def torch_logits(model: Any, token: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(token)).logits.float().numpy()
+
+
+def stir(model: Any, seed: int) -> None:
+    """Make every part of the model count: attention far from uniform, norms and biases far from their initial values."""
+    import torch
+
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=random)
+            if weight.ndim == 1:
+                weight.add_(0.3 * noise)
+            elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                weight.copy_(0.04 * noise)
+            else:
+                weight.copy_(noise / weight.shape[1] ** 0.5)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    @functools.cache
+    def make(name: str) -> Reference:
+        seed = sorted(CASES).index(name)
+        path = tmp_path_factory.mktemp(name)
+        torch.manual_seed(seed)
+        tree = CASES[name].config_json
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree), attn_implementation="eager")
+        stir(model, seed)
+        model.save_pretrained(path)
+        token = np.random.default_rng(seed).integers(SIZES["vocab_size"], size=(2, LONG))
+        model = torch_model(path)
+        exact = {length: torch_logits(model, token[:, :length]) for length in (SHORT, LONG)}
+        return Reference(path, token, exact, torch_logits(torch_model(path, "bfloat16"), token))
+
+    return make
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_transformers(reference, name):
+    """Texts of 64 tokens, beyond the window, and longer ones, beyond the original context."""
+    found = reference(name)
+    _, params = hf.load(found.path)
+    config = hf.read_config(found.path, rope_length=LONG)
+    assert config == CASES[name].config(LONG)
+    ours = run(config, params, found.token)
+    np.testing.assert_allclose(ours, found.exact[LONG], atol=TOLERANCE, rtol=0)
+    if length_counts(config):
+        config = hf.read_config(found.path, rope_length=SHORT)
+        ours = run(config, params, found.token[:, :SHORT])
+    np.testing.assert_allclose(ours[:, :SHORT], found.exact[SHORT], atol=TOLERANCE, rtol=0)
+    assert 0.2 < found.exact[LONG].std() < 1
+
+
+def length_counts(config: ModelConfig) -> bool:
+    return any(rope.rope_type in ("dynamic", "longrope") for rope in config.ropes)
+
+
+# Not switches: names of tensors; and the context where a rotation names none of its own.
+NOT_SWITCHES = {"family", "max_position_embeddings"}
+# Mixtures have a file of their own, test_moe_models.py.
+NOT_SWITCHES |= {"num_experts", "num_experts_per_tok", "expert_norm"}
+
+
+def switches(config: ModelConfig) -> dict[str, ModelConfig]:
+    """Every way to set one number of a config back to Llama's; those that contradict the rest are left out."""
+    found = {}
+
+    def add(name: str, **change: Any) -> None:
+        try:
+            found[name] = dataclasses.replace(config, **change)
+        except ValueError:
+            pass
+
+    for each in fields(ModelConfig):
+        neutral, value = each.default, getattr(config, each.name)
+        if neutral is dataclasses.MISSING or value == neutral or each.name in {"ropes", *NOT_SWITCHES}:
+            continue
+        if each.name != "rope_length" or length_counts(config):
+            add(each.name, **{each.name: neutral})
+    for index, one in enumerate(config.ropes):
+        for each in fields(RopeConfig):
+            if getattr(one, each.name) != each.default:
+                ropes = list(config.ropes)
+                ropes[index] = dataclasses.replace(one, **{each.name: each.default})
+                add(f"ropes[{index}].{each.name}", ropes=tuple(ropes))
+    return found
+
+
+SWITCHES = [(name, switch) for name, case in CASES.items() for switch in switches(case.config(LONG))]
+
+
+@pytest.mark.parametrize(("name", "switch"), SWITCHES, ids=[f"{name}-{switch}" for name, switch in SWITCHES])
+def test_every_switch_counts(reference, name, switch):
+    """Parity fails by a hundred times its tolerance with any one number of the config set back to Llama's."""
+    found = reference(name)
+    _, params = hf.load(found.path)
+
+    def difference(length: int) -> float:
+        sabotaged = switches(hf.read_config(found.path, rope_length=length))[switch]
+        whole = overlay(init_params_once(sabotaged), params)
+        with jax.disable_jit():  # a fifth of the time of a compilation
+            return float(np.abs(run(sabotaged, whole, found.token[:, :length]) - found.exact[length]).max())
+
+    # The short text tells only what the long one cannot: longrope's short factors.
+    assert difference(LONG) > 100 * TOLERANCE or difference(SHORT) > 100 * TOLERANCE
+
+
+def overlay(fresh: Any, loaded: Any) -> Any:
+    """The loaded tree, with fresh leaves where a sabotaged config has some that the file has not."""
+    if not isinstance(fresh, dict):
+        return loaded
+    return {key: overlay(fresh[key], loaded[key]) if key in loaded else fresh[key] for key in fresh}
+
+
+@functools.cache
+def init_params_once(config: ModelConfig) -> Any:
+    shapes = abstract_params(config)
+    random = np.random.default_rng(0)
+
+    def fresh(path: Any, leaf: Any) -> np.ndarray:
+        name = path[-1].key
+        if name.endswith("norm"):
+            return np.full(leaf.shape, 1.0 - config.norm_offset, np.float32)
+        return np.asarray(0.02 * random.standard_normal(leaf.shape), np.float32)
+
+    return jax.tree.map_with_path(fresh, shapes)
+
+
+def test_no_switch_is_forgotten():
+    """Every field with a default, of configs and of rotations, is off it in some case and sabotaged there."""
+    sabotaged = {switch.split(".")[-1] for _, switch in SWITCHES}
+    expected = {each.name for each in fields(ModelConfig) if each.default is not dataclasses.MISSING} - {"ropes"}
+    assert expected | {each.name for each in fields(RopeConfig)} == sabotaged | NOT_SWITCHES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_is_as_near_as_transformers(reference, name):
+    """Both round at every step, in places that differ in part, so that each is compared with float32.
+
+    Bound: ours is at most a quarter further away than theirs; and theirs and ours part by no more than two such
+    errors, which are independent at worst, 5 % of the logits' scale.
+    """
+    found = reference(name)
+    config, params = hf.read_config(found.path, rope_length=LONG), hf.load(found.path)[1]
+    exact, theirs = found.exact[LONG], found.rough
+    with jax.disable_jit():
+        ours = run(config, params, found.token, dtype=jnp.bfloat16)
+
+    def distance(a: np.ndarray, b: np.ndarray) -> float:
+        return float(np.sqrt(((a - b) ** 2).mean()) / exact.std())
+
+    print("BF16", name, distance(ours, exact), distance(theirs, exact), distance(ours, theirs))
+    assert distance(ours, exact) < 1.25 * distance(theirs, exact)
+    assert distance(ours, theirs) < 0.05
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cached_decoding_equals_the_full_forward_pass(reference, name):
+    """A prefill, several tokens at once on top of it, then single tokens, past the window and the original context."""
+    found = reference(name)
+    config, params = hf.read_config(found.path, rope_length=LONG), hf.load(found.path)[1]
+    model, token = Decoder(config), jnp.asarray(found.token, jnp.int32)
+    cache, parts = init_cache(config, batch_size=2, num_slots=70), []
+    with jax.disable_jit():
+        for start, stop in ((0, 70), (70, 100), (100, 101), (101, 102)):
+            if start == 70:
+                cache = grow_cache(cache, 102)
+            position = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
+            hidden, cache = model.apply({"params": params}, token[:, start:stop], position, cache)
+            parts.append(logits(config, params, hidden))
+    # Against transformers' whole forward pass, hence with its tolerance.
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), found.exact[LONG][:, :102], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_is_the_original(tmp_path, reference, name):
+    """Names, shapes and bytes of every tensor; transformers computes the same bits from it, with tied heads tied."""
+    found = reference(name)
+    config, params = hf.load(found.path)
+    hf.save(tmp_path / "out", config, params, source=found.path)
+    original, written = (load_file(path / "model.safetensors") for path in (found.path, tmp_path / "out"))
+    assert original.keys() == written.keys()
+    for key, tensor in original.items():
+        assert tensor.dtype == written[key].dtype
+        np.testing.assert_array_equal(tensor, written[key])
+    model = torch_model(tmp_path / "out")
+    np.testing.assert_array_equal(torch_logits(model, found.token[:, :SHORT]), found.exact[SHORT])
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == config.tie_word_embeddings == ("lm_head.weight" not in written)
+
+
+@pytest.mark.parametrize("name", ["phi4", "gemma3", "olmo2"])
+def test_export_in_bfloat16_is_the_original(tmp_path, reference, name):
+    found = reference(name)
+    torch_model(found.path, "bfloat16").save_pretrained(tmp_path / "half")
+    config, params = hf.load(tmp_path / "half")
+    hf.save(tmp_path / "out", config, params, source=tmp_path / "half", dtype=ml_dtypes.bfloat16)
+    original, written = (load_file(tmp_path / part / "model.safetensors") for part in ("half", "out"))
+    assert original.keys() == written.keys()
+    for key, tensor in original.items():
+        assert tensor.dtype == written[key].dtype == ml_dtypes.bfloat16
+        assert tensor.tobytes() == written[key].tobytes()
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite"])
+def test_scored_logprobs_are_those_of_the_logits(reference, name):
+    """Scaling and soft-cap of logits reach training and scoring, which never see whole logits."""
+    found = reference(name)
+    config, params = hf.load(found.path)
+    assert config.logit_softcap is not None or config.logit_scale != 1
+    ids = tuple(int(i) for i in found.token[0, :40])
+    rows = [TrainingRow(ids[:10], (ids[10:30], ids[30:]))]
+    scores = score_step(params, make_batch(rows, batch_size=1, max_length=40), model=Decoder(config), chunk=16)
+    for score, response in zip(np.asarray(scores)[0], (ids[10:30], ids[30:]), strict=True):
+        text = np.array([ids[:10] + response])
+        logprob = np.asarray(jax.nn.log_softmax(run(config, params, text)))[0]
+        expected = sum(logprob[place - 1, text[0, place]] for place in range(10, text.shape[1]))
+        # 2e-5: twenty log-probabilities of 5 nats, each known to 5e-7.
+        assert float(score) == pytest.approx(expected, abs=2e-5)
+
+
+def test_longest_text_of_a_run_selects_the_rotation_for_all_of_it(reference):
+    """A token's log-probability depends on no later token, not even where transformers' would."""
+    found = reference("phi4")
+    config, params = hf.read_config(found.path, rope_length=LONG), hf.load(found.path)[1]
+    short, long = run(config, params, found.token[:, :SHORT]), run(config, params, found.token)
+    np.testing.assert_allclose(short, long[:, :SHORT], atol=TOLERANCE)
+    assert np.abs(found.exact[SHORT] - found.exact[LONG][:, :SHORT]).max() > 100 * TOLERANCE
+
+
+def test_the_family_names_tensors_and_nothing_else(reference):
+    found = reference("gemma2")
+    config, params = hf.load(found.path)
+    renamed = dataclasses.replace(config, family="llama")
+    token = found.token[:, :8]
+    np.testing.assert_array_equal(run(renamed, params, token), run(config, params, token))
