@@ -11,11 +11,14 @@ from dno_jax.model.decoder import (
     output_head,
     param_axes,
 )
-from dno_jax.model.tokenizer import ChatTokenizer, TemplateStrip, template_strip
+from dno_jax.model.templates import Finding, TemplateStrip, lint, template_strip
+from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.model.truncation import shorten_chat
 
 __all__ = [
     "ChatTokenizer",
     "Decoder",
+    "Finding",
     "KVCache",
     "ModelConfig",
     "TemplateStrip",
@@ -25,9 +28,11 @@ __all__ = [
     "hf",
     "init_cache",
     "init_params",
+    "lint",
     "logits",
     "output_head",
     "param_axes",
     "repeat_cache",
+    "shorten_chat",
     "template_strip",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,7 +49,7 @@ class Runtime(Generic[ConfigT]):
         section: ModelConfigSection = config.model
         shape_from = getattr(section, "init_config", None) or section.path
         model_config = read_config(shape_from)
-        tokenizer = ChatTokenizer.load(section.path, section.chat_template)
+        tokenizer = load_tokenizer(section)
         runtime = cls(
             config=config,
             run_dir=RunDir(config.run_dir),
@@ -67,6 +68,18 @@ class Runtime(Generic[ConfigT]):
                 f"sequences of up to {longest} tokens exceed the model's context of "
                 f"{self.model_config.max_position_embeddings} (max_position_embeddings of {config.model.path}); "
                 "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
+            )
+        ids, embeddings = self.tokenizer.vocab_size, self.model_config.vocab_size
+        place = self.tokenizer.path
+        if ids > embeddings:
+            raise DnoError(
+                f"{place}: the tokenizer has {ids} ids, the model's embedding {embeddings} rows (vocab_size of its "
+                "config.json); give the tokenizer that the model was trained with, or a model with a larger embedding"
+            )
+        if max(self.end_ids) >= embeddings:
+            raise DnoError(
+                f"{place}: eos_token_id names {max(self.end_ids)}, the model's embedding has {embeddings} rows; "
+                "correct generation_config.json"
             )
         rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
         if isinstance(config, RunConfig):
@@ -117,6 +130,12 @@ class Runtime(Generic[ConfigT]):
         if dtype == jnp.float32:
             return params
         return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), donate_argnums=0)(params)
+
+
+def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
+    """Read the tokenizer and chat template that a configuration names."""
+    date = datetime.date.fromisoformat(section.template_date)
+    return ChatTokenizer.load(section.path, section.chat_template, date=date)
 
 
 def use_compilation_cache() -> None:

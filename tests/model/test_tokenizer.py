@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dno_jax.errors import DnoError
-from dno_jax.model.tokenizer import ChatTokenizer, template_strip
+from dno_jax.model.templates import template_strip
+from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.records import Message
 
 CHATML = (
