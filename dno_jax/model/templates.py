@@ -126,7 +126,7 @@ def _bos(tokenizer: ChatTokenizer) -> Iterator[Finding]:
         yield Finding("error", "BOS", f"{count} begin tokens {name!r} in one chat; one is right, at its start")
     elif count and ids[0] != tokenizer.bos_id:
         yield Finding("error", "BOS", f"the begin token {name!r} stands at token {ids.index(tokenizer.bos_id)}, not 0")
-    elif not count and tokenizer.text_ids(QUESTION)[0] == tokenizer.bos_id:
+    elif not count and tokenizer.text_ids(QUESTION)[:1] == (tokenizer.bos_id,):
         yield Finding("warning", "BOS", f"the tokenizer begins a text with {name!r}, the template does not")
     else:
         yield Finding("note", "BOS", f"{count} begin token {name!r}")

@@ -181,9 +181,20 @@ class ChatTokenizer:
                 return tail[: index + 1]
         return (*tail, end_id)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return text without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """Return text without special tokens.
+
+        Args:
+            after: ids that the text continues: a blank between them belongs to it, which SentencePiece would swallow
+                at the beginning of a text.
+        """
+
+        def text(ids: Sequence[int]) -> str:
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        head = text(after) if after else ""
+        whole = text([*after, *ids])
+        return whole[len(head) :] if whole.startswith(head) else text(ids)
 
     def strip(self, ids: Sequence[int]) -> list[str]:
         """Return each id's token as the vocabulary spells it, for inspection."""

@@ -213,7 +213,7 @@ def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy:
                     sample=sample,
                     source=draw.source,
                     policy=policy,
-                    text=runtime.tokenizer.decode(token_ids),
+                    text=runtime.tokenizer.decode(token_ids, after=_before(item)),
                     token_ids=token_ids,
                     prompt_token_ids=item.token_ids,
                     logprob=float(columns["logprob"][row]),
@@ -225,6 +225,11 @@ def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy:
             own.append(gold)
     if rollouts:
         out.write_shard(f"{batch.first + min(rollouts):07d}", [row for own in rollouts.values() for row in own])
+
+
+def _before(item: TokenizedPrompt) -> tuple[int, ...]:
+    """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
+    return item.token_ids if item.prompt.assistant_prefix else ()
 
 
 def given_to_shards(
@@ -288,7 +293,7 @@ def fixed_rollout(
         sample=sample,
         source=source,
         policy=None,
-        text=text if keep else runtime.tokenizer.decode(ids),
+        text=text if keep else runtime.tokenizer.decode(ids, after=_before(item)),
         token_ids=ids,
         prompt_token_ids=item.token_ids,
         logprob=None,
