@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
@@ -170,12 +171,35 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
     console.print(iteration_table(folder, settings))
 
 
-@app.command()
-def inspect(config: Config, overrides: Overrides = None) -> None:
-    """Show one prompt and response as tokens: where the loss starts and ends, BOS, whether the end token is trained."""
-    from dno_jax.stages import inspect as stage
+class _TemplateByDefault(TyperGroup):
+    """A group whose first argument may be left out: `dno inspect CONFIG` is `dno inspect template CONFIG`."""
 
-    typer.echo(stage.describe(stage.strip(_load(config, overrides))), nl=False)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["template", *args]
+        return super().parse_args(ctx, args)
+
+
+_inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")
+
+
+@_inspect.callback()
+def _inspect_group() -> None:
+    """Keep the group a group though it has one command."""
+
+
+@_inspect.command("template")
+def inspect_template(config: Config, overrides: Overrides = None) -> None:
+    """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
+    from rich.console import Console
+
+    from dno_jax.stages import template as stage
+
+    settings = _load(config, overrides)
+    found = stage.report(settings.model, settings.prompts.path)
+    Console(highlight=False).print(stage.render(found), end="", soft_wrap=True)
+    stage.refuse(found.findings, place=settings.model.path)
 
 
 @app.command()

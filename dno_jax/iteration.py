@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
-from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, self_judge, train
+from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, self_judge, template, train
 from dno_jax.stages.scheme import updates
 
 
@@ -38,12 +38,12 @@ def run(config: RunConfig) -> RunResult:
 
 def prepare(config: RunConfig) -> None:
     """Check everything that can be checked before work is paid for, open the run directory, import policy 0."""
-    inspect.check(config)
+    runtime = inspect.check(config)
     if is_primary():
         RunDir(config.run_dir).open(config)
     barrier("config")
     if is_primary():
-        inspect.save_template_strip(config)
+        template.save_template(runtime)
     policies.import_initial(config)
 
 

@@ -37,34 +37,52 @@ class GivenResponse(Record):
     score: float | None = Field(default=None, allow_inf_nan=False)
 
 
-class Prompt(Record):
-    """One prompt x, with the teacher's response where there is one.
+class Conversation(Record):
+    """A chat that a response continues.
 
     Attributes:
-        gold: text of the teacher's response y_gold (Algorithm 2, line 3), or None.
-        candidates: responses for offline methods (sampling.source=data).
+        messages: the chat so far, up to the user's (or system's) last turn.
+        assistant_prefix: words that the assistant has begun its turn with. The response goes on after them: they stand
+            in the prompt's ids and are never trained, and a judge reads them before the response.
     """
 
     prompt_id: str = Field(min_length=1)
     messages: tuple[Message, ...] = Field(min_length=1)
-    source: str = ""
-    gold: str | None = None
-    candidates: tuple[GivenResponse, ...] = ()
+    assistant_prefix: str = ""
 
     @model_validator(mode="after")
-    def _ends_with_a_question(self) -> Prompt:
+    def _ends_with_a_question(self) -> Conversation:
         if self.messages[-1].role == "assistant":
-            raise ValueError("the last message is the assistant's; a prompt ends with the user's (or system's) turn")
+            raise ValueError(
+                "the last message is the assistant's; a prompt ends with the user's (or system's) turn: the beginning "
+                "of an answer goes into assistant_prefix"
+            )
         if not self.messages[-1].content.strip():
             raise ValueError("the last message is empty")
         return self
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Everything in it that somebody wrote."""
+        return (*(message.content for message in self.messages), self.assistant_prefix)
 
-class Example(Record):
+
+class Prompt(Conversation):
+    """One prompt x, with the teacher's response where there is one.
+
+    Attributes:
+        gold: text of the teacher's response y_gold (Algorithm 2, line 3), or None; what follows `assistant_prefix`.
+        candidates: responses for offline methods (sampling.source=data); what follows `assistant_prefix`.
+    """
+
+    source: str = ""
+    gold: str | None = None
+    candidates: tuple[GivenResponse, ...] = ()
+
+
+class Example(Conversation):
     """One supervised example for `dno sft`: the loss covers `response` and its end token only."""
 
-    prompt_id: str = Field(min_length=1)
-    messages: tuple[Message, ...] = Field(min_length=1)
     response: str = Field(min_length=1)
 
 
@@ -76,7 +94,7 @@ class Rollout(Record):
         sample: index of the sample; -1 for the teacher's response.
         source: who wrote it: policy t, its mixture with pi_ref, the teacher, or somebody in the data.
         policy: index t of the policy pi_t that sampled it, alone or in the mixture; None where none did.
-        text: what the judge sees; the decoded `token_ids` without special tokens.
+        text: what the judge sees, after the prompt's assistant_prefix; the decoded `token_ids` without special tokens.
         token_ids: response ids, ending with an end-of-sequence id exactly when finish == "stop".
         prompt_token_ids: the ids the response was conditioned on.
         logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's

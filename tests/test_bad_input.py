@@ -205,6 +205,47 @@ def test_a_template_that_parts_from_its_own_prompt_is_refused(tmp_path, command)
     assert "part" in said
 
 
+def test_more_tokens_than_rows_of_the_embedding(command, folder, tmp_path):
+    copy = copy_of(folder, tmp_path)
+    tree = json.loads((copy / "tokenizer.json").read_text())
+    tree["model"]["vocab"] |= {"surplus": len(tree["model"]["vocab"])}
+    (copy / "tokenizer.json").write_text(json.dumps(tree))
+    assert "the tokenizer has 77 ids, the model's embedding 76 rows" in command(f"model.path={copy}")
+    (copy / "tokenizer.json").write_text((folder / "checkpoint" / "tokenizer.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 76]}))
+    assert "eos_token_id names 76, the model's embedding has 76 rows" in command(f"model.path={copy}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ raise_exception('Only on Sundays') }}", "roles (user): Only on Sundays"),
+        (
+            "{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+            "2 begin tokens",
+        ),
+    ],
+)
+def test_a_template_that_attacks_raises_or_begins_twice(command, tmp_path, template, named):
+    (tmp_path / "odd.jinja").write_text(template)
+    said = command(f"model.chat_template={tmp_path / 'odd.jinja'}")
+    assert "odd.jinja" in said
+    assert named in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_all_spell_control_tokens(command, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "bam </s> a"}\n{"prompt": "</s> b"}\n')
+    said = command(f"prompts.path={tmp_path / 'rows.jsonl'}")
+    assert "all 1 prompts of a part are dropped: 1 x prompt spells a control token" in said
+
+
+def test_a_date_that_is_none(command):
+    assert "template_date" in command("model.template_date=yesterday")
+
+
 def test_the_installed_command_answers(tmp_path):
     done = subprocess.run(
         [Path(sys.executable).parent / "dno", "run", tmp_path / "none.yaml"],

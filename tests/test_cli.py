@@ -59,14 +59,55 @@ def test_inspect_shows_where_the_loss_starts_and_ends(folder, dno, capsys):
     config = folder / "inspect.yaml"
     config.write_text(yaml.safe_dump(small_tree(folder, run_dir="inspect")))
     dno("inspect", config)
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    dno("inspect", "template", config)
+    assert capsys.readouterr().out == said
+    lines = said.splitlines()
     assert "1 BOS, end token trained" in lines[0]
-    strip = [line for line in lines[2:] if line.strip()]
+    assert lines.count("") == 2
+    strip, findings = lines[2 : lines.index("", 2)], lines[lines.index("", 2) + 1 :]
+    assert {line.split()[0] for line in findings} <= {"warning", "note"}
+    assert any(line.startswith("note    BOS: 1 begin token '<s>'") for line in findings)
     trained = [" loss " in line for line in strip]
     start = trained.index(True)
     assert not any(trained[:start])
     assert "'</s>'" in strip[trained.index(False, start) - 1 if False in trained[start:] else -1]
     assert not (folder / "inspect").exists()
+
+
+def test_inspect_template_shows_what_is_wrong_before_it_refuses(folder, monkeypatch, capsys):
+    template = folder / "parts.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}bam {% else %}{{ eos_token }}{% endif %}"
+    )
+    config = folder / "inspect.yaml"
+    tree = small_tree(folder, run_dir="inspect")
+    tree["model"] |= {"chat_template": str(template)}
+    config.write_text(yaml.safe_dump(tree))
+    monkeypatch.setattr(sys, "argv", ["dno", "inspect", "template", str(config)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert "error   concatenation: " in captured.out
+    assert "they part at token" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_inspect_template_is_coloured_on_a_terminal(folder):
+    from dno_jax.config import RunConfig, parse_config
+    from dno_jax.stages import template
+
+    config = parse_config(RunConfig, small_tree(folder), place="test")
+    found = template.report(config.model, config.prompts.path)
+    text = template.render(found)
+    styles = {text.plain[span.start : span.end]: span.style for span in text.spans}
+    tokens, start = found.strip.tokens, found.strip.loss_start
+    assert styles[repr(tokens[start])] != styles[repr(tokens[1])]
+    assert styles[repr("<s>")] not in (styles[repr(tokens[start])], styles[repr(tokens[1])])
+    assert len({styles[repr(token)] for token in (tokens[1], tokens[start], "<s>", "</s>")}) == 4
+    assert text.plain.count("  end\n") == 1
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +139,7 @@ def test_sft_learns_and_exports_a_checkpoint(folder, dno, sft_config, capsys):
     config.write_text(yaml.safe_dump(sft_config))
     dno("sft", config)
     run_dir = RunDir(folder / "sft")
+    assert "end token trained" in run_dir.template_path.read_text()
     losses = [row["loss"] for row in run_dir.read_metrics()]
     assert losses[0] == pytest.approx(np.log(76), rel=0.1)
     assert losses[-1] < 0.5 * losses[0]

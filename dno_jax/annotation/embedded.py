@@ -166,7 +166,8 @@ class GivenAnnotator(_Embedded):
         given: dict[str, set[float]] = {}
         for response in pool.prompt.candidates:
             if response.score is not None:
-                given.setdefault(response.text.strip(), set()).add(response.score)
+                text = pool.prompt.assistant_prefix + response.text
+                given.setdefault(text.strip(), set()).add(response.score)
         found = [given.get(candidate.text.strip(), set()) for candidate in pool.candidates]
         # The last part of an id only: the reasons of many pools are counted by their words.
         short = [name.rpartition("/")[2] for name in pool.candidate_ids]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 # A field marked so may differ when a run directory is resumed: it changes cost, not results.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
@@ -17,7 +18,12 @@ def absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
+def iso_date(day: Any) -> str:
+    return str(datetime.date.fromisoformat(str(day)))  # YAML has made a date of it, unless it is in quotes
+
+
 PathStr = Annotated[str, AfterValidator(absolute)]
+DateStr = Annotated[str, BeforeValidator(iso_date)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 

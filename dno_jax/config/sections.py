@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
-from dno_jax.config.base import MAY_CHANGE, Count, Fraction, PathStr, Section
+from dno_jax.config.base import MAY_CHANGE, Count, DateStr, Fraction, PathStr, Section
 
 
 class ModelConfigSection(Section):
@@ -24,6 +24,10 @@ class ModelConfigSection(Section):
     chat_template: str = Field(
         default="tokenizer",
         description="'tokenizer' (its own), 'raw' (no template: a base model), or the path of a Jinja file",
+    )
+    template_date: DateStr = Field(
+        default="2024-07-26",
+        description="the day that a template which writes today's date is told, in every iteration and after a restart",
     )
 
 
@@ -60,8 +64,10 @@ class PromptsSection(Section):
         default="disjoint", description="each iteration gets its own part of the prompts (section 5.1), or all of them"
     )
     max_length: Count = Field(default=512, description="tokens of the longest prompt, template included")
-    too_long: Literal["error", "drop"] = Field(
-        default="error", description="what becomes of a longer prompt; drops are counted"
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="what becomes of a longer prompt; drops are counted. truncate: the oldest turns go, then the "
+        "beginning of the last question; system messages and what the template writes stay",
     )
 
 

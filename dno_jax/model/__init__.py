@@ -11,11 +11,14 @@ from dno_jax.model.decoder import (
     logits,
     param_axes,
 )
-from dno_jax.model.tokenizer import ChatTokenizer, TemplateStrip, template_strip
+from dno_jax.model.templates import Finding, TemplateStrip, lint, template_strip
+from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.model.truncation import shorten_chat
 
 __all__ = [
     "ChatTokenizer",
     "Decoder",
+    "Finding",
     "KVCache",
     "ModelConfig",
     "RopeConfig",
@@ -27,8 +30,10 @@ __all__ = [
     "hf",
     "init_cache",
     "init_params",
+    "lint",
     "logits",
     "param_axes",
     "repeat_cache",
+    "shorten_chat",
     "template_strip",
 ]

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, read_end_token_ids
 from dno_jax.records import Message
+
+# The day that templates take for today. Any would do, so long as it stays: this is the one that Llama 3's fall back on.
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+
+# Templates ask `strftime_now` for today. A macro of the same name hides it and answers with the pinned day.
+# Its line break is eaten (trim_blocks), so that the template itself still begins at the start of a line.
+_PINNED_NOW = (
+    "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}"
+    "{%- for code, value in pinned_date.items() -%}{%- set found.text = found.text.replace(code, value) -%}"
+    "{%- endfor -%}{{- found.text -}}{%- endmacro %}\n"
+)
+_DATE_CODES = ("%-d", "%-m", "%d", "%e", "%b", "%B", "%m", "%y", "%Y", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
 
 
 @dataclass(frozen=True)
@@ -20,14 +36,18 @@ class ChatTokenizer:
     Attributes:
         path: directory it was read from.
         template: the Jinja text of the chat template; None means raw: contents concatenated, for base models.
+        template_place: the file the template came from, for messages.
+        date: the day that the template takes for today.
         end_ids: ids that end a response: the tokenizer's own first, then those of the checkpoint's eos_token_id.
         bos_id: id that begins a text, or None.
-        vocab_size: number of tokens, added ones included.
-        digest: sha256 (hex) of the tokenizer's files and the template: equal digests give equal ids.
+        vocab_size: one more than the largest id, added tokens included.
+        digest: sha256 (hex) of the tokenizer's files, the template and the date: equal digests give equal ids.
     """
 
     path: Path
     template: str | None
+    template_place: Path
+    date: datetime.date
     end_ids: tuple[int, ...]
     bos_id: int | None
     vocab_size: int
@@ -35,12 +55,15 @@ class ChatTokenizer:
     _tokenizer: Any = field(repr=False, compare=False)
 
     @classmethod
-    def load(cls, path: str | Path, chat_template: str = "tokenizer") -> ChatTokenizer:
+    def load(
+        cls, path: str | Path, chat_template: str = "tokenizer", *, date: datetime.date = TEMPLATE_DATE
+    ) -> ChatTokenizer:
         """Read a tokenizer from a directory; nothing is fetched and no code of the checkpoint is run.
 
         Args:
             path: directory with tokenizer files.
             chat_template: "tokenizer" (the template it brings), "raw" (none), or the path of a Jinja file.
+            date: the day that a template which writes today's date is told.
 
         Raises:
             DnoError: the directory holds no tokenizer, it brings no template, the template's file is missing, or no end
@@ -60,25 +83,80 @@ class ChatTokenizer:
         return cls(
             path=path,
             template=template,
+            template_place=path if chat_template in ("tokenizer", "raw") else Path(chat_template),
+            date=date,
             end_ids=end_ids,
             bos_id=tokenizer.bos_token_id,
-            vocab_size=len(tokenizer),
-            digest=_digest(path, template),
+            vocab_size=1 + max(tokenizer.get_vocab().values()),
+            digest=_digest(path, template, date),
             _tokenizer=tokenizer,
         )
 
-    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]:
+    @cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that structure a text and that no message may spell.
+
+        They are the tokens that the tokenizer marks as special (but not "unknown", which any word may be), begin and
+        end ids, and the added tokens that the template writes around a question. Other added tokens, such as <think>,
+        are words that a model may say.
+        """
+        added = self._tokenizer.added_tokens_decoder
+        control = {i for i, token in added.items() if token.special}
+        control |= {*self._tokenizer.all_special_ids, *self.end_ids, self.bos_id}
+        with contextlib.suppress(DnoError):  # a template that refuses a question: whoever asks one is told
+            control |= {i for i in self.prompt_ids([Message(role="user", content="x")]) if i in added}
+        return frozenset(control - {None, self._tokenizer.unk_token_id})
+
+    def control_tokens(self, *texts: str) -> list[str]:
+        """Return the control tokens that the tokenizer would make of these texts, which would pass for structure."""
+        return self.strip([i for text in texts for i in self._plain_ids(text) if i in self.control_ids])
+
+    def prompt_ids(self, messages: Sequence[Message], assistant_prefix: str = "") -> tuple[int, ...]:
         """Return the ids after which a response begins: the chat so far, and the header of the assistant's turn.
 
+        Args:
+            assistant_prefix: words that the assistant has begun with, which the response continues.
+
         Raises:
-            DnoError: the template refuses the messages, or raw is asked to render more than one user message.
+            DnoError: the template refuses the messages or alters the prefix, or raw is asked to render more than one
+                user message.
         """
         if self.template is None:
-            return self._raw_ids(_raw_text(messages))
-        return self._chat_ids(messages, add_generation_prompt=True)
+            return self._raw_ids(_raw_text(messages) + assistant_prefix)
+        if not assistant_prefix:
+            return self._apply(messages, add_generation_prompt=True)
+        text = self.prompt_text(messages, assistant_prefix)
+        if not text.endswith(assistant_prefix):
+            raise DnoError(
+                f"{self.template_place}: the chat template does not keep the assistant prefix {assistant_prefix!r}: "
+                f"the prompt ends with {_shorten(text[-40:])}; give one without blanks at its ends, or another template"
+            )
+        return self._apply([*messages, _assistant(assistant_prefix)], continue_final_message=True)
 
-    def response_ids(self, messages: Sequence[Message], response: str, *, end_id: int) -> tuple[int, ...]:
-        """Return the ids of a response after `prompt_ids(messages)`, closed by exactly one end id.
+    def prompt_text(self, messages: Sequence[Message], assistant_prefix: str = "") -> str:
+        """Return the text whose ids are `prompt_ids`, for inspection; raises as it does."""
+        if self.template is None:
+            return _raw_text(messages) + assistant_prefix
+        if not assistant_prefix:
+            return self._apply(messages, tokenize=False, add_generation_prompt=True)
+        return self._apply([*messages, _assistant(assistant_prefix)], tokenize=False, continue_final_message=True)
+
+    def chat_ids(self, messages: Sequence[Message], response: str) -> tuple[int, ...]:
+        """Return the ids of the whole chat as the template writes it, with what it writes after the response."""
+        if self.template is None:
+            return self._raw_ids(_raw_text(messages) + response)
+        return self._apply([*messages, _assistant(response)])
+
+    def chat_text(self, messages: Sequence[Message], response: str) -> str:
+        """Return the text whose ids are `chat_ids`, for inspection."""
+        if self.template is None:
+            return _raw_text(messages) + response
+        return self._apply([*messages, _assistant(response)], tokenize=False)
+
+    def response_ids(
+        self, messages: Sequence[Message], response: str, *, end_id: int, assistant_prefix: str = ""
+    ) -> tuple[int, ...]:
+        """Return the ids of a response after `prompt_ids(messages, assistant_prefix)`, closed by exactly one end id.
 
         Prompt and response together are the ids of the whole chat, so the ids are those that a model would have had to
         sample. What a template writes after the end id, such as a newline, is cut.
@@ -87,49 +165,69 @@ class ChatTokenizer:
             end_id: closes the response where the template writes no end id of its own.
 
         Raises:
-            DnoError: the response spells an end or begin token, or the whole chat does not begin with the prompt's ids.
+            DnoError: the response spells a control token, or the whole chat does not begin with the prompt's ids.
         """
         self._refuse_control(response)
-        prompt = self.prompt_ids(messages)
-        if self.template is None:
-            whole = self._raw_ids(_raw_text(messages) + response)
-            if whole[: len(prompt)] == prompt:
-                return (*whole[len(prompt) :], end_id)
-            # The last token of the prompt merges with the response's first: a model would never have sampled that.
-            return (*self._plain_ids(response), end_id)
-        whole = self._chat_ids([*messages, Message(role="assistant", content=response)], add_generation_prompt=False)
+        prompt = self.prompt_ids(messages, assistant_prefix)
+        whole = self.chat_ids(messages, assistant_prefix + response)
         if whole[: len(prompt)] != prompt:
-            self._say_where_they_part(prompt, whole)
+            if self.template is not None:
+                self._say_where_they_part(prompt, whole)
+            # The last token of the prompt merges with the response's first: a model would never have sampled that.
+            return (*self._following_ids(response), end_id)
         tail = whole[len(prompt) :]
         for index, token in enumerate(tail):
             if token in self.end_ids:
                 return tail[: index + 1]
         return (*tail, end_id)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return text without special tokens."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
+        """Return text without special tokens.
+
+        Args:
+            after: ids that the text continues: a blank between them belongs to it, which SentencePiece would swallow
+                at the beginning of a text.
+        """
+
+        def text(ids: Sequence[int]) -> str:
+            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+        head = text(after) if after else ""
+        whole = text([*after, *ids])
+        return whole[len(head) :] if whole.startswith(head) else text(ids)
 
     def strip(self, ids: Sequence[int]) -> list[str]:
         """Return each id's token as the vocabulary spells it, for inspection."""
         return [str(token) for token in self._tokenizer.convert_ids_to_tokens(list(ids))]
 
-    def _chat_ids(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> tuple[int, ...]:
-        from jinja2 import TemplateError
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Return what the tokenizer makes of a text of its own accord: with its begin token, if it has one."""
+        return self._raw_ids(text)
 
+    def has_token(self, text: str) -> bool:
+        """Return whether the vocabulary holds a text as one token."""
+        return self._tokenizer.convert_tokens_to_ids(text) not in (None, self._tokenizer.unk_token_id)
+
+    def _apply(self, messages: Sequence[Message], *, tokenize: bool = True, **options: bool) -> Any:
+        """Render a chat: ids or, with tokenize=False, text. Transformers does so in Jinja's immutable sandbox."""
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        dated: dict[str, Any] = {"date_string": self.date.strftime("%d %b %Y")}
+        template = self.template or ""
+        if "strftime_now" in template:
+            template = _PINNED_NOW + template
+            dated["pinned_date"] = {code: self.date.strftime(code) for code in _DATE_CODES}
         try:
             # Ids directly, never text that is tokenised again: that doubles the BOS which the template wrote.
-            ids = self._tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.content} for message in messages],
-                chat_template=self.template,
-                tokenize=True,
-                add_generation_prompt=add_generation_prompt,
-                return_dict=False,
+            made = self._tokenizer.apply_chat_template(
+                chat, chat_template=template, tokenize=tokenize, return_dict=False, **options, **dated
             )
-        except (TemplateError, TypeError) as error:  # TypeError: the template asks for tools or the like
+        except Exception as error:  # the template is a program of somebody else's: it may raise anything
             roles = ", ".join(message.role for message in messages)
-            raise DnoError(f"{self.path}: the chat template refuses a chat of roles ({roles}): {error}") from None
-        return tuple(ids)
+            kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+            raise DnoError(
+                f"{self.template_place}: the chat template refuses a chat of roles ({roles}): {kind}{error}"
+            ) from None
+        return tuple(made) if tokenize else made
 
     def _raw_ids(self, text: str) -> tuple[int, ...]:
         ids = tuple(self._tokenizer(text)["input_ids"])
@@ -143,14 +241,17 @@ class ChatTokenizer:
     def _plain_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def _following_ids(self, text: str) -> tuple[int, ...]:
+        """Tokenise a text that does not begin the line: SentencePiece puts a blank before one that does."""
+        anchor, ids = self._plain_ids("\n"), self._plain_ids("\n" + text)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain_ids(text)
+
     def _refuse_control(self, response: str) -> None:
-        for token in self._plain_ids(response):
-            if token in self.end_ids or token == self.bos_id:
-                name = self.strip([token])[0]
-                raise DnoError(
-                    f"the response spells the control token {name!r} (id {token}): {_shorten(response)}; "
-                    "it would end or restart the text there; remove it from the data"
-                )
+        for name in self.control_tokens(response):
+            raise DnoError(
+                f"the response spells the control token {name!r}: {_shorten(response)}; it would pass for the "
+                "structure of the chat; remove it from the data"
+            )
 
     def _say_where_they_part(self, prompt: tuple[int, ...], whole: tuple[int, ...]) -> None:
         at = next(
@@ -158,48 +259,10 @@ class ChatTokenizer:
         )
         window = slice(max(0, at - 3), at + 4)
         raise DnoError(
-            f"{self.path}: with this chat template a chat does not begin with the ids of its prompt; they part at "
-            f"token {at}: the prompt has {self.strip(prompt[window])}, the chat {self.strip(whole[window])}. Use a "
-            "template whose generation prompt is what it also writes before the assistant's words"
+            f"{self.template_place}: with this chat template a chat does not begin with the ids of its prompt; they "
+            f"part at token {at}: the prompt has {self.strip(prompt[window])}, the chat {self.strip(whole[window])}. "
+            "Use a template whose generation prompt is what it also writes before the assistant's words"
         )
-
-
-@dataclass(frozen=True)
-class TemplateStrip:
-    """One chat as the model sees it, and the part the loss covers.
-
-    Attributes:
-        ids: prompt and response.
-        tokens: the same, as the vocabulary spells them.
-        loss_start, loss_end: the loss covers ids[loss_start:loss_end].
-        bos_count: begin tokens in `ids`; more than one is a fault of the template.
-        end_trained: whether the last id under the loss ends a response, so that the model learns to stop.
-    """
-
-    ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    loss_start: int
-    loss_end: int
-    bos_count: int
-    end_trained: bool
-
-
-def template_strip(tokenizer: ChatTokenizer, messages: Sequence[Message], response: str) -> TemplateStrip:
-    """Lay out one chat for `dno inspect`.
-
-    Raises:
-        DnoError: as ChatTokenizer.response_ids.
-    """
-    prompt = tokenizer.prompt_ids(messages)
-    ids = prompt + tokenizer.response_ids(messages, response, end_id=tokenizer.end_ids[0])
-    return TemplateStrip(
-        ids=ids,
-        tokens=tuple(tokenizer.strip(ids)),
-        loss_start=len(prompt),
-        loss_end=len(ids),
-        bos_count=0 if tokenizer.bos_id is None else ids.count(tokenizer.bos_id),
-        end_trained=ids[-1] in tokenizer.end_ids,
-    )
 
 
 def _template(tokenizer: Any, chat_template: str, *, path: Path) -> str | None:
@@ -211,12 +274,16 @@ def _template(tokenizer: Any, chat_template: str, *, path: Path) -> str | None:
                 f"{path}: the tokenizer brings no chat template; set chat_template to 'raw' (a base model) or to the "
                 "path of a Jinja file"
             )
-        return tokenizer.get_chat_template()
+        try:
+            return tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none of them the default
+            raise DnoError(f"{path}: {error}; set chat_template to the path of a Jinja file") from None
     try:
         return Path(chat_template).read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise DnoError(
-            f"chat_template {chat_template!r}: expected 'tokenizer', 'raw' or a readable Jinja file ({error.strerror})"
+            f"chat_template {chat_template!r}: expected 'tokenizer', 'raw' or a readable Jinja file ({why})"
         ) from None
 
 
@@ -229,10 +296,14 @@ def _end_ids(tokenizer: Any, path: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _digest(path: Path, template: str | None) -> str:
+def _assistant(content: str) -> Message:
+    return Message(role="assistant", content=content)
+
+
+def _digest(path: Path, template: str | None, date: datetime.date) -> str:
     digest = hashlib.sha256()
     contents = [(name, (path / name).read_bytes()) for name in TOKENIZER_FILES if (path / name).is_file()]
-    contents.append(("template", b"raw" if template is None else b"jinja" + template.encode()))
+    contents.append(("template", json.dumps([template, None if template is None else date.isoformat()]).encode()))
     for name, content in contents:
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

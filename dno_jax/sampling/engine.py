@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int
 from dno_jax.logprobs import token_logprobs
 from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache, repeat_cache
 from dno_jax.model.decoder import Decoder, logits
-from dno_jax.sampling.transforms import Truncation, address, sample_token
+from dno_jax.sampling.transforms import Truncation, address, sample_token, without_padding
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Generation:
         end_ids: ids that end a response.
         truncation: the sampling distribution.
         seed: of the run, the first part of every row's address.
+        num_ids: ids that may be drawn are below this, the tokenizer's count; further rows of the embedding are padding.
+            None draws from all of it.
         first_sample: number of the first of the K samples; others of one prompt then draw from other keys.
     """
 
@@ -41,6 +43,7 @@ class Generation:
     truncation: Truncation
     seed: int
     first_sample: int = 0
+    num_ids: int | None = None
 
 
 @flax.struct.dataclass
@@ -88,7 +91,9 @@ class Responses:
 
     token: Any  # [B, N] int32, 0 after the end
     length: Any  # [B] int32, tokens generated, the end id included
-    logprob: Any  # [B] float32, sum over them of log pi_t(token | prefix) at temperature 1, nats, mixture or not
+    # [B] float32, sum over them of log pi_t(token | prefix), nats, mixture or not: at temperature 1 over the whole
+    # embedding, as the trainer has it, whatever truncation or padding kept some tokens from being drawn.
+    logprob: Any
     stopped: Any  # [B] bool, whether an end id was emitted
 
 
@@ -166,7 +171,8 @@ def generate(
             place(logits(config, policy, hidden), ("batch", None))
             for policy, hidden in zip(policies, loop.hidden, strict=True)
         ]
-        token = sample_token(row_key, mixed(row_logits), step=loop.step, truncation=generation.truncation)
+        drawable = without_padding(mixed(row_logits), num_ids=generation.num_ids)
+        token = sample_token(row_key, drawable, step=loop.step, truncation=generation.truncation)
         alive = ~done.stopped & ~filler
         token = jnp.where(alive, token, 0)
         responses = Responses(

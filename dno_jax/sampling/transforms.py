@@ -46,6 +46,13 @@ def address(
     return jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(prompt, sample)
 
 
+def without_padding(logits: Float[Array, "B V"], *, num_ids: int | None) -> Float[Array, "B V"]:
+    """Make ids from `num_ids` on impossible: no token belongs to these rows of the embedding. None leaves all."""
+    if num_ids is None or num_ids >= logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1])[None, :] < num_ids, logits, -jnp.inf)
+
+
 def sample_token(
     row_key: Array, logits: Float[Array, "B V"], *, step: Int[Array, ""], truncation: Truncation
 ) -> Int[Array, " B"]:
@@ -57,7 +64,7 @@ def sample_token(
 
     Args:
         row_key: one key a row (`address`).
-        logits: float32, unnormalised.
+        logits: float32, unnormalised; -inf is never drawn.
         step: index of the token in the response.
 
     Returns:

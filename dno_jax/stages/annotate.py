@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from etils import epath
 
@@ -83,7 +83,7 @@ class _Work:
 
 
 def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str]) -> list[Pool]:
-    """Return one pool a prompt; what is in none of them is counted by reason."""
+    """Return one pool a prompt, each candidate with the prefix it continues; what is in none is counted by reason."""
     by_prompt: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
@@ -91,7 +91,9 @@ def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, drop
     for prompt_id, own in by_prompt.items():
         candidates = distinct_candidates(own, dropped=dropped)
         if len(candidates) >= 2:
-            pools.append(Pool(prompt=prompts[prompt_id], candidates=candidates))
+            prefix = prompts[prompt_id].assistant_prefix
+            shown = tuple(replace(candidate, text=prefix + candidate.text) for candidate in candidates)
+            pools.append(Pool(prompt=prompts[prompt_id], candidates=shown))
         else:
             dropped["fewer than two distinct candidates"] += 1
     return pools

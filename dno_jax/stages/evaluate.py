@@ -50,7 +50,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     inputs |= runtime.policy_inputs(*(run_dir.policy(policy) for policy in range(newest + 1)))
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
-    tokenized, dropped = tokenize_prompts(held_out, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
+    tokenized, dropped = tokenize_prompts(held_out, tokenizer=runtime.tokenizer, section=config.prompts)
     for policy in [0, 1] if iteration == 0 else [newest]:
         if tokenized:
             sample_to_shards(
@@ -101,7 +101,8 @@ class _Players:
         if len(distinct) < 2:
             return None
         # The sample is part of the id: a judge that draws its verdicts must draw anew for each.
-        candidates = tuple(Candidate(f"{names[0]}/{self.sample}", self.texts[names[0]]) for names in distinct)
+        prefix = self.prompt.assistant_prefix
+        candidates = tuple(Candidate(f"{names[0]}/{self.sample}", prefix + self.texts[names[0]]) for names in distinct)
         return Pool(prompt=self.prompt, candidates=candidates)
 
     def _distinct(self) -> list[list[str]]:

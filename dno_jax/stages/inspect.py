@@ -1,4 +1,4 @@
-"""Looks before the run leaps: does everything fit together, and what exactly is trained on?"""
+"""Looks before the run leaps: does everything fit together?"""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import tempfile
 
 from dno_jax.annotation.annotator import build_annotator
 from dno_jax.config import RunConfig
-from dno_jax.model.tokenizer import ChatTokenizer, TemplateStrip, template_strip
+from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
-from dno_jax.run_dir import RunDir, write_atomically
+from dno_jax.report.console import say
 from dno_jax.stages import self_judge
-from dno_jax.stages.prompts import load_prompts, split_prompts, tokenize_prompts
+from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.template import refuse_template
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> Runtime[RunConfig]:
     """Raise now what would otherwise be raised after hours: model, mesh, prompts, template, judge.
 
     Raises:
@@ -27,8 +28,14 @@ def check(config: RunConfig) -> None:
     runtime.param_shardings(TRAIN)
     runtime.param_shardings(DECODE)
     split = split_prompts(config)
+    refuse_template(runtime)
     for part in {*split.training, split.held_out}:
-        tokenize_prompts(part, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
+        kept, dropped = tokenize_prompts(part, tokenizer=runtime.tokenizer, section=config.prompts)
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
+        if part and not kept:
+            raise DnoError(f"{config.prompts.path}: all {len(part)} prompts of a part are dropped: {reasons}")
+        if reasons and is_primary():
+            say(f"of {len(part)} prompts some are dropped: {reasons}")
     if config.annotation.kind == "self":
         self_judge.check(config)
     if is_primary():
@@ -37,29 +44,4 @@ def check(config: RunConfig) -> None:
             for section in (config.annotation, config.evaluation_judge):
                 if section.kind != "self":
                     asyncio.run(build_annotator(section, store_path=store, seed=config.seed).close())
-
-
-def strip(config: RunConfig) -> TemplateStrip:
-    """The first prompt with its teacher's response (or a stand-in), as the model sees them."""
-    tokenizer = ChatTokenizer.load(config.model.path, config.model.chat_template)
-    prompts = load_prompts(config.prompts.path)
-    prompt = next((prompt for prompt in prompts if prompt.gold), prompts[0])
-    return template_strip(tokenizer, prompt.messages, prompt.gold or "A response.")
-
-
-def describe(found: TemplateStrip) -> str:
-    """The strip as text: a token a line, where the loss starts and ends, and what a reader should check."""
-    lines = [
-        f"{len(found.ids)} tokens, loss on [{found.loss_start}, {found.loss_end}), "
-        f"{found.bos_count} BOS, end token {'trained' if found.end_trained else 'NOT trained'}",
-        "",
-    ]
-    for index, (token_id, token) in enumerate(zip(found.ids, found.tokens, strict=True)):
-        trained = "loss" if found.loss_start <= index < found.loss_end else "    "
-        lines.append(f"{index:5d} {trained} {token_id:7d} {token!r}")
-    return "\n".join(lines) + "\n"
-
-
-def save_template_strip(config: RunConfig) -> None:
-    """Leave the strip in the run directory, where a person can check what was trained on."""
-    write_atomically(RunDir(config.run_dir).template_path, describe(strip(config)))
+    return runtime

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from pydantic import ValidationError
 
 from dno_jax.config import PromptsSection, RunConfig
 from dno_jax.errors import DnoError
+from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.model.truncation import shorten_chat
 from dno_jax.records import Message, Prompt, explain
 from dno_jax.run_dir import is_lookahead
 
@@ -65,7 +67,8 @@ def with_messages(row: dict[str, Any]) -> dict[str, Any]:
         row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
         del row["prompt"]
     if "prompt_id" not in row and "messages" in row:
-        identity = json.dumps(row["messages"], sort_keys=True)
+        parts = [row["messages"], *([row["assistant_prefix"]] if row.get("assistant_prefix") else [])]
+        identity = ", ".join(json.dumps(part, sort_keys=True) for part in parts)
         row = {**row, "prompt_id": hashlib.sha256(identity.encode()).hexdigest()[:16]}
     return row
 
@@ -116,8 +119,11 @@ def split_prompts(config: RunConfig) -> PromptSplit:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
+    """A prompt with its ids; where it was truncated, `prompt` holds the messages that are left."""
+
     prompt: Prompt
     token_ids: tuple[int, ...]
+    truncated: bool = False
 
     @property
     def name(self) -> int:
@@ -131,25 +137,46 @@ def name_bits(name: str) -> int:
 
 
 def tokenize_prompts(
-    prompts: Sequence[Prompt], *, encode: Callable[[tuple[Message, ...]], tuple[int, ...]], section: PromptsSection
+    prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer, section: PromptsSection
 ) -> tuple[list[TokenizedPrompt], Counter[str]]:
     """Tokenise, and sort by length (then id) so that a batch holds prompts of like length.
 
+    A prompt that spells a control token is dropped: tokenised, its words would end turns and begin others.
+
     Raises:
-        DnoError: a prompt is longer than prompts.max_length and too_long is "error".
+        DnoError: a prompt is longer than prompts.max_length and too_long is "error", or the template refuses it.
     """
     kept: list[TokenizedPrompt] = []
     dropped: Counter[str] = Counter()
     for prompt in prompts:
-        ids = encode(prompt.messages)
-        if len(ids) <= section.max_length:
-            kept.append(TokenizedPrompt(prompt, ids))
-        elif section.too_long == "drop":
-            dropped["prompt too long"] += 1
+        if tokenizer.control_tokens(*prompt.texts):
+            dropped["prompt spells a control token"] += 1
+        elif found := _tokenized(prompt, tokenizer=tokenizer, section=section):
+            kept.append(found)
         else:
-            raise DnoError(
-                f"prompt {prompt.prompt_id!r} has {len(ids)} tokens, prompts.max_length is {section.max_length}; "
-                "raise it, shorten the prompt, or set prompts.too_long=drop"
-            )
+            dropped["prompt too long"] += 1
     kept.sort(key=lambda item: (len(item.token_ids), item.prompt.prompt_id))
     return kept, dropped
+
+
+def _tokenized(prompt: Prompt, *, tokenizer: ChatTokenizer, section: PromptsSection) -> TokenizedPrompt | None:
+    def encode(messages: Sequence[Message]) -> tuple[int, ...]:
+        try:
+            return tokenizer.prompt_ids(messages, prompt.assistant_prefix)
+        except DnoError as error:
+            raise DnoError(f"prompt {prompt.prompt_id!r}: {error}") from None
+
+    ids = encode(prompt.messages)
+    if len(ids) <= section.max_length:
+        return TokenizedPrompt(prompt, ids)
+    if section.too_long == "error":
+        raise DnoError(
+            f"prompt {prompt.prompt_id!r} has {len(ids)} tokens, prompts.max_length is {section.max_length}; "
+            "raise it, shorten the prompt, or set prompts.too_long=drop (or truncate)"
+        )
+    if section.too_long == "drop":
+        return None
+    left = shorten_chat(prompt.messages, max_length=section.max_length, count=lambda chat: len(encode(chat)))
+    if left is None:
+        return None
+    return TokenizedPrompt(prompt.model_copy(update={"messages": left}), encode(left), truncated=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,7 @@ class Runtime(Generic[ConfigT]):
         shape_from = getattr(section, "init_config", None) or section.path
         # Once for the whole run, so that sampling, scoring, training and judging rotate alike.
         model_config = read_config(shape_from, rope_length=longest_text(config))
-        tokenizer = ChatTokenizer.load(section.path, section.chat_template)
+        tokenizer = load_tokenizer(section)
         runtime = cls(
             config=config,
             run_dir=RunDir(config.run_dir),
@@ -74,6 +75,18 @@ class Runtime(Generic[ConfigT]):
             raise DnoError(
                 f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
                 "of experts; set it to 0"
+            )
+        ids, embeddings = self.tokenizer.vocab_size, self.model_config.vocab_size
+        place = self.tokenizer.path
+        if ids > embeddings:
+            raise DnoError(
+                f"{place}: the tokenizer has {ids} ids, the model's embedding {embeddings} rows (vocab_size of its "
+                "config.json); give the tokenizer that the model was trained with, or a model with a larger embedding"
+            )
+        if max(self.end_ids) >= embeddings:
+            raise DnoError(
+                f"{place}: eos_token_id names {max(self.end_ids)}, the model's embedding has {embeddings} rows; "
+                "correct generation_config.json"
             )
         rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
         if isinstance(config, RunConfig):
@@ -139,6 +152,12 @@ def longest_text(config: RunConfig | SftConfig) -> int:
 
 def _longest_example(config: RunConfig | SftConfig) -> int:
     return config.max_length if isinstance(config, RunConfig) else config.data.max_length
+
+
+def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
+    """Read the tokenizer and chat template that a configuration names."""
+    date = datetime.date.fromisoformat(section.template_date)
+    return ChatTokenizer.load(section.path, section.chat_template, date=date)
 
 
 def use_compilation_cache() -> None:

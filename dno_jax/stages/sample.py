@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -34,9 +35,12 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     run_dir = runtime.run_dir
     stage = run_dir.stage("sample", iteration)
     prompts = split_prompts(config).training[iteration]
+    tokenized, dropped = tokenize_prompts(prompts, tokenizer=runtime.tokenizer, section=config.prompts)
     prompts_path = run_dir.prompts_path(iteration)
     if is_primary():
-        _keep_prompts(prompts_path, prompts)
+        # The judge reads what was sampled from, also where that was truncated.
+        shown = {item.prompt.prompt_id: item.prompt for item in tokenized}
+        _keep_prompts(prompts_path, [shown.get(prompt.prompt_id, prompt) for prompt in prompts])
     barrier(f"prompts {iteration}")
     weight = mixture_weight(config, iteration)
     policies = {"policy": run_dir.policy(iteration)}
@@ -45,7 +49,6 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     inputs = stage.reference_of(prompts_path) | runtime.policy_inputs(*policies.values())
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
-    tokenized, dropped = tokenize_prompts(prompts, encode=runtime.tokenizer.prompt_ids, section=config.prompts)
     if config.sampling.source == "data":
         if is_primary():
             given_to_shards(runtime, tokenized, out=stage, iteration=iteration)
@@ -64,14 +67,15 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         )
     if is_primary():
         rollouts = list(stage.read(Rollout))
-        dropped.update(_gold_drops(rollouts, prompts))
+        dropped.update(_gold_drops(rollouts, tokenized))
+        truncated = sum(item.truncated for item in tokenized)
         stage.finish(
             config_digest=runtime.config_digest,
             inputs=inputs,
             rows=len(rollouts),
             dropped=dropped,
             seconds=time.perf_counter() - start,
-            details=response_statistics(rollouts),
+            details=response_statistics(rollouts) | ({"truncated_prompts": truncated} if truncated else {}),
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
@@ -167,6 +171,7 @@ def _dispatch(
         first_sample=draw.first_sample,
         max_new_tokens=config.sampling.max_new_tokens,
         end_ids=runtime.end_ids,
+        num_ids=runtime.tokenizer.vocab_size,
         truncation=Truncation(
             temperature=config.sampling.temperature,
             top_k=config.sampling.top_k,
@@ -208,7 +213,7 @@ def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy:
                     sample=sample,
                     source=draw.source,
                     policy=policy,
-                    text=runtime.tokenizer.decode(token_ids),
+                    text=runtime.tokenizer.decode(token_ids, after=_before(item)),
                     token_ids=token_ids,
                     prompt_token_ids=item.token_ids,
                     logprob=float(columns["logprob"][row]),
@@ -220,6 +225,11 @@ def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy:
             own.append(gold)
     if rollouts:
         out.write_shard(f"{batch.first + min(rollouts):07d}", [row for own in rollouts.values() for row in own])
+
+
+def _before(item: TokenizedPrompt) -> tuple[int, ...]:
+    """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
+    return item.token_ids if item.prompt.assistant_prefix else ()
 
 
 def given_to_shards(
@@ -252,7 +262,7 @@ def given_to_shards(
 
 
 def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int) -> Rollout | None:
-    """The teacher's response as a candidate like any other, where there is one that can be ranked."""
+    """The teacher's response as a candidate like any other, where there is one that can be ranked and tokenised."""
     gold = item.prompt.gold
     if not gold or not gold.strip():
         return None
@@ -260,7 +270,9 @@ def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int)
     if runtime.config.annotation.kind == "given" and gold.strip() not in texts:
         return None  # nobody gave it points
     rollout_id = f"{iteration:03d}/{item.prompt.prompt_id}/gold"
-    return fixed_rollout(runtime, item, text=gold, rollout_id=rollout_id, source="gold", sample=-1)
+    with contextlib.suppress(DnoError):  # counted in _gold_drops: one teacher's response is not worth a run
+        return fixed_rollout(runtime, item, text=gold, rollout_id=rollout_id, source="gold", sample=-1)
+    return None
 
 
 def fixed_rollout(
@@ -268,7 +280,9 @@ def fixed_rollout(
 ) -> Rollout:
     """A response that no policy of this run wrote: tokenised once, cut where the student's would be."""
     config = runtime.config
-    ids = runtime.tokenizer.response_ids(item.prompt.messages, text, end_id=runtime.end_ids[0])
+    ids = runtime.tokenizer.response_ids(
+        item.prompt.messages, text, end_id=runtime.end_ids[0], assistant_prefix=item.prompt.assistant_prefix
+    )
     whole = len(ids) <= config.sampling.max_new_tokens
     ids = ids[: config.sampling.max_new_tokens]
     # The judge reads what is trained on, also where that was cut; points that came with the data are for all of it.
@@ -279,7 +293,7 @@ def fixed_rollout(
         sample=sample,
         source=source,
         policy=None,
-        text=text if keep else runtime.tokenizer.decode(ids),
+        text=text if keep else runtime.tokenizer.decode(ids, after=_before(item)),
         token_ids=ids,
         prompt_token_ids=item.token_ids,
         logprob=None,
@@ -287,10 +301,10 @@ def fixed_rollout(
     )
 
 
-def _gold_drops(rollouts: Sequence[Rollout], prompts: Sequence[Prompt]) -> Counter[str]:
+def _gold_drops(rollouts: Sequence[Rollout], prompts: Sequence[TokenizedPrompt]) -> Counter[str]:
     have = {rollout.prompt_id for rollout in rollouts if rollout.is_gold}
-    empty = sum(prompt.gold is not None and prompt.prompt_id not in have for prompt in prompts)
-    return Counter({"gold response empty": empty} if empty else {})
+    lost = [item.prompt.gold for item in prompts if item.prompt.gold is not None and item.prompt.prompt_id not in have]
+    return Counter("gold response without points or ids" if gold.strip() else "gold response empty" for gold in lost)
 
 
 def response_statistics(rollouts: Sequence[Rollout]) -> dict[str, Any]:

@@ -200,6 +200,7 @@ class _Judge:
                 num_samples=section.num_judgements,
                 max_new_tokens=section.max_new_tokens,
                 end_ids=self.runtime.end_ids,
+                num_ids=self.runtime.tokenizer.vocab_size,
                 truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
                 seed=config.seed,
             ),
@@ -232,7 +233,7 @@ class _Judge:
         return self.runtime.tokenizer.prompt_ids([Message.model_validate(message) for message in messages])
 
     def _control(self, ids: Sequence[int]) -> Counter[int]:
-        control = {*self.runtime.end_ids, self.runtime.tokenizer.bos_id}
+        control = self.runtime.tokenizer.control_ids
         return Counter(token for token in ids if token in control)
 
 

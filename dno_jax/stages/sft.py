@@ -20,6 +20,7 @@ from dno_jax.report.console import say
 from dno_jax.stages.policies import local_copy
 from dno_jax.stages.prompts import read_rows, with_messages
 from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import train
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
@@ -30,8 +31,10 @@ def run(config: SftConfig) -> epath.Path:
     """Fine-tune (or train from random weights) and export a Hugging Face checkpoint; return where it lies."""
     start = time.perf_counter()
     runtime = Runtime.start(config)
+    refuse_template(runtime)
     if is_primary():
         runtime.run_dir.open(config)
+        save_template(runtime)
     barrier("sft config")
     target = runtime.run_dir.export_path
     if target.exists():
@@ -72,8 +75,7 @@ def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[Trai
             example = Example.model_validate(with_messages(row))
         except ValidationError as error:
             raise DnoError(f"{place}: not a valid example: {explain(error)}") from None
-        prompt = runtime.tokenizer.prompt_ids(example.messages)
-        response = runtime.tokenizer.response_ids(example.messages, example.response, end_id=runtime.end_ids[0])
+        prompt, response = _ids(runtime, example, place=place)
         if len(prompt) + len(response) > config.data.max_length:
             raise DnoError(
                 f"{place}: {len(prompt) + len(response)} tokens exceed data.max_length {config.data.max_length}; "
@@ -83,6 +85,23 @@ def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[Trai
     if not rows:
         raise DnoError(f"{config.data.path}: holds no examples")
     return rows
+
+
+def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return prompt and response ids."""
+    tokenizer, prefix = runtime.tokenizer, example.assistant_prefix
+    if spelt := tokenizer.control_tokens(*example.texts):
+        raise DnoError(
+            f"{place}: the prompt spells the control token {spelt[0]!r}, which would pass for the structure of the "
+            "chat; remove it from the data"
+        )
+    try:
+        prompt = tokenizer.prompt_ids(example.messages, prefix)
+        return prompt, tokenizer.response_ids(
+            example.messages, example.response, end_id=runtime.end_ids[0], assistant_prefix=prefix
+        )
+    except DnoError as error:
+        raise DnoError(f"{place}: {error}") from None
 
 
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:

@@ -8,49 +8,12 @@ from pathlib import Path
 import pytest
 
 from dno_jax.errors import DnoError
-from dno_jax.model.tokenizer import ChatTokenizer, template_strip
+from dno_jax.model.templates import template_strip
+from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.records import Message
+from tests.model.tokenizers import CHATML, SENTENCES, make_tokenizer, user
 
-CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
 NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"  # noqa: E501
-SENTENCES = (
-    "Tell me a story about a red fox.",
-    "What is 17 + 25? Say only the number.",
-    "  leading and trailing spaces  ",
-    "tabs\tand\n\nblank lines\n",
-    "Größe, naïve, 東京, 🙂 and \u200b zero width",
-    "x",
-    "def f(a):\n    return a ** 2  # comment",
-)
-
-
-def user(text: str) -> list[Message]:
-    return [Message(role="user", content=text)]
-
-
-def make_tokenizer(path: Path, *, template: str | None, eos_after: bool = False) -> Path:
-    """A byte-level BPE tokenizer with BOS 0 and EOS 1 and no merges, in the form of a checkpoint."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
-    vocab["he"] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e")]))
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    single = "<s> $A </s>" if eos_after else "<s> $A"
-    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
-    path.mkdir()
-    tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    if template is not None:
-        config["chat_template"] = template
-    (path / "tokenizer_config.json").write_text(json.dumps(config))
-    return path
 
 
 @pytest.fixture

@@ -318,3 +318,23 @@ def test_without_mixture_there_is_no_second_cache(params, reference_params):
 def test_prompt_buckets_are_few_powers_of_two():
     assert [prompt_bucket(n, max_length=100) for n in (1, 16, 17, 64, 65, 100)] == [16, 16, 32, 64, 100, 100]
     assert len({prompt_bucket(n, max_length=4096) for n in range(1, 4097)}) == 9
+
+
+@pytest.mark.parametrize("truncation", [Truncation(), Truncation(temperature=0.0), Truncation(0.8, 30, 0.9, 0.01)])
+def test_rows_of_the_embedding_without_a_token_are_never_drawn(params, truncation):
+    """A tokenizer may have fewer ids than the embedding has rows; what those rows say is likeliest here."""
+    num_ids = 60
+    loud = params | {"head": params["head"].at[:, num_ids:].multiply(3.0)} if "head" in params else None
+    assert loud is not None
+    free = dataclasses.replace(GENERATION, end_ids=(), truncation=truncation)
+    assert (run(loud, prompt_batch(), free).token >= num_ids).mean() > 0.5
+    masked = run(loud, prompt_batch(), dataclasses.replace(free, num_ids=num_ids))
+    assert masked.token.max() < num_ids
+    assert len(np.unique(masked.token)) > 5
+    # The record is the trainer's: a log-probability over the whole embedding.
+    assert_own_logprobs(loud, masked)
+
+
+def test_as_many_ids_as_rows_changes_nothing(params, responses):
+    same = run(params, prompt_batch(), dataclasses.replace(GENERATION, num_ids=CONFIG.vocab_size))
+    np.testing.assert_array_equal(same.token, responses.token)

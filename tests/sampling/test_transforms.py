@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dno_jax.sampling.transforms import Truncation, address, inside_nucleus, sample_token, top_k_mask
+from dno_jax.sampling.transforms import Truncation, address, inside_nucleus, sample_token, top_k_mask, without_padding
 
 TRUNCATIONS = [
     Truncation(),
@@ -120,3 +120,15 @@ def test_the_last_bin_is_never_overrun():
         logits = np.full(300, -1e9)
         logits[place] = 0.0
         assert set(draws(logits, Truncation(), 500)) == {place}
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_padding_of_the_vocabulary_leaves_the_distribution_of_the_rest(truncation):
+    """What is drawn beside impossible ids is what is drawn without them, token for token."""
+    logits = 2.0 * np.random.default_rng(3).standard_normal(40).astype(np.float32)
+    loud = np.concatenate([logits, np.full(24, 50.0, np.float32)])
+    masked = np.asarray(without_padding(jnp.asarray(loud)[None], num_ids=40))[0]
+    np.testing.assert_array_equal(masked[:40], logits)
+    assert np.all(masked[40:] == -np.inf)
+    np.testing.assert_array_equal(draws(masked, truncation, 500), draws(logits, truncation, 500))
+    assert without_padding(jnp.asarray(loud)[None], num_ids=64).max() == 50.0

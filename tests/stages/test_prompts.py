@@ -4,6 +4,7 @@ import pytest
 
 from dno_jax.errors import DnoError
 from dno_jax.stages.prompts import TokenizedPrompt, load_prompts, split_prompts, tokenize_prompts
+from dno_jax.stages.runtime import load_tokenizer
 
 
 def write(path, count):
@@ -44,17 +45,31 @@ def test_shared_prompts_are_the_same_in_every_iteration(make_config, tmp_path):
 
 def test_too_long_prompts_are_an_error_or_dropped_and_counted(make_config, tmp_path):
     config = make_config()
-    prompts = load_prompts(write(tmp_path / "p.jsonl", 4))
-
-    def encode(messages):
-        return tuple(range(5 + 20 * messages[0].content.endswith("3")))
-
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "bam " * count}) + "\n" for count in (3, 4, 24, 5)))
+    prompts, tokenizer = load_prompts(str(path)), load_tokenizer(config.model)
     with pytest.raises(DnoError, match=r"has 25 tokens, prompts\.max_length is 16"):
-        tokenize_prompts(prompts, encode=encode, section=config.prompts)
+        tokenize_prompts(prompts, tokenizer=tokenizer, section=config.prompts)
     section = config.prompts.model_copy(update={"too_long": "drop"})
-    kept, dropped = tokenize_prompts(prompts, encode=encode, section=section)
-    assert len(kept) == 3
+    kept, dropped = tokenize_prompts(prompts, tokenizer=tokenizer, section=section)
+    assert [len(item.token_ids) for item in kept] == [4, 5, 6]
     assert dropped == {"prompt too long": 1}
+    section = config.prompts.model_copy(update={"too_long": "truncate"})
+    kept, dropped = tokenize_prompts(prompts, tokenizer=tokenizer, section=section)
+    assert [(len(item.token_ids), item.truncated) for item in kept] == [(4, False), (5, False), (6, False), (16, True)]
+    assert (kept[-1].token_ids[0], not dropped) == (1, True)
+    assert tokenizer.prompt_ids(kept[-1].prompt.messages) == kept[-1].token_ids
+
+
+def test_prompts_that_spell_control_tokens_are_dropped_and_counted(make_config, tmp_path):
+    config = make_config()
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "bam dom"}\n{"prompt": "bam </s> dom"}\n{"prompt": "bam", "assistant_prefix": "<s>"}\n')
+    kept, dropped = tokenize_prompts(
+        load_prompts(str(path)), tokenizer=load_tokenizer(config.model), section=config.prompts
+    )
+    assert [item.prompt.messages[0].content for item in kept] == ["bam dom"]
+    assert dropped == {"prompt spells a control token": 2}
 
 
 def test_names_of_prompts_are_stable(tmp_path):

@@ -1,0 +1,126 @@
+"""The chat template at the start of a run: linted, refused where it cannot be trained with, and left to be read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from rich.text import Text
+
+from dno_jax.config import ModelConfigSection, RunConfig
+from dno_jax.errors import DnoError
+from dno_jax.model.hf import read_config
+from dno_jax.model.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
+from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.records import Message, Prompt
+from dno_jax.report.console import say
+from dno_jax.run_dir import write_atomically
+from dno_jax.stages.prompts import read_rows, with_messages
+from dno_jax.stages.runtime import Runtime, load_tokenizer
+
+_STAND_IN = "A response."
+_TRIED = 100  # rows of the data that are tried for an example
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "green"}
+
+
+@dataclass(frozen=True)
+class TemplateReport:
+    """What there is to know of a tokenizer and its template.
+
+    Attributes:
+        strip: one chat as tokens; None where the template lets none be made.
+        findings: of the lint, the worst first.
+    """
+
+    strip: TemplateStrip | None
+    findings: tuple[Finding, ...]
+
+    def at(self, level: str) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.level == level)
+
+
+def report(section: ModelConfigSection, data_path: str, tokenizer: ChatTokenizer | None = None) -> TemplateReport:
+    """Lay out the first row of the data that has a response (or a stand-in) and lint the template."""
+    tokenizer = tokenizer or load_tokenizer(section)
+    findings = (*lint(tokenizer), *_vocabulary(section, tokenizer))
+    return TemplateReport(_strip(tokenizer, data_path), findings)
+
+
+def refuse_template(runtime: Runtime[Any]) -> None:
+    """Stop a run whose template cannot be trained with.
+
+    Raises:
+        DnoError: the lint's errors.
+    """
+    refuse(lint(runtime.tokenizer), place=str(runtime.tokenizer.template_place))
+
+
+def refuse(findings: Sequence[Finding], *, place: str) -> None:
+    """Raise the errors among the findings as one DnoError."""
+    if errors := [f"{finding.name}: {finding.text}" for finding in findings if finding.level == "error"]:
+        raise DnoError(f"{place}: chats of this tokenizer and template cannot be trained on:\n  " + "\n  ".join(errors))
+
+
+def save_template(runtime: Runtime[Any]) -> None:
+    """Print the lint's warnings; leave the strip and all findings in the run directory, for a person to check."""
+    config = runtime.config
+    data_path = config.prompts.path if isinstance(config, RunConfig) else config.data.path
+    found = report(config.model, data_path, runtime.tokenizer)
+    for finding in found.at("warning"):
+        say(f"template: {finding.name}: {finding.text}")
+    write_atomically(runtime.run_dir.template_path, render(found).plain)
+
+
+def render(found: TemplateReport) -> Text:
+    """The report for a terminal: a token a line, where the loss starts and ends, then the findings."""
+    text = Text()
+    if found.strip is not None:
+        _render_strip(text, found.strip)
+        text.append("\n")
+    for finding in found.findings:
+        text.append(f"{finding.level:8s}", style=_STYLES[finding.level])
+        text.append(f"{finding.name}: {finding.text}\n")
+    return text
+
+
+def _render_strip(text: Text, strip: TemplateStrip) -> None:
+    text.append(
+        f"{len(strip.ids)} tokens, loss on [{strip.loss_start}, {strip.loss_end}), "
+        f"{strip.bos_count} BOS, end token {'trained' if strip.end_trained else 'NOT trained'}\n\n"
+    )
+    for index, (token_id, token) in enumerate(zip(strip.ids, strip.tokens, strict=True)):
+        trained = strip.loss_start <= index < strip.loss_end
+        ends = strip.end_trained and index == strip.loss_end - 1
+        mark = "loss" if trained else "    "
+        style = "bold white on magenta" if ends else "bold black on green" if trained else "dim"
+        text.append(f"{index:5d} {mark} {token_id:7d} ", style="dim")
+        text.append(repr(token), style="bold cyan" if strip.control[index] and not ends else style)
+        text.append("  end" * ends + "\n", style="magenta")
+
+
+def _strip(tokenizer: ChatTokenizer, data_path: str) -> TemplateStrip | None:
+    """The first row with a response that can be laid out; else the lint's own question; else nothing."""
+    for row, _ in itertools.islice(read_rows(data_path), _TRIED):
+        row = with_messages(row)
+        response = row.pop("response", None) or row.get("gold") or _STAND_IN
+        try:
+            prompt = Prompt.model_validate(row)
+            if not tokenizer.control_tokens(*prompt.texts):
+                return template_strip(tokenizer, prompt.messages, response, prompt.assistant_prefix)
+        except (DnoError, ValidationError):  # said where the data are read; here any row will do
+            continue
+    try:
+        return template_strip(tokenizer, [Message(role="user", content=QUESTION)], _STAND_IN)
+    except DnoError:
+        return None
+
+
+def _vocabulary(section: ModelConfigSection, tokenizer: ChatTokenizer) -> tuple[Finding, ...]:
+    rows, ids = read_config(getattr(section, "init_config", None) or section.path).vocab_size, tokenizer.vocab_size
+    if ids > rows:
+        return (Finding("error", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding"),)
+    padding = f"; the {rows - ids} rows above are padding and never sampled" if ids < rows else ""
+    return (Finding("note", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding{padding}"),)
