@@ -18,6 +18,7 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, abstract_params
 from dno_jax.model.hf import read_config
 from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards
 from dno_jax.run_dir import RunDir
@@ -61,6 +62,7 @@ class Runtime(Generic[ConfigT]):
 
     def _check(self) -> None:
         config, shards = self.config, num_row_shards(self.mesh)
+        _ = self.attention_backend
         longest = config.max_length if isinstance(config, RunConfig) else config.data.max_length
         if longest > self.model_config.max_position_embeddings:
             raise DnoError(
@@ -78,6 +80,18 @@ class Runtime(Generic[ConfigT]):
                 )
 
     @cached_property
+    def attention_backend(self) -> Backend:
+        """The attention of this run; said and refused at its start."""
+        section = self.config.model
+        return choose_backend(
+            section.attention,
+            device=self.mesh.devices.flat[0],
+            dtype=section.dtype,
+            head_dim=self.model_config.head_dim,
+            softcap=getattr(self.model_config, "attention_softcap", None),
+        )
+
+    @cached_property
     def config_digest(self) -> str:
         return config_digest(self.config)
 
@@ -89,6 +103,12 @@ class Runtime(Generic[ConfigT]):
             dtype=jnp.dtype(section.dtype),
             remat=section.remat,
             constrain=Constrain(self.mesh, layout),
+            attention=make_attention(
+                self.attention_backend,
+                mesh=self.mesh,
+                layout=layout,
+                windows=getattr(self.model_config, "windows", None),
+            ),
         )
 
     def param_shardings(self, layout: Layout) -> Any:
