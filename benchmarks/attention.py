@@ -8,6 +8,7 @@ gradients from XLA's in float32, relative to the largest entry. On a GPU the def
 `--aot v5e:4x4` runs nothing: it compiles the training step of Mistral 7B for that TPU slice (pip install libtpu) with
 each back-end of --backends, and prints memory and collectives of the program.
 """
+# ruff: noqa: E402  (the environment is set up before jax)
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ MISTRAL_7B = ModelConfig(
     rope_theta=1e4,
     max_position_embeddings=32768,
 )
-MISTRAL_WINDOW = 4096
+MISTRAL_WINDOWS = (4096,)
 
 
 def operands(options: argparse.Namespace) -> tuple[jax.Array, ...]:
@@ -137,7 +138,6 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = make_mesh(MeshSection(data=1, fsdp=-1, tensor=options.tensor), list(devices))
     config, optimizer = MISTRAL_7B, make_optimizer(OptimizerSection())
-    windows = (MISTRAL_WINDOW,) if getattr(config, "windows", None) else None
     params, places = abstract_params(config), param_shardings(config, mesh, TRAIN)
     state = TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32),
@@ -161,7 +161,7 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
             dtype=jnp.bfloat16,
             remat="full",
             constrain=Constrain(mesh, TRAIN),
-            attention=make_attention(backend, mesh=mesh, layout=TRAIN, windows=windows),
+            attention=make_attention(backend, mesh=mesh, layout=TRAIN, windows=MISTRAL_WINDOWS),
         ),
         optimizer=optimizer,
         row_loss=preference_loss(LossSection(beta=0.1)),

@@ -121,6 +121,26 @@ def test_each_device_attends_for_its_own_rows_and_heads(kernel):
         np.testing.assert_allclose(a, b, atol=3e-6 * max(1.0, np.abs(b).max()))
 
 
+def test_on_a_mesh_too_cudnn_becomes_cudnns_kernel(monkeypatch):
+    """Each device calls the library with its own rows and heads: 2 of 4 rows, 1 of 2 key heads."""
+    library = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(library, "check_cudnn_version", lambda: 91000)  # it asks the library, which is not here
+    attention = make_attention("cudnn", mesh=mesh_of(2, 1, 4), layout=TRAIN)
+
+    def total(q, k, v):
+        position = jnp.zeros((4, 128), jnp.int32)
+        out = attention(q, k, v, position_BT=position, window=NO_WINDOW, scale=0.1, softcap=None)
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, k = (jax.ShapeDtypeStruct((4, 128, heads, 64), jnp.bfloat16) for heads in (8, 4))
+    text = jax.jit(jax.grad(total, (0, 1, 2))).trace(q, k, k).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+    assert len(calls) == 2
+    for line in calls:
+        assert "(tensor<2x128x2x64xbf16>, tensor<2x128x1x64xbf16>, tensor<2x128x1x64xbf16>" in line
+    assert "CustomSPMDPartitioning" not in text
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)], ids=str)
 def test_the_training_step_is_the_same_with_a_kernel(kernel, axes):
