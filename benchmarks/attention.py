@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import math
 import os
 import re
 import sys
@@ -174,14 +175,9 @@ def describe(program: Any) -> dict[str, Any]:
     """Return memory, kernels and collectives of a compiled step."""
     memory, text = program.memory_analysis(), program.as_text()
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    calls = re.findall(rf"= (\S+|\([^)]*\)) ({kinds})(?:-start)?\(", text)
-    whole = set()
-    for leaf in jax.tree.leaves(abstract_params(MISTRAL_7B)):
-        whole.add(leaf.shape)
-    for leaf in jax.tree.leaves(abstract_params(MISTRAL_7B)["layers"]):
-        whole.add(leaf.shape[1:])
-    shapes = [
-        tuple(int(size) for size in shape.split(",") if size)
+    calls = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text)
+    reduced = [
+        math.prod(int(size) for size in shape.split(",") if size)
         for result, kind in calls
         if kind == "all-reduce"
         for shape in re.findall(r"\[([\d,]*)\]", result)
@@ -190,10 +186,10 @@ def describe(program: Any) -> dict[str, Any]:
         "peak_gib": memory.peak_memory_in_bytes / 2**30,
         "arguments_gib": memory.argument_size_in_bytes / 2**30,
         "temporary_gib": memory.temp_size_in_bytes / 2**30,
-        "kernels": sorted(set(re.findall(r"splash_\w+", text))),
+        "kernels": sorted(set(re.findall(r"splash_mha_\w+", text))),
         "kernel_calls": text.count('custom_call_target="tpu_custom_call"'),
         "collectives": dict(collections.Counter(kind for _, kind in calls)),
-        "whole_weight_all_reduces": sorted({shape for shape in shapes if len(shape) > 1 and shape in whole}),
+        "largest_all_reduce": max(reduced, default=0),  # numbers
     }
 
 
