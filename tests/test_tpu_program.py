@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install libtpu)")
 def test_a_7b_step_with_splash_attention_fits_sixteen_small_tpus():
     """Mistral 7B on a v5e:4x4 slice, two sequences of 2,048 tokens a device: counted in the program, not timed."""
@@ -26,7 +27,7 @@ def test_a_7b_step_with_splash_attention_fits_sixteen_small_tpus():
     assert found["kernel_calls"] == 4
     assert {name.split("_")[2] for name in found["kernels"]} == {"fwd", "dq", "dkv"}
     # A v5e has 16 GB, of which a program gets 15.75 GiB. The float32 weights and moments are 5.1 of them.
-    assert 5.0 < found["arguments_gib"] < found["peak_gib"] < 14.0
+    assert 5.0 < found["arguments_gib"] < found["peak_gib"] <= found["arguments_gib"] + found["temporary_gib"] < 14.0
     # Gradients are summed where they lie: nothing as large as the smallest matrix, a layer's keys, is summed whole.
     assert found["collectives"]["all-gather"] > 0
     assert found["largest_all_reduce"] < 4096 * 8 * 128

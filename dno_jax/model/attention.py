@@ -175,15 +175,17 @@ class CudnnAttention:
                 q, k, v, is_causal=True, scale=scale, local_window_size=window_size, implementation=self.implementation
             )
 
-        rotated = (_rotate_if(padded, array, -first) for array in (q_BTNH, k_BTKH, v_BTKH))
+        rotated = _rotate_if(padded, q_BTNH, k_BTKH, v_BTKH, shift=-first)
         mixed = _with_window(mix, *rotated, windows=self.windows, window=window, length=length)
-        return _rotate_if(padded, mixed, first)
+        return _rotate_if(padded, mixed, shift=first)[0]
 
 
-def _rotate_if(needed: jax.Array, array: jax.Array, shift: jax.Array) -> jax.Array:
-    """Rotate each row of [B, T, ...] by its own shift along T, if needed at all."""
+def _rotate_if(needed: jax.Array, *arrays: jax.Array, shift: jax.Array) -> tuple[jax.Array, ...]:
+    """Rotate each row of arrays [B, T, ...] by its own shift along T, if needed at all."""
     rotate = jax.vmap(partial(jnp.roll, axis=0))
-    return jax.lax.cond(needed, rotate, lambda array, shift: array, array, shift)
+    return jax.lax.cond(
+        needed, lambda *arrays: tuple(rotate(array, shift) for array in arrays), lambda *same: same, *arrays
+    )
 
 
 # Splash attention's blocks of queries and keys: the largest that divides the length. All its tiles are of 128 lanes.
