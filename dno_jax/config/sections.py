@@ -21,6 +21,11 @@ class ModelConfigSection(Section):
         default="full",
         description="what the backward pass recomputes: nothing, every layer, or all but matrix products",
     )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
+        default="auto",
+        description="how whole sequences attend: cuDNN's kernel on GPUs, Pallas' splash attention on TPUs, plain XLA; "
+        "auto takes the platform's kernel where it fits the model and the dtype, else xla",
+    )
     chat_template: str = Field(
         default="tokenizer",
         description="'tokenizer' (its own), 'raw' (no template: a base model), or the path of a Jinja file",

@@ -2,11 +2,18 @@
 
 A back-end mixes whole sequences (training, scoring, the first call that fills a cache): any callable of the form of
 `Attention`, injected into the decoder. Calls that see a cache take `attend`, whose operands lie as the cache does.
+
+`xla_attention` runs everywhere and reads positions themselves. The kernels, `CudnnAttention` and `SplashAttention`,
+count slots instead, which is the same because a row's tokens lie side by side in order, with padding only before and
+after them. They know nothing of meshes: parallel/attention.py puts them on one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +53,8 @@ class Attention(Protocol):
         Args:
             q_BTNH, k_BTKH, v_BTKH: queries, keys and values of the same tokens, rotated already; each group of N/K
                 query heads shares one key head.
-            position_BT: int32; -1 is padding, seen by nobody. Tokens stand in order of position along a row; what
-                padding gives is finite and means nothing.
+            position_BT: int32; -1 is padding, seen by nobody. A row's tokens lie side by side in order of position,
+                padded on either side; what padding gives is finite and means nothing.
             window: int32 scalar, this layer's: a query at p sees keys at p - window + 1 .. p; NO_WINDOW for all.
             scale: scores are multiplied by it.
             softcap: scores s become softcap * tanh(s / softcap); None leaves them.
@@ -112,3 +119,142 @@ def xla_attention(
             attend(q_BTNH[:, start:end], k_BKHS[..., :end], v_BKSH[:, :, :end], mask, scale=scale, softcap=softcap)
         )
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
+
+
+def _with_window(
+    mix: Callable[..., jax.Array], *operands: jax.Array, windows: Sequence[int], window: Any, length: int
+) -> jax.Array:
+    """Return mix(*operands, reach=...) for this layer's window: the kernels want it static, the layer scan traces it.
+
+    A window is cut to the length of the sequence, so that one that nobody notices makes no branch of its own.
+    """
+    reaches = sorted({min(one, length) for one in windows})
+    if len(reaches) == 1:
+        return mix(*operands, reach=reaches[0])
+    index = jnp.searchsorted(jnp.asarray(reaches, jnp.int32), jnp.minimum(window, length).astype(jnp.int32))
+    return jax.lax.switch(index, [partial(mix, reach=reach) for reach in reaches], *operands)
+
+
+@dataclass(frozen=True)
+class CudnnAttention:
+    """The `Attention` of NVIDIA GPUs: cuDNN's flash attention through jax.nn.dot_product_attention.
+
+    The kernel gets neither a mask (which would cost [B, T, T] and its gradient) nor lengths: causal order alone hides
+    padding after the tokens, and rows with padding before them are rotated until it comes after. That is done only in
+    calls that have such rows; batches for training and prompts for sampling have none.
+
+    Attributes:
+        windows: every window among the model's layers; `window` must be one of them.
+        implementation: jax's name of the kernel; "xla" computes the same call anywhere.
+    """
+
+    windows: tuple[int, ...] = (NO_WINDOW,)
+    implementation: Literal["cudnn", "xla"] = "cudnn"
+
+    def __call__(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        *,
+        position_BT: Int[Array, "B T"],
+        window: Any,
+        scale: float,
+        softcap: float | None,
+    ) -> Float[Array, "B T N H"]:
+        if softcap is not None:
+            raise ValueError(f"softcap is {softcap}: cuDNN's attention has none; use xla_attention")
+        length = q_BTNH.shape[1]
+        first = jnp.argmax(position_BT >= 0, axis=1)
+        padded = jnp.any(first > 0)
+
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array, *, reach: int) -> jax.Array:
+            # jax counts the keys before the query: (left, right) = (window - 1, 0).
+            window_size = None if reach == length else (reach - 1, 0)
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, local_window_size=window_size, implementation=self.implementation
+            )
+
+        rotated = _rotate_if(padded, q_BTNH, k_BTKH, v_BTKH, shift=-first)
+        mixed = _with_window(mix, *rotated, windows=self.windows, window=window, length=length)
+        return _rotate_if(padded, mixed, shift=first)[0]
+
+
+def _rotate_if(needed: jax.Array, *arrays: jax.Array, shift: jax.Array) -> tuple[jax.Array, ...]:
+    """Rotate each row of arrays [B, T, ...] by its own shift along T, if needed at all."""
+    rotate = jax.vmap(partial(jnp.roll, axis=0))
+    return jax.lax.cond(
+        needed, lambda *arrays: tuple(rotate(array, shift) for array in arrays), lambda *same: same, *arrays
+    )
+
+
+# Splash attention's blocks of queries and keys: the largest that divides the length. All its tiles are of 128 lanes.
+_SPLASH_BLOCKS = (512, 256, 128)
+
+
+@dataclass(frozen=True)
+class SplashAttention:
+    """The `Attention` of TPUs: jax's Pallas kernel, which holds no [T, T] scores and skips blocks that nobody sees.
+
+    Padding is a segment of its own. Lengths are padded to multiples of 128; head_dim is free. The kernel has no scale:
+    queries are multiplied by it, and rounded to their dtype once more.
+
+    Attributes:
+        windows: every window among the model's layers; `window` must be one of them.
+        interpret: compute the kernel by plain XLA operations, on any device.
+    """
+
+    windows: tuple[int, ...] = (NO_WINDOW,)
+    interpret: bool = False
+
+    def __call__(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BTKH: Float[Array, "B T K H"],
+        v_BTKH: Float[Array, "B T K H"],
+        *,
+        position_BT: Int[Array, "B T"],
+        window: Any,
+        scale: float,
+        softcap: float | None,
+    ) -> Float[Array, "B T N H"]:
+        # Imported here: Pallas takes a second to load, and only TPUs use it.
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+        from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+        length, num_heads = q_BTNH.shape[1:3]
+        padded = length + -length % _SPLASH_BLOCKS[-1]
+        block = next(block for block in _SPLASH_BLOCKS if padded % block == 0)
+        sizes = splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        )
+
+        def lay(array_BTXH: jax.Array) -> jax.Array:
+            array = jnp.pad(array_BTXH, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
+            return array.transpose(0, 2, 1, 3)
+
+        def mix(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, *, reach: int) -> jax.Array:
+            # The mask counts the keys before the query; every query sees itself, padding too.
+            mask = masks.LocalMask((padded, padded), (None if reach == length else reach - 1, 0), 0)
+            kernel = splash.make_splash_mha(
+                masks.MultiHeadMask([mask] * num_heads),
+                block_sizes=sizes,
+                head_shards=1,
+                q_seq_shards=1,
+                attn_logits_soft_cap=softcap,
+                interpret=self.interpret,
+            )
+            return cast(jax.Array, jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment, segment)))
+
+        q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+        segment = jnp.pad((position_BT >= 0).astype(jnp.int32), ((0, 0), (0, padded - length)))
+        operands = (lay(q_BTNH), lay(k_BTKH), lay(v_BTKH), segment)
+        mixed = _with_window(mix, *operands, windows=self.windows, window=window, length=length)
+        return mixed.transpose(0, 2, 1, 3)[:, :length]

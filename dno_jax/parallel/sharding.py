@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -138,14 +139,38 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 @dataclass(frozen=True)
 class Constrain:
-    """Pins an activation to its place; injected into the model, which knows names but no mesh."""
+    """Pins an activation to its place; injected into the model, which knows names but no mesh.
+
+    An array without a "batch" axis is a weight, gathered for its use; its gradient returns to where the weight lies.
+    """
 
     mesh: Mesh
     layout: Layout
 
     def __call__(self, array: jax.Array, axes: Axes) -> jax.Array:
-        spec = self.layout.activation_spec(axes)
-        return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, spec))
+        place = NamedSharding(self.mesh, self.layout.activation_spec(axes))
+        if "batch" in axes:
+            return jax.lax.with_sharding_constraint(array, place)
+        return _gather(array, place, NamedSharding(self.mesh, self.layout.weight_spec(axes)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> jax.Array:
+    """Lay a weight out at `place`. Left alone, its gradient would be summed whole on every device and then cut."""
+    del home
+    return jax.lax.with_sharding_constraint(weight, place)
+
+
+def _gather_forward(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> tuple[jax.Array, None]:
+    return _gather(weight, place, home), None
+
+
+def _gather_backward(place: NamedSharding, home: NamedSharding, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    del place
+    return (jax.lax.with_sharding_constraint(cotangent, home),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def to_device(tree: Any, shardings: Any) -> Any:

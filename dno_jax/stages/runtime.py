@@ -19,6 +19,7 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, abstract_params
 from dno_jax.model.hf import read_config
 from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards
@@ -64,6 +65,7 @@ class Runtime(Generic[ConfigT]):
 
     def _check(self) -> None:
         config, shards = self.config, num_row_shards(self.mesh)
+        _ = self.attention_backend
         longest, context = _longest_example(config), self.model_config.context
         if longest > context:
             raise DnoError(
@@ -99,6 +101,18 @@ class Runtime(Generic[ConfigT]):
                 )
 
     @cached_property
+    def attention_backend(self) -> Backend:
+        """The attention of this run; said and refused at its start."""
+        section = self.config.model
+        return choose_backend(
+            section.attention,
+            device=self.mesh.devices.flat[0],
+            dtype=section.dtype,
+            head_dim=self.model_config.head_dim,
+            softcap=self.model_config.attention_softcap,
+        )
+
+    @cached_property
     def config_digest(self) -> str:
         return config_digest(self.config)
 
@@ -111,6 +125,12 @@ class Runtime(Generic[ConfigT]):
             remat=section.remat,
             constrain=Constrain(self.mesh, layout),
             experts=sharded_experts(self.mesh),
+            attention=make_attention(
+                self.attention_backend,
+                mesh=self.mesh,
+                layout=layout,
+                windows=self.model_config.windows,
+            ),
         )
 
     def param_shardings(self, layout: Layout) -> Any:

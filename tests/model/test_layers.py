@@ -5,80 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dno_jax.model.attention import attend, visible
 from dno_jax.model.config import ModelConfig, RopeConfig
 from dno_jax.model.layers import layer_norm, rms_norm, scaled
 from dno_jax.model.rope import frequencies, rope_angles, rotate
-
-
-def qkv(B=2, T=5, S=7, N=6, K=2, H=4, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    q = jax.random.normal(keys[0], (B, T, N, H))
-    k = jax.random.normal(keys[1], (B, S, K, H))
-    v = jax.random.normal(keys[2], (B, S, K, H))
-    return q, k, v
-
-
-def test_attention_equals_jax():
-    """jax.nn.dot_product_attention is an independent implementation of grouped attention.
-
-    1e-6: outputs are means of values of order one, summed over 7 keys in another order.
-    """
-    q, k, v = qkv()
-    mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[:, :, 0].set(True)
-    ours = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5)
-    theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
-
-
-@pytest.mark.parametrize("length", [64, 65, 200, 700])
-def test_blocks_of_queries_change_nothing(length):
-    """Whole sequences are cut into blocks that skip keys after them; rows are padded left, right and in the middle.
-
-    1e-6 as above; gradients of early keys are sums over all later queries, so they are compared relative to their size.
-    """
-    q, k, v = qkv(B=4, T=length, S=length)
-    kept = np.ones((4, length), bool)
-    kept[1, : length // 3] = kept[2, length // 2 :] = kept[3, 10:20] = False
-    position = jnp.asarray(np.where(kept, np.cumsum(kept, axis=1) - 1, -1), jnp.int32)
-    mask = visible(position, position)
-    weight = jnp.asarray(kept, jnp.float32)[:, :, None, None]
-
-    def ours(q, k, v):
-        return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5) * weight
-
-    def theirs(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]) * weight
-
-    np.testing.assert_allclose(ours(q, k, v), theirs(q, k, v), atol=1e-6)
-    for a, b in zip(
-        jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x))), (0, 1, 2))(q, k, v),
-        jax.grad(lambda *x: jnp.sum(jnp.sin(theirs(*x))), (0, 1, 2))(q, k, v),
-        strict=True,
-    ):
-        np.testing.assert_allclose(a, b, rtol=2e-6, atol=3e-6)
-
-
-def test_a_query_that_sees_nothing_is_finite_also_in_the_gradient():
-    q, k, v = qkv()
-    mask = jnp.zeros((2, 5, 7), bool).at[0].set(True)
-
-    def total(q, k, v):
-        out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5)
-        return jnp.sum(out[0])  # the blind row is masked away by the caller
-
-    out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), mask, scale=q.shape[-1] ** -0.5)
-    assert np.isfinite(out).all()
-    for gradient in jax.grad(total, argnums=(0, 1, 2))(q, k, v):
-        assert np.isfinite(gradient).all()
-        assert (np.asarray(gradient[1]) == 0).all()
-
-
-def test_visibility_is_decided_by_positions_alone():
-    query = jnp.array([[-1, 0, 2]])
-    key = jnp.array([[2, -1, 0, 1, 3]])
-    expected = [[[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1, 1, 0]]]
-    np.testing.assert_array_equal(visible(query, key), np.array(expected, bool))
 
 
 def test_rope_pairs_halves_and_depends_on_differences_only():

@@ -71,6 +71,30 @@ def test_constrain_is_a_value():
     assert hash(Constrain(mesh, TRAIN)) == hash(Constrain(mesh_of(2, 2, 2), TRAIN))
 
 
+def test_a_gathered_weights_gradient_comes_back_split():
+    """Every device has a part of the sum over rows; none of them ever holds the whole gradient's sum."""
+    mesh = mesh_of(1, 8, 1)
+    place = Constrain(mesh, TRAIN)
+    axes = ("vocab", "embed")
+    table = jax.device_put(jnp.ones((48, 64)), NamedSharding(mesh, TRAIN.weight_spec(axes)))
+    token = jax.device_put(jnp.arange(16).reshape(8, 2), row_sharding(mesh, ndim=2))
+
+    def total(gather, table, token):
+        rows = place(jnp.take(gather(table), token, axis=0), ("batch", "length", "embed"))
+        return jnp.sum(rows * jnp.arange(64.0)[None, None])
+
+    def gradient(gather):
+        return jax.jit(jax.grad(lambda *x: total(gather, *x))).lower(table, token).compile()
+
+    split = gradient(lambda table: place(table, axes))
+    whole = NamedSharding(mesh, TRAIN.activation_spec(axes))
+    naive = gradient(lambda table: jax.lax.with_sharding_constraint(table, whole))
+    np.testing.assert_array_equal(split(table, token), naive(table, token))
+    assert "f32[48,64]{1,0} all-reduce(" in naive.as_text()
+    assert "f32[48,64]{1,0} all-reduce(" not in split.as_text()
+    assert split(table, token).sharding.is_equivalent_to(table.sharding, 2)
+
+
 @pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 def test_every_row_is_owned_once(axes):
     mesh = mesh_of(*axes)
