@@ -1,31 +1,45 @@
-"""Checkpoint files to sharded arrays."""
+"""Checkpoint files to sharded arrays, in pieces: no process holds more than its devices' slices and a few pieces."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf.config_json import read_config
-from dno_jax.model.hf.files import TensorFiles
+from dno_jax.model.hf.files import ITEM_BYTES, TensorFiles
 from dno_jax.model.hf.tensors import Tensor, tensor_table
 
+Progress = Callable[[int, int], None]
+Start = tuple[int, ...]
+# Elements that a process reads at once, over all its devices. Small enough to stay far below one tensor of a large
+# model, large enough that calls cost nothing.
+_PIECE = 1 << 22
 
-def load(path: str | Path, *, shardings: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
+
+def load(
+    path: str | Path, *, shardings: Any = None, dtype: Any = np.float32, progress: Progress | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a checkpoint.
 
     Args:
         path: directory with config.json and model.safetensors, or its index and shards (bfloat16, float16 or float32).
-        shardings: tree of jax.sharding.Sharding like the parameters; each device's slice is then read from the files
-            alone, so that no host ever holds the model. None returns numpy arrays.
+        shardings: tree of jax.sharding.Sharding like the parameters; each process then reads the slices of its own
+            devices alone, piece by piece, so that no host ever holds the model. None returns numpy arrays.
+        dtype: of the parameters; or a tree of dtypes like the parameters.
+        progress: called with (bytes just read, bytes that this process reads in all).
 
     Returns:
-        (config, params), params float32 in the tree of decoder.abstract_params(config).
+        (config, params), params in the tree of decoder.abstract_params(config).
 
     Raises:
         DnoError: a file is missing, truncated or corrupt; a tensor is missing, unexpected, or of another shape or dtype
@@ -34,30 +48,108 @@ def load(path: str | Path, *, shardings: Any = None) -> tuple[ModelConfig, dict[
     path = Path(path)
     config = read_config(path)
     table = tensor_table(config)
-    with contextlib.closing(TensorFiles(path)) as files:
+    total = 0
+
+    def count(num_bytes: int) -> None:
+        if progress is not None:
+            progress(num_bytes, total)
+
+    with contextlib.closing(TensorFiles(path, progress=count)) as files:
         files.check(table, tied=config.tie_word_embeddings, place=path)
+        leaves = [_Leaf(tensor, None if shardings is None else tree_leaf(shardings, tensor.path)) for tensor in table]
+        total = sum(leaf.num_bytes(files) for leaf in leaves)
         params: dict[str, Any] = {}
-        for tensor in table:
-            stack = () if tensor.num_layers is None else (tensor.num_layers,)
-            shape = stack + tensor.shape
-            if shardings is None:
-                array: Any = tensor.read(files, (slice(None),) * len(shape))
-            else:
-                sharding = tree_leaf(shardings, tensor.path)
-                read = _Reader(tensor, files)
-                array = jax.make_array_from_callback(shape, sharding, read)
-                array.block_until_ready()
-            _put(params, tensor.path, array)
+        for leaf in leaves:
+            wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
+            _put(params, leaf.tensor.path, leaf.read(files, np.dtype(wanted)))
     return config, params
 
 
-@dataclass(frozen=True)
-class _Reader:
-    tensor: Tensor
-    files: TensorFiles
+class _Leaf:
+    """One parameter and where its parts go."""
 
-    def __call__(self, index: Any) -> np.ndarray:
-        return self.tensor.read(self.files, index)
+    def __init__(self, tensor: Tensor, sharding: Sharding | None) -> None:
+        self.tensor = tensor
+        self.sharding = sharding
+        stack = () if tensor.num_layers is None else (tensor.num_layers,)
+        self.shape = stack + tensor.shape
+        # Our axis along which rows of the file's matrix run, so that a piece is one stretch of the file.
+        self._axis = len(stack) + tensor.groups[0][0]
+        self._starts: dict[Any, Start] = {}  # device -> where its shard begins
+        self._local = self.shape
+        if sharding is not None:
+            self._local = sharding.shard_shape(self.shape)
+            for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+                assert index is not None
+                self._starts[device] = tuple(part.indices(n)[0] for part, n in zip(index, self.shape, strict=True))
+
+    def num_bytes(self, files: TensorFiles) -> int:
+        """Bytes of the file that this process reads: what several of its devices share comes once."""
+        parts = len(set(self._starts.values())) if self._starts else 1
+        return parts * math.prod(self._local) * ITEM_BYTES[files.stored[self.tensor.names[0]].dtype]
+
+    def read(self, files: TensorFiles, dtype: np.dtype) -> Any:
+        if self.sharding is None:
+            out = np.empty(self.shape, dtype)
+            for start, size in _pieces(self.shape, axis=self._axis, limit=_PIECE):
+                out[_slices(start, size)] = self.tensor.read(files, _slices(start, size))
+            return out
+        # The local shards as one array over the local devices, so that one small program serves all of them.
+        mesh = Mesh(np.array(list(self._starts)), ("local",))
+        place = NamedSharding(mesh, PartitionSpec("local"))
+        array = _zeros((len(self._starts) * self._local[0], *self._local[1:]), dtype, place)
+        limit = _PIECE // len(set(self._starts.values()))
+        for start, size in _pieces(self._local, axis=self._axis, limit=limit):
+            piece = self._piece(files, start, size, dtype=dtype, place=place)
+            # Reading ran beside the last write; without this wait pieces would pile up.
+            array.block_until_ready()
+            array = _write(array, piece, np.asarray(start, np.int32), mesh=mesh)
+        array.block_until_ready()
+        shards = {shard.device: shard.data for shard in array.addressable_shards}
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.sharding, [shards[device] for device in self._starts]
+        )
+
+    def _piece(self, files: TensorFiles, start: Start, size: Start, *, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+        read: dict[Start, np.ndarray] = {}
+        for origin in self._starts.values():
+            if origin not in read:
+                index = _slices([a + b for a, b in zip(origin, start, strict=True)], size)
+                # Narrowed here: devices may flush subnormal numbers.
+                read[origin] = self.tensor.read(files, index).astype(dtype, copy=False)
+        parts = [jax.device_put(read[origin], device) for device, origin in self._starts.items()]
+        return jax.make_array_from_single_device_arrays((len(parts) * size[0], *size[1:]), place, parts)
+
+
+def _zeros(shape: Start, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=place)(shape, dtype)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+def _write(array: jax.Array, piece: jax.Array, start: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Write each device's part of `piece` into its part of `array`, in place."""
+    local, everywhere = PartitionSpec("local"), PartitionSpec()
+    update = jax.shard_map(
+        lambda a, p, s: jax.lax.dynamic_update_slice(a, p, tuple(s)),
+        mesh=mesh,
+        in_specs=(local, local, everywhere),
+        out_specs=local,
+    )
+    return update(array, piece, start)
+
+
+def _pieces(shape: Sequence[int], *, axis: int, limit: int) -> Iterator[tuple[Start, Start]]:
+    """Cut an array into (start, size) of at most `limit` elements: whole layers, or parts of one layer along `axis`."""
+    step = list(shape)
+    for cut in (0, axis):
+        step[cut] = max(1, min(shape[cut], limit * step[cut] // max(math.prod(step), 1)))
+    for start in np.ndindex(*(-(-n // by) for n, by in zip(shape, step, strict=True))):
+        begin = tuple(i * by for i, by in zip(start, step, strict=True))
+        yield begin, tuple(min(by, n - b) for by, n, b in zip(step, shape, begin, strict=True))
+
+
+def _slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 
 def tree_leaf(tree: Any, path: tuple[str, ...]) -> Any:
