@@ -130,9 +130,7 @@ def child(options: argparse.Namespace) -> None:
     from dno_jax.parallel.mesh import initialize
 
     if options.child == "dno_jax":
-        initialize(
-            coordinator=options.coordinator, num_processes=options.num_processes, process_id=options.process_id
-        )
+        initialize(coordinator=options.coordinator, num_processes=options.num_processes, process_id=options.process_id)
     found = (load_ours if options.child == "dno_jax" else load_transformers)(options.directory)
     print(json.dumps(found))
 

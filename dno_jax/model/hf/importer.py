@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ Progress = Callable[[int, int], None]
 Start = tuple[int, ...]
 # Elements that a process reads at once, over all its devices. Small enough to stay far below one tensor of a large
 # model, large enough that calls cost nothing.
-_PIECE = 1 << 22
+_PIECE = 1 << 21
+# Rows of a file's matrix that are transposed at once: what they touch stays in the processor's cache.
+_ROWS = 64
+_THREADS = 8
 
 
 def load(
@@ -54,15 +59,39 @@ def load(
         if progress is not None:
             progress(num_bytes, total)
 
-    with contextlib.closing(TensorFiles(path, progress=count)) as files:
+    with contextlib.closing(TensorFiles(path, progress=count)) as files, ThreadPoolExecutor(_THREADS) as pool:
         files.check(table, tied=config.tie_word_embeddings, place=path)
         leaves = [_Leaf(tensor, None if shardings is None else tree_leaf(shardings, tensor.path)) for tensor in table]
         total = sum(leaf.num_bytes(files) for leaf in leaves)
         params: dict[str, Any] = {}
         for leaf in leaves:
             wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
-            _put(params, leaf.tensor.path, leaf.read(files, np.dtype(wanted)))
+            put_leaf(params, leaf.tensor.path, leaf.read(_Reader(files, pool, np.dtype(wanted))))
     return config, params
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads parts of parameters by several threads."""
+
+    files: TensorFiles
+    pool: ThreadPoolExecutor
+    dtype: np.dtype
+
+    def read(self, tensor: Tensor, start: Start, size: Start, *, axis: int, inner: int) -> np.ndarray:
+        """Return the part that begins at `start`; `axis` runs along the file's rows, `inner` of them a step."""
+        # Narrowed here, not on a device: those may flush subnormal numbers.
+        out = np.empty(size, self.dtype)
+
+        def fill(begin: int) -> None:
+            rows = slice(begin, min(begin + step, size[axis]))
+            index = list(_slices(start, size))
+            index[axis] = slice(start[axis] + rows.start, start[axis] + rows.stop)
+            out[(slice(None),) * axis + (rows,)] = tensor.read(self.files, tuple(index))
+
+        step = max(1, _ROWS // inner)
+        list(self.pool.map(fill, range(0, size[axis], step)))
+        return out
 
 
 class _Leaf:
@@ -73,8 +102,9 @@ class _Leaf:
         self.sharding = sharding
         stack = () if tensor.num_layers is None else (tensor.num_layers,)
         self.shape = stack + tensor.shape
-        # Our axis along which rows of the file's matrix run, so that a piece is one stretch of the file.
-        self._axis = len(stack) + tensor.groups[0][0]
+        # Cut along the rows of the file's matrix, so that a piece is one stretch of the file.
+        first, *inner = tensor.groups[0]
+        self._rows = {"axis": len(stack) + first, "inner": math.prod(tensor.shape[axis] for axis in inner)}
         self._starts: dict[Any, Start] = {}  # device -> where its shard begins
         self._local = self.shape
         if sharding is not None:
@@ -85,23 +115,24 @@ class _Leaf:
 
     def num_bytes(self, files: TensorFiles) -> int:
         """Bytes of the file that this process reads: what several of its devices share comes once."""
-        parts = len(set(self._starts.values())) if self._starts else 1
-        return parts * math.prod(self._local) * ITEM_BYTES[files.stored[self.tensor.names[0]].dtype]
+        parts = len(set(self._starts.values())) or 1
+        return parts * math.prod(self._local) * ITEM_BYTES[files.headers[self.tensor.names[0]].dtype]
 
-    def read(self, files: TensorFiles, dtype: np.dtype) -> Any:
+    def read(self, reader: _Reader) -> Any:
+        """Return the parameter, piece after piece."""
         if self.sharding is None:
-            out = np.empty(self.shape, dtype)
-            for start, size in _pieces(self.shape, axis=self._axis, limit=_PIECE):
-                out[_slices(start, size)] = self.tensor.read(files, _slices(start, size))
+            out = np.empty(self.shape, reader.dtype)
+            for start, size in _pieces(self.shape, axis=self._rows["axis"], limit=_PIECE):
+                out[_slices(start, size)] = reader.read(self.tensor, start, size, **self._rows)
             return out
         # The local shards as one array over the local devices, so that one small program serves all of them.
         mesh = Mesh(np.array(list(self._starts)), ("local",))
         place = NamedSharding(mesh, PartitionSpec("local"))
-        array = _zeros((len(self._starts) * self._local[0], *self._local[1:]), dtype, place)
+        array = _zeros((len(self._starts) * self._local[0], *self._local[1:]), reader.dtype, place)
         limit = _PIECE // len(set(self._starts.values()))
-        for start, size in _pieces(self._local, axis=self._axis, limit=limit):
-            piece = self._piece(files, start, size, dtype=dtype, place=place)
-            # Reading ran beside the last write; without this wait pieces would pile up.
+        for start, size in _pieces(self._local, axis=self._rows["axis"], limit=limit):
+            piece = self._piece(reader, start, size, place=place)
+            # The read went on beside the last write; without this wait pieces would pile up.
             array.block_until_ready()
             array = _write(array, piece, np.asarray(start, np.int32), mesh=mesh)
         array.block_until_ready()
@@ -110,13 +141,12 @@ class _Leaf:
             self.shape, self.sharding, [shards[device] for device in self._starts]
         )
 
-    def _piece(self, files: TensorFiles, start: Start, size: Start, *, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+    def _piece(self, reader: _Reader, start: Start, size: Start, *, place: NamedSharding) -> jax.Array:
         read: dict[Start, np.ndarray] = {}
         for origin in self._starts.values():
             if origin not in read:
-                index = _slices([a + b for a, b in zip(origin, start, strict=True)], size)
-                # Narrowed here: devices may flush subnormal numbers.
-                read[origin] = self.tensor.read(files, index).astype(dtype, copy=False)
+                begin = tuple(a + b for a, b in zip(origin, start, strict=True))
+                read[origin] = reader.read(self.tensor, begin, size, **self._rows)
         parts = [jax.device_put(read[origin], device) for device, origin in self._starts.items()]
         return jax.make_array_from_single_device_arrays((len(parts) * size[0], *size[1:]), place, parts)
 
@@ -158,7 +188,7 @@ def tree_leaf(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def put_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
