@@ -1,8 +1,9 @@
 """What an import costs: `python benchmarks/load.py [--layers 16] [--hidden 2048] [--directory DIR]`.
 
 Writes a random bfloat16 checkpoint in shards (1.7 GB as it stands), reads it as float32 by one process, by each of two
-processes (fsdp=2), and by transformers, and prints one JSON line for each. "over final" is the peak of the process's
-anonymous memory less what it was before and less the arrays it ends with; the file's own pages are cache.
+processes (fsdp=2), and by transformers, writes it again, and prints one JSON line for each. "over final" is the peak of
+the process's anonymous memory less what it was before and less the arrays it ends with; the file's own pages are cache.
+The files have just been written: what is measured is reading from the page cache.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-MODES = ("dno_jax", "transformers")
+MODES = (("dno_jax", 1), ("dno_jax", 2), ("transformers", 1), ("export", 1))  # what is done, by how many processes
 
 
 def write_checkpoint(path: Path, *, layers: int, hidden: int, vocab: int, shard_bytes: int = 400_000_000) -> int:
@@ -94,14 +95,7 @@ def load_ours(path: Path) -> dict[str, Any]:
     """Load into the training layout of all devices of all processes."""
     import jax
 
-    from dno_jax.config import MeshSection
-    from dno_jax.model import hf
-    from dno_jax.parallel.mesh import make_mesh
-    from dno_jax.parallel.sharding import TRAIN
-    from dno_jax.training.state import param_shardings
-
-    mesh = make_mesh(MeshSection(data=1, fsdp=-1))
-    shardings = param_shardings(hf.read_config(path), mesh, TRAIN)
+    jax.devices()  # the back-end's own memory is not the import's
     read = 0
 
     def count(num_bytes: int, total: int) -> None:
@@ -109,9 +103,41 @@ def load_ours(path: Path) -> dict[str, Any]:
         read += num_bytes
 
     with watched() as found:
-        _, params = hf.load(path, shardings=shardings, progress=count)
+        _, params = _placed(path, progress=count)
     final = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
     return {**found, "final_bytes": final, "read_bytes": read}
+
+
+def _placed(path: Path, **options: Any) -> Any:
+    from dno_jax.config import MeshSection
+    from dno_jax.model import hf
+    from dno_jax.parallel.mesh import make_mesh
+    from dno_jax.parallel.sharding import TRAIN
+    from dno_jax.training.state import param_shardings
+
+    mesh = make_mesh(MeshSection(data=1, fsdp=-1))
+    return hf.load(path, shardings=param_shardings(hf.read_config(path), mesh, TRAIN), **options)
+
+
+def export_ours(path: Path) -> dict[str, Any]:
+    """Write what was loaded; of the peak, the probe's second model is no part."""
+    from dno_jax.model.hf import exporter
+
+    config, params = _placed(path)
+    found: dict[str, Any] = {}
+    target = path.parent / "exported"
+    plan = exporter.plan_tensors(config, source=path, dtype=None)
+    target.mkdir()
+    try:
+        with watched() as found:
+            exporter._write_tensors(target, plan, params, max_shard_bytes=400_000_000)
+        shutil.copy(path / "config.json", target)
+        with watched() as compared:
+            exporter._compare_tensors(target, config, plan, params)
+    finally:
+        shutil.rmtree(target)
+    growth = max(found["growth_bytes"], compared["growth_bytes"])
+    return {**found, "growth_bytes": growth, "compare_seconds": compared["seconds"]}
 
 
 def load_transformers(path: Path) -> dict[str, Any]:
@@ -156,17 +182,20 @@ def run(mode: str, path: Path, *, processes: int = 1) -> list[dict[str, Any]]:
     return [json.loads(text.splitlines()[-1]) for text in said]
 
 
-def measure(path: Path, *, largest: int) -> Iterator[dict[str, Any]]:
-    """Yield one line for each way of loading."""
+def measure(path: Path, *, largest: int, modes: tuple[tuple[str, int], ...] = MODES) -> Iterator[dict[str, Any]]:
+    """Yield one line for each process of each way of loading, and of the export."""
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    for mode, processes in (("dno_jax", 1), ("dno_jax", 2), ("transformers", 1)):
+    for mode, processes in modes:
         for i, found in enumerate(run(mode, path, processes=processes)):
             line = {
                 "bench": "load", "by": mode, "process": f"{i + 1} of {processes}", "file_gb": size / 1e9,
                 "seconds": found["seconds"], "gb_per_second": size / 1e9 / found["seconds"],
-                "over_final_mb": (found["growth_bytes"] - found["final_bytes"]) / 1e6,
                 "largest_tensor_mb": largest / 1e6,
             }  # fmt: skip
+            if mode == "export":
+                line |= {"over_before_mb": found["growth_bytes"] / 1e6, "compare_seconds": found["compare_seconds"]}
+            else:
+                line["over_final_mb"] = (found["growth_bytes"] - found["final_bytes"]) / 1e6
             if "read_bytes" in found:
                 line["read_share"] = found["read_bytes"] / size
             yield {name: round(value, 3) if isinstance(value, float) else value for name, value in line.items()}
@@ -178,7 +207,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 1024")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--directory", type=Path, help="where the checkpoint is written (and removed from)")
-    parser.add_argument("--child", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=sorted(dict(MODES)), help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     parser.add_argument("--num-processes", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)

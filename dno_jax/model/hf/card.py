@@ -51,7 +51,8 @@ class ExportFacts:
         scheme: what is done with the sequence of policies (outer.scheme).
         policy: index of the exported policy.
         iterations: how many iterations of training it has behind it.
-        annotator: who gave the preferences.
+        annotator: who gave the preferences that were trained on.
+        held_out_judge: who gave those behind the win rates.
         num_pairs: training pairs (rows) over all those iterations.
         num_examples: examples of supervised fine-tuning.
         win_rates: on held-out prompts.
@@ -63,6 +64,7 @@ class ExportFacts:
     policy: int | None = None
     iterations: int | None = None
     annotator: str | None = None
+    held_out_judge: str | None = None
     num_pairs: int | None = None
     num_examples: int | None = None
     win_rates: tuple[HeldOutRate, ...] = ()
@@ -111,6 +113,7 @@ def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
         ("policy", facts.policy),
         ("iterations", facts.iterations),
         ("annotator", facts.annotator and code(facts.annotator)),
+        ("judge of held-out prompts", facts.held_out_judge and code(facts.held_out_judge)),
         ("training pairs", facts.num_pairs),
         ("training examples", facts.num_examples),
     ]
@@ -129,16 +132,19 @@ def _rate_table(rates: tuple[HeldOutRate, ...]) -> str:
 
 def code(text: str) -> str:
     """Return text as a Markdown code span: one line, nothing in it is markup, fit for a table's cell."""
-    # Control, format (also those that turn the reading direction) and line separators would break out or mislead.
-    plain = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
-    plain = re.sub(" +", " ", plain).strip()
-    if len(plain) > _MAX_CHARACTERS:
-        plain = plain[: _MAX_CHARACTERS - 3] + "..."
+    plain = _one_line(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
     # A table's cell ends at a bar, in a code span too, unless it is escaped.
     inner = plain.replace("|", "\\|")
     pad = " " if not inner or inner[0] == "`" or inner[-1] == "`" else ""
     return f"{fence}{pad}{inner}{pad}{fence}"
+
+
+def _one_line(text: str) -> str:
+    # Control, format (also those that turn the reading direction) and line separators would break out or mislead.
+    plain = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
+    plain = re.sub(" +", " ", plain).strip()
+    return plain if len(plain) <= _MAX_CHARACTERS else plain[: _MAX_CHARACTERS - 3] + "..."
 
 
 def _read_base(source: Path) -> _Base:
@@ -150,7 +156,8 @@ def _read_base(source: Path) -> _Base:
 def _licence(source: Path) -> dict[str, str]:
     """Return the base's own entries on its licence: of its card, or else of a licence's text that we know."""
     said = _front_matter(source / "README.md")
-    found = {key: said[key] for key in ("license", "license_name", "license_link") if isinstance(said.get(key), str)}
+    keys = ("license", "license_name", "license_link")
+    found = {key: _one_line(said[key]) for key in keys if isinstance(said.get(key), str)}
     if "license" in found:
         return found
     for name in LICENCE_FILES[:-1]:

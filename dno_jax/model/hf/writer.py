@@ -130,7 +130,7 @@ class ShardFile:
         expected = self._left.pop(0)
         if expected != tensor or array.shape != tensor.shape or array.dtype != tensor.dtype:
             raise DnoError(f"{self._path}: {tensor.name} {array.dtype}{array.shape} came where {expected} was due")
-        self._file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        self._file.write(array.reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
         self._file.close()
