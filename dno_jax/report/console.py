@@ -27,7 +27,7 @@ class _Count(ProgressColumn):
         return Text(f"{done:>{len(total)}}/{total}", style="progress.download")
 
 
-def _amount(count: float, scale: int, *, digits: int = 0) -> str:
+def _amount(count: int | float, scale: int, *, digits: int = 0) -> str:
     """A number of units, each of which is `scale` counts: with two decimals where it is more than one."""
     return f"{count / scale:,.{digits if scale == 1 else 2}f}" if digits or scale > 1 else f"{int(count)}"
 
