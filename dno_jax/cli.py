@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,9 +141,11 @@ def export(
     run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
     path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file, such as 500MB")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="replace what is at the path")] = False,
 ) -> None:
-    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same logits."""
+    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
     from dno_jax.report.console import say
     from dno_jax.report.summary import best_policy_of
     from dno_jax.run_dir import RunDir
@@ -153,7 +156,14 @@ def export(
         policy = best_policy_of(folder, iterations=settings.iterations)
     from dno_jax.stages import policies
 
-    policies.export(settings, policy=policy, path=str(path), overwrite=overwrite)
+    policies.export(
+        settings,
+        policy=policy,
+        path=str(path),
+        dtype=dtype,
+        max_shard_bytes=_bytes(max_shard_size),
+        overwrite=overwrite,
+    )
     say(f"policy {policy} exported to {path}")
 
 
@@ -249,6 +259,15 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     from dno_jax.config import RunConfig, load_config
 
     return load_config(RunConfig, path, overrides or [])
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B", text)
+    if found is None:
+        from dno_jax.errors import DnoError
+
+        raise DnoError(f"--max-shard-size is {text!r}; expected a number and a unit, such as 500MB or 5GB")
+    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

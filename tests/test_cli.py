@@ -48,6 +48,18 @@ def test_stage_by_stage_equals_one_run(folder, dno, capsys):
     said = capsys.readouterr().err
     assert said.count("done") == len(stages)
     dno("export", folder / "stages", folder / "out", "--policy", "1")
+    dno(
+        "export", folder / "stages", folder / "half", "--policy", "1", "--dtype", "bfloat16", "--max-shard-size", "20kB"
+    )
+    assert len(list((folder / "half").glob("model-0000*.safetensors"))) > 1
+    manifests = {name: one.stage(name, 0).require() for name in ("pair", "evaluate")}
+    card = (folder / "half" / "README.md").read_text()
+    assert f"| training pairs | {manifests['pair'].rows:,} |" in card
+    assert "| annotator | `embedded oracle (relevance, variety, brevity)` |" in card
+    for opponent, found in manifests["evaluate"].details["win_rates"].items():
+        name = f"policy {opponent}" if opponent.isdigit() else opponent
+        assert f"| `{name}` | {100 * found['rate']:.1f} % | {100 * found['low']:.1f} to " in card
+    assert str(folder) not in card
     _, params = hf.load(str(folder / "out"))
     _, best = hf.load(str(folder / "whole" / "export"))
     if int(two.stage("evaluate", 0).require().details["best"]) == 1:

@@ -184,8 +184,13 @@ def to_device(tree: Any, shardings: Any) -> Any:
 
 
 def relayout(tree: Any, shardings: Any) -> Any:
-    """Move device arrays to other shardings without passing through the host."""
-    return jax.jit(lambda t: t, out_shardings=shardings)(tree)
+    """Move device arrays to other shardings without passing through the host; compiled once for equal shardings."""
+    return jax.jit(_same, out_shardings=shardings)(tree)
+
+
+def _same(tree: Any) -> Any:
+    # A function of the module: jit keeps programs by function, and a lambda would be a new one at every call.
+    return tree
 
 
 def owned_rows(array: jax.Array) -> dict[int, Any]:

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
@@ -17,7 +17,19 @@ _SECONDS_BETWEEN_LINES = 10.0
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         rate = task.finished_speed or task.speed
-        return Text("" if rate is None else f"{rate:,.1f} {task.fields['unit']}/s", style="cyan")
+        unit, scale = task.fields["unit"], task.fields["scale"]
+        return Text("" if rate is None else f"{_amount(rate, scale, digits=1)} {unit}/s", style="cyan")
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        done, total = (_amount(n or 0, task.fields["scale"]) for n in (task.completed, task.total))
+        return Text(f"{done:>{len(total)}}/{total}", style="progress.download")
+
+
+def _amount(count: int | float, scale: int, *, digits: int = 0) -> str:
+    """A number of units, each of which is `scale` counts: with two decimals where it is more than one."""
+    return f"{count / scale:,.{digits if scale == 1 else 2}f}" if digits or scale > 1 else f"{int(count)}"
 
 
 class _Board:
@@ -34,7 +46,7 @@ class _Board:
                 columns = (
                     TextColumn("{task.description}"),
                     BarColumn(),
-                    MofNCompleteColumn(),
+                    _Count(),
                     _Rate(),
                     TimeRemainingColumn(),
                 )
@@ -59,10 +71,12 @@ class Meter:
 
     with Meter("sample", total=n, unit="prompts") as meter:
         meter.advance(k)
+
+    One unit is `scale` counts: bytes are shown in GB with unit="GB", scale=10**9.
     """
 
-    def __init__(self, description: str, *, total: int, unit: str, done: int = 0, enabled: bool = True):
-        self._description, self._total, self._unit = description, total, unit
+    def __init__(self, description: str, *, total: int, unit: str, scale: int = 1, done: int = 0, enabled: bool = True):
+        self._description, self._total, self._unit, self._scale = description, total, unit, scale
         self._done = self._first = done
         self._said: int | None = None
         self._enabled = enabled
@@ -74,7 +88,7 @@ class Meter:
         if self._enabled and console.is_terminal:
             self._progress = _board.join()
             self._task = self._progress.add_task(
-                self._description, total=self._total, completed=self._done, unit=self._unit
+                self._description, total=self._total, completed=self._done, unit=self._unit, scale=self._scale
             )
         return self
 
@@ -110,7 +124,8 @@ class Meter:
         ending = f", {left:,.0f} s left" if 0 < left < float("inf") else ""
         note = f" {self._note}" if self._note else ""
         console.print(
-            f"{self._description}{note}: {self._done}/{self._total} {self._unit} ({rate:,.1f}/s{ending})",
+            f"{self._description}{note}: {_amount(self._done, self._scale)}/{_amount(self._total, self._scale)} "
+            f"{self._unit} ({_amount(rate, self._scale, digits=1)}/s{ending})",
             markup=False,
             soft_wrap=True,
         )

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from etils import epath
 
-from dno_jax.config import RunConfig
+from dno_jax.config import AnnotationSection, RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.parallel.mesh import barrier, is_primary
-from dno_jax.parallel.sharding import TRAIN, relayout, replicated
-from dno_jax.report.console import say
-from dno_jax.run_dir import write_atomically
+from dno_jax.parallel.sharding import TRAIN
+from dno_jax.report.console import Meter, say
+from dno_jax.run_dir import RunDir, is_lookahead, write_atomically
 from dno_jax.stages.runtime import Runtime
 from dno_jax.training.checkpoint import policy_fingerprint, save_policy
 
@@ -28,27 +27,92 @@ def import_initial(config: RunConfig) -> str:
     found = policy_fingerprint(path)
     if found is not None:
         return found
-    _, params = hf.load(config.model.path, shardings=runtime.param_shardings(TRAIN))
-    digest = save_policy(path, params)
+    digest = save_policy(path, read_checkpoint(config.model.path, shardings=runtime.param_shardings(TRAIN)))
     if is_primary():
         say(f"imported {config.model.path} as policy 0 ({digest[:12]})")
     return digest
 
 
-def export(config: RunConfig, *, policy: int, path: str, overwrite: bool = False) -> None:
-    """Write a policy as a Hugging Face checkpoint that reloads to the same logits.
+def read_checkpoint(path: str, *, shardings: Any) -> Any:
+    """Read a checkpoint's parameters, float32, into sharded arrays; process 0 shows how far it is."""
+    with Meter(f"import {Path(path).name}", total=0, unit="GB", scale=10**9, enabled=is_primary()) as meter:
+
+        def show(count: int, total: int) -> None:
+            meter.expect(total)
+            meter.advance(count)
+
+        return hf.load(path, shardings=shardings, progress=show)[1]
+
+
+def export(
+    config: RunConfig,
+    *,
+    policy: int,
+    path: str,
+    dtype: str | None = None,
+    max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a policy as a Hugging Face checkpoint that reloads to the same values and logits.
 
     Raises:
         DnoError: the policy does not exist, the target does, or what was written does not reload to the same model.
     """
     if epath.Path(path).exists() and not overwrite:
         raise DnoError(f"{path} exists; give another path, or --overwrite")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise DnoError(f"dtype of an export is {dtype!r}; expected float32 or bfloat16, or nothing for the base's own")
     runtime = Runtime.start(config)
-    params = relayout(runtime.load_policy(runtime.run_dir.policy(policy), TRAIN), replicated(runtime.mesh))
-    if is_primary():
-        local = local_copy(params)
-        hf.save(path, runtime.model_config, local, source=config.model.path, overwrite=overwrite)
+    hf.save(
+        path,
+        runtime.model_config,
+        runtime.load_policy(runtime.run_dir.policy(policy), TRAIN),
+        source=config.model.path,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        facts=export_facts(config, policy=policy),
+        overwrite=overwrite,
+    )
     barrier(f"export {policy}")
+
+
+def export_facts(config: RunConfig, *, policy: int) -> hf.ExportFacts:
+    """Gather what the run directory knows of a policy."""
+    run_dir = RunDir(config.run_dir)
+    trained = [policy - 1] if policy and is_lookahead(config, policy - 1) else range(policy)
+    paired = [run_dir.stage("pair", iteration).manifest() for iteration in trained]
+    evaluated = run_dir.stage("evaluate", policy - 1).manifest() if policy else None
+    rates = evaluated.details["win_rates"] if evaluated is not None else {}
+    dno = config.loss.name == "dno"
+    return hf.ExportFacts(
+        method=("Direct Nash Optimization" if dno else "iterated preference optimization") + " (arXiv 2404.03715)",
+        loss=config.loss.name,
+        scheme=config.outer.scheme,
+        policy=policy,
+        iterations=policy,
+        annotator=annotator_name(config.annotation),
+        held_out_judge=annotator_name(config.evaluation_judge) if rates else None,
+        num_pairs=sum(manifest.rows for manifest in paired if manifest is not None),
+        win_rates=tuple(
+            hf.HeldOutRate(f"policy {opponent}" if opponent.isdigit() else opponent, **found)
+            for opponent, found in rates.items()
+        ),
+    )
+
+
+def annotator_name(section: AnnotationSection) -> str:
+    """Say who judges, in words that mean something outside this run directory."""
+    if section.kind == "openai":
+        return f"{section.openai.model}, rubric {Path(section.openai.rubric).name}"
+    if section.kind == "self":
+        return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
+    names = {
+        "oracle": f"embedded oracle ({', '.join(section.oracle.criteria)})",
+        "table": "embedded table of preferences",
+        "given": "points that came with the data",
+        "gold": "the prompts' own responses win by definition",
+    }
+    return names[section.kind]
 
 
 def export_pool(config: RunConfig, *, path: str) -> None:
@@ -71,8 +135,3 @@ def export_pool(config: RunConfig, *, path: str) -> None:
 def pool_member(prompt_id: str, *, seed: int, size: int) -> int:
     """Draw the policy that answers a prompt, uniformly of `size`: unif(pi_1 .. pi_T), Algorithm 1, line 6."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:8], "big") % size
-
-
-def local_copy(params: Any) -> Any:
-    """Replicated global arrays as this process's own: what one process does alone must not be a collective."""
-    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_data(0)), params)

@@ -14,10 +14,10 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.decoder import init_params
 from dno_jax.parallel.mesh import barrier, is_primary
-from dno_jax.parallel.sharding import TRAIN, relayout, replicated
+from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, explain
 from dno_jax.report.console import say
-from dno_jax.stages.policies import local_copy
+from dno_jax.stages.policies import read_checkpoint
 from dno_jax.stages.prompts import read_rows, with_messages
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.template import refuse_template, save_template
@@ -53,9 +53,20 @@ def run(config: SftConfig) -> epath.Path:
         states_path=runtime.run_dir.path / "states",
         guard=False,
     )
-    params = relayout(result.params, replicated(runtime.mesh))
+    hf.save(
+        str(target),
+        runtime.model_config,
+        result.params,
+        source=config.model.init_config or config.model.path,
+        tokenizer=config.model.path,
+        facts=hf.ExportFacts(
+            method="supervised fine-tuning"
+            + (" of random weights of its shape" if config.model.init_config is not None else ""),
+            loss="cross-entropy of the responses",
+            num_examples=len(rows),
+        ),
+    )
     if is_primary():
-        hf.save(str(target), runtime.model_config, local_copy(params), source=config.model.path)
         remove_states(runtime.run_dir.path / "states")
         loss = result.metrics["loss"]
         say(f"sft: {result.num_steps} steps, loss {loss:.4f}, {time.perf_counter() - start:.0f} s; checkpoint {target}")
@@ -107,7 +118,7 @@ def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> tuple[
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:
     shardings = runtime.param_shardings(TRAIN)
     if config.model.init_config is None:
-        return hf.load(config.model.path, shardings=shardings)[1]
+        return read_checkpoint(config.model.path, shardings=shardings)
     return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(
         runtime.model_config, jax.random.key(config.seed)
     )

@@ -116,6 +116,26 @@ def test_relayout_moves_without_changing_a_bit():
     assert fingerprint(moved) == fingerprint(params)
 
 
+def test_relayout_is_compiled_once():
+    mesh = mesh_of(2, 2, 2)
+    params = jax.device_put(init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh, TRAIN))
+    compiled = []
+
+    def listen(event: str, *_: float, **__: str) -> None:
+        compiled.append("backend_compile" in event)
+
+    relayout(params, param_shardings(CONFIG, mesh, DECODE))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        relayout(params, param_shardings(CONFIG, mesh_of(2, 2, 2), DECODE))  # equal shardings, not the same ones
+        again = sum(compiled)
+        relayout(params, jax.tree.map(lambda _: replicated(mesh), params))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert again == 0
+    assert sum(compiled) == 1  # the listener does hear of compilations
+
+
 def test_a_fingerprint_names_the_values_and_not_the_mesh():
     params = init_params(CONFIG, jax.random.key(0))
     base = fingerprint(params)

@@ -1,13 +1,18 @@
-"""Parameters to a checkpoint that transformers loads, proved by reading it back."""
+"""Parameters to a checkpoint that transformers loads, proved by reading it back.
+
+One tensor of the files is in host memory at a time. Every process takes part in bringing it together; process 0 writes:
+the tensors are replicated on the way anyway, and one writer needs no agreement about who closes which file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +20,20 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, abstract_params, logits
+from dno_jax.model.hf.card import LICENCE_FILES, ExportFacts, model_card
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, parse_config, read_json
-from dno_jax.model.hf.files import SINGLE_FILE
-from dno_jax.model.hf.importer import load, tree_leaf
-from dno_jax.model.hf.tensors import stored_tensors
+from dno_jax.model.hf.files import INDEX_FILE, TensorFiles
+from dno_jax.model.hf.importer import load, put_leaf, tree_leaf
+from dno_jax.model.hf.tensors import tensor_table
+from dno_jax.model.hf.writer import Planned, ShardFile, plan_shards, plan_tensors
+
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def save(
@@ -31,64 +42,81 @@ def save(
     params: Mapping[str, Any],
     *,
     source: str | Path,
-    dtype: Any = np.float32,
+    tokenizer: str | Path | None = None,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    facts: ExportFacts | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint that transformers loads, and prove it by reading it back before it gets its name.
 
     config.json is the source's, except for the entry that names the dtype of the file. The same parameters give the
-    same bytes. One process must hold or reach all of `params`.
+    same bytes. Every process calls this; several need a file system that all of them see. What an interrupted call left
+    beside `path` (.NAME.partial) is removed by the next one.
 
     Args:
         path: directory to create.
         config: the shape of `params`; must agree with the source's config.json.
-        params: numpy or jax arrays in our tree.
-        source: the checkpoint directory that training started from; its tokenizer and generation files are copied.
-        dtype: of the file, float32 or bfloat16.
+        params: numpy or jax arrays in our tree, sharded in any way.
+        source: the checkpoint directory that training started from.
+        tokenizer: directory of the tokenizer and generation files that are copied; None is the source.
+        dtype: of the file, float32 or bfloat16; None keeps what each tensor has in the source (or its config.json
+            names, where the source has no weights).
+        max_shard_bytes: several files and an index are written where one file would be larger.
+        facts: what the model card says of the run.
         overwrite: replace an existing directory.
 
     Raises:
         DnoError: the target exists, the source disagrees with `config`, a parameter is missing, unexpected or of
-            another shape, or the checkpoint read back gives other logits.
+            another shape, or the checkpoint read back holds other values or gives other logits.
     """
     path, source = Path(path), Path(source)
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise DnoError(f"{path}: exists already; choose another directory or allow overwriting")
-    dtype = np.dtype(dtype)
-    if dtype not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
-        raise DnoError(f"dtype of a checkpoint is {dtype}; expected float32 or bfloat16")
+    if dtype is not None and np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
+        raise DnoError(f"dtype of a checkpoint is {np.dtype(dtype)}; expected float32 or bfloat16")
+    if max_shard_bytes < 1:
+        raise DnoError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
     text = _config_text(config, source=source, dtype=dtype)
-    params = _host_params(config, params)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        temporary.chmod(0o755)
-        (temporary / "config.json").write_text(text, encoding="utf-8")
-        for file in _side_files(source):
-            shutil.copyfile(file, temporary / file.name)
-        _write_tensors(temporary / SINGLE_FILE, config, params, dtype=dtype)
-        _prove(temporary, config, params, dtype=dtype)
-        _rename_into_place(temporary, path)
-    finally:
+    _check_params(config, params)
+    plan = plan_tensors(config, source=source, dtype=dtype)
+    temporary = path.parent / f".{path.name}.partial"
+
+    def begin() -> None:
+        _recover(path)
+        if (path.exists() or path.is_symlink()) and not overwrite:
+            raise DnoError(f"{path}: exists already; choose another directory or allow overwriting")
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / "config.json").write_text(text, encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(source, facts=facts), encoding="utf-8")
+        for file in _side_files(Path(tokenizer or source)):
+            shutil.copyfile(file, temporary / file.name)
+
+    try:
+        _on_primary(begin)
+        _write_tensors(temporary, plan, params, max_shard_bytes=max_shard_bytes)
+        _compare_tensors(temporary, config, plan, params)
+        _compare_logits(temporary, config, plan, params)
+        _on_primary(lambda: _rename_into_place(temporary, path))
+    finally:
+        if _is_primary():
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _config_text(config: ModelConfig, *, source: Path, dtype: np.dtype) -> str:
+def _config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
     file, tree = read_json(source, "config.json")
-    theirs = parse_config(tree, place=str(file), rope_length=config.rope_length)
+    theirs = parse_config(tree, place=str(file))
     for field in fields(ModelConfig):
         mine, other = getattr(config, field.name), getattr(theirs, field.name)
         if mine != other:
             raise DnoError(f"{file}: {field.name} is {other!r}, but the parameters have {mine!r}; wrong source?")
     named = [key for key in ("dtype", "torch_dtype") if key in tree]
-    if all(tree[key] == dtype.name for key in named):
+    if dtype is None or all(tree[key] == np.dtype(dtype).name for key in named):
         return file.read_text(encoding="utf-8")
     # transformers loads in the dtype that this entry names, whatever the file holds.
-    return json.dumps({**tree, **dict.fromkeys(named, dtype.name)}, indent=2) + "\n"
+    return json.dumps({**tree, **dict.fromkeys(named, np.dtype(dtype).name)}, indent=2) + "\n"
 
 
-def _host_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return float32 numpy arrays, after comparing the tree with the config."""
+def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:
     wanted = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(abstract_params(config))}
     given = {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(dict(params))}
     for name in sorted(wanted.keys() ^ given.keys()):
@@ -97,71 +125,208 @@ def _host_params(config: ModelConfig, params: Mapping[str, Any]) -> dict[str, An
     for name, leaf in wanted.items():
         if tuple(given[name].shape) != leaf.shape:
             raise DnoError(f"parameter {name} has shape {tuple(given[name].shape)}; the config says {leaf.shape}")
-    return jax.tree.map(lambda a: np.asarray(a, np.float32), dict(params))
 
 
 def _name(path: Any) -> str:
     return "/".join(str(key.key) for key in path)
 
 
-def _side_files(source: Path) -> Iterator[Path]:
-    names = [*TOKENIZER_FILES, "generation_config.json"]
-    yield from (source / name for name in names if (source / name).is_file())
+def _side_files(folder: Path) -> Iterator[Path]:
+    names = [*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES]
+    yield from (folder / name for name in names if (folder / name).is_file())
 
 
-def _write_tensors(file: Path, config: ModelConfig, params: dict[str, Any], *, dtype: np.dtype) -> None:
-    from safetensors.numpy import save_file
-
-    tensors: dict[str, np.ndarray] = {}
-    for stored in stored_tensors(config):
-        parts = []
-        for tensor, index in stored.parts:
-            parts.append(tensor.to_hf(tree_leaf(params, tensor.path)[index]).astype(dtype))
-        tensors[stored.name] = np.ascontiguousarray(np.concatenate(parts))
-    # The library sorts by dtype and name, so equal tensors give equal bytes.
-    save_file(tensors, file, metadata={"format": "pt"})
+def _is_primary() -> bool:
+    return jax.process_index() == 0
 
 
-def _prove(directory: Path, config: ModelConfig, params: dict[str, Any], *, dtype: np.dtype) -> None:
-    """Compare the logits of what was written with those of what was meant, bit for bit."""
-    _, written = load(directory)
-    meant = jax.tree.map(lambda a: a.astype(dtype).astype(np.float32), params)
-    if np.array_equal(_probe(config, written), _probe(config, meant)):
-        return
-    differ = [
-        _name(path)
-        for (path, a), b in zip(jax.tree.leaves_with_path(meant), jax.tree.leaves(written), strict=True)
-        if not np.array_equal(a, b)
-    ]
-    raise DnoError(
-        f"{directory}: the checkpoint read back gives other logits; differing or not finite: "
-        f"{', '.join(differ) or 'the logits themselves'}. Nothing was put in place."
-    )
+def _agree(error: Exception | None) -> None:
+    """Raise the error of process 0 on every process: none may wait for another that has given up."""
+    failed = error is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
+    if error is not None:
+        raise error
+    if failed:
+        raise DnoError("export: process 0 gave up; its message says why")
 
 
-def _probe(config: ModelConfig, params: dict[str, Any]) -> np.ndarray:
+def _on_primary(act: Callable[[], None]) -> None:
+    error = None
+    if _is_primary():
+        try:
+            act()
+        except Exception as caught:
+            error = caught
+    _agree(error)
+
+
+def _write_tensors(directory: Path, plan: list[Planned], params: Mapping[str, Any], *, max_shard_bytes: int) -> None:
+    shards = plan_shards(plan, max_bytes=max_shard_bytes)
+    error: Exception | None = None
+    for file, tensors in shards.items():
+        with ExitStack() as stack:
+            opened: ShardFile | None = None
+            for tensor in tensors:
+                parts = [_gather(params, part) for part in tensor.parts]
+                if not _is_primary() or error is not None:
+                    continue  # the others go on: process 0 needs them for the tensors after this one
+                try:
+                    opened = opened or stack.enter_context(closing(ShardFile(directory / file, tensors)))
+                    opened.append(tensor, tensor.compose([_on_host(part) for part in parts]))
+                except Exception as caught:
+                    error = caught
+    if len(shards) > 1 and error is None and _is_primary():
+        weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
+        tree = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in plan)}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _agree(error)
+
+
+@partial(jax.jit, static_argnames="everywhere")
+def _take(leaf: jax.Array, index: tuple[jax.Array, ...], *, everywhere: NamedSharding | None) -> jax.Array:
+    """Return one layer of a leaf. The index is traced: one program serves all layers."""
+    for i in index:
+        leaf = jax.lax.dynamic_index_in_dim(leaf, i, 0, keepdims=False)
+    # A copy: the caller's own array would keep the host copy that is made of it.
+    leaf = jnp.copy(leaf)
+    return leaf if everywhere is None else jax.lax.with_sharding_constraint(leaf, everywhere)
+
+
+def _gather(params: Mapping[str, Any], part: tuple[Any, tuple[int, ...]]) -> Any:
+    """Return one layer of one leaf, where process 0 can read it; with several processes it is on every device."""
+    tensor, index = part
+    leaf = tree_leaf(params, tensor.path)
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)[index]
+    everywhere = None if leaf.is_fully_addressable else _everywhere(leaf)
+    return _take(leaf, tuple(np.int32(i) for i in index), everywhere=everywhere).block_until_ready()
+
+
+def _everywhere(leaf: jax.Array) -> NamedSharding:
+    if not isinstance(leaf.sharding, NamedSharding):
+        raise DnoError(f"an array of several processes has {leaf.sharding}; expected a NamedSharding")
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+
+
+def _on_host(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = array.addressable_data(0)
+    return np.asarray(array)
+
+
+def _compare_tensors(directory: Path, config: ModelConfig, plan: list[Planned], params: Mapping[str, Any]) -> None:
+    """Read every tensor back as import does and compare it with what was meant, bit for bit."""
+    differ: list[str] = []
+    error: Exception | None = None
+    with ExitStack() as stack:
+        files: TensorFiles | None = None
+        try:
+            if _is_primary():
+                files = stack.enter_context(closing(TensorFiles(directory)))
+                files.check(tensor_table(config), tied=config.tie_word_embeddings, place=directory)
+        except Exception as caught:
+            error = caught
+        _agree(error)
+        for planned in plan:
+            for tensor, index in planned.parts:
+                gathered = _gather(params, (tensor, index))
+                if files is None or error is not None:
+                    continue
+                try:
+                    whole = (*(slice(i, i + 1) for i in index), *(slice(0, n) for n in tensor.shape))
+                    written = tensor.read(files, whole)
+                    meant = _on_host(gathered).astype(planned.dtype).astype(np.float32)
+                    if not np.array_equal(written.reshape(-1).view(np.uint32), meant.reshape(-1).view(np.uint32)):
+                        differ.append(f"{'/'.join(tensor.path)} ({planned.name})")
+                except Exception as caught:
+                    error = caught
+    if differ and error is None:
+        error = DnoError(
+            f"{directory}: the checkpoint read back holds other values than those meant: {', '.join(differ)}. "
+            "Nothing was put in place."
+        )
+    _agree(error)
+
+
+def _compare_logits(directory: Path, config: ModelConfig, plan: list[Planned], params: Mapping[str, Any]) -> None:
+    """Compare the logits of what was written with those of what was meant, in the shardings of the parameters."""
+    dtypes: dict[str, Any] = {}
+    for planned in plan:
+        for tensor, _ in planned.parts:
+            put_leaf(dtypes, tensor.path, planned.dtype)
+    # A tree: load reads each leaf as the file holds it, so that the second copy is no larger than it must be.
+    on_devices = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(dict(params)))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(params)) if on_devices else None
+    written = _probe(config, load(directory, shardings=shardings, dtype=dtypes)[1])
+    meant = _probe(config, jax.tree.map(_as_stored, dict(params), dtypes))
+    if not (np.array_equal(written, meant) and np.all(np.isfinite(meant))):
+        raise DnoError(
+            f"{directory}: the checkpoint read back gives other logits, or some that are not finite. "
+            "Nothing was put in place."
+        )
+
+
+def _as_stored(leaf: Any, dtype: np.dtype) -> Any:
+    if leaf.dtype == dtype:
+        return leaf
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf).astype(dtype)
+    return _cast(leaf, dtype)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(leaf: jax.Array, dtype: np.dtype) -> jax.Array:
+    return leaf.astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("config", "everywhere"))
+def _probe_logits(params: Any, *, config: ModelConfig, everywhere: NamedSharding | None) -> jax.Array:
     length = min(16, config.max_position_embeddings)
     position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
     token = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, length)), jnp.int32)
+    hidden, _ = Decoder(config).apply({"params": params}, token, position)
+    found = logits(config, params, hidden)
+    return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)
 
-    @jax.jit
-    def run(params: Any) -> jax.Array:
-        hidden, _ = Decoder(config).apply({"params": params}, token, position)
-        return logits(config, params, hidden)
 
-    return np.asarray(run(params))
+def _probe(config: ModelConfig, params: Mapping[str, Any]) -> np.ndarray:
+    leaf = jax.tree.leaves(dict(params))[0]
+    everywhere = _everywhere(leaf) if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable else None
+    return _on_host(_probe_logits(params, config=config, everywhere=everywhere))
+
+
+def _recover(path: Path) -> None:
+    """Put back what an overwriting export had set aside when it was killed."""
+    aside = _aside(path)
+    if aside.exists() and not path.exists():
+        os.rename(aside, path)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.parent / f".{path.name}.old"
 
 
 def _rename_into_place(temporary: Path, path: Path) -> None:
+    for place in (*sorted(temporary.iterdir()), temporary):
+        _flush(place)  # the rename must not overtake the bytes
     if not path.exists():
         os.rename(temporary, path)
-        return
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    os.rename(path, aside / "old")
+    else:
+        os.rename(path, _aside(path))
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(_aside(path), path)
+            raise
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    _flush(path.parent)
+
+
+def _flush(place: Path) -> None:
+    opened = os.open(place, os.O_RDONLY)
     try:
-        os.rename(temporary, path)
-    except OSError:
-        os.rename(aside / "old", path)
-        raise
+        os.fsync(opened)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(opened)

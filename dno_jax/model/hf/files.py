@@ -1,8 +1,17 @@
-"""The safetensors files of a checkpoint: found, compared with what config.json promises, and read slice by slice."""
+"""The safetensors files of a checkpoint: found, compared with what config.json promises, and read slice by slice.
+
+The header of a file is checked here before the library maps it: a file is data from elsewhere, and an error should
+name the tensor.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,87 +22,213 @@ from dno_jax.model.hf.config_json import read_json
 from dno_jax.model.hf.tensors import Tensor
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = ("F32", "F16", "BF16")
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Buffers that old checkpoints carry; they follow from config.json.
 _IGNORED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
+_MAX_HEADER_BYTES = 100_000_000  # the library's own bound
+_COMPARED_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a header says of one tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class TensorFiles:
-    """The safetensors files of a checkpoint, open for reading slices."""
+    """The safetensors files of a checkpoint, open for reading slices.
 
-    def __init__(self, path: Path) -> None:
+    Raises:
+        DnoError: a file is missing, truncated or corrupt, or the index and the files disagree.
+    """
+
+    def __init__(self, path: Path, *, progress: Callable[[int], None] | None = None) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._tensor_file: dict[str, Any] = {}
-        self._place: dict[str, Path] = {}
-        self._stack = contextlib.ExitStack()
-        for file in _shards(path):
-            try:
-                opened = self._stack.enter_context(safe_open(str(file), framework="numpy"))
-            except FileNotFoundError:
-                self.close()
-                raise DnoError(f"{file}: no such file; the checkpoint is incomplete, fetch it again") from None
-            except (SafetensorError, OSError) as error:
-                self.close()
-                raise DnoError(f"{file}: truncated or corrupt safetensors file ({error}); fetch it again") from None
-            for name in opened.keys():  # noqa: SIM118 - no mapping
-                if name in self._place:
-                    self.close()
-                    raise DnoError(f"{file}: tensor {name} stands in {self._place[name].name} too")
-                self._tensor_file[name], self._place[name] = opened, file
+        self.headers = read_headers(path)
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._open: dict[Path, Any] = {}
+        with contextlib.ExitStack() as stack:
+            for file in dict.fromkeys(stored.file for stored in self.headers.values()):
+                try:
+                    self._open[file] = stack.enter_context(safe_open(str(file), framework="numpy"))
+                except (SafetensorError, OSError) as error:
+                    raise _corrupt(file, error) from None
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
         self._stack.close()
 
     def check(self, table: list[Tensor], *, tied: bool, place: Path) -> None:
-        """Compare names, shapes and dtypes of everything before anything is read."""
+        """Compare names, shapes and dtypes of everything before anything is read; one error names all that is wrong."""
         expected = {name: tensor.hf_shape for tensor in table for name in tensor.names}
-        for name in sorted(expected.keys() - self._place.keys()):
-            raise DnoError(f"{place}: tensor {name} is missing; expected shape {expected[name]}")
-        for name in sorted(self._place.keys() - expected.keys()):
-            if tied and name == "lm_head.weight":
-                self._check_tied()
-            elif not name.endswith(_IGNORED_SUFFIXES):
-                raise DnoError(
-                    f"{self._place[name]}: unexpected tensor {name}; config.json describes a model without it "
-                    "(biases are declared by attention_bias and mlp_bias, a head by tie_word_embeddings)"
-                )
-        for name, shape in expected.items():
-            view = self._tensor_file[name].get_slice(name)
-            if tuple(view.get_shape()) != shape:
-                raise DnoError(
-                    f"{self._place[name]}: tensor {name} has shape {tuple(view.get_shape())}; config.json says {shape}"
-                )
-            if view.get_dtype() not in _DTYPES:
-                raise DnoError(
-                    f"{self._place[name]}: tensor {name} has dtype {view.get_dtype()}; expected {', '.join(_DTYPES)}"
-                )
+        missing = sorted(expected.keys() - self.headers.keys())
+        extra = [name for name in self.headers.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIXES)]
+        surplus = sorted(name for name in extra if not (tied and name == HEAD))
+        wrong = [f"tensor {name} is missing; expected shape {expected[name]}" for name in missing]
+        wrong += [f"{self.headers[name].file.name}: unexpected tensor {name}" for name in surplus]
+        if surplus:
+            wrong[-1] += (
+                " (config.json describes a model without it; biases are declared by attention_bias and mlp_bias, "
+                "a head by tie_word_embeddings)"
+            )
+        for name in sorted(expected.keys() & self.headers.keys()):
+            stored, shape = self.headers[name], expected[name]
+            if stored.shape != shape:
+                wrong.append(f"{stored.file.name}: tensor {name} has shape {stored.shape}; config.json says {shape}")
+            if stored.dtype not in ITEM_BYTES:
+                wrong.append(f"{stored.file.name}: tensor {name} has dtype {stored.dtype}; expected {_DTYPES}")
+        if wrong:
+            raise DnoError("\n  ".join([f"{place}: files and config.json disagree", *wrong]))
+        if tied and HEAD in self.headers:
+            self._check_tied(expected)
 
-    def _check_tied(self) -> None:
+    def _check_tied(self, expected: dict[str, tuple[int, ...]]) -> None:
         # Some exporters write the tied head a second time; a head that differs would be dropped in silence.
-        name, file = "lm_head.weight", self._tensor_file["lm_head.weight"]
-        embed = self._tensor_file["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
-        if not np.array_equal(file.get_tensor(name), embed):
+        head, embed = self.headers[HEAD], self.headers[EMBED]
+        rows = max(1, _COMPARED_BYTES // (4 * math.prod(expected[EMBED][1:])))
+        same = head.shape == embed.shape and head.dtype in ITEM_BYTES
+        for start in range(0, embed.shape[0] if same else 0, rows):
+            index = (slice(start, min(start + rows, embed.shape[0])), slice(None))
+            same = same and np.array_equal(self._slice(HEAD, index), self._slice(EMBED, index))
+        if not same:
             raise DnoError(
-                f"{self._place[name]}: tie_word_embeddings is true but {name} differs from model.embed_tokens.weight; "
+                f"{head.file}: tie_word_embeddings is true but {HEAD} differs from {EMBED}; "
                 "set tie_word_embeddings to false in config.json or remove the tensor"
             )
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._tensor_file[name].get_slice(name)[index].astype(np.float32)
+        """Return a part of a tensor as float32, and count the bytes of the part."""
+        part = self._slice(name, index)
+        if self._progress is not None:
+            with self._lock:
+                self._progress(part.nbytes)
+        return part.astype(np.float32, copy=False)
+
+    def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return self._open[self.headers[name].file].get_slice(name)[index]
 
 
-def _shards(path: Path) -> list[Path]:
+_DTYPES = ", ".join(ITEM_BYTES)
+
+
+def read_headers(path: Path) -> dict[str, Header]:
+    """Return what the headers of all files of a checkpoint say, in the order of the files.
+
+    Raises:
+        DnoError: as TensorFiles.
+    """
     if (path / SINGLE_FILE).exists():
-        return [path / SINGLE_FILE]
+        return read_header(path / SINGLE_FILE)
     if not (path / INDEX_FILE).exists():
         raise DnoError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints can be read")
-    file, tree = read_json(path, INDEX_FILE)
+    index, shard_of = _weight_map(path)
+    found: dict[str, Header] = {}
+    for shard in sorted(set(shard_of.values())):
+        for name, stored in read_header(path / shard).items():
+            if name in found:
+                raise DnoError(f"{stored.file}: tensor {name} stands in {found[name].file.name} too")
+            found[name] = stored
+    misplaced = [
+        f"{name} (the index says {shard_of.get(name, 'nothing')}, it is in "
+        f"{found[name].file.name if name in found else 'none of its files'})"
+        for name in sorted(shard_of.keys() | found.keys())
+        if name not in found or found[name].file.name != shard_of.get(name)
+    ]
+    if misplaced:
+        raise DnoError(
+            f"{index}: index and files disagree on tensor {', '.join(misplaced)}; fetch the checkpoint again"
+        )
+    return found
+
+
+def _weight_map(path: Path) -> tuple[Path, dict[str, str]]:
+    try:
+        file, tree = read_json(path, INDEX_FILE)
+    except RecursionError:
+        raise DnoError(f"{path / INDEX_FILE}: not valid JSON: nested too deeply") from None
     weight_map = tree.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DnoError(f"{file}: no weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise DnoError(f"{file}: shard {name!r} is not a file name in this directory")
-    return [path / name for name in names]
+    for name, shard in weight_map.items():
+        plain = isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & set("/\\\0")
+        if not plain:
+            raise DnoError(f"{file}: shard {shard!r} of tensor {name} is not a file name in this directory")
+    return file, weight_map
+
+
+def read_header(file: Path) -> dict[str, Header]:
+    """Return what a safetensors file says it holds, after comparing that with the file's length.
+
+    The format: 8 bytes little-endian length, a JSON header, the data without holes
+    (https://github.com/huggingface/safetensors#format).
+
+    Raises:
+        DnoError: the file is missing, truncated or corrupt.
+    """
+    if not file.exists():
+        raise DnoError(f"{file}: no such file; the checkpoint is incomplete, fetch it again")
+    if not file.is_file():
+        raise DnoError(f"{file}: not a regular file; expected a safetensors file")
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+            raise _corrupt(file, f"{size} bytes, of which the header claims {length}")
+        header = opened.read(length)
+    try:
+        tree = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise _corrupt(file, f"the header is no JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise _corrupt(file, "the header is no JSON object")
+    entries = {name: _Entry.parse(file, name, entry) for name, entry in tree.items() if name != "__metadata__"}
+    end, last = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            raise _corrupt(file, f"tensor {name} begins at byte {entry.start}, {last or 'the header'} ends at {end}")
+        end, last = entry.stop, name
+    if end != size - 8 - length:
+        raise _corrupt(file, f"tensor {last} ends at byte {end} of {size - 8 - length}")
+    return {name: Header(file, entry.dtype, entry.shape) for name, entry in entries.items()}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @classmethod
+    def parse(cls, file: Path, name: str, tree: Any) -> _Entry:
+        tree = tree if isinstance(tree, dict) else {}
+        dtype, shape, offsets = tree.get("dtype"), tree.get("shape"), tree.get("data_offsets")
+        counts = all(
+            isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets)
+        )
+        if not isinstance(dtype, str) or not counts or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise _corrupt(file, f"tensor {name}: dtype {dtype!r:.40}, shape {shape!r:.80}, offsets {offsets!r:.80}")
+        wanted = math.prod(shape) * ITEM_BYTES.get(dtype, 0)
+        if dtype in ITEM_BYTES and offsets[1] - offsets[0] != wanted:
+            # Sizes of hostile shapes run to thousands of digits, which Python would refuse to print.
+            said = str(wanted) if wanted < 2**63 else "more than 2^63"
+            raise _corrupt(file, f"tensor {name}: {offsets[1] - offsets[0]:.0f} bytes for a shape of {said}")
+        return cls(dtype, tuple(shape), *offsets)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} stands in it twice")
+    return tree
+
+
+def _corrupt(file: Path, why: object) -> DnoError:
+    return DnoError(f"{file}: truncated or corrupt safetensors file ({why}); fetch it again")

@@ -1,31 +1,50 @@
-"""Checkpoint files to sharded arrays."""
+"""Checkpoint files to sharded arrays, in pieces: no process holds more than its devices' slices and a few pieces."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf.config_json import read_config
-from dno_jax.model.hf.files import TensorFiles
+from dno_jax.model.hf.files import ITEM_BYTES, TensorFiles
 from dno_jax.model.hf.tensors import Tensor, tensor_table
 
+Progress = Callable[[int, int], None]
+Start = tuple[int, ...]
+# Elements that a process reads at once, over all its devices. Small enough to stay far below one tensor of a large
+# model, large enough that calls cost nothing.
+_PIECE = 1 << 21
+# Rows of a file's matrix that are transposed at once: what they touch stays in the processor's cache.
+_ROWS = 64
+_THREADS = 8
 
-def load(path: str | Path, *, shardings: Any = None) -> tuple[ModelConfig, dict[str, Any]]:
+
+def load(
+    path: str | Path, *, shardings: Any = None, dtype: Any = np.float32, progress: Progress | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a checkpoint.
 
     Args:
         path: directory with config.json and model.safetensors, or its index and shards (bfloat16, float16 or float32).
-        shardings: tree of jax.sharding.Sharding like the parameters; each device's slice is then read from the files
-            alone, so that no host ever holds the model. None returns numpy arrays.
+        shardings: tree of jax.sharding.Sharding like the parameters; each process then reads the slices of its own
+            devices alone, piece by piece, so that no host ever holds the model. None returns numpy arrays.
+        dtype: of the parameters; or a tree of dtypes like the parameters.
+        progress: called with (bytes just read, bytes that this process reads in all).
 
     Returns:
-        (config, params), params float32 in the tree of decoder.abstract_params(config).
+        (config, params), params in the tree of decoder.abstract_params(config).
 
     Raises:
         DnoError: a file is missing, truncated or corrupt; a tensor is missing, unexpected, or of another shape or dtype
@@ -34,29 +53,133 @@ def load(path: str | Path, *, shardings: Any = None) -> tuple[ModelConfig, dict[
     path = Path(path)
     config = read_config(path)
     table = tensor_table(config)
-    with contextlib.closing(TensorFiles(path)) as files:
+    total = 0
+
+    def count(num_bytes: int) -> None:
+        if progress is not None:
+            progress(num_bytes, total)
+
+    with contextlib.closing(TensorFiles(path, progress=count)) as files, ThreadPoolExecutor(_THREADS) as pool:
         files.check(table, tied=config.tie_word_embeddings, place=path)
+        leaves = [_Leaf(tensor, None if shardings is None else tree_leaf(shardings, tensor.path)) for tensor in table]
+        total = sum(leaf.num_bytes(files) for leaf in leaves)
         params: dict[str, Any] = {}
-        for tensor in table:
-            shape = tensor.stack + tensor.shape
-            if shardings is None:
-                array: Any = tensor.read(files, (slice(None),) * len(shape))
-            else:
-                sharding = tree_leaf(shardings, tensor.path)
-                read = _Reader(tensor, files)
-                array = jax.make_array_from_callback(shape, sharding, read)
-                array.block_until_ready()
-            _put(params, tensor.path, array)
+        for leaf in leaves:
+            wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
+            put_leaf(params, leaf.tensor.path, leaf.read(_Reader(files, pool, np.dtype(wanted))))
     return config, params
 
 
 @dataclass(frozen=True)
 class _Reader:
-    tensor: Tensor
-    files: TensorFiles
+    """Reads parts of parameters by several threads."""
 
-    def __call__(self, index: Any) -> np.ndarray:
-        return self.tensor.read(self.files, index)
+    files: TensorFiles
+    pool: ThreadPoolExecutor
+    dtype: np.dtype
+
+    def read(self, tensor: Tensor, start: Start, size: Start, *, axis: int, inner: int) -> np.ndarray:
+        """Return the part that begins at `start`; `axis` runs along the file's rows, `inner` of them a step."""
+        # Narrowed here, not on a device: those may flush subnormal numbers.
+        out = np.empty(size, self.dtype)
+
+        def fill(begin: int) -> None:
+            rows = slice(begin, min(begin + step, size[axis]))
+            index = list(_slices(start, size))
+            index[axis] = slice(start[axis] + rows.start, start[axis] + rows.stop)
+            out[(slice(None),) * axis + (rows,)] = tensor.read(self.files, tuple(index))
+
+        step = max(1, _ROWS // inner)
+        list(self.pool.map(fill, range(0, size[axis], step)))
+        return out
+
+
+class _Leaf:
+    """One parameter and where its parts go."""
+
+    def __init__(self, tensor: Tensor, sharding: Sharding | None) -> None:
+        self.tensor = tensor
+        self.sharding = sharding
+        self.shape = tensor.stack + tensor.shape
+        # Cut along the rows of the file's matrix, so that a piece is one stretch of the file.
+        first, *inner = tensor.groups[0]
+        self._rows = {"axis": len(tensor.stack) + first, "inner": math.prod(tensor.shape[axis] for axis in inner)}
+        self._cuts = (*range(len(tensor.stack)), len(tensor.stack) + first)
+        self._starts: dict[Any, Start] = {}  # device -> where its shard begins
+        self._local = self.shape
+        if sharding is not None:
+            self._local = sharding.shard_shape(self.shape)
+            for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+                assert index is not None
+                self._starts[device] = tuple(part.indices(n)[0] for part, n in zip(index, self.shape, strict=True))
+
+    def num_bytes(self, files: TensorFiles) -> int:
+        """Bytes of the file that this process reads: what several of its devices share comes once."""
+        parts = len(set(self._starts.values())) or 1
+        return parts * math.prod(self._local) * ITEM_BYTES[files.headers[self.tensor.names[0]].dtype]
+
+    def read(self, reader: _Reader) -> Any:
+        """Return the parameter, piece after piece."""
+        if self.sharding is None:
+            out = np.empty(self.shape, reader.dtype)
+            for start, size in _pieces(self.shape, cuts=self._cuts, limit=_PIECE):
+                out[_slices(start, size)] = reader.read(self.tensor, start, size, **self._rows)
+            return out
+        # The local shards as one array over the local devices, so that one small program serves all of them.
+        mesh = Mesh(np.array(list(self._starts)), ("local",))
+        place = NamedSharding(mesh, PartitionSpec("local"))
+        array = _zeros((len(self._starts) * self._local[0], *self._local[1:]), reader.dtype, place)
+        limit = _PIECE // len(set(self._starts.values()))
+        for start, size in _pieces(self._local, cuts=self._cuts, limit=limit):
+            piece = self._piece(reader, start, size, place=place)
+            # The read went on beside the last write; without this wait pieces would pile up.
+            array.block_until_ready()
+            array = _write(array, piece, np.asarray(start, np.int32), mesh=mesh)
+        array.block_until_ready()
+        shards = {shard.device: shard.data for shard in array.addressable_shards}
+        return jax.make_array_from_single_device_arrays(
+            self.shape, self.sharding, [shards[device] for device in self._starts]
+        )
+
+    def _piece(self, reader: _Reader, start: Start, size: Start, *, place: NamedSharding) -> jax.Array:
+        read: dict[Start, np.ndarray] = {}
+        for origin in self._starts.values():
+            if origin not in read:
+                begin = tuple(a + b for a, b in zip(origin, start, strict=True))
+                read[origin] = reader.read(self.tensor, begin, size, **self._rows)
+        parts = [jax.device_put(read[origin], device) for device, origin in self._starts.items()]
+        return jax.make_array_from_single_device_arrays((len(parts) * size[0], *size[1:]), place, parts)
+
+
+def _zeros(shape: Start, dtype: np.dtype, place: NamedSharding) -> jax.Array:
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=place)(shape, dtype)
+
+
+@partial(jax.jit, donate_argnums=0, static_argnames="mesh")
+def _write(array: jax.Array, piece: jax.Array, start: jax.Array, *, mesh: Mesh) -> jax.Array:
+    """Write each device's part of `piece` into its part of `array`, in place."""
+    local, everywhere = PartitionSpec("local"), PartitionSpec()
+    update = jax.shard_map(
+        lambda a, p, s: jax.lax.dynamic_update_slice(a, p, tuple(s)),
+        mesh=mesh,
+        in_specs=(local, local, everywhere),
+        out_specs=local,
+    )
+    return update(array, piece, start)
+
+
+def _pieces(shape: Sequence[int], *, cuts: Sequence[int], limit: int) -> Iterator[tuple[Start, Start]]:
+    """Cut an array into (start, size) of at most `limit` elements, along each of the axes `cuts` as far as needed."""
+    step = list(shape)
+    for cut in cuts:
+        step[cut] = max(1, min(shape[cut], limit * step[cut] // max(math.prod(step), 1)))
+    for start in np.ndindex(*(-(-n // by) for n, by in zip(shape, step, strict=True))):
+        begin = tuple(i * by for i, by in zip(start, step, strict=True))
+        yield begin, tuple(min(by, n - b) for by, n, b in zip(step, shape, begin, strict=True))
+
+
+def _slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 
 def tree_leaf(tree: Any, path: tuple[str, ...]) -> Any:
@@ -65,7 +188,7 @@ def tree_leaf(tree: Any, path: tuple[str, ...]) -> Any:
     return tree
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def put_leaf(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value

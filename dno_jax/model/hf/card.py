@@ -1,0 +1,183 @@
+"""The model card of an export: README.md with the run's own facts.
+
+Names and paths come from files and people: they are data. YAML is written by its library, and what stands in the
+Markdown text stands in code spans, where nothing is markup.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
+_MAX_CHARACTERS = 200
+_MAX_FRONT_MATTER = 1 << 16
+# What the first lines of a licence say -> its name on the Hub.
+_LICENCES = {r"Apache License\s+Version 2\.0": "apache-2.0", r"MIT License": "mit"}
+_CITATION = """@article{rosset2024direct,
+  title = {Direct Nash Optimization: Teaching Language Models to Self-Improve with General Preferences},
+  author = {Rosset, Corby and Cheng, Ching-An and Mitra, Arindam and Santacroce, Michael and Awadallah, Ahmed and
+            Xie, Tengyang},
+  journal = {arXiv preprint arXiv:2404.03715},
+  year = {2024}
+}"""
+
+
+@dataclass(frozen=True)
+class HeldOutRate:
+    """How often the exported policy is preferred to an opponent, in [0, 1], with its 95 % interval."""
+
+    opponent: str
+    rate: float
+    low: float
+    high: float
+    comparisons: int
+    prompts: int
+
+
+@dataclass(frozen=True)
+class ExportFacts:
+    """What a run knows of the policy it exports. None: does not apply.
+
+    Attributes:
+        method: what was done, in words.
+        loss: name of the loss.
+        scheme: what is done with the sequence of policies (outer.scheme).
+        policy: index of the exported policy.
+        iterations: how many iterations of training it has behind it.
+        annotator: who gave the preferences that were trained on.
+        held_out_judge: who gave those behind the win rates.
+        num_pairs: training pairs (rows) over all those iterations.
+        num_examples: examples of supervised fine-tuning.
+        win_rates: on held-out prompts.
+    """
+
+    method: str
+    loss: str
+    scheme: str | None = None
+    policy: int | None = None
+    iterations: int | None = None
+    annotator: str | None = None
+    held_out_judge: str | None = None
+    num_pairs: int | None = None
+    num_examples: int | None = None
+    win_rates: tuple[HeldOutRate, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The checkpoint that training started from: its name, its id on the Hub, what it says of its licence."""
+
+    name: str
+    hub_id: str | None
+    licence: dict[str, str]
+
+
+def model_card(source: Path, *, facts: ExportFacts | None) -> str:
+    """Return README.md of a checkpoint made from `source`."""
+    base = _read_base(source)
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dno_jax"]}
+    if base.hub_id is not None:
+        head["base_model"] = base.hub_id
+    head |= base.licence
+    licence = base.licence.get("license_name") or base.licence.get("license")
+    rows: list[tuple[str, str]] = [
+        ("base model", code(base.name)),
+        ("licence", code(licence) if licence else "see the base model"),
+    ]
+    if facts is not None:
+        rows += _fact_rows(facts)
+    rows.append(("written by", f"dno_jax {metadata.version('dno_jax')}"))
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=True, allow_unicode=False)}---",
+        "# Model card",
+        (code(base.name) + (f" after {facts.method}" if facts else ", written anew") + "."),
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
+    ]
+    if facts is not None and facts.win_rates:
+        parts += ["## Win rates on held-out prompts", _rate_table(facts.win_rates)]
+    parts += ["## Citation", f"```bibtex\n{_CITATION}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
+    values = [
+        ("loss", facts.loss and code(facts.loss)),
+        ("scheme", facts.scheme and code(facts.scheme)),
+        ("policy", facts.policy),
+        ("iterations", facts.iterations),
+        ("annotator", facts.annotator and code(facts.annotator)),
+        ("judge of held-out prompts", facts.held_out_judge and code(facts.held_out_judge)),
+        ("training pairs", facts.num_pairs),
+        ("training examples", facts.num_examples),
+    ]
+    return [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in values if value is not None]
+
+
+def _rate_table(rates: tuple[HeldOutRate, ...]) -> str:
+    rows = ["| against | preferred | 95 % interval | comparisons | prompts |", "|---|---:|---:|---:|---:|"]
+    rows += [
+        f"| {code(rate.opponent)} | {100 * rate.rate:.1f} % | {100 * rate.low:.1f} to {100 * rate.high:.1f} % "
+        f"| {rate.comparisons:,} | {rate.prompts:,} |"
+        for rate in rates
+    ]
+    return "\n".join(rows)
+
+
+def code(text: str) -> str:
+    """Return text as a Markdown code span: one line, nothing in it is markup, fit for a table's cell."""
+    plain = _one_line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", plain)), default=0))
+    # A table's cell ends at a bar, in a code span too, unless it is escaped.
+    inner = plain.replace("|", "\\|")
+    pad = " " if not inner or inner[0] == "`" or inner[-1] == "`" else ""
+    return f"{fence}{pad}{inner}{pad}{fence}"
+
+
+def _one_line(text: str) -> str:
+    # Control, format (also those that turn the reading direction) and line separators would break out or mislead.
+    plain = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in text)
+    plain = re.sub(" +", " ", plain).strip()
+    return plain if len(plain) <= _MAX_CHARACTERS else plain[: _MAX_CHARACTERS - 3] + "..."
+
+
+def _read_base(source: Path) -> _Base:
+    cached = [part.removeprefix("models--").split("--") for part in source.parts if part.startswith("models--")]
+    hub_id = "/".join(cached[-1]) if cached and len(cached[-1]) == 2 else None
+    return _Base(name=hub_id or source.resolve().name, hub_id=hub_id, licence=_licence(source))
+
+
+def _licence(source: Path) -> dict[str, str]:
+    """Return the base's own entries on its licence: of its card, or else of a licence's text that we know."""
+    said = _front_matter(source / "README.md")
+    keys = ("license", "license_name", "license_link")
+    found = {key: _one_line(said[key]) for key in keys if isinstance(said.get(key), str)}
+    if "license" in found:
+        return found
+    for name in LICENCE_FILES[:-1]:
+        if (source / name).is_file():
+            beginning = _beginning(source / name)
+            known = next((hub for text, hub in _LICENCES.items() if re.search(text, beginning)), None)
+            return {"license": known or "other", **({} if known else {"license_link": name})}
+    return {}
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    text = _beginning(file) if file.is_file() else ""
+    found = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
+    try:
+        tree = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}  # a base whose card cannot be read says nothing
+    return tree if isinstance(tree, dict) else {}
+
+
+def _beginning(file: Path) -> str:
+    with file.open("rb") as opened:
+        return opened.read(_MAX_FRONT_MATTER).decode("utf-8", errors="replace")
