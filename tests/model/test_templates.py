@@ -21,6 +21,7 @@ HEADER = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 TRIMMING = CHATML.replace("m['content']", "m['content'] | trim")
 REFUSES_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + CHATML
 ONE_TURN = "{% if messages | length > 2 %}{{ raise_exception('One turn only') }}{% endif %}" + CHATML
+SILENT_BEFORE = CHATML.replace("m['content']", "m['content'] * (loop.index != 2 or loop.last)")
 MERGING = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}"
     "{% elif m.role == 'system' %}{{ m.content + '\n' }}{% else %}[{{ m.content }}]{% endif %}{% endfor %}"
@@ -73,7 +74,7 @@ def test_a_good_template_has_neither_errors_nor_warnings(load, template):
         (MERGING.replace("{{ m.content + '\n' }}", ""), "warning", "system", "left out"),
         (ONE_TURN, "warning", "turns", "One turn only"),
         (CHATML.replace("<|{{", "{{ bos_token if loop.index == 3 }}<|{{"), "warning", "turns", "2 begin tokens"),
-        (CHATML.replace("m['content']", "m['content'] if loop.index != 2 or loop.last"), "warning", "turns", "is not in"),
+        (SILENT_BEFORE, "warning", "turns", "is not in the text"),
         (CHATML.replace("m['content']", "m['content'].split('</think>')[-1]"), "warning", "contents", "<think>"),
         (TRIMMING, "note", "contents", "trimmed"),
         (TRIMMING, "note", "prefix", "is kept"),
@@ -390,12 +391,12 @@ def test_real_templates_with_a_prefix_and_cut_to_a_length(shared_data, real, nam
     assert chat.decode(response).strip() == "a time."
     limit = len(chat.prompt_ids(user("x"))) + 5
     left = shorten_chat(messages, max_length=limit, count=lambda chat_: len(chat.prompt_ids(chat_)))
-    ids, one, other = chat.prompt_ids(left), chat.prompt_ids(user("x")), chat.prompt_ids(user("7"))
-    header = next(one[at:] for at in range(len(one)) if one[at:] == other[at - len(one) :])
+    ids, header = chat.prompt_ids(left), chat.prompt_text(user("[x]")).rpartition("[x]")[2]
     assert len(left) == 1
     assert limit - 2 <= len(ids) <= limit
+    # As text: a tokenizer may merge the question's full stop with a header that is no special token.
     assert header
-    assert ids[-len(header) :] == header
+    assert chat.prompt_text(left).endswith(left[0].content.strip() + header)
     assert chat.bos_id is None or (ids[0], ids.count(chat.bos_id)) == (chat.bos_id, 1)
     assert messages[-1].content.endswith(left[0].content)
 
