@@ -81,11 +81,12 @@ def watched() -> Iterator[dict[str, Any]]:
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     try:
         yield found
     finally:
         found["seconds"] = time.perf_counter() - start
+        found["cpu_seconds"] = time.process_time() - cpu
         done.set()
         thread.join()
         found["growth_bytes"] = max(peak, anonymous_bytes()) - before
@@ -124,20 +125,19 @@ def export_ours(path: Path) -> dict[str, Any]:
     from dno_jax.model.hf import exporter
 
     config, params = _placed(path)
-    found: dict[str, Any] = {}
     target = path.parent / "exported"
     plan = exporter.plan_tensors(config, source=path, dtype=None)
     target.mkdir()
     try:
-        with watched() as found:
+        with watched() as written:
             exporter._write_tensors(target, plan, params, max_shard_bytes=400_000_000)
         shutil.copy(path / "config.json", target)
         with watched() as compared:
             exporter._compare_tensors(target, config, plan, params)
     finally:
         shutil.rmtree(target)
-    growth = max(found["growth_bytes"], compared["growth_bytes"])
-    return {**found, "growth_bytes": growth, "compare_seconds": compared["seconds"]}
+    growth = max(written["growth_bytes"], compared["growth_bytes"])
+    return {**written, "growth_bytes": growth, "compare_seconds": compared["seconds"]}
 
 
 def load_transformers(path: Path) -> dict[str, Any]:
@@ -155,10 +155,9 @@ def child(options: argparse.Namespace) -> None:
     """Load once and print the figures: what the parent starts, so that every load has a process of its own."""
     from dno_jax.parallel.mesh import initialize
 
-    if options.child == "dno_jax":
-        initialize(coordinator=options.coordinator, num_processes=options.num_processes, process_id=options.process_id)
-    found = (load_ours if options.child == "dno_jax" else load_transformers)(options.directory)
-    print(json.dumps(found))
+    initialize(coordinator=options.coordinator, num_processes=options.num_processes, process_id=options.process_id)
+    act = {"dno_jax": load_ours, "transformers": load_transformers, "export": export_ours}[options.child]
+    print(json.dumps(act(options.directory)))
 
 
 def run(mode: str, path: Path, *, processes: int = 1) -> list[dict[str, Any]]:
@@ -189,8 +188,8 @@ def measure(path: Path, *, largest: int, modes: tuple[tuple[str, int], ...] = MO
         for i, found in enumerate(run(mode, path, processes=processes)):
             line = {
                 "bench": "load", "by": mode, "process": f"{i + 1} of {processes}", "file_gb": size / 1e9,
-                "seconds": found["seconds"], "gb_per_second": size / 1e9 / found["seconds"],
-                "largest_tensor_mb": largest / 1e6,
+                "seconds": found["seconds"], "cpu_seconds": found["cpu_seconds"],
+                "gb_per_second": size / 1e9 / found["seconds"], "largest_tensor_mb": largest / 1e6,
             }  # fmt: skip
             if mode == "export":
                 line |= {"over_before_mb": found["growth_bytes"] / 1e6, "compare_seconds": found["compare_seconds"]}

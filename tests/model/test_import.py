@@ -302,5 +302,5 @@ print(json.dumps(list(load.measure(path, largest=largest, modes=(("dno_jax", 1),
         # The norms, 0.01 % of the bytes, lie whole on each device.
         share = 1 / int(line["process"].split()[-1])
         assert line["read_share"] == pytest.approx(share, rel=1e-3), line
-    # One tensor as float32, in our layout and the file's, as it is written or read, and as it is compared.
-    assert lines[3]["over_before_mb"] < 10 * lines[3]["largest_tensor_mb"], lines[3]
+    # Export: a float32 copy from the device, two in the file's dtype (half of that), and what compilation took.
+    assert lines[3]["over_before_mb"] < 5 * lines[3]["largest_tensor_mb"], lines[3]

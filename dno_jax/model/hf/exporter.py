@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import fields
 from functools import partial
@@ -29,8 +30,8 @@ from dno_jax.model.decoder import Decoder, abstract_params, logits
 from dno_jax.model.hf.card import LICENCE_FILES, ExportFacts, model_card
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, parse_config, read_json
 from dno_jax.model.hf.files import INDEX_FILE, TensorFiles
-from dno_jax.model.hf.importer import load, put_leaf, tree_leaf
-from dno_jax.model.hf.tensors import tensor_table
+from dno_jax.model.hf.importer import THREADS, Reader, load, pieces, put_leaf, slices, tree_leaf
+from dno_jax.model.hf.tensors import Tensor, tensor_table
 from dno_jax.model.hf.writer import Planned, ShardFile, plan_shards, plan_tensors
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -169,13 +170,14 @@ def _write_tensors(directory: Path, plan: list[Planned], params: Mapping[str, An
             opened: ShardFile | None = None
             for tensor in tensors:
                 parts = [_gather(params, part) for part in tensor.parts]
-                if not _is_primary() or error is not None:
-                    continue  # the others go on: process 0 needs them for the tensors after this one
-                try:
-                    opened = opened or stack.enter_context(closing(ShardFile(directory / file, tensors)))
-                    opened.append(tensor, tensor.compose([_on_host(part) for part in parts]))
-                except Exception as caught:
-                    error = caught
+                # After an error all go on bringing tensors together: whoever stopped would leave the others waiting.
+                if _is_primary() and error is None:
+                    try:
+                        opened = opened or stack.enter_context(closing(ShardFile(directory / file, tensors)))
+                        opened.append(tensor, tensor.compose([_on_host(part) for part in parts]))
+                    except Exception as caught:
+                        error = caught
+                del parts  # before the next ones come
     if len(shards) > 1 and error is None and _is_primary():
         weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
         tree = {"metadata": {"total_size": sum(tensor.num_bytes for tensor in plan)}, "weight_map": weight_map}
@@ -228,25 +230,33 @@ def _compare_tensors(directory: Path, config: ModelConfig, plan: list[Planned], 
         except Exception as caught:
             error = caught
         _agree(error)
+        pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         for planned in plan:
             for tensor, index in planned.parts:
                 gathered = _gather(params, (tensor, index))
-                if files is None or error is not None:
-                    continue
-                try:
-                    whole = (*(slice(i, i + 1) for i in index), *(slice(0, n) for n in tensor.shape))
-                    written = tensor.read(files, whole)
-                    meant = _on_host(gathered).astype(planned.dtype).astype(np.float32)
-                    if not np.array_equal(written.reshape(-1).view(np.uint32), meant.reshape(-1).view(np.uint32)):
-                        differ.append(f"{'/'.join(tensor.path)} ({planned.name})")
-                except Exception as caught:
-                    error = caught
+                if files is not None and error is None:
+                    try:
+                        meant = _on_host(gathered).reshape((1,) * len(index) + tensor.shape)
+                        if not _equal(Reader(files, pool, np.dtype(np.float32)), tensor, index, meant, planned.dtype):
+                            differ.append(f"{'/'.join(tensor.path)} ({planned.name})")
+                    except Exception as caught:
+                        error = caught
+                gathered = meant = None
     if differ and error is None:
         error = DnoError(
             f"{directory}: the checkpoint read back holds other values than those meant: {', '.join(differ)}. "
             "Nothing was put in place."
         )
     _agree(error)
+
+
+def _equal(reader: Reader, tensor: Tensor, index: tuple[int, ...], meant: np.ndarray, dtype: np.dtype) -> bool:
+    for start, size in pieces(tensor, meant.shape):
+        written = reader.read(tensor, (*index, *start[len(index) :]), size)
+        part = meant[slices(start, size)].astype(dtype).astype(np.float32)
+        if not np.array_equal(written.view(np.uint32), part.view(np.uint32)):
+            return False
+    return True
 
 
 def _compare_logits(directory: Path, config: ModelConfig, plan: list[Planned], params: Mapping[str, Any]) -> None:

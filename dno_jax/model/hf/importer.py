@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ Start = tuple[int, ...]
 _PIECE = 1 << 21
 # Rows of a file's matrix that are transposed at once: what they touch stays in the processor's cache.
 _ROWS = 64
-_THREADS = 8
+THREADS = min(8, os.cpu_count() or 1)
 
 
 def load(
@@ -59,37 +60,38 @@ def load(
         if progress is not None:
             progress(num_bytes, total)
 
-    with contextlib.closing(TensorFiles(path, progress=count)) as files, ThreadPoolExecutor(_THREADS) as pool:
+    with contextlib.closing(TensorFiles(path, progress=count)) as files, ThreadPoolExecutor(THREADS) as pool:
         files.check(table, tied=config.tie_word_embeddings, place=path)
         leaves = [_Leaf(tensor, None if shardings is None else tree_leaf(shardings, tensor.path)) for tensor in table]
         total = sum(leaf.num_bytes(files) for leaf in leaves)
         params: dict[str, Any] = {}
         for leaf in leaves:
             wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
-            put_leaf(params, leaf.tensor.path, leaf.read(_Reader(files, pool, np.dtype(wanted))))
+            put_leaf(params, leaf.tensor.path, leaf.read(Reader(files, pool, np.dtype(wanted))))
     return config, params
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
     """Reads parts of parameters by several threads."""
 
     files: TensorFiles
     pool: ThreadPoolExecutor
     dtype: np.dtype
 
-    def read(self, tensor: Tensor, start: Start, size: Start, *, axis: int, inner: int) -> np.ndarray:
-        """Return the part that begins at `start`; `axis` runs along the file's rows, `inner` of them a step."""
+    def read(self, tensor: Tensor, start: Start, size: Start) -> np.ndarray:
+        """Return the part of a parameter that begins at `start`."""
         # Narrowed here, not on a device: those may flush subnormal numbers.
         out = np.empty(size, self.dtype)
 
         def fill(begin: int) -> None:
             rows = slice(begin, min(begin + step, size[axis]))
-            index = list(_slices(start, size))
+            index = list(slices(start, size))
             index[axis] = slice(start[axis] + rows.start, start[axis] + rows.stop)
             out[(slice(None),) * axis + (rows,)] = tensor.read(self.files, tuple(index))
 
-        step = max(1, _ROWS // inner)
+        axis = _row_axis(tensor)
+        step = max(1, _ROWS // math.prod(tensor.shape[a] for a in tensor.groups[0][1:]))
         list(self.pool.map(fill, range(0, size[axis], step)))
         return out
 
@@ -101,10 +103,6 @@ class _Leaf:
         self.tensor = tensor
         self.sharding = sharding
         self.shape = tensor.stack + tensor.shape
-        # Cut along the rows of the file's matrix, so that a piece is one stretch of the file.
-        first, *inner = tensor.groups[0]
-        self._rows = {"axis": len(tensor.stack) + first, "inner": math.prod(tensor.shape[axis] for axis in inner)}
-        self._cuts = (*range(len(tensor.stack)), len(tensor.stack) + first)
         self._starts: dict[Any, Start] = {}  # device -> where its shard begins
         self._local = self.shape
         if sharding is not None:
@@ -118,19 +116,18 @@ class _Leaf:
         parts = len(set(self._starts.values())) or 1
         return parts * math.prod(self._local) * ITEM_BYTES[files.headers[self.tensor.names[0]].dtype]
 
-    def read(self, reader: _Reader) -> Any:
+    def read(self, reader: Reader) -> Any:
         """Return the parameter, piece after piece."""
         if self.sharding is None:
             out = np.empty(self.shape, reader.dtype)
-            for start, size in _pieces(self.shape, cuts=self._cuts, limit=_PIECE):
-                out[_slices(start, size)] = reader.read(self.tensor, start, size, **self._rows)
+            for start, size in pieces(self.tensor, self.shape):
+                out[slices(start, size)] = reader.read(self.tensor, start, size)
             return out
         # The local shards as one array over the local devices, so that one small program serves all of them.
         mesh = Mesh(np.array(list(self._starts)), ("local",))
         place = NamedSharding(mesh, PartitionSpec("local"))
         array = _zeros((len(self._starts) * self._local[0], *self._local[1:]), reader.dtype, place)
-        limit = _PIECE // len(set(self._starts.values()))
-        for start, size in _pieces(self._local, cuts=self._cuts, limit=limit):
+        for start, size in pieces(self.tensor, self._local, shares=len(set(self._starts.values()))):
             piece = self._piece(reader, start, size, place=place)
             # The read went on beside the last write; without this wait pieces would pile up.
             array.block_until_ready()
@@ -141,12 +138,12 @@ class _Leaf:
             self.shape, self.sharding, [shards[device] for device in self._starts]
         )
 
-    def _piece(self, reader: _Reader, start: Start, size: Start, *, place: NamedSharding) -> jax.Array:
+    def _piece(self, reader: Reader, start: Start, size: Start, *, place: NamedSharding) -> jax.Array:
         read: dict[Start, np.ndarray] = {}
         for origin in self._starts.values():
             if origin not in read:
                 begin = tuple(a + b for a, b in zip(origin, start, strict=True))
-                read[origin] = reader.read(self.tensor, begin, size, **self._rows)
+                read[origin] = reader.read(self.tensor, begin, size)
         parts = [jax.device_put(read[origin], device) for device, origin in self._starts.items()]
         return jax.make_array_from_single_device_arrays((len(parts) * size[0], *size[1:]), place, parts)
 
@@ -168,17 +165,27 @@ def _write(array: jax.Array, piece: jax.Array, start: jax.Array, *, mesh: Mesh) 
     return update(array, piece, start)
 
 
-def _pieces(shape: Sequence[int], *, cuts: Sequence[int], limit: int) -> Iterator[tuple[Start, Start]]:
-    """Cut an array into (start, size) of at most `limit` elements, along each of the axes `cuts` as far as needed."""
+def _row_axis(tensor: Tensor) -> int:
+    """Our axis along which the rows of the file's matrix run: cut along it, a piece is one stretch of the file."""
+    return len(tensor.stack) + tensor.groups[0][0]
+
+
+def pieces(tensor: Tensor, shape: Sequence[int], *, shares: int = 1) -> Iterator[tuple[Start, Start]]:
+    """Cut (a shard of) a parameter into (start, size): several tensors of the stack, or part of one, to pass by.
+
+    Args:
+        shape: of the parameter or its shard, in our order.
+        shares: how many shards this process reads side by side.
+    """
     step = list(shape)
-    for cut in cuts:
-        step[cut] = max(1, min(shape[cut], limit * step[cut] // max(math.prod(step), 1)))
+    for cut in (*range(len(tensor.stack)), _row_axis(tensor)):
+        step[cut] = max(1, min(shape[cut], _PIECE // shares * step[cut] // max(math.prod(step), 1)))
     for start in np.ndindex(*(-(-n // by) for n, by in zip(shape, step, strict=True))):
         begin = tuple(i * by for i, by in zip(start, step, strict=True))
         yield begin, tuple(min(by, n - b) for by, n, b in zip(step, shape, begin, strict=True))
 
 
-def _slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
+def slices(start: Sequence[int], size: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))
 
 

@@ -47,9 +47,12 @@ class Planned:
 
     def compose(self, layers: Sequence[np.ndarray]) -> np.ndarray:
         """Return the tensor in the layout and dtype of the file, from one array a part."""
-        parts = [tensor.to_hf(layer) for (tensor, _), layer in zip(self.parts, layers, strict=True)]
+        # Narrowed first, then moved as integers: less to move, and faster than a dtype that numpy does not know.
+        bits = np.dtype(f"u{self.dtype.itemsize}")
+        narrow = (np.ascontiguousarray(layer).astype(self.dtype, copy=False).view(bits) for layer in layers)
+        parts = [tensor.to_hf(layer) for (tensor, _), layer in zip(self.parts, narrow, strict=True)]
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
-        return np.ascontiguousarray(whole.astype(self.dtype, copy=False))
+        return np.ascontiguousarray(whole).view(self.dtype)
 
 
 def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Planned]:
