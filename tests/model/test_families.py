@@ -409,7 +409,7 @@ def test_scored_logprobs_are_those_of_the_logits(reference, name):
     config, params = hf.load(found.path)
     assert config.logit_softcap is not None or config.logit_scale != 1
     ids = tuple(int(i) for i in found.token[0, :40])
-    rows = [TrainingRow(ids[:10], (ids[10:30], ids[30:]))]
+    rows = [TrainingRow((ids[:10], ids[:10]), (ids[10:30], ids[30:]))]
     scores = score_step(params, make_batch(rows, batch_size=1, max_length=40), model=Decoder(config), chunk=16)
     for score, response in zip(np.asarray(scores)[0], (ids[10:30], ids[30:]), strict=True):
         text = np.array([ids[:10] + response])
