@@ -152,6 +152,8 @@ def _rope(given: dict[str, Any], values: dict[str, Any], *, theta: float, place:
     }
     context: int = values["max_position_embeddings"]
     original = int(numbers.get("original_max_position_embeddings", context))
+    if original < 2:
+        raise DnoError(f"{place} has original_max_position_embeddings = {original}; expected at least 2")
     factor = numbers.get("factor", context / original)
     fields: dict[str, Any] = {"factor": factor} if kind in ("linear", "dynamic", "llama3", "yarn") else {}
     if kind in ("llama3", "yarn", "longrope"):
