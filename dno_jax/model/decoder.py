@@ -256,7 +256,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder of any family up to the final norm; the output head is applied by `logits` or by the log-prob primitive.
+    """A decoder of any family up to the final norm; `logits` and `head_logprobs` apply the output head.
 
     Attributes:
         config: the shape of the model.
@@ -380,7 +380,7 @@ def _boxed(config: ModelConfig) -> Any:
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Return fresh float32 parameters: matrices from a truncated normal of deviation 0.02, norms that multiply by 1, biases 0."""
+    """Return fresh float32 parameters: matrices normal (deviation 0.02, truncated), norms neutral, biases 0."""
     with _without_mesh():
         return nn.unbox(_init(config, key))
 

@@ -48,7 +48,8 @@ class Runtime(Generic[ConfigT]):
         use_compilation_cache()
         section: ModelConfigSection = config.model
         shape_from = getattr(section, "init_config", None) or section.path
-        model_config = read_config(shape_from)
+        # Once for the whole run, so that sampling, scoring, training and judging rotate alike.
+        model_config = read_config(shape_from, rope_length=longest_text(config))
         tokenizer = ChatTokenizer.load(section.path, section.chat_template)
         runtime = cls(
             config=config,
@@ -62,11 +63,11 @@ class Runtime(Generic[ConfigT]):
 
     def _check(self) -> None:
         config, shards = self.config, num_row_shards(self.mesh)
-        longest = config.max_length if isinstance(config, RunConfig) else config.data.max_length
-        if longest > self.model_config.max_position_embeddings:
+        longest, context = _longest_example(config), self.model_config.context
+        if longest > context:
             raise DnoError(
                 f"sequences of up to {longest} tokens exceed the model's context of "
-                f"{self.model_config.max_position_embeddings} (max_position_embeddings of {config.model.path}); "
+                f"{context} (max_position_embeddings of {config.model.path}); "
                 "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
             )
         if isinstance(config, RunConfig) and config.loss.load_balance_weight and not self.model_config.num_experts:
@@ -125,6 +126,19 @@ class Runtime(Generic[ConfigT]):
         if dtype == jnp.float32:
             return params
         return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), donate_argnums=0)(params)
+
+
+def longest_text(config: RunConfig | SftConfig) -> int:
+    """Return the tokens of the longest text that the run puts through the model, what it judges by itself included."""
+    longest = _longest_example(config)
+    if isinstance(config, RunConfig) and config.annotation.kind == "self":
+        judge = config.annotation.self_judge
+        longest = max(longest, judge.max_prompt_length + judge.max_new_tokens)
+    return longest
+
+
+def _longest_example(config: RunConfig | SftConfig) -> int:
+    return config.max_length if isinstance(config, RunConfig) else config.data.max_length
 
 
 def use_compilation_cache() -> None:

@@ -148,7 +148,7 @@ class _Judge:
         """
         section = runtime.config.annotation.self_judge
         rubric = load_point_rubric(section.rubric)
-        context = runtime.model_config.max_position_embeddings
+        context = runtime.model_config.context
         if section.max_prompt_length + section.max_new_tokens > context:
             raise DnoError(
                 f"annotation.self_judge.max_prompt_length {section.max_prompt_length} and max_new_tokens "

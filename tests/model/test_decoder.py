@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.cache import cache_axes, grow_cache, init_cache, repeat_cache
 from dno_jax.model.decoder import Decoder, abstract_params, head_logprobs, init_params, logits, param_axes
 from tests.model.conftest import random_params, run
@@ -98,7 +99,10 @@ def test_padding_and_neighbours_change_nothing(config, params, left, right):
     np.testing.assert_allclose(together[0, left : left + 20], alone[0], atol=2e-5)
 
 
-def test_cached_decoding_equals_the_full_forward_pass(config, params):
+@pytest.mark.parametrize("windows", [None, (5, 5, 5), (5, NO_WINDOW, 9)])
+def test_cached_decoding_equals_the_full_forward_pass(config, params, windows):
+    """Rows of different lengths, so that a window is a matter of positions, not of slots."""
+    config = dataclasses.replace(config, windows=windows)
     token, lengths, prefill = text(config, rows=4, length=26), np.array([3, 11, 8, 0]), 11
     full = run(config, params, token)
     model = Decoder(config)
@@ -171,14 +175,20 @@ def test_bfloat16_stays_within_its_precision(config, params):
     assert np.abs(rough - exact).max() < 0.05 * scale
 
 
-def test_head_and_logits_agree(config, params):
-    tied = dataclasses.replace(config, tie_word_embeddings=True)
-    hidden = jax.random.normal(jax.random.key(0), (5, config.hidden_size))
-    for c in (config, tied):
-        head = output_head(c, params)
-        assert head.shape == (config.hidden_size, config.vocab_size)
-        # 1e-5: forty products of order one.
-        np.testing.assert_allclose(logits(c, params, hidden), hidden @ jnp.asarray(head), atol=1e-5)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_logprobs_are_those_of_logits(config, params, tied, softcap):
+    config = dataclasses.replace(config, tie_word_embeddings=tied, logit_softcap=softcap)
+    hidden = jax.random.normal(jax.random.key(0), (2, 5, config.hidden_size))
+    token = jnp.asarray(text(config, rows=2, length=5), jnp.int32)
+    found = logits(config, params, hidden)
+    head = params["embed"].T if tied else params["head"]
+    plain = np.asarray(hidden @ jnp.asarray(head))
+    # 1e-5: forty products of order one.
+    np.testing.assert_allclose(found, softcap * np.tanh(plain / softcap) if softcap else plain, atol=1e-5)
+    expected = jnp.take_along_axis(jax.nn.log_softmax(found), token[..., None], axis=-1)[..., 0]
+    logprob = head_logprobs(config, params, hidden, token, chunk=3)
+    np.testing.assert_allclose(logprob, expected, atol=1e-5)
     assert logits(config, params, hidden.astype(jnp.bfloat16)).dtype == jnp.float32
 
 

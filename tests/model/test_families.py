@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def torch_logits(model: Any, token: np.ndarray) -> np.ndarray:
 
 
 def stir(model: Any, seed: int) -> None:
-    """Make every part of the model count: attention far from uniform, norms and biases far from their initial values."""
+    """Make every part of a model count: attention far from uniform, norms and biases far from what they start as."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -250,15 +250,11 @@ def test_logits_equal_those_of_transformers(reference, name):
     assert config == CASES[name].config(LONG)
     ours = run(config, params, found.token)
     np.testing.assert_allclose(ours, found.exact[LONG], atol=TOLERANCE, rtol=0)
-    if length_counts(config):
+    if config.rope_length is not None:  # the rotation depends on it
         config = hf.read_config(found.path, rope_length=SHORT)
         ours = run(config, params, found.token[:, :SHORT])
     np.testing.assert_allclose(ours[:, :SHORT], found.exact[SHORT], atol=TOLERANCE, rtol=0)
     assert 0.2 < found.exact[LONG].std() < 1
-
-
-def length_counts(config: ModelConfig) -> bool:
-    return any(rope.rope_type in ("dynamic", "longrope") for rope in config.ropes)
 
 
 # Not switches: names of tensors; and the context where a rotation names none of its own.
@@ -272,17 +268,14 @@ def switches(config: ModelConfig) -> dict[str, ModelConfig]:
     found = {}
 
     def add(name: str, **change: Any) -> None:
-        try:
+        with contextlib.suppress(ValueError):
             found[name] = dataclasses.replace(config, **change)
-        except ValueError:
-            pass
 
     for each in fields(ModelConfig):
         neutral, value = each.default, getattr(config, each.name)
         if neutral is dataclasses.MISSING or value == neutral or each.name in {"ropes", *NOT_SWITCHES}:
             continue
-        if each.name != "rope_length" or length_counts(config):
-            add(each.name, **{each.name: neutral})
+        add(each.name, **{each.name: neutral})
     for index, one in enumerate(config.ropes):
         for each in fields(RopeConfig):
             if getattr(one, each.name) != each.default:
@@ -343,8 +336,9 @@ def test_no_switch_is_forgotten():
 def test_bfloat16_is_as_near_as_transformers(reference, name):
     """Both round at every step, in places that differ in part, so that each is compared with float32.
 
-    Bound: ours is at most a quarter further away than theirs; and theirs and ours part by no more than two such
-    errors, which are independent at worst, 5 % of the logits' scale.
+    Each lies 1 to 2.5 % of the logits' scale away from float32: half a unit of 8 bits (0.2 %) for each of some eight
+    roundings in each of four layers, adding like a random walk, and more where norms amplify it. Bounds: ours is at
+    most a quarter further away than theirs, and the two part by no more than 4 %, as errors of that size may.
     """
     found = reference(name)
     config, params = hf.read_config(found.path, rope_length=LONG), hf.load(found.path)[1]
@@ -355,9 +349,8 @@ def test_bfloat16_is_as_near_as_transformers(reference, name):
     def distance(a: np.ndarray, b: np.ndarray) -> float:
         return float(np.sqrt(((a - b) ** 2).mean()) / exact.std())
 
-    print("BF16", name, distance(ours, exact), distance(theirs, exact), distance(ours, theirs))
     assert distance(ours, exact) < 1.25 * distance(theirs, exact)
-    assert distance(ours, theirs) < 0.05
+    assert distance(ours, theirs) < 0.04
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dno_jax.model.attention import attend, visible
-from dno_jax.model.config import ModelConfig
-from dno_jax.model.layers import rms_norm, rope, rope_angles
+from dno_jax.model.config import ModelConfig, RopeConfig
+from dno_jax.model.layers import layer_norm, rms_norm, scaled
+from dno_jax.model.rope import frequencies, rope_angles, rotate
 
 
 def qkv(B=2, T=5, S=7, N=6, K=2, H=4, seed=0):
@@ -82,11 +83,13 @@ def test_visibility_is_decided_by_positions_alone():
 
 def test_rope_pairs_halves_and_depends_on_differences_only():
     H, theta = 6, 100.0
+    config = ModelConfig(8, 6, 8, 1, 1, 1, H, rope_theta=theta)
     x = jax.random.normal(jax.random.key(0), (1, 1, 1, H))
     y = jax.random.normal(jax.random.key(1), (1, 1, 1, H))
 
     def at(z, position):
-        return np.asarray(rope(z, *rope_angles(jnp.array([[position]]), head_dim=H, theta=theta)), np.float64)[0, 0, 0]
+        cos, sin = rope_angles(config, jnp.array([[position]]))
+        return np.asarray(rotate(z, cos[0], sin[0]), np.float64)[0, 0, 0]
 
     np.testing.assert_array_equal(at(x, 0), np.asarray(x)[0, 0, 0])
     # By hand: dimension i turns with i + H/2 at theta ** (-2 i / H).
@@ -98,6 +101,55 @@ def test_rope_pairs_halves_and_depends_on_differences_only():
     # 3e-6: an angle of 7 radians in float32 is known to 5e-7, times components of order one.
     np.testing.assert_allclose(at(x, 7), by_hand, atol=3e-6)
     np.testing.assert_allclose(at(x, 3) @ at(y, 9), at(x, 20) @ at(y, 26), atol=2e-5)  # angles up to 26 radians
+
+
+def test_a_partial_rotation_leaves_the_rest_of_a_head():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 2, 10))
+    config = ModelConfig(8, 6, 8, 1, 2, 2, 10, rotary_dim=6)
+    cos, sin = rope_angles(config, jnp.array([[7]]))
+    whole = ModelConfig(8, 6, 8, 1, 2, 2, 6)
+    np.testing.assert_array_equal(rotate(x, cos[0], sin[0])[..., 6:], x[..., 6:])
+    expected = rotate(x[..., :6], *(angle[0] for angle in rope_angles(whole, jnp.array([[7]]))))
+    np.testing.assert_array_equal(rotate(x, cos[0], sin[0])[..., :6], expected)
+
+
+def test_zero_frequencies_rotate_by_nothing_at_all():
+    x = jax.random.normal(jax.random.key(0), (1, 3, 2, 8))
+    config = ModelConfig(8, 6, 8, 1, 2, 2, 8, ropes=(RopeConfig("none"),))
+    cos, sin = rope_angles(config, jnp.array([[0, 5, 1000]]))
+    np.testing.assert_array_equal(rotate(x, cos[0], sin[0]), x)
+
+
+def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
+    """By hand, wavelengths 2 pi 10^i and contexts that split them into kept, blended and divided."""
+    rope = RopeConfig("llama3", 10.0**8, 8.0, 4096, low_freq_factor=1.0, high_freq_factor=4.0)
+    config = ModelConfig(8, 6, 8, 1, 2, 2, 16, ropes=(rope,))
+    plain = 0.1 ** np.arange(8)
+    expected = plain / 8
+    expected[:3] = plain[:3]  # wavelengths to 628, below 4096 / 4
+    # 6283 exceeds 4096 / 1: nothing is blended here. 1e-6: three roundings of float32.
+    np.testing.assert_allclose(frequencies(config, rope), expected, rtol=1e-6)
+    blended = RopeConfig("llama3", 10.0**8, 8.0, 8192, low_freq_factor=1.0, high_freq_factor=4.0)
+    share = (8192 / (2 * np.pi * 1000) - 1) / 3
+    assert frequencies(config, blended)[3] == pytest.approx(1e-3 * (share + (1 - share) / 8), rel=1e-6)
+
+
+def test_norms_of_several_axes_and_of_none():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    scale = jnp.arange(1, 21, dtype=jnp.float32).reshape(4, 5)
+    flat = rms_norm(x.reshape(2, 3, 20), scale.reshape(20), eps=1e-5)
+    # 1e-6: twenty squares in another order.
+    np.testing.assert_allclose(rms_norm(x, scale, eps=1e-5).reshape(2, 3, 20), flat, rtol=1e-6, atol=1e-6)
+    wide = np.asarray(x, np.float64)
+    expected = 3 * (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(layer_norm(x, eps=1e-5, scale=3.0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scales_multiply_in_float32():
+    x = jnp.asarray([1.0, 3.0], jnp.bfloat16)
+    assert scaled(x, 1.0) is x
+    # 0.22 rounded to bfloat16 first would be 0.2197, and thrice that another number.
+    np.testing.assert_array_equal(scaled(x, 0.22), jnp.asarray([0.22, 0.66], jnp.bfloat16))
 
 
 def test_rms_norm_works_in_float32_inside():
@@ -118,6 +170,14 @@ def test_rms_norm_works_in_float32_inside():
         ({"head_dim": 7}, "head_dim"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"rope_theta": 0.0}, "rope_theta"),
+        ({"rotary_dim": 5}, "rotary_dim is 5"),
+        ({"rotary_dim": 10}, "rotary_dim is 10"),
+        ({"windows": (4, 4)}, "windows has 2 entries; expected one for each of 3 layers"),
+        ({"windows": (4, 0, 4)}, "windows is"),
+        ({"layer_ropes": (0, 1, 0)}, "layer_ropes is .* expected 0 to 0"),
+        ({"attention_softcap": -1.0}, "attention_softcap is -1"),
+        ({"norm": "layer", "qk_norm": "head"}, "qk_norm"),
+        ({"ropes": (RopeConfig("longrope", short_factor=(1.0, 2.0)),)}, "have 2 numbers; expected 4"),
     ],
 )
 def test_config_refuses_contradictions(config, change, words):

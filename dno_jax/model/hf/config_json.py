@@ -78,7 +78,8 @@ def read_config(path: str | Path, *, rope_length: int | None = None) -> ModelCon
     """Return the shape and arithmetic of the model in a checkpoint directory.
 
     Args:
-        rope_length: tokens of the run's longest text; see ModelConfig.rope_length.
+        rope_length: tokens of the run's longest text; see ModelConfig.rope_length, which stays None where no rotation
+            depends on it.
 
     Raises:
         DnoError: config.json is missing or no JSON, an unknown model_type, a key that is not understood, or a value
@@ -139,7 +140,7 @@ def parse_config(tree: dict[str, Any], *, place: str, rope_length: int | None = 
     if tree.get("architectures", expected) not in (expected, None):
         raise DnoError(f"{place}: architectures is {tree['architectures']!r}; {model_type} supports {expected}")
     values = _understood(tree, family, place=place)
-    fields: dict[str, Any] = {"family": model_type, "rope_length": rope_length}
+    fields: dict[str, Any] = {"family": model_type}
     for key, field, kind, convert in (*_MEANING, *family.meaning):
         if values.get(key) is not None:
             value = _number(values, key, kind, place=place)
@@ -153,6 +154,8 @@ def parse_config(tree: dict[str, Any], *, place: str, rope_length: int | None = 
         window = _number(values, "sliding_window", int, place=place)
         fields["windows"] = tuple(window if slides else NO_WINDOW for slides in sliding)
     fields |= read_ropes(values, family, sliding=sliding, place=place)
+    if any(rope.rope_type in ("dynamic", "longrope") for rope in fields["ropes"]):
+        fields["rope_length"] = rope_length
     try:
         return ModelConfig(**(fields | family.fixed))
     except ValueError as error:
