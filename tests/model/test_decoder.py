@@ -42,7 +42,9 @@ def test_axes_name_every_dimension(config):
     assert axes["layers"]["mlp_norm"] == ("layers", "norm")
     assert axes["embed"] == ("vocab", "embed")
     assert axes["head"] == ("embed", "vocab")
-    tied = dataclasses.replace(config, tie_word_embeddings=True, attention_bias=False, mlp_bias=False)
+    tied = dataclasses.replace(
+        config, tie_word_embeddings=True, attention_bias=False, output_bias=False, mlp_bias=False
+    )
     assert "head" not in param_axes(tied)
     assert not [name for name in param_axes(tied)["layers"] if "bias" in name]
 

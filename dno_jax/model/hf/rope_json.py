@@ -92,8 +92,8 @@ def _one(values: dict[str, Any], family: Family, *, place: str) -> tuple[RopeCon
         rotary_dim = int(values["head_dim"] * share)
         del given["partial_rotary_factor"]
     if "original_max_position_embeddings" in values:  # Phi-3
-        if given.get("rope_type", given.get("type")) in _OLD_LONGROPE:
-            given = {**given, "rope_type": "longrope", "type": "longrope"}
+        renamed = ((name, given.get(name)) for name in ("rope_type", "type"))
+        given |= {name: "longrope" for name, kind in renamed if kind in _OLD_LONGROPE}
         if given.get("rope_type", given.get("type", "default")) == "default":
             del given["original_max_position_embeddings"]
     found = _rope(given, values, theta=family.theta, place=f"{place}: {key}")
