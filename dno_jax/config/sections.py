@@ -39,8 +39,8 @@ class ModelConfigSection(Section):
 class MeshSection(Section):
     """Devices by mesh axis; one axis may be -1 and takes what is left.
 
-    data and fsdp split rows; fsdp splits weights too, tensor heads and widths. expert splits the experts of a mixture,
-    and rows as data does: for a dense model it is the same as data.
+    data and fsdp split rows; fsdp splits weights too, tensor heads and widths. expert splits a model's experts, and
+    rows as data does: for a model without experts it is the same as data.
     """
 
     data: int = -1
@@ -193,8 +193,8 @@ class LossSection(Section):
     load_balance_weight: float = Field(
         default=0.0,
         ge=0.0,
-        description="weight of a mixture's load-balance loss; 0 reports it only: a pull on the router that no "
-        "preference asked for would move the policy away from its reference",
+        description="weight of the load-balance loss of a mixture of experts; 0 reports it only: a pull on the router "
+        "that no preference asked for would move the policy away from its reference",
     )
 
     @model_validator(mode="after")

@@ -137,7 +137,7 @@ class Block(nn.Module):
         )
         x = after("attention", x, y)
         y = before("mlp", x)
-        x = after("mlp", x, self._mixture(y, position) if config.num_experts else self._mlp(y))
+        x = after("mlp", x, self._expert_mlp(y, position) if config.num_experts else self._mlp(y))
         return (x, *cache), None
 
     def _norm(self, name: str, y: jax.Array, *axes: tuple[str, int]) -> jax.Array:
@@ -227,7 +227,7 @@ class Block(nn.Module):
         y = self.constrain(ACTIVATIONS[config.hidden_act](into("gate")) * into("up"), ("batch", "length", "mlp"))
         return self._project(y, "down", equation="btf,fd->btd", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
 
-    def _mixture(self, y: jax.Array, position: Any) -> jax.Array:
+    def _expert_mlp(self, y: jax.Array, position: Any) -> jax.Array:
         config = self.config
         D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
 
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
         remat: what the backward pass recomputes: nothing, every layer, or all but the products with weights.
         constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
-        experts: runs tokens through their experts, in a mixture; hashable.
+        experts: runs tokens through their experts, in a mixture of experts; hashable.
     """
 
     config: ModelConfig

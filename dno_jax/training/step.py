@@ -65,6 +65,7 @@ def _logprobs_and_load(
     rows, count, length = batch.token.shape
     token = jnp.reshape(jnp.asarray(batch.token), (rows * count, length))
     position = jnp.reshape(jnp.asarray(batch.position), token.shape)
+    left: Any
     (hidden, _), left = model.apply({"params": params}, token, position, mutable=["intermediates"])
     load = left["intermediates"]["layers"][LOAD][0] if model.config.num_experts else None
     logprob = response_logprobs(

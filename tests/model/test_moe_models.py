@@ -8,14 +8,19 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
+from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf, moe
 from dno_jax.model.cache import init_cache
-from dno_jax.model.decoder import LOAD, Decoder, logits
+from dno_jax.model.decoder import LOAD, Decoder, abstract_params, logits
 from dno_jax.model.hf.config_json import parse_config
-from dno_jax.model.hf.tensors import tensor_table
+from dno_jax.model.hf.tensors import stored_tensors, tensor_table
+from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.sharding import TRAIN
+from dno_jax.training.state import param_shardings
 from tests.model.conftest import run
 
 LENGTH = 64
@@ -252,15 +257,64 @@ def test_what_is_not_understood_is_refused_by_name(family, extra):
         parse(family, **extra)
 
 
-def test_published_keys_are_read():
-    """Hub files of Qwen3-MoE say num_experts where transformers 5 writes num_local_experts; both may say the same."""
-    published = {"decoder_sparse_step": 1, "mlp_only_layers": [], "max_window_layers": 3, "use_sliding_window": False}
-    published |= {"output_router_logits": False, "router_aux_loss_coef": 0.001, "sliding_window": None}
-    config = parse("qwen3_moe", **published)
-    assert config == parse("qwen3_moe", num_local_experts=6)
-    tree = {**COMMON, **FAMILIES["qwen3_moe"], "num_local_experts": 6}
-    del tree["num_experts"]
+# config.json of Mixtral-8x7B-v0.1 and Qwen3-30B-A3B, and half of what their indices give as total_size in bfloat16.
+PUBLISHED = {
+    "mixtral": (
+        {
+            "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+            "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+            "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+            "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+            "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+        },
+        93_405_585_408 // 2,
+    ),
+    "qwen3_moe": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+            "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+            "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [],
+            "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+            "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+            "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+            "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+        },
+        61_064_245_248 // 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_published_checkpoints_are_understood(family):
+    tree, num_parameters = PUBLISHED[family]
+    config = parse_config(tree, place="config.json")
+    assert config.expert_norm
+    sizes = {stored.name: np.prod(stored.shape) for stored in stored_tensors(config)}
+    assert sum(sizes.values()) == num_parameters
+    shapes = jax.tree.leaves(abstract_params(config))
+    assert sum(np.prod(leaf.shape) for leaf in shapes) == num_parameters
+
+
+def test_the_number_of_experts_has_two_names():
+    """Published files of Qwen3-MoE say num_experts where transformers 5 writes num_local_experts; both may agree."""
+    config = parse("qwen3_moe", num_local_experts=6)
+    tree = {**COMMON, **FAMILIES["qwen3_moe"]}
+    assert parse_config(tree, place="config.json") == config
+    tree["num_local_experts"] = tree.pop("num_experts")
     assert parse_config(tree, place="config.json") == config
     assert (config.num_experts, config.num_experts_per_tok, config.intermediate_size) == (6, 3, 40)
-    assert parse("mixtral").expert_norm
     assert not parse("qwen3_moe", norm_topk_prob=False).expert_norm
+
+
+def test_a_checkpoint_is_read_into_an_expert_axis(reference, model):
+    config, params = model
+    mesh = make_mesh(MeshSection(data=1, fsdp=2, expert=2), jax.devices()[:4])
+    _, placed = hf.load(reference.path, shardings=param_shardings(config, mesh, TRAIN))
+    assert placed["layers"]["gate"].sharding.spec == PartitionSpec(None, "expert", "fsdp")
+    for (path, a), b in zip(jax.tree.leaves_with_path(placed), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(path))

@@ -16,7 +16,7 @@ from dno_jax.model.decoder import LOAD, Decoder, init_params
 from dno_jax.model.moe import busiest_share, load_balance_loss, ragged_experts
 from dno_jax.parallel.experts import ShardedExperts, sharded_experts
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
+from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
 from dno_jax.training.batches import make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
@@ -185,3 +185,19 @@ def test_each_device_holds_its_own_experts_alone(mixture, mixture_params, batch,
 def test_an_expert_axis_that_does_not_divide_is_refused(mixture):
     with pytest.raises(DnoError, match=r"layers/down of shape \(2, 4, 40, 32\): size 4 cannot be split over expert=8"):
         param_shardings(mixture, mesh_of((1, 1, 8, 1)), TRAIN)
+
+
+def test_only_the_train_layout_gathers_weights(mixture, mixture_params):
+    """A token's step in the decode layout moves tokens to the experts, and no expert."""
+    mesh = mesh_of((1, 2, 2, 2))
+    token = jax.device_put(np.zeros((8, 1), np.int32), row_sharding(mesh, ndim=2))
+
+    def largest_gather(layout):
+        model = Decoder(mixture, constrain=Constrain(mesh, layout), experts=sharded_experts(mesh))
+        params = jax.device_put(mixture_params, param_shardings(mixture, mesh, layout))
+        text = jax.jit(model.apply).lower({"params": params}, token, token).compile().as_text()
+        gathered = re.findall(r"= \(?\w+\[([0-9,]*)\]\S* all-gather", text)
+        return max(math.prod(map(int, filter(None, shape.split(",")))) for shape in gathered)
+
+    assert largest_gather(DECODE) <= 8 * mixture.hidden_size
+    assert largest_gather(TRAIN) >= mixture.hidden_size * mixture.intermediate_size
