@@ -411,7 +411,7 @@ def test_scored_logprobs_are_those_of_the_logits(reference, name):
     config, params = hf.load(found.path)
     assert config.logit_softcap is not None or config.logit_scale != 1
     ids = tuple(int(i) for i in found.token[0, :40])
-    rows = [TrainingRow(ids[:10], (ids[10:30], ids[30:]))]
+    rows = [TrainingRow((ids[:10], ids[:10]), (ids[10:30], ids[30:]))]
     scores = score_step(params, make_batch(rows, batch_size=1, max_length=40), model=Decoder(config), chunk=16)
     for score, response in zip(np.asarray(scores)[0], (ids[10:30], ids[30:]), strict=True):
         text = np.array([ids[:10] + response])
@@ -681,6 +681,9 @@ BAD = [
     (changed("qwen2", layer_types=["sliding_attention"] * 4), "layers slide but there is no sliding_window"),
     (changed("qwen2_window", layer_types=["sliding_attention"]), "layer_types is .* for each of 4 layers"),
     (changed("qwen2_window", layer_types=["chunked_attention"] * 4), "layer_types is"),
+    (changed("qwen2_window", max_window_layers="2"), "max_window_layers is '2'; expected int"),
+    (changed("qwen2_window", use_sliding_window=1), "use_sliding_window is 1; expected bool"),
+    (changed("gemma3", sliding_window_pattern=0), "sliding_window_pattern is 0; expected at least 1"),
     (changed("phi3", lm_head_bias=True), "lm_head_bias is True"),
     (changed("phi3", resid_pdrop=0.1), "resid_pdrop is 0.1"),
     (changed("smollm3", no_rope_layers=[1, 0]), r"no_rope_layers is \[1, 0\]; expected a 0 or 1 for each of 4"),
@@ -696,6 +699,7 @@ BAD = [
     (changed("phi4", original_max_position_embeddings=99), "original_max_position_embeddings = 80, but .* is 99"),
     (changed("phi4", **rope("longrope", short_factor=[1.0], long_factor=[1.0])), "have 1 numbers; expected 8"),
     (changed("phi4", **rope("longrope", short_factor=FACTORS, long_factor=5)), "long_factor = 5; expected a list"),
+    (changed("yarn", **rope("yarn", factor=2.0, original_max_position_embeddings=1)), "expected at least 2"),
     (changed("gemma3", rope_parameters={"rope_type": "default"}), "rope_parameters has rope_type = 'default'"),
     (changed("gemma3", rope_theta=1e4), "rope_theta and rope_parameters are both given"),
     (changed("gemma3", rope_parameters={**GEMMA_ROPES, "chunked_attention": {}}), "has chunked_attention"),

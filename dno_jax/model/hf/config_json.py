@@ -157,7 +157,7 @@ def parse_config(tree: dict[str, Any], *, place: str, rope_length: int | None = 
     if any(rope.rope_type in ("dynamic", "longrope") for rope in fields["ropes"]):
         fields["rope_length"] = rope_length
     try:
-        return ModelConfig(**(fields | family.fixed))
+        return ModelConfig(**{**fields, **family.fixed})
     except ValueError as error:
         raise DnoError(f"{place}: {error}") from None
 
@@ -181,6 +181,11 @@ def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str
         if key not in tree:
             raise DnoError(f"{place}: key {key!r} is missing")
     values = {**defaults, **tree}
+    for key, least in (("max_window_layers", 0), ("sliding_window_pattern", 1), ("no_rope_layer_interval", 1)):
+        if key in defaults and _number(values, key, int, place=place) < least:
+            raise DnoError(f"{place}: {key} is {values[key]!r}; expected at least {least}")
+    if "use_sliding_window" in defaults:
+        _number(values, "use_sliding_window", bool, place=place)
     for key, other in family.same.items():
         if key in tree and values[other] not in (None, tree[key]):
             raise DnoError(f"{place}: {key} is {tree[key]!r}, but {other} is {values[other]!r}; make them equal")

@@ -145,17 +145,19 @@ def _rope(given: dict[str, Any], values: dict[str, Any], *, theta: float, place:
             raise DnoError(f"{place} has rope_type = {kind!r} but no {name}")
     for name in sorted(given.keys() - {"rope_type", "type", "rope_theta", *required, *optional}):
         raise DnoError(f"{place} has {name} = {given[name]!r}, which rope_type {kind!r} does not know")
-    numbers = {
+    numbers: dict[str, float] = {
         name: _positive(given, name, place=place)
         for name in given.keys() - {"rope_type", "type", "rope_theta", "truncate", "short_factor", "long_factor"}
         if given[name] is not None
     }
-    context = values["max_position_embeddings"]
-    original = numbers.get("original_max_position_embeddings", context)
+    context: int = values["max_position_embeddings"]
+    original = int(numbers.get("original_max_position_embeddings", context))
+    if original < 2:
+        raise DnoError(f"{place} has original_max_position_embeddings = {original}; expected at least 2")
     factor = numbers.get("factor", context / original)
     fields: dict[str, Any] = {"factor": factor} if kind in ("linear", "dynamic", "llama3", "yarn") else {}
     if kind in ("llama3", "yarn", "longrope"):
-        fields["original_max_position_embeddings"] = int(original)
+        fields["original_max_position_embeddings"] = original
     for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
         if name in numbers:
             fields[name] = numbers[name]
@@ -165,7 +167,7 @@ def _rope(given: dict[str, Any], values: dict[str, Any], *, theta: float, place:
             factor, mscale=numbers.get("mscale"), mscale_all_dim=numbers.get("mscale_all_dim")
         )
     if kind == "longrope":
-        fields["attention_factor"] = longrope_attention_factor(factor, original=int(original))
+        fields["attention_factor"] = longrope_attention_factor(factor, original=original)
         for name in ("short_factor", "long_factor"):
             fields[name] = _factors(given, name, place=place)
     if "attention_factor" in numbers:
