@@ -1,0 +1,159 @@
+"""Tiny configs of every family and rope type, in words that both transformers and we read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.hf.config_json import parse_config
+
+# The window is passed within the short text, the original context of stretched rotations in the long one only.
+SHORT, LONG, WINDOW, ORIGINAL = 64, 112, 12, 80
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 96,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 320,
+    "rms_norm_eps": 1e-2,  # so large that another one shows
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FACTORS = [1.0 + 0.3 * i for i in range(6)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config.json, in words that both transformers and we read, without the sizes that all have."""
+
+    model_type: str
+    tree: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        sizes = {k: v for k, v in SIZES.items() if k != "rms_norm_eps" or self.model_type != "olmo"}
+        return {"model_type": self.model_type, **sizes, **self.tree}
+
+    def config(self, length: int | None = None) -> ModelConfig:
+        return parse_config(self.config_json, place="case", rope_length=length)
+
+
+def rope(kind: str, **numbers: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **numbers}}
+
+
+CASES = {
+    "llama": Case("llama", {"attention_bias": True, "mlp_bias": True, "rope_theta": 5000.0}),
+    "llama_gelu": Case("llama", {"hidden_act": "gelu", "tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "llama3": Case(
+        "llama",
+        rope(
+            "llama3", factor=8.0, low_freq_factor=1.5, high_freq_factor=5.0, original_max_position_embeddings=ORIGINAL
+        ),
+    ),
+    "linear": Case("llama", rope("linear", factor=4.0)),
+    "dynamic": Case("llama", {**rope("dynamic", factor=4.0), "max_position_embeddings": ORIGINAL}),
+    "yarn": Case(
+        "llama", rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=4.0, beta_slow=0.25)
+    ),
+    "yarn_exact": Case(
+        "qwen2",
+        rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=ORIGINAL,
+            truncate=False,
+            mscale=2.0,
+            mscale_all_dim=0.5,
+        ),
+    ),
+    "mistral": Case("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
+    "nemo": Case("mistral", {"sliding_window": None, "head_dim": 20}),
+    "qwen2": Case("qwen2", {"tie_word_embeddings": True}),
+    "qwen2_window": Case("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
+    "qwen3": Case(
+        "qwen3",
+        {
+            "head_dim": 20,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 3,
+        },
+    ),
+    "gemma": Case("gemma", {"head_dim": 20, "num_key_value_heads": 1}),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 1.5,
+        },
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 20,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": WINDOW,
+            "sliding_window_pattern": 3,
+            "final_logit_softcapping": 1.5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+    ),
+    "phi3": Case("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.5}),
+    "phi4": Case(
+        "phi3",
+        {
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": ORIGINAL,
+            **rope(
+                "longrope",
+                partial_rotary_factor=0.75,
+                short_factor=FACTORS,
+                long_factor=[2.0 * x for x in FACTORS],
+                original_max_position_embeddings=ORIGINAL,
+            ),
+        },
+    ),
+    "olmo": Case("olmo", {"clip_qkv": 0.5}),
+    "olmo2": Case("olmo2", {"rope_theta": 5000.0}),
+    "olmo3": Case(
+        "olmo3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 5000.0,
+                    "original_max_position_embeddings": ORIGINAL,
+                    "attention_factor": 1.3,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+            },
+        },
+    ),
+    "smollm3": Case("smollm3", {"use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layer_interval": 2}),
+    "smollm3_biased": Case("smollm3", {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 1, 0]}),
+    "granite": Case(
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 1.7,
+            "attention_bias": True,
+        },
+    ),
+}

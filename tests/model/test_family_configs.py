@@ -1,0 +1,292 @@
+"""config.json of every family: published files mean what they should, and what is not understood is refused."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dno_jax.errors import DnoError
+from dno_jax.model import hf
+from dno_jax.model.attention import NO_WINDOW
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.hf.config_json import parse_config
+from tests.model.families import CASES, FACTORS, rope
+
+
+def published(model_type: str, **tree: Any) -> dict[str, Any]:
+    """A config.json as it lies on the hub, written by some version 4 of transformers: the keys that matter."""
+    return {"model_type": model_type, "torch_dtype": "bfloat16", "transformers_version": "4.40.0", **tree}
+
+
+def sizes(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocab: int, positions: int) -> dict[str, int]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    numbers = (hidden, mlp, layers, heads, kv, vocab, positions)
+    return dict(zip((*names, "vocab_size", "max_position_embeddings"), numbers, strict=True))
+
+
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LONG_FACTORS = {"long_factor": [1.0 + i for i in range(48)], "short_factor": [1.0 + i / 64 for i in range(48)]}
+PUBLISHED = {
+    "Llama-2-7b": published(
+        "llama", **sizes(4096, 11008, 32, 32, 32, 32000, 4096), rms_norm_eps=1e-5, pretraining_tp=1, rope_scaling=None
+    ),
+    "Llama-3.1-8B": published(
+        "llama",
+        **sizes(4096, 14336, 32, 32, 8, 128256, 131072),
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling={**LLAMA_3, "rope_type": "llama3"},
+    ),
+    "Mistral-7B-v0.1": published(
+        "mistral", **sizes(4096, 14336, 32, 32, 8, 32000, 32768), rms_norm_eps=1e-5, sliding_window=4096
+    ),
+    "Mistral-Nemo": published(
+        "mistral",
+        **sizes(5120, 14336, 40, 32, 8, 131072, 1024000),
+        head_dim=128,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+    ),
+    "Qwen2.5-7B": published(
+        "qwen2",
+        **sizes(3584, 18944, 28, 28, 4, 152064, 131072),
+        max_window_layers=28,
+        rope_theta=1e6,
+        sliding_window=131072,
+        use_sliding_window=False,
+        use_mrope=False,
+    ),
+    "Qwen2.5-7B-yarn": published(
+        "qwen2",
+        **sizes(3584, 18944, 28, 28, 4, 152064, 32768),
+        rope_theta=1e6,
+        use_sliding_window=False,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    ),
+    "Qwen3-8B": published(
+        "qwen3",
+        **sizes(4096, 12288, 36, 32, 8, 151936, 40960),
+        head_dim=128,
+        attention_bias=False,
+        rope_scaling=None,
+        rope_theta=1000000,
+        max_window_layers=36,
+        sliding_window=None,
+        use_sliding_window=False,
+    ),
+    "gemma-7b": published("gemma", **sizes(3072, 24576, 28, 16, 16, 256000, 8192), head_dim=256, hidden_act="gelu"),
+    "gemma-2-9b": published(
+        "gemma2",
+        **sizes(3584, 14336, 42, 16, 8, 256000, 8192),
+        head_dim=256,
+        hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        sliding_window_size=4096,
+        cache_implementation="hybrid",
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+    ),
+    "gemma-3-1b": published(
+        "gemma3_text",
+        **sizes(1152, 6912, 26, 4, 1, 262144, 32768),
+        head_dim=256,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        rope_local_base_freq=10000,
+        rope_theta=1000000,
+        rope_scaling=None,
+        sliding_window=512,
+        sliding_window_pattern=6,
+        cache_implementation="hybrid",
+    ),
+    "gemma-3-4b's text": published(
+        "gemma3_text",
+        **sizes(2560, 10240, 34, 8, 4, 262208, 131072),
+        head_dim=256,
+        rope_scaling={"factor": 8.0, "rope_type": "linear"},
+        sliding_window=1024,
+    ),
+    "Phi-3-mini-4k": published(
+        "phi3",
+        **sizes(3072, 8192, 32, 32, 32, 32064, 4096),
+        auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+        original_max_position_embeddings=4096,
+        rope_scaling=None,
+        sliding_window=2047,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        rms_norm_eps=1e-5,
+    ),
+    "Phi-3-mini-128k": published(
+        "phi3",
+        **sizes(3072, 8192, 32, 32, 32, 32064, 131072),
+        original_max_position_embeddings=4096,
+        rope_scaling={**LONG_FACTORS, "type": "longrope"},
+        sliding_window=262144,
+        attention_bias=False,
+    ),
+    "Phi-4-mini": published(
+        "phi3",
+        **sizes(3072, 8192, 32, 24, 8, 200064, 131072),
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=4096,
+        rope_scaling={**LONG_FACTORS, "type": "longrope"},
+        sliding_window=262144,
+        tie_word_embeddings=True,
+        full_attn_mod=1,
+        interpolate_factor=1,
+        lm_head_bias=False,
+        mlp_bias=False,
+    ),
+    "OLMo-7B": published("olmo", **sizes(4096, 11008, 32, 32, 32, 50304, 2048), clip_qkv=None),
+    "OLMo-2-7B": published("olmo2", **sizes(4096, 11008, 32, 32, 32, 100352, 4096), rope_theta=500000),
+    "Olmo-3-7B": published(
+        "olmo3",
+        **sizes(4096, 11008, 32, 32, 32, 100278, 65536),
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 8,
+        rope_theta=500000,
+        rope_scaling={
+            "attention_factor": 1.2079441541679836,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "yarn",
+        },
+        sliding_window=4096,
+    ),
+    "SmolLM3-3B": published(
+        "smollm3",
+        **sizes(2048, 11008, 36, 16, 4, 128256, 65536),
+        layer_types=["full_attention"] * 36,
+        max_window_layers=28,
+        no_rope_layer_interval=4,
+        no_rope_layers=[1, 1, 1, 0] * 9,
+        pretraining_tp=2,
+        rope_theta=5000000.0,
+        sliding_window=None,
+        use_sliding_window=False,
+    ),
+    "granite-3.3-8b": published(
+        "granite",
+        **sizes(4096, 12800, 40, 32, 8, 49159, 131072),
+        attention_multiplier=0.0078125,
+        embedding_multiplier=12.0,
+        logits_scaling=16.0,
+        residual_multiplier=0.22,
+        rope_theta=10000000.0,
+        tie_word_embeddings=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_both_versions_of_transformers_are_read_alike(tmp_path, name):
+    """A file of transformers 4, and what transformers 5 makes of it."""
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    tree = PUBLISHED[name]
+    AutoConfig.for_model(**copy.deepcopy(tree)).save_pretrained(tmp_path)
+    assert hf.read_config(tmp_path, rope_length=5000) == parse_config(tree, place=name, rope_length=5000)
+
+
+def test_published_configs_mean_what_their_papers_say():
+    def read(name: str, length: int | None = None) -> ModelConfig:
+        return parse_config(PUBLISHED[name], place=name, rope_length=length)
+
+    assert read("Mistral-7B-v0.1").windows == (4096,) * 32
+    assert read("Mistral-Nemo").head_dim == 128 != 5120 // 32
+    assert read("Qwen2.5-7B").windows is None
+    assert (read("Qwen2.5-7B").attention_bias, read("Qwen2.5-7B").output_bias) == (True, False)
+    assert read("Qwen2.5-7B-yarn").context == 131072
+    assert read("gemma-7b").hidden_act == "gelu_tanh"
+    assert read("gemma-2-9b").windows == (4096, NO_WINDOW) * 21
+    gemma = read("gemma-3-1b")
+    assert gemma.windows is not None
+    assert gemma.layer_ropes is not None
+    assert [i for i in range(26) if gemma.windows[i] == NO_WINDOW] == [5, 11, 17, 23]
+    assert [gemma.ropes[i].theta or gemma.rope_theta for i in gemma.layer_ropes[4:6]] == [1e4, 1e6]
+    assert read("Phi-3-mini-128k").context == 131072
+    assert read("Phi-3-mini-128k").ropes[0].attention_factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+    assert read("Phi-4-mini").rotary_dim == 96
+    assert read("Phi-4-mini", 4097).rope_length == 4097
+    assert read("Llama-3.1-8B", 4097).rope_length is None  # nothing depends on it
+    assert read("granite-3.3-8b").logit_scale == 1 / 16
+
+
+@pytest.mark.parametrize("names", [{"type": "su"}, {"type": "yarn"}, {"type": "su", "rope_type": "longrope"}])
+def test_old_names_of_longrope_are_read(names):
+    tree = PUBLISHED["Phi-3-mini-128k"]
+    old = {**tree, "rope_scaling": {**LONG_FACTORS, **names}}
+    assert parse_config(old, place="old") == parse_config(tree, place="new")
+
+
+def changed(name: str, **changes: Any) -> dict[str, Any]:
+    tree = {**CASES[name].config_json, **changes}
+    return {key: value for key, value in tree.items() if value is not ...}
+
+
+GEMMA_ROPES = CASES["gemma3"].tree["rope_parameters"]
+BAD = [
+    (changed("llama", num_experts=8), "key 'num_experts' .value 8. is not understood"),
+    (changed("qwen3", moe_intermediate_size=64), "key 'moe_intermediate_size'"),
+    (changed("gemma3", vision_config={}), "key 'vision_config'"),
+    (changed("gemma3", model_type="gemma3"), "model_type is 'gemma3'; supported are"),
+    (changed("llama", model_type=...), "model_type is None"),
+    (changed("mistral", layer_types=["full_attention"] * 4), "key 'layer_types'"),
+    (changed("mistral", attention_bias=True), "key 'attention_bias'"),
+    (changed("olmo", rms_norm_eps=1e-5), "key 'rms_norm_eps'"),
+    (changed("llama", num_hidden_layers=...), "key 'num_hidden_layers' is missing"),
+    (changed("llama", hidden_act="relu2"), "hidden_act is 'relu2'; supported are silu"),
+    (changed("gemma", hidden_act="silu"), "hidden_act is 'silu'; supported is only 'gelu_pytorch_tanh'"),
+    (changed("gemma2", hidden_act="silu"), "hidden_act is 'silu', but hidden_activation is 'gelu_pytorch_tanh'"),
+    (changed("gemma2", sliding_window_size=99), "sliding_window_size is 99, but sliding_window is 12"),
+    (changed("gemma2", sliding_window=None), "layers slide but there is no sliding_window"),
+    (changed("gemma2", use_bidirectional_attention=True), "use_bidirectional_attention is True"),
+    (changed("gemma3", attn_logit_softcapping=50.0), "attn_logit_softcapping is 50.0; supported is only None"),
+    (changed("gemma2", query_pre_attn_scalar=0), "query_pre_attn_scalar is 0; expected a positive number"),
+    (changed("gemma2", final_logit_softcapping=-1.0), "final_logit_softcapping is -1.0"),
+    (changed("llama", quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
+    (changed("qwen2", attention_dropout=0.1), "attention_dropout is 0.1"),
+    (changed("qwen2", use_mrope=True), "use_mrope is True"),
+    (changed("qwen2", layer_types=["sliding_attention"] * 4), "layers slide but there is no sliding_window"),
+    (changed("qwen2_window", layer_types=["sliding_attention"]), "layer_types is .* for each of 4 layers"),
+    (changed("qwen2_window", layer_types=["chunked_attention"] * 4), "layer_types is"),
+    (changed("qwen2_window", max_window_layers="2"), "max_window_layers is '2'; expected int"),
+    (changed("qwen2_window", use_sliding_window=1), "use_sliding_window is 1; expected bool"),
+    (changed("gemma3", sliding_window_pattern=0), "sliding_window_pattern is 0; expected at least 1"),
+    (changed("phi3", lm_head_bias=True), "lm_head_bias is True"),
+    (changed("phi3", resid_pdrop=0.1), "resid_pdrop is 0.1"),
+    (changed("smollm3", no_rope_layers=[1, 0]), r"no_rope_layers is \[1, 0\]; expected a 0 or 1 for each of 4"),
+    (changed("granite", logits_scaling=0.0), "logits_scaling is 0.0; expected a positive number"),
+    (changed("llama3", partial_rotary_factor=0.5), "key 'partial_rotary_factor'"),
+    (changed("llama", **rope("proportional")), "has rope_type = 'proportional'; supported are default"),
+    (changed("llama", rope_theta=..., **rope("linear")), "has rope_type = 'linear' but no factor"),
+    (changed("linear", **rope("linear", factor=2.0, mystery=1)), "has mystery = 1, which rope_type 'linear'"),
+    (changed("linear", **rope("linear", factor="2")), "has factor = '2'; expected a positive number"),
+    (changed("linear", rope_theta=1e4), "rope_parameters has rope_theta = 5000.0, but rope_theta is 10000.0"),
+    (changed("linear", rope_parameters=[1]), r"rope_parameters is \[1\]; expected an object"),
+    (changed("llama3", **rope("llama3", factor=8.0, low_freq_factor=4.0, high_freq_factor=1.0)), "must exceed"),
+    (changed("phi4", original_max_position_embeddings=99), "original_max_position_embeddings = 80, but .* is 99"),
+    (changed("phi4", **rope("longrope", short_factor=[1.0], long_factor=[1.0])), "have 1 numbers; expected 8"),
+    (changed("phi4", **rope("longrope", short_factor=FACTORS, long_factor=5)), "long_factor = 5; expected a list"),
+    (changed("yarn", **rope("yarn", factor=2.0, original_max_position_embeddings=1)), "expected at least 2"),
+    (changed("gemma3", rope_parameters={"rope_type": "default"}), "rope_parameters has rope_type = 'default'"),
+    (changed("gemma3", rope_theta=1e4), "rope_theta and rope_parameters are both given"),
+    (changed("gemma3", rope_parameters={**GEMMA_ROPES, "chunked_attention": {}}), "has chunked_attention"),
+    (changed("olmo3", rope_parameters=..., rope_theta=1e4), "rope_theta is 10000.0; versions of transformers differ"),
+]
+
+
+@pytest.mark.parametrize(("tree", "words"), BAD, ids=[words[:40] for _, words in BAD])
+def test_configs_not_understood_are_refused(tree, words):
+    with pytest.raises(DnoError, match=words) as error:
+        parse_config(tree, place="where/config.json")
+    assert str(error.value).startswith("where/config.json: ")
