@@ -10,7 +10,7 @@ demo: install  ## the whole loop on 2 CPU cores in minutes: no network, no accou
 	$(BIN)/dno run configs/demo.yaml
 
 test: install-test  ## what CI runs
-	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 soak: install-test  ## long runs and many kills
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)

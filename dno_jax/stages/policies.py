@@ -68,6 +68,7 @@ def export(
         runtime.model_config,
         runtime.load_policy(runtime.run_dir.policy(policy), TRAIN),
         source=config.model.path,
+        chat_template=runtime.own_template,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         facts=export_facts(config, policy=policy),

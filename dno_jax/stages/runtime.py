@@ -141,6 +141,11 @@ class Runtime(Generic[ConfigT]):
         """Ids that end a response: the tokenizer's, which is trained, and all that generation_config.json names."""
         return self.tokenizer.end_ids
 
+    @property
+    def own_template(self) -> str | None:
+        """The chat template that the run was given in a file; None where it is the tokenizer's own, or none at all."""
+        return None if self.config.model.chat_template == "tokenizer" else self.tokenizer.template
+
     def policy_inputs(self, *policies: epath.Path) -> dict[str, str]:
         """Entries of a manifest's `inputs` that name policies by their fingerprints."""
         return {f"policies/{path.name}": policy_fingerprint(path) or "missing" for path in policies}

@@ -59,6 +59,7 @@ def run(config: SftConfig) -> epath.Path:
         result.params,
         source=config.model.init_config or config.model.path,
         tokenizer=config.model.path,
+        chat_template=runtime.own_template,
         facts=hf.ExportFacts(
             method="supervised fine-tuning"
             + (" of random weights of its shape" if config.model.init_config is not None else ""),

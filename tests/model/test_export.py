@@ -62,6 +62,16 @@ def test_bfloat16_file_names_its_dtype(tmp_path, config, params, checkpoint):
     same(loaded, jax.tree.map(lambda a: a.astype(ml_dtypes.bfloat16).astype(np.float32), params))
 
 
+def test_a_runs_longest_text_is_no_contradiction_of_the_source(tmp_path, config, params, checkpoint):
+    tree = json.loads((checkpoint / "config.json").read_text())
+    tree["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": config.rope_theta}
+    write_json(checkpoint / "config.json", tree)
+    stretched = hf.read_config(checkpoint, rope_length=100)
+    assert stretched.rope_length == 100
+    hf.save(tmp_path / "out", stretched, params, source=checkpoint)
+    same(hf.load(tmp_path / "out")[1], params)
+
+
 def test_save_refuses_what_is_wrong(tmp_path, config, params, checkpoint):
     with pytest.raises(DnoError, match="exists already"):
         hf.save(checkpoint, config, params, source=checkpoint)

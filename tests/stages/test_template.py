@@ -10,9 +10,9 @@ import pytest
 from dno_jax import iteration
 from dno_jax.config import SftConfig, parse_config
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Pair, Prompt, Rollout
+from dno_jax.records import Judgement, Message, Pair, Prompt, Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import annotate, pair, sample
+from dno_jax.stages import annotate, pair, policies, sample
 from dno_jax.stages.annotate import pools_of
 from dno_jax.stages.prompts import load_prompts
 from dno_jax.stages.rows import training_rows
@@ -147,3 +147,17 @@ def test_supervised_examples_take_a_prefix_and_name_the_row_that_spells_a_contro
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "bam"}], "response": "dom"}))
     with pytest.raises(DnoError, match="goes into assistant_prefix"):
         supervised_rows(runtime, runtime.config)
+
+
+def test_an_export_brings_the_template_of_the_run(run, tmp_path):
+    """Another reader of the checkpoint renders chats as it was trained on them."""
+    from transformers import AutoTokenizer
+
+    config, _ = run
+    policies.export(config, policy=0, path=str(tmp_path / "out"))
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "out"), local_files_only=True)
+    chat = [{"role": "user", "content": "bam kos"}]
+    ids = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)
+    messages = (Message(role="user", content="bam kos"),)
+    assert tuple(ids) == load_tokenizer(config.model).prompt_ids(messages)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE

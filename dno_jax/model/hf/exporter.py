@@ -44,6 +44,7 @@ def save(
     *,
     source: str | Path,
     tokenizer: str | Path | None = None,
+    chat_template: str | None = None,
     dtype: Any = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     facts: ExportFacts | None = None,
@@ -61,6 +62,7 @@ def save(
         params: numpy or jax arrays in our tree, sharded in any way.
         source: the checkpoint directory that training started from.
         tokenizer: directory of the tokenizer and generation files that are copied; None is the source.
+        chat_template: Jinja text that takes the place of the tokenizer's own template; None keeps that.
         dtype: of the file, float32 or bfloat16; None keeps what each tensor has in the source (or its config.json
             names, where the source has no weights).
         max_shard_bytes: several files and an index are written where one file would be larger.
@@ -91,6 +93,9 @@ def save(
         (temporary / "README.md").write_text(model_card(source, facts=facts), encoding="utf-8")
         for file in _side_files(Path(tokenizer or source)):
             shutil.copyfile(file, temporary / file.name)
+        if chat_template is not None:
+            # transformers prefers this file to what tokenizer_config.json says.
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
     try:
         _on_primary(begin)
@@ -105,7 +110,7 @@ def save(
 
 def _config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
     file, tree = read_json(source, "config.json")
-    theirs = parse_config(tree, place=str(file))
+    theirs = parse_config(tree, place=str(file), rope_length=config.rope_length)
     for field in fields(ModelConfig):
         mine, other = getattr(config, field.name), getattr(theirs, field.name)
         if mine != other:
