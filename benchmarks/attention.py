@@ -63,8 +63,8 @@ MISTRAL_7B = ModelConfig(
     rms_norm_eps=1e-5,
     rope_theta=1e4,
     max_position_embeddings=32768,
+    windows=(4096,) * 32,
 )
-MISTRAL_WINDOWS = (4096,)
 
 
 def operands(options: argparse.Namespace) -> tuple[jax.Array, ...]:
@@ -162,7 +162,7 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
             dtype=jnp.bfloat16,
             remat="full",
             constrain=Constrain(mesh, TRAIN),
-            attention=make_attention(backend, mesh=mesh, layout=TRAIN, windows=MISTRAL_WINDOWS),
+            attention=make_attention(backend, mesh=mesh, layout=TRAIN, windows=MISTRAL_7B.windows),
         ),
         optimizer=optimizer,
         row_loss=preference_loss(LossSection(beta=0.1)),

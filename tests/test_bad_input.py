@@ -68,8 +68,8 @@ def test_truncated_weights(command, folder, tmp_path):
     [
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "gpt2"),
         ({"sliding_trapdoor": 7}, "sliding_trapdoor"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "spiral", "factor": 4.0}}, "rope"),
+        ({"hidden_act": "relu"}, "hidden_act"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

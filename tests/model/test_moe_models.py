@@ -48,13 +48,14 @@ def stir(model):
     import torch
 
     random = torch.Generator().manual_seed(1)
+    table = 0.12 if model.config.tie_word_embeddings else 0.2  # as a head too it must give logits of order one
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=random)
             if weight.ndim == 1:
                 weight.add_((0.05 if name.endswith("bias") else 0.3) * noise)
             elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
-                weight.copy_((0.06 if name.startswith("lm_head") else 0.2) * noise)
+                weight.copy_((0.06 if name.startswith("lm_head") else table) * noise)
             else:
                 weight.copy_(noise / weight.shape[-1] ** 0.5)
 
