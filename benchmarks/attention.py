@@ -42,7 +42,8 @@ from jax.experimental import topologies
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.model.attention import NO_WINDOW, CudnnAttention, SplashAttention, xla_attention
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, abstract_params
+from dno_jax.model.decoder import Decoder
+from dno_jax.model.params import abstract_params
 from dno_jax.parallel.attention import make_attention
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding

@@ -13,7 +13,7 @@ import numpy as np
 
 from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import init_params
+from dno_jax.model.params import init_params
 
 
 def load_model(name: str) -> tuple[ModelConfig, Any]:

@@ -22,7 +22,7 @@ def write_checkpoint(path: Path, *, seed: int = 0, template: str | None = None) 
     """Write a Hugging Face checkpoint of 40 thousand parameters whose random weights make peaked distributions."""
     from dno_jax.model import hf
     from dno_jax.model.config import ModelConfig
-    from dno_jax.model.decoder import init_params
+    from dno_jax.model.params import init_params
 
     source = path.parent / f"{path.name}-source"
     source.mkdir(parents=True)

@@ -3,14 +3,8 @@
 from dno_jax.model import hf
 from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache, repeat_cache
 from dno_jax.model.config import ModelConfig, RopeConfig
-from dno_jax.model.decoder import (
-    Decoder,
-    abstract_params,
-    head_logprobs,
-    init_params,
-    logits,
-    param_axes,
-)
+from dno_jax.model.decoder import Decoder, head_logprobs, logits
+from dno_jax.model.params import abstract_params, init_params, param_axes
 from dno_jax.model.templates import Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.model.truncation import shorten_chat

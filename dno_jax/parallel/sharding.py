@@ -110,7 +110,7 @@ def weight_shardings(mesh: Mesh, layout: Layout, *, axes: Any, shapes: Any) -> A
     """Return the tree of shardings of a tree of weights.
 
     Args:
-        axes: tree of tuples of axis names (model.decoder.param_axes).
+        axes: tree of tuples of axis names (model.params.param_axes).
         shapes: the same tree of arrays or ShapeDtypeStructs.
     """
 

@@ -16,8 +16,9 @@ from jax.sharding import Mesh
 from dno_jax.config import ModelConfigSection, RunConfig, SftConfig, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, abstract_params
+from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_config
+from dno_jax.model.params import abstract_params
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.experts import sharded_experts

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from dno_jax.config import SftConfig
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.model.decoder import init_params
+from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, explain

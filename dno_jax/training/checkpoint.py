@@ -51,7 +51,7 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
     """Read a policy straight into sharded arrays; each process reads what its devices hold.
 
     Args:
-        shapes: tree of ShapeDtypeStructs (model.decoder.abstract_params).
+        shapes: tree of ShapeDtypeStructs (model.params.abstract_params).
         shardings: the same tree of shardings, of any mesh.
 
     Raises:

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import abstract_params, param_axes
+from dno_jax.model.params import abstract_params, param_axes
 from dno_jax.parallel.sharding import Layout, replicated, weight_shardings
 
 

@@ -13,8 +13,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from dno_jax.logprobs import sequence_logprobs
+from dno_jax.model.block import LOAD
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import LOAD, Decoder, head_logprobs
+from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss

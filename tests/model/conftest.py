@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, init_params, logits
+from dno_jax.model.decoder import Decoder, logits
+from dno_jax.model.params import init_params
 
 
 def random_params(config: ModelConfig, *, seed: int = 0, scale: float = 6.0):

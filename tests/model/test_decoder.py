@@ -9,7 +9,8 @@ import pytest
 
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.cache import cache_axes, grow_cache, init_cache, repeat_cache
-from dno_jax.model.decoder import Decoder, abstract_params, head_logprobs, init_params, logits, param_axes
+from dno_jax.model.decoder import Decoder, head_logprobs, logits
+from dno_jax.model.params import abstract_params, init_params, param_axes
 from tests.model.conftest import random_params, run
 
 

@@ -23,10 +23,10 @@ from safetensors.numpy import load_file, save_file
 
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.model.decoder import abstract_params
 from dno_jax.model.hf import exporter
 from dno_jax.model.hf.card import code
 from dno_jax.model.hf.writer import ShardFile
+from dno_jax.model.params import abstract_params
 from tests.model.checkpoints import edit_tensors, same, torch_logits
 from tests.model.conftest import hf_config, random_params, write_json
 

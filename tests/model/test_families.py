@@ -19,7 +19,8 @@ from safetensors.numpy import load_file
 from dno_jax.model import hf
 from dno_jax.model.cache import grow_cache, init_cache
 from dno_jax.model.config import ModelConfig, RopeConfig
-from dno_jax.model.decoder import Decoder, abstract_params, logits
+from dno_jax.model.decoder import Decoder, logits
+from dno_jax.model.params import abstract_params
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.step import score_step
 from tests.model.conftest import run

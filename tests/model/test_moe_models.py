@@ -14,10 +14,12 @@ from safetensors.numpy import load_file
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf, moe
+from dno_jax.model.block import LOAD
 from dno_jax.model.cache import init_cache
-from dno_jax.model.decoder import LOAD, Decoder, abstract_params, logits
+from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf.config_json import parse_config
 from dno_jax.model.hf.tensors import stored_tensors, tensor_table
+from dno_jax.model.params import abstract_params
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.training.state import param_shardings

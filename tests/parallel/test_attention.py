@@ -11,7 +11,8 @@ from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW, CudnnAttention, SplashAttention, xla_attention
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, init_params
+from dno_jax.model.decoder import Decoder
+from dno_jax.model.params import init_params
 from dno_jax.parallel.attention import ShardedAttention, choose_backend, make_attention
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import abstract_params, init_params
+from dno_jax.model.params import abstract_params, init_params
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import (
     DECODE,

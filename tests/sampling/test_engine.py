@@ -8,7 +8,8 @@ import scipy.stats
 
 from dno_jax.config import MeshSection
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, init_params, logits
+from dno_jax.model.decoder import Decoder, logits
+from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
 from dno_jax.sampling.engine import Generation, Mixture, PromptBatch, generate, prompt_bucket

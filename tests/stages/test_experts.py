@@ -10,7 +10,7 @@ import pytest
 from dno_jax import iteration
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.model.decoder import init_params
+from dno_jax.model.params import init_params
 from dno_jax.records import Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages.runtime import Runtime

@@ -16,7 +16,7 @@ from dno_jax.config import RunConfig, SftConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import init_params
+from dno_jax.model.params import init_params
 from dno_jax.records import Judgement, Message, Pair, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import pair, policies, sample, self_judge, sft

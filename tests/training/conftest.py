@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import init_params
+from dno_jax.model.params import init_params
 from dno_jax.training.batches import TrainingRow
 
 CONFIG = ModelConfig(

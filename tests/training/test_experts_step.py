@@ -12,8 +12,10 @@ import pytest
 
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.errors import DnoError
-from dno_jax.model.decoder import LOAD, Decoder, init_params
+from dno_jax.model.block import LOAD
+from dno_jax.model.decoder import Decoder
 from dno_jax.model.moe import busiest_share, load_balance_loss, ragged_experts
+from dno_jax.model.params import init_params
 from dno_jax.parallel.experts import ShardedExperts, sharded_experts
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device

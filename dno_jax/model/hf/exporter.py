@@ -26,13 +26,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, abstract_params, logits
+from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf.card import LICENCE_FILES, ExportFacts, model_card
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, parse_config, read_json
 from dno_jax.model.hf.files import INDEX_FILE, TensorFiles
 from dno_jax.model.hf.importer import THREADS, Reader, load, pieces, put_leaf, slices, tree_leaf
 from dno_jax.model.hf.tensors import Tensor, tensor_table
 from dno_jax.model.hf.writer import Planned, ShardFile, plan_shards, plan_tensors
+from dno_jax.model.params import abstract_params
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -45,7 +45,7 @@ def load(
         progress: called with (bytes just read, bytes that this process reads in all).
 
     Returns:
-        (config, params), params in the tree of decoder.abstract_params(config).
+        (config, params), params in the tree of params.abstract_params(config).
 
     Raises:
         DnoError: a file is missing, truncated or corrupt; a tensor is missing, unexpected, or of another shape or dtype

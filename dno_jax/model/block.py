@@ -1,0 +1,239 @@
+"""One layer of the decoder, and the parameters and norms that it declares. It knows no family, only numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
+from dno_jax.model.moe import Experts, expert_load, route
+from dno_jax.model.rope import rotate
+
+Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+
+def identity(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Constrain nothing: the `constrain` of a single device."""
+    del axes
+    return array
+
+
+ZEROS = nn.initializers.zeros_init()
+NORMAL = nn.initializers.truncated_normal(stddev=0.02)
+# Under this name layers leave how their tokens were spread over experts.
+LOAD = "expert_load"
+
+
+def declare(
+    module: nn.Module, name: str, *, init: nn.initializers.Initializer, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> AnyArray:
+    """Declare a float32 parameter of a module, with the names of its axes; return its value."""
+    boxed = nn.with_partitioning(init, axes)
+    return cast(AnyArray, module.param(name, boxed, shape, jnp.float32))  # flax types the box, and gives what is in it
+
+
+def norm(
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    *,
+    config: ModelConfig,
+    axes: tuple[tuple[str, int], ...],
+    scale: float = 1.0,
+) -> jax.Array:
+    """Norm the trailing axes of x, which `axes` names and sizes, by the parameter `name` of a module; times `scale`."""
+    if config.norm == "layer":
+        return layer_norm(x, eps=config.rms_norm_eps, scale=scale)
+    names, shape = zip(*axes, strict=True)
+    init = nn.initializers.constant(1.0 - config.norm_offset)
+    weight = jnp.asarray(declare(module, name, init=init, shape=shape, axes=names), jnp.float32)
+    return rms_norm(x, (config.norm_offset + weight) * scale, eps=config.rms_norm_eps)
+
+
+@flax.struct.dataclass
+class LayerNumbers:
+    """What tells one layer from the next besides its weights; rides through the scan, stacked on axis 0."""
+
+    layer: Any  # int32, its index, also into the caches
+    window: Any  # int32, tokens that a query sees
+    rope: Any  # int32, index of its rotation
+
+
+def layer_numbers(config: ModelConfig) -> LayerNumbers:
+    count = config.num_hidden_layers
+    rows = range(count), config.windows or (NO_WINDOW,) * count, config.layer_ropes or (0,) * count
+    return LayerNumbers(*(jnp.asarray(row, jnp.int32) for row in rows))
+
+
+class Block(nn.Module):
+    """One layer: attention and gated MLP, each normed before or after (or both) and added to the residual stream.
+
+    In a mixture of experts, a token's experts stand in the place of the MLP.
+    """
+
+    config: ModelConfig
+    dtype: Any
+    constrain: Constrain
+    attention: Attention
+    experts: Experts
+
+    @nn.compact
+    def __call__(
+        self, carry: Any, numbers: LayerNumbers, cos: Any, sin: Any, position: Any, key_position: Any, cursor: Any
+    ) -> tuple[Any, None]:
+        """Run one layer.
+
+        Args:
+            carry: (x [B, T, D], key [L, B, K, H, S] or None, value [L, B, K, S, H] or None). The caches of all layers
+                travel in the carry and are written in place; as scanned inputs and outputs they would be copied.
+            numbers: this layer's.
+            cos, sin: [R, B, T, 1, H/2], of every rotation.
+            position, key_position: [B, T] and [B, S] int32, of the queries and of the keys; -1 is padding.
+            cursor: scalar int32, the slot of the call's first token, or None without a cache.
+        """
+        x, *cache = carry
+        config = self.config
+        cos, sin = (jax.lax.dynamic_index_in_dim(a, numbers.rope, axis=0, keepdims=False) for a in (cos, sin))
+
+        def before(name: str, x: jax.Array) -> jax.Array:
+            return self._norm(f"{name}_norm", x) if config.pre_norm else x
+
+        def after(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+            y = self._norm(f"{name}_post_norm", y) if config.post_norm else y
+            return self.constrain(x + scaled(y, config.residual_scale), ("batch", "length", "embed"))
+
+        y, *cache = self._attention(
+            before("attention", x),
+            *cache,
+            numbers=numbers,
+            angles=(cos, sin),
+            position=position,
+            key_position=key_position,
+            cursor=cursor,
+        )
+        x = after("attention", x, y)
+        y = before("mlp", x)
+        x = after("mlp", x, self._expert_mlp(y, position) if config.num_experts else self._mlp(y))
+        return (x, *cache), None
+
+    def _norm(self, name: str, y: jax.Array, *axes: tuple[str, int]) -> jax.Array:
+        """Norm the trailing axes, by name and size; those of the residual stream where none are named."""
+        config = self.config
+        return norm(self, name, y, config=config, axes=axes or (("norm", config.hidden_size),))
+
+    def _project(
+        self,
+        y: jax.Array,
+        name: str,
+        *,
+        equation: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        out: int,
+        bias: bool,
+    ) -> jax.Array:
+        # The last `out` axes of the kernel are the output's, and the bias has just those.
+        kernel = declare(self, name, init=NORMAL, shape=shape, axes=axes)
+        y = jnp.einsum(equation, y, kernel.astype(self.dtype), precision=precision_for(self.dtype))
+        if bias:
+            value = declare(self, f"{name}_bias", init=ZEROS, shape=shape[-out:], axes=axes[-out:])
+            y = y + value.astype(self.dtype)[None, None]
+        return y
+
+    def _attention(
+        self,
+        y: jax.Array,
+        key_cache: Any,
+        value_cache: Any,
+        *,
+        numbers: LayerNumbers,
+        angles: tuple[jax.Array, jax.Array],
+        position: Any,
+        key_position: Any,
+        cursor: Any,
+    ) -> tuple[jax.Array, Any, Any]:
+        config = self.config
+        D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+
+        def head(name: str, heads: str, number: int) -> jax.Array:
+            axes = ("embed", heads, "head_dim")
+            found = self._project(
+                y, name, equation="btd,dnh->btnh", shape=(D, number, H), axes=axes, out=2, bias=config.attention_bias
+            )
+            if config.clip_qkv is not None:
+                found = jnp.clip(found, -config.clip_qkv, config.clip_qkv)
+            if name != "v" and config.qk_norm is not None:
+                sizes = ((heads, number), ("head_dim", H)) if config.qk_norm == "all" else (("norm", H),)
+                found = self._norm(f"{name}_norm", found, *sizes)
+            if name != "v":
+                found = rotate(found, *angles)
+            return self.constrain(found, ("batch", "length", heads, "head_dim"))
+
+        q, k, v = head("q", "heads", N), head("k", "kv_heads", K), head("v", "kv_heads", K)
+        # One window everywhere is given as a number, from which back-ends can make a static mask.
+        windows = set(config.windows or (NO_WINDOW,))
+        window = windows.pop() if len(windows) == 1 else numbers.window
+        scale = H**-0.5 if config.attention_scale is None else config.attention_scale
+        softcap = config.attention_softcap
+        k_new, v_new = k, v
+        if key_cache is not None:
+            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
+            key_cache = jax.lax.dynamic_update_slice(
+                key_cache, k.astype(key_cache.dtype)[None], (numbers.layer, 0, 0, 0, cursor)
+            )
+            value_cache = jax.lax.dynamic_update_slice(
+                value_cache, v.astype(value_cache.dtype)[None], (numbers.layer, 0, 0, cursor, 0)
+            )
+        if key_cache is None or key_cache.shape[-1] == y.shape[1]:
+            # Without a cache, or with one that this very call fills: every key is among this call's tokens.
+            y = self.attention(q, k_new, v_new, position_BT=position, window=window, scale=scale, softcap=softcap)
+        else:
+            k = jax.lax.dynamic_index_in_dim(key_cache, numbers.layer, axis=0, keepdims=False)
+            v = jax.lax.dynamic_index_in_dim(value_cache, numbers.layer, axis=0, keepdims=False)
+            y = attend(q, k, v, visible(position, key_position, window), scale=scale, softcap=softcap)
+        y = self.constrain(y, ("batch", "length", "heads", "head_dim"))
+        axes = ("heads", "head_dim", "embed")
+        y = self._project(y, "o", equation="btnh,nhd->btd", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
+        return y, key_cache, value_cache
+
+    def _mlp(self, y: jax.Array) -> jax.Array:
+        config = self.config
+        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        into = partial(self._project, y, equation="btd,df->btf", shape=(D, F), axes=("embed", "mlp"), out=1, bias=bias)
+        y = self.constrain(ACTIVATIONS[config.hidden_act](into("gate")) * into("up"), ("batch", "length", "mlp"))
+        return self._project(y, "down", equation="btf,fd->btd", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
+
+    def _expert_mlp(self, y: jax.Array, position: Any) -> jax.Array:
+        config = self.config
+        D, F, E = config.hidden_size, config.intermediate_size, config.num_experts
+
+        def kernel(name: str, shape: tuple[int, ...], *axes: str) -> jax.Array:
+            return jnp.asarray(declare(self, name, init=NORMAL, shape=shape, axes=axes))
+
+        routing = route(
+            y,
+            kernel("router", (D, E), "embed", "routes"),
+            position,
+            num_experts_per_tok=config.num_experts_per_tok,
+            norm=config.expert_norm,
+        )
+        self.sow("intermediates", LOAD, expert_load(routing, position))  # computed only for a caller who asks for it
+        into = ("experts", "embed", "mlp")
+        y = self.experts(
+            y,
+            routing.weight,
+            routing.expert,
+            gate_EDF=kernel("gate", (E, D, F), *into).astype(self.dtype),
+            up_EDF=kernel("up", (E, D, F), *into).astype(self.dtype),
+            down_EFD=kernel("down", (E, F, D), "experts", "mlp", "embed").astype(self.dtype),
+            activation=ACTIVATIONS[config.hidden_act],
+        )
+        return self.constrain(y, ("batch", "length", "embed"))

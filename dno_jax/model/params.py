@@ -1,0 +1,47 @@
+"""The parameter tree of a model: fresh, as shapes, and as names of axes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder
+
+
+def _without_mesh() -> Any:
+    # Under a mesh, flax would take our axis names for mesh axes and constrain the fresh arrays by them.
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+@partial(jax.jit, static_argnums=0)
+def _init(config: ModelConfig, key: jax.Array) -> Any:
+    token = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config).init(key, token, token)["params"]
+
+
+def _boxed(config: ModelConfig) -> Any:
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Return fresh float32 parameters: matrices normal (deviation 0.02, truncated), norms neutral, biases 0."""
+    with _without_mesh():
+        return nn.unbox(_init(config, key))
+
+
+def abstract_params(config: ModelConfig) -> dict[str, Any]:
+    """Return the parameter tree as jax.ShapeDtypeStruct, without making arrays."""
+    with _without_mesh():
+        return nn.unbox(_boxed(config))
+
+
+def param_axes(config: ModelConfig) -> dict[str, Any]:
+    """Return the parameter tree as tuples of axis names, such as ("layers", "embed", "heads", "head_dim")."""
+    with _without_mesh():
+        specs = nn.get_partition_spec(_boxed(config))
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
