@@ -38,6 +38,11 @@ def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> 
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def one_device_mesh() -> Mesh:
+    """Lay out the default device alone."""
+    return make_mesh(MeshSection(), jax.local_devices()[:1])
+
+
 def initialize(
     *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
