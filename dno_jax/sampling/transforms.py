@@ -1,8 +1,8 @@
 """Drawing one token a row: repetition penalty, temperature, top-k, top-p, min-p, in this order.
 
-The keys name the row and the position. Tokens of equal mass share their fate: top-k, top-p and min-p keep all of them or
-none, where a sort would part them by the accident of their ids. Mass is float32, relative to the likeliest token: below
-about 1e-38 of it a token is never drawn.
+The keys name the row and the position. Tokens of equal mass share their fate: top-k, top-p and min-p keep all of them
+or none, where a sort would part them by the accident of their ids. Mass is float32, relative to the likeliest token:
+one below about 1e-38 of it is never drawn.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def sample_token(
     if truncation.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     mass = relative_mass(logits, truncation=truncation)
-    drawable = jnp.where(mass >= truncation.min_p, mass, 0.0)
+    drawable = jnp.where(mass < truncation.min_p, 0.0, mass)
     key = jax.vmap(jax.random.fold_in)(row_key, jnp.broadcast_to(step, (logits.shape[0],)))
 
     def draw(drawable: Array, trial: Int[Array, ""]) -> Int[Array, " B"]:
@@ -123,7 +123,7 @@ def sample_token(
         trial, token, accepted = carry
         likelier = jnp.where(mass > _of(mass, token)[:, None], drawable, 0.0)
         token = jnp.where(accepted, token, draw(likelier, trial))
-        return trial + 1, token, inside_nucleus(mass, _of(mass, token), top_p=truncation.top_p)
+        return trial + 1, token, accepted | inside_nucleus(mass, _of(mass, token), top_p=truncation.top_p)
 
     accepted = inside_nucleus(mass, _of(mass, token), top_p=truncation.top_p)
     return jax.lax.while_loop(lambda carry: ~jnp.all(carry[2]), again, (jnp.int32(1), token, accepted))[1]
@@ -143,14 +143,14 @@ def drawn_logprobs(
         token: one id a row.
 
     Returns:
-        float32, nats: log(mass of the token / mass of all that is kept), -inf for a token that is not kept. At
-        temperature 0 all mass is on the token that is taken: 0 for it, -inf for any other.
+        float32, nats: log(mass of the token / mass of all that is kept), -inf for a token that is not kept, NaN where
+        the row holds NaN or +inf. At temperature 0 all mass is on the token that is taken: 0 for it, -inf for others.
     """
     logits = penalised(logits, seen, penalty=truncation.repetition_penalty)
     if truncation.temperature == 0.0:
         return jnp.where(token == jnp.argmax(logits, axis=-1), 0.0, -jnp.inf)
     mass = relative_mass(logits, truncation=truncation)
-    drawable = jnp.where(mass >= truncation.min_p, mass, 0.0)
+    drawable = jnp.where(mass < truncation.min_p, 0.0, mass)
     chosen = _of(drawable, token)
     if truncation.top_p >= 1.0:
         return jnp.log(chosen) - jnp.log(jnp.sum(drawable, axis=-1))
@@ -160,7 +160,7 @@ def drawn_logprobs(
     drawn = inside_nucleus(mass, chosen, top_p=truncation.top_p * slack)
     border = _least(partial(inside_nucleus, mass, top_p=truncation.top_p), len(mass))
     least = jnp.minimum(border, chosen)
-    kept = jnp.sum(jnp.where(mass >= least[:, None], drawable, 0.0), axis=-1)
+    kept = jnp.sum(jnp.where(mass < least[:, None], 0.0, drawable), axis=-1)
     return jnp.where(drawn, jnp.log(chosen) - jnp.log(kept), -jnp.inf)
 
 
@@ -178,7 +178,10 @@ def penalised(logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, *, p
 
 
 def relative_mass(logits: Float[Array, "B V"], *, truncation: Truncation) -> Float[Array, "B V"]:
-    """Return each token's probability over that of the likeliest, in [0, 1], after temperature and top-k."""
+    """Return each token's probability over that of the likeliest, in [0, 1], after temperature and top-k.
+
+    NaN stays NaN here and in every later cut, so that a sum tells a broken row; a maximum need not (on a CPU).
+    """
     # The difference first: dividing large logits by a small temperature would overflow.
     distance = jnp.max(logits, axis=-1, keepdims=True) - logits
     mass = jnp.exp(-distance / truncation.temperature)
@@ -188,7 +191,7 @@ def relative_mass(logits: Float[Array, "B V"], *, truncation: Truncation) -> Flo
     def enough(level: Float[Array, " B"]) -> Bool[Array, " B"]:
         return jnp.sum(distance <= level[:, None], axis=-1) >= min(truncation.top_k, logits.shape[-1])
 
-    return jnp.where(distance <= _least(enough, len(logits))[:, None], mass, 0.0)
+    return jnp.where(distance > _least(enough, len(logits))[:, None], 0.0, mass)
 
 
 def inside_nucleus(mass: Float[Array, "B V"], level: Float[Array, " B"], *, top_p: float) -> Bool[Array, " B"]:
