@@ -114,8 +114,8 @@ def check(found: Mapping[str, Any], *, config: RunConfig, place: epath.Path) -> 
         raise DnoError(
             f"{place}: sampler and trainer disagree on {_shown(found['worst'])}: {found['max']:.4g} nats a token in "
             f"{dtype}, at most {bound:g} is agreement (sampling.audit_bound). Where the mean, {found['mean']:.2g}, is "
-            "bfloat16's rounding, or a coarse KV cache's, raise sampling.audit_bound: the samples are kept, a rerun only "
-            "repeats the audit. Else a program is wrong: see in another run_dir whether model.attention=xla or "
+            "bfloat16's rounding, or a coarse KV cache's, raise sampling.audit_bound: the samples are kept, a rerun "
+            "only repeats the audit. Else a program is wrong: see in another run_dir whether model.attention=xla or "
             "model.dtype=float32 agrees"
         )
     tolerance = STEP_ZERO_TOLERANCE[dtype]

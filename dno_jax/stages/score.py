@@ -54,9 +54,7 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "score") -> Mani
     samples = samples_of(run_dir, update.previous)
     taken = _recorded(samples, pairs) if source == SAMPLED and samples else {}
     if is_primary() and config.sampling.as_reference:
-        say(
-            f"{stage_name:<9} {iteration}: {len(taken)} of {len(pairs)} pairs are not scored: their log-probs are the sampler's"
-        )
+        say(f"{stage_name:<9} {iteration}: {len(taken)} of {len(pairs)} pairs have log pi_t from the sampler")
     if is_primary() and taken:
         stage.write_shard(SAMPLED, taken.values())
     for policy, out in zip(policies, (stage, stage.sub(INITIAL)), strict=False):
