@@ -104,8 +104,8 @@ class SamplingSection(Section):
     audit_bound: float | None = Field(
         default=None,
         gt=0.0,
-        description="largest difference between the two that is agreement, nats a token of a response; None goes by "
-        "model.dtype",
+        description="largest difference that is agreement, nats: of a token; of a response of n, sqrt(n) times that; "
+        "None goes by model.dtype",
         json_schema_extra=MAY_CHANGE,
     )
     as_reference: bool = Field(
