@@ -112,8 +112,8 @@ def check(found: Mapping[str, Any], *, config: RunConfig, place: epath.Path) -> 
     """Raise where an audit's figures forbid to go on with its samples.
 
     Raises:
-        DnoError: a response differs by more than the bound times sqrt(tokens); or, with `sampling.as_reference`, one by more than the
-            guard of training's first step lets pass, for which the sampler's figures would be the reference.
+        DnoError: a response differs by more than the bound times sqrt(tokens); or, with `sampling.as_reference`, one by
+            more than the guard of training's first step lets pass, whose reference the sampler's figures would be.
     """
     dtype, bound, worst = config.model.dtype, bound_of(config), found["worst"]
     if not found["error"] <= bound:
