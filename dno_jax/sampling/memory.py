@@ -85,8 +85,7 @@ class SlotPlan:
     def parts(self) -> dict[str, int]:
         """Bytes by what they hold."""
         return {
-            "weights": self.weight_bytes,
-            "second policy": (self.num_policies - 1) * self.weight_bytes,
+            "weights": self.num_policies * self.weight_bytes,
             "slots": self.slots * self.slot_bytes,
             "queue": self.queue_entries * self.entry_bytes,
             "logits": self.slots * self.logits_bytes,

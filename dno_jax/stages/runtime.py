@@ -120,11 +120,13 @@ class Runtime(Generic[ConfigT]):
         )
 
     def load_for_decoding(self, policy: epath.Path) -> Any:
-        """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again."""
-        params, dtype = self.load_policy(policy, DECODE), jnp.dtype(self.config.model.dtype)
-        if dtype == jnp.float32:
-            return params
-        return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), donate_argnums=0)(params)
+        """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again.
+
+        They are cast on the host: no device ever holds the float32 weights, which may not fit where these do.
+        """
+        dtype = jnp.dtype(self.config.model.dtype)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(self.model_config))
+        return load_policy(policy, shapes=shapes, shardings=self.param_shardings(DECODE))
 
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
