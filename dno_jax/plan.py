@@ -215,6 +215,7 @@ def _sampling_table(plan: RunPlan) -> Table:
     row("slots that would fit", lambda slots: f"{slots.most_slots:,}")
     row("rows decoded at once", lambda slots: f"{slots.slots * shards:,}")
     row("prompts in the queue", lambda slots: f"{slots.queue_entries:,}", end_section=True)
+    row("policies in memory", lambda slots: f"{slots.num_policies}")
     row("layers x key heads x head_dim", lambda _: _head_numbers(plan))
     row("keys and values in", lambda slots: slots.kv_dtype)
     row("tokens of a slot", lambda slots: f"{slots.total_length:,}")

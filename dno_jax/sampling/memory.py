@@ -176,18 +176,19 @@ def plan_slots(
 
 def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
     most, parts = plan.most_slots, {name: show_bytes(count) for name, count in plan.parts.items()}
-    weights = parts["weights"] + (" and again for the second policy" if plan.num_policies > 1 else "")
+    policies = "a policy" if plan.num_policies == 1 else f"{plan.num_policies} policies"
+    rows = f"{plan.slots} slot{'' if plan.slots == 1 else 's'} of {plan.total_length} tokens on each row shard"
     wanted = "not even one sampling slot fits:" if configured is None else f"sampling.slots is {configured}, but"
     would = "" if configured is None else f"{most} would fit: " if most else "not even one would fit: "
     fewer = f"set sampling.slots to at most {most}, or " if most else ""
     return (
-        f"{wanted} {plan.slots} of {plan.total_length} tokens on each row shard would take {show_bytes(plan.total)} of "
-        f"every device (weights {weights}, slots {parts['slots']}, queue of {plan.queue_entries} prompts "
-        f"{parts['queue']}, logits {parts['logits']}), and {show_bytes(plan.capacity.usable)} are to be had: "
-        f"{show_bytes(plan.capacity.bytes)} ({plan.capacity.source}) less a reserve of "
-        f"{show_bytes(plan.capacity.reserve)}; {would}{fewer}lower the longest prompt or response "
-        "(prompts.max_length, sampling.max_new_tokens; of a judge, annotation.self_judge's), choose a smaller "
-        "sampling.kv_dtype or a larger mesh.tensor, or take devices with more memory"
+        f"{wanted} {rows} would take {show_bytes(plan.total)} of every device (weights of {policies} "
+        f"{parts['weights']}, slots {parts['slots']}, queue of {plan.queue_entries} prompts {parts['queue']}, logits "
+        f"{parts['logits']}), and {show_bytes(plan.capacity.usable)} are to be had: {show_bytes(plan.capacity.bytes)} "
+        f"({plan.capacity.source}) less a reserve of {show_bytes(plan.capacity.reserve)}; {would}{fewer}lower the "
+        "longest prompt or response (prompts.max_length, sampling.max_new_tokens; of a judge, "
+        "annotation.self_judge's), choose a smaller sampling.kv_dtype or a larger mesh.tensor, or take devices with "
+        "more memory"
     )
 
 
