@@ -161,10 +161,26 @@ def export(
         policy=policy,
         path=str(path),
         dtype=dtype,
-        max_shard_bytes=_bytes(max_shard_size),
+        max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
     )
     say(f"policy {policy} exported to {path}")
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="of one device, such as 16GiB; by default what is here")] = None,
+    devices: Annotated[int | None, typer.Option(help="how many; none need be here, then say --memory too")] = None,
+) -> None:
+    """Say what a run takes and whether it fits, before it starts; reads no weights and needs no accelerator."""
+    from dno_jax import plan as planning
+    from dno_jax.report.console import console
+
+    capacity = None if memory is None else _bytes(memory, option="--memory")
+    found = planning.plan_run(_load(config, overrides), memory=capacity, num_devices=devices)
+    console.print(planning.render(found))
 
 
 @app.command()
@@ -261,13 +277,15 @@ def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     return load_config(RunConfig, path, overrides or [])
 
 
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B", text)
-    if found is None:
+def _bytes(text: str, *, option: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)|([KMGT])i)B", text)
+    if found is None or not float(found[1]):
         from dno_jax.errors import DnoError
 
-        raise DnoError(f"--max-shard-size is {text!r}; expected a number and a unit, such as 500MB or 5GB")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+        raise DnoError(f"{option} is {text!r}; expected a number above 0 and a unit, such as 500MB, 5GB or 16GiB")
+    number, decimal, binary = found.groups()
+    unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
+    return int(float(number) * unit)
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

@@ -94,6 +94,12 @@ class SamplingSection(Section):
     top_k: int = Field(default=0, ge=0, description="0 keeps all")
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
+    slots: Count | None = Field(
+        default=None, description="rows decoded at once on each row shard of the mesh; None: what fits, see `dno plan`"
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = Field(
+        default="auto", description="of the cached keys and values; auto: model.dtype"
+    )
     batch_prompts: Count = Field(default=16, description="prompts a call, over all devices; each becomes K rows")
     audit_prompts: int = Field(
         default=1,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
@@ -25,17 +25,32 @@ def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> 
         DnoError: the axes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _axis_sizes(section, len(devices), kind=devices[0].platform)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(section: MeshSection, num_devices: int) -> AbstractMesh:
+    """Lay out devices of which none need be here; it says where things would lie, and holds no array.
+
+    Raises:
+        DnoError: the axes do not multiply to the number of devices.
+    """
+    sizes = _axis_sizes(section, num_devices, kind="planned")
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _axis_sizes(section: MeshSection, num_devices: int, *, kind: str) -> tuple[int, ...]:
     sizes = [getattr(section, axis) for axis in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(-1)] = len(devices) // fixed
-    if math.prod(sizes) != len(devices):
+    if -1 in sizes and num_devices % fixed == 0:
+        sizes[sizes.index(-1)] = num_devices // fixed
+    if math.prod(sizes) != num_devices:
         shape = ", ".join(f"{axis}={getattr(section, axis)}" for axis in AXES)
         raise DnoError(
-            f"mesh ({shape}) does not divide the {len(devices)} {devices[0].platform} devices of this run; "
+            f"mesh ({shape}) does not divide the {num_devices} {kind} devices of this run; "
             "make the product of the axes equal to the number of devices, or set one axis to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(sizes)
 
 
 def one_device_mesh() -> Mesh:

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dno_jax.errors import DnoError
 
 Axes = tuple[str | None, ...]
 Table = tuple[tuple[str, tuple[str, ...]], ...]
+AnyMesh = Mesh | AbstractMesh  # abstract: what would lie where, on devices that are not here
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _spec(axes: Axes, table: dict[str, tuple[str, ...]], *, layout: str) -> Part
     return PartitionSpec(*parts)
 
 
-def resolve(mesh: Mesh, spec: PartitionSpec, *, shape: tuple[int, ...], name: str) -> NamedSharding:
+def resolve(mesh: AnyMesh, spec: PartitionSpec, *, shape: tuple[int, ...], name: str) -> NamedSharding:
     """Return the sharding of an array of this shape, without the mesh axes that have one device.
 
     The compiler leaves those out of the shardings of its results; were they kept in those of the arguments, a step
@@ -106,7 +107,7 @@ def resolve(mesh: Mesh, spec: PartitionSpec, *, shape: tuple[int, ...], name: st
     return NamedSharding(mesh, PartitionSpec(*parts))
 
 
-def weight_shardings(mesh: Mesh, layout: Layout, *, axes: Any, shapes: Any) -> Any:
+def weight_shardings(mesh: AnyMesh, layout: Layout, *, axes: Any, shapes: Any) -> Any:
     """Return the tree of shardings of a tree of weights.
 
     Args:
@@ -128,7 +129,7 @@ def row_sharding(mesh: Mesh, *, ndim: int, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def num_row_shards(mesh: Mesh) -> int:
+def num_row_shards(mesh: AnyMesh) -> int:
     """Into how many parts a batch is split; batch sizes must be multiples of it."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 

@@ -49,11 +49,7 @@ class Runtime(Generic[ConfigT]):
             DnoError: whatever does not fit together, before anything is computed.
         """
         use_compilation_cache()
-        section: ModelConfigSection = config.model
-        shape_from = getattr(section, "init_config", None) or section.path
-        # Once for the whole run, so that sampling, scoring, training and judging rotate alike.
-        model_config = read_config(shape_from, rope_length=longest_text(config))
-        tokenizer = load_tokenizer(section)
+        model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
         runtime = cls(
             config=config,
             run_dir=RunDir(config.run_dir),
@@ -61,45 +57,9 @@ class Runtime(Generic[ConfigT]):
             model_config=model_config,
             tokenizer=tokenizer,
         )
-        runtime._check()
+        _ = runtime.attention_backend
+        check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(runtime.mesh))
         return runtime
-
-    def _check(self) -> None:
-        config, shards = self.config, num_row_shards(self.mesh)
-        _ = self.attention_backend
-        longest, context = _longest_example(config), self.model_config.context
-        if longest > context:
-            raise DnoError(
-                f"sequences of up to {longest} tokens exceed the model's context of "
-                f"{context} (max_position_embeddings of {config.model.path}); "
-                "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
-            )
-        if isinstance(config, RunConfig) and config.loss.load_balance_weight and not self.model_config.num_experts:
-            raise DnoError(
-                f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
-                "of experts; set it to 0"
-            )
-        ids, embeddings = self.tokenizer.vocab_size, self.model_config.vocab_size
-        place = self.tokenizer.path
-        if ids > embeddings:
-            raise DnoError(
-                f"{place}: the tokenizer has {ids} ids, the model's embedding {embeddings} rows (vocab_size of its "
-                "config.json); give the tokenizer that the model was trained with, or a model with a larger embedding"
-            )
-        if max(self.end_ids) >= embeddings:
-            raise DnoError(
-                f"{place}: eos_token_id names {max(self.end_ids)}, the model's embedding has {embeddings} rows; "
-                "correct generation_config.json"
-            )
-        rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
-        if isinstance(config, RunConfig):
-            rows["sampling.batch_prompts"] = config.sampling.batch_prompts
-        for name, count in rows.items():
-            if count % shards:
-                raise DnoError(
-                    f"{name} is {count}, which the mesh's data*fsdp*expert={shards} devices do not divide; "
-                    "make it a multiple"
-                )
 
     @cached_property
     def attention_backend(self) -> Backend:
@@ -160,11 +120,62 @@ class Runtime(Generic[ConfigT]):
         )
 
     def load_for_decoding(self, policy: epath.Path) -> Any:
-        """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again."""
-        params, dtype = self.load_policy(policy, DECODE), jnp.dtype(self.config.model.dtype)
-        if dtype == jnp.float32:
-            return params
-        return jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf.astype(dtype), tree), donate_argnums=0)(params)
+        """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again.
+
+        They are cast on the host: no device ever holds the float32 weights, which may not fit where these do.
+        """
+        dtype = jnp.dtype(self.config.model.dtype)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(self.model_config))
+        return load_policy(policy, shapes=shapes, shardings=self.param_shardings(DECODE))
+
+
+def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
+    """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike."""
+    shape_from = getattr(config.model, "init_config", None) or config.model.path
+    return read_config(shape_from, rope_length=longest_text(config))
+
+
+def check_fit(
+    config: RunConfig | SftConfig, *, model_config: ModelConfig, tokenizer: ChatTokenizer, row_shards: int
+) -> None:
+    """Check lengths, ids and batches of a run against its model, tokenizer and mesh.
+
+    Raises:
+        DnoError: naming the first that does not fit.
+    """
+    longest, context = _longest_example(config), model_config.context
+    if longest > context:
+        raise DnoError(
+            f"sequences of up to {longest} tokens exceed the model's context of "
+            f"{context} (max_position_embeddings of {config.model.path}); "
+            "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
+        )
+    if isinstance(config, RunConfig) and config.loss.load_balance_weight and not model_config.num_experts:
+        raise DnoError(
+            f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
+            "of experts; set it to 0"
+        )
+    ids, embeddings = tokenizer.vocab_size, model_config.vocab_size
+    place = tokenizer.path
+    if ids > embeddings:
+        raise DnoError(
+            f"{place}: the tokenizer has {ids} ids, the model's embedding {embeddings} rows (vocab_size of its "
+            "config.json); give the tokenizer that the model was trained with, or a model with a larger embedding"
+        )
+    if max(tokenizer.end_ids) >= embeddings:
+        raise DnoError(
+            f"{place}: eos_token_id names {max(tokenizer.end_ids)}, the model's embedding has {embeddings} rows; "
+            "correct generation_config.json"
+        )
+    rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
+    if isinstance(config, RunConfig):
+        rows["sampling.batch_prompts"] = config.sampling.batch_prompts
+    for name, count in rows.items():
+        if count % row_shards:
+            raise DnoError(
+                f"{name} is {count}, which the mesh's data*fsdp*expert={row_shards} devices do not divide; "
+                "make it a multiple"
+            )
 
 
 def longest_text(config: RunConfig | SftConfig) -> int:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from etils import epath
 
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import xla_attention
+from dno_jax.model.params import init_params
 from dno_jax.parallel.sharding import DECODE, TRAIN
 from dno_jax.stages.runtime import Runtime
+from dno_jax.training.checkpoint import save_policy
 from tests.small import small_tree
 
 
@@ -45,3 +51,16 @@ def test_the_model_attends_as_configured(make_config):
     assert runtime.model(TRAIN).attention is runtime.model(DECODE).attention is xla_attention
     with pytest.raises(DnoError, match=r"model\.attention is 'splash', but it runs on tpus"):
         Runtime.start(make_config(model={"attention": "splash"}))
+
+
+def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_config, tmp_path):
+    runtime = Runtime.start(make_config(model={"dtype": "bfloat16"}, mesh={"tensor": 2}))
+    params = init_params(runtime.model_config, jax.random.key(1))
+    policy = epath.Path(tmp_path) / "policy"
+    save_policy(policy, params)
+    found = runtime.load_for_decoding(policy)
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(jnp.bfloat16)))
+    places = jax.tree.map(lambda leaf: leaf.sharding, found)
+    assert jax.tree.leaves(places) == jax.tree.leaves(runtime.param_shardings(DECODE))
