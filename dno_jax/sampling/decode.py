@@ -30,7 +30,7 @@ from dno_jax.sampling.transforms import address, drawn_logprobs, sample_token, w
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Sizes:
     """How much is decoded at once; static. Counts are of one row shard of the mesh.
 
     Attributes:
@@ -70,14 +70,16 @@ class Program:
 
     model: Decoder
     generation: Generation
-    capacity: Capacity
+    sizes: Sizes
     mesh: Mesh
     record_drawn: bool = False
 
     @property
     def num_slots(self) -> int:
         """Columns of a slot's cache."""
-        return self.capacity.prompt_length + self.generation.max_new_tokens
+        whole = self.sizes.prompt_length + self.generation.max_new_tokens
+        total = self.generation.max_total_tokens
+        return whole if total is None else min(whole, total)
 
 
 @flax.struct.dataclass
@@ -184,12 +186,12 @@ def start(program: Program, *, policies: int) -> tuple[State, Outputs]:
 
 
 def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
-    capacity, generation = program.capacity, program.generation
+    sizes, generation = program.sizes, program.generation
     config, dtype = program.model.config, program.model.dtype
     shards = num_row_shards(program.mesh)
 
     def text(rows: int, num_slots: int) -> Text:
-        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(capacity.kv_dtype))
+        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(sizes.kv_dtype))
         penalised = generation.truncation.repetition_penalty != 1.0
         return Text(
             cache=(cache,) * policies,
@@ -198,8 +200,8 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
             seen=jnp.zeros((rows, config.vocab_size), bool) if penalised else None,
         )
 
-    slots, entries = shards * capacity.slots, shards * capacity.entries
-    outputs, length = shards * capacity.outputs * generation.num_samples, generation.max_new_tokens
+    slots, entries = shards * sizes.slots, shards * sizes.entries
+    outputs, length = shards * sizes.outputs * generation.num_samples, generation.max_new_tokens
     state = State(
         slots=Slots(
             text=text(slots, program.num_slots),
@@ -209,7 +211,7 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
             limit=jnp.zeros(slots, jnp.int32),
         ),
         queue=Queue(
-            text=text(entries, capacity.prompt_length),
+            text=text(entries, sizes.prompt_length),
             name=jnp.zeros(entries, jnp.uint32),
             output=jnp.zeros(entries, jnp.int32),
             filled=jnp.zeros(shards, jnp.int32),
@@ -240,11 +242,11 @@ def fill(policies: tuple[Any, ...], state: State, prompts: Prompts, *, program: 
     """
     model = program.model
     rows, width = prompts.token.shape
-    piece = min(width, program.capacity.prefill_chunk)
+    piece = min(width, program.sizes.prefill_chunk)
 
     def read(params: Any) -> tuple[Array, KVCache]:
         """Put whole prompts through the model, piece after piece; return the state after the last token of each."""
-        dtype = jnp.dtype(program.capacity.kv_dtype)
+        dtype = jnp.dtype(program.sizes.kv_dtype)
         cache = init_cache(model.config, batch_size=rows, num_slots=width, dtype=dtype)
 
         def one(start: Array, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
@@ -299,6 +301,8 @@ def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
 
     def copy(target: Array, source: Array, *, axis: int) -> Array:
         own = jax.lax.dynamic_slice_in_dim(source, row, 1, axis=axis)
+        if source.ndim > 2:  # a cache; padding may go on where the other ends
+            own = own[..., : target.shape[-1]]
         start = [jnp.int32(0)] * target.ndim
         start[axis] = to
         return jax.lax.dynamic_update_slice(target, own, start)
@@ -346,7 +350,7 @@ def decode(
         cancelled: [O * K] bool, responses whose text the host has found ended.
         iteration: scalar int32, part of every key.
     """
-    generation, capacity, model = program.generation, program.capacity, program.model
+    generation, sizes, model = program.generation, program.sizes, program.model
     place, config = model.constrain, model.config
     end_ids = jnp.asarray(generation.end_ids, jnp.int32)
     locally = partial(_locally, mesh=program.mesh)
@@ -369,7 +373,7 @@ def decode(
             slots, started = carry
             slot = jnp.argmax(slots.output < 0)
             prompt, sample = jnp.divmod(started[0], generation.num_samples)
-            entry = prompt % capacity.entries
+            entry = prompt % sizes.entries
             length = queue.text.length[entry]
             key = address(
                 seed=generation.seed,
@@ -459,13 +463,11 @@ def decode(
             output=jnp.where(goes_on, slots.output, -1),
             step=slots.step + 1,
         )
-        return _Loop(
-            step=loop.step + 1, busy=loop.busy + jnp.sum(alive), slots=slots, outputs=outputs, started=started
-        )
+        return _Loop(step=loop.step + 1, busy=loop.busy + jnp.sum(alive), slots=slots, outputs=outputs, started=started)
 
     def unfinished(loop: _Loop) -> Array:
         waiting = state.queue.filled * generation.num_samples > loop.started
-        return (loop.step < capacity.chunk_steps) & (jnp.any(waiting) | jnp.any(loop.slots.output >= 0))
+        return (loop.step < sizes.chunk_steps) & (jnp.any(waiting) | jnp.any(loop.slots.output >= 0))
 
     loop = jax.lax.while_loop(
         unfinished,

@@ -218,15 +218,10 @@ def cache_bytes(config: ModelConfig, *, mesh: AnyMesh, length: int, kv_dtype: st
     def empty() -> Any:
         return init_cache(config, batch_size=rows, num_slots=length, dtype=jnp.dtype(kv_dtype))
 
-    cache, axes, total = jax.eval_shape(empty), cache_axes(config), 0
-    for name in ("key", "value"):
-        leaf, names = getattr(cache, name), getattr(axes, name)
-        total += _local_bytes(leaf, names, mesh=mesh)
-        if leaf.dtype.itemsize == 1:  # one scale for the head_dim numbers of a layer, key head and column
-            kept = [axis for axis, axis_name in enumerate(names) if axis_name != "head_dim"]
-            scale = jax.ShapeDtypeStruct([leaf.shape[axis] for axis in kept], jnp.float32)
-            total += _local_bytes(scale, tuple(names[axis] for axis in kept), mesh=mesh)
-    return total
+    cache = jax.eval_shape(empty)
+    names = jax.tree.leaves(cache_axes(cache), is_leaf=lambda axes: isinstance(axes, tuple))
+    leaves = jax.tree.leaves(cache)
+    return sum(_local_bytes(leaf, axes, mesh=mesh) for leaf, axes in zip(leaves, names, strict=True))
 
 
 def _local_bytes(leaf: Any, axes: Axes, *, mesh: AnyMesh) -> int:
