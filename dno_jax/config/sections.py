@@ -76,6 +76,42 @@ class PromptsSection(Section):
     )
 
 
+class CompletionServerSection(Section):
+    """A server of the exported policy with /v1/completions that takes token ids (vLLM, SGLang, llama.cpp's).
+
+    The key itself never stands in a file: only the variable's name does.
+    """
+
+    model: str = Field(
+        default="policy-{iteration}",
+        min_length=1,
+        description="name under which the server lists the policy; {iteration} becomes 000, 001, ...: without it, a "
+        "server that still serves an older policy passes for the current one",
+    )
+    base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=MAY_CHANGE)
+    api_key_env: str | None = Field(
+        default=None,
+        description="environment variable of the key; None for no key",
+        json_schema_extra=MAY_CHANGE,
+    )
+    logprobs: Literal["none", "processed", "raw"] = Field(
+        default="none",
+        description="what the server's log-probs are of. raw: the policy at temperature 1 (vLLM's default, llama.cpp, "
+        "SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB). processed: what was drawn from, used only where sampling leaves "
+        "the policy as it is. none: they are not asked for",
+    )
+    max_concurrency: Count = Field(
+        default=64, description="requests in flight; each is one response", json_schema_extra=MAY_CHANGE
+    )
+    max_tries: Count = Field(default=8, description="requests for one response", json_schema_extra=MAY_CHANGE)
+    timeout: float = Field(default=600.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
+    max_refused: Fraction = Field(
+        default=0.0,
+        description="share of prompts that may stay without responses because answers were refused (counted)",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+
 class SamplingSection(Section):
     """How the candidates are drawn (the paper: K=5 from the policy, temperature 0.7, top-p 0.95)."""
 
