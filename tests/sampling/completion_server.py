@@ -82,7 +82,7 @@ class CompletionServer:
         api_key: demand this key; a 401 quotes the one it got.
         honours_seed: else every request draws from the same one.
         logprobs: "raw" or "processed".
-        alter: what it does to a reply before it is sent.
+        alter: what it does to a reply before it is sent; the probe's is left alone.
     """
 
     def __init__(
@@ -319,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
             reply["usage"]["prompt_tokens"] += 1
         else:
             assert outcome == "ok", outcome
-        return 200, owner.alter(reply)
+        return 200, owner.alter(reply) if isinstance(body["prompt"], list) else reply
 
     def _send(self, status: int, body: dict[str, Any] | str, headers: dict[str, str] | None = None) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()
