@@ -115,7 +115,6 @@ def stream(produce: Callable[[Callable[[Any], None]], Coroutine[Any, Any, None]]
             yield item[0]
         work.result()
     finally:
-        work.cancel()
         asyncio.run_coroutine_threadsafe(_settle(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
