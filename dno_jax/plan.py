@@ -106,7 +106,7 @@ def _prompt_counts(config: RunConfig, tokenizer: ChatTokenizer) -> dict[str, Pro
                 dropped=dropped.total(),
                 responses=len(kept) * num_samples,
                 response_tokens=len(kept) * num_samples * section.max_new_tokens,
-                shards=math.ceil(len(kept) / section.batch_prompts),
+                shards=math.ceil(len(kept) / section.shard_prompts),
             )
         return seen[part, num_samples]
 

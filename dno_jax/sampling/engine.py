@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dno_jax.errors import DnoError
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.mesh import one_device_mesh
 from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
@@ -85,6 +86,7 @@ def generate(
 
     Raises:
         ValueError: a prompt is empty, or longer than `sizes.prompt_length`, or leaves no room for a response.
+        DnoError: the policy's logits are not finite.
     """
     mesh = one_device_mesh() if mesh is None else mesh
     program = Program(model, generation, sizes, mesh, record_drawn)
@@ -269,6 +271,11 @@ def _cut(place: _Place, outputs: Outputs, first: int, samples: int, stop: Stop) 
 
 def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Response:
     count, text = (int(outputs.length[row]), None) if cut is None else cut
+    if not np.isfinite(outputs.logprob[row, :count]).all():
+        raise DnoError(
+            "the policy's logits are not finite, so what was drawn means nothing; look at the training that made it "
+            "(its loss and gradient norm in metrics.jsonl), or at the checkpoint that was imported"
+        )
     drawn = outputs.drawn_logprob
     return Response(
         token_ids=tuple(outputs.token[row, :count].tolist()),

@@ -21,6 +21,8 @@ from dno_jax.parallel.sharding import DECODE, AnyMesh, Axes, num_row_shards, res
 CPU_SLOTS, ACCELERATOR_SLOTS = 64, 256
 # Of the capacity, for what is not counted here: activations of a prefill, compiled programs, gaps between arrays.
 RESERVE = 0.1
+# Prompts that go through the model together: few, so that a short queue wastes none.
+FILL_ROWS = 4
 # Arrays of [slots, V] float32 that drawing a token needs at once: the compiler's memory analysis says 3 to 5, by the
 # truncation and with a second policy.
 LOGITS_COPIES = 5
@@ -58,7 +60,8 @@ class SlotPlan:
         prompt_length, total_length: columns of an entry's cache and of a slot's, tokens.
         kv_dtype: of keys and values.
         slot_bytes: cache of one slot, of every policy.
-        entry_bytes: one prefilled prompt: cache and last hidden state of every policy, and K responses.
+        entry_bytes: one prefilled prompt: cache and last hidden state of every policy.
+        output_bytes: the K responses of one prompt.
         weight_bytes: of one policy.
         num_policies: 2 for a mixture.
         logits_bytes: logits of one slot and what drawing a token from them needs.
@@ -72,6 +75,7 @@ class SlotPlan:
     kv_dtype: str
     slot_bytes: int
     entry_bytes: int
+    output_bytes: int
     weight_bytes: int
     num_policies: int
     logits_bytes: int
@@ -82,12 +86,19 @@ class SlotPlan:
         return queue_length(self.slots, num_samples=self.num_samples)
 
     @property
+    def fill_rows(self) -> int:
+        """Prompts that are prefilled by one call."""
+        return min(FILL_ROWS, self.queue_entries)
+
+    @property
     def parts(self) -> dict[str, int]:
         """Bytes by what they hold."""
         return {
             "weights": self.num_policies * self.weight_bytes,
             "slots": self.slots * self.slot_bytes,
             "queue": self.queue_entries * self.entry_bytes,
+            # Every slot may draw for a prompt of its own. Twice: the host reads one while the other is written.
+            "responses": 2 * (self.slots + self.queue_entries) * self.output_bytes,
             "logits": self.slots * self.logits_bytes,
         }
 
@@ -151,8 +162,8 @@ def plan_slots(
         total_length=total_length,
         kv_dtype=kv_dtype,
         slot_bytes=num_policies * cache_bytes(config, mesh=mesh, length=total_length, kv_dtype=kv_dtype),
-        entry_bytes=num_policies * (cache_bytes(config, mesh=mesh, length=prompt_length, kv_dtype=kv_dtype) + hidden)
-        + num_samples * response,
+        entry_bytes=num_policies * (cache_bytes(config, mesh=mesh, length=prompt_length, kv_dtype=kv_dtype) + hidden),
+        output_bytes=num_samples * response,
         weight_bytes=weight_bytes(config, mesh=mesh, dtype=dtype),
         num_policies=num_policies,
         logits_bytes=LOGITS_COPIES * config.vocab_size * 4,  # the whole vocabulary, on every device of a tensor group
@@ -183,8 +194,9 @@ def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
     fewer = f"set sampling.slots to at most {most}, or " if most else ""
     return (
         f"{wanted} {rows} would take {show_bytes(plan.total)} of every device (weights of {policies} "
-        f"{parts['weights']}, slots {parts['slots']}, queue of {plan.queue_entries} prompts {parts['queue']}, logits "
-        f"{parts['logits']}), and {show_bytes(plan.capacity.usable)} are to be had: {show_bytes(plan.capacity.bytes)} "
+        f"{parts['weights']}, slots {parts['slots']}, queue of {plan.queue_entries} prompts {parts['queue']}, "
+        f"responses {parts['responses']}, logits {parts['logits']}), and {show_bytes(plan.capacity.usable)} are to be "
+        f"had: {show_bytes(plan.capacity.bytes)} "
         f"({plan.capacity.source}) less a reserve of {show_bytes(plan.capacity.reserve)}; {would}{fewer}lower the "
         "longest prompt or response (prompts.max_length, sampling.max_new_tokens; of a judge, "
         "annotation.self_judge's), choose a smaller sampling.kv_dtype or a larger mesh.tensor, or take devices with "
@@ -195,12 +207,11 @@ def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
 def queue_length(slots: int, *, num_samples: int) -> int:
     """Return the prompts that a shard of `slots` rows holds prefilled.
 
-    An entry stays until the last of its K responses has ended. If lengths are exponential the longest of K is
-    H_K = 1 + 1/2 + ... + 1/K times the mean, so slots * H_K / K entries are being decoded; as many as would fill every
-    slot anew wait behind them.
+    An entry is free again when the last of its K samples has started. The host fills the queue up between two calls,
+    knowing what the one before had left: twice what refills every slot, and a call's prompts more, last that long
+    where responses are not much shorter than a call.
     """
-    longest = sum(1.0 / k for k in range(1, num_samples + 1))
-    return math.ceil(slots * longest / num_samples) + math.ceil(slots / num_samples)
+    return 2 * math.ceil(slots / num_samples) + FILL_ROWS
 
 
 def weight_bytes(config: ModelConfig, *, mesh: AnyMesh, dtype: str) -> int:

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from dno_jax.config import MeshSection
+from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
@@ -283,10 +284,9 @@ def test_rows_need_nothing_of_each_other(params):
     assert all(numbers(shape) <= 8 for shapes in found.values() for shape in shapes), found
 
 
-@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_the_cache_is_given_away_and_never_copied(params, kv_dtype):
+def test_the_cache_is_given_away_and_never_copied(params):
     """The outputs, which the host reads while the next call runs, are what a call holds twice."""
-    sizes = dataclasses.replace(SIZES, slots=64, prompt_length=64, kv_dtype=kv_dtype)
+    sizes = dataclasses.replace(SIZES, slots=64, prompt_length=64)
     program, state, outputs = compiled_decode(params, mesh=one_device_mesh(), model=Decoder(CONFIG), sizes=sizes)
     stats = program.memory_analysis()
     size = {
@@ -629,3 +629,9 @@ def test_sizes_that_make_no_sense(fields, message):
 
 def test_nothing_asked_is_nothing_done(params):
     assert run(params, []) == []
+
+
+def test_a_policy_that_gives_no_numbers_gives_no_data(params):
+    broken = {**params, "final_norm": params["final_norm"] * jnp.nan}
+    with pytest.raises(DnoError, match="logits are not finite"):
+        run(broken)
