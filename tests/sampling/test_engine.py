@@ -194,7 +194,6 @@ def test_prompts_come_when_they_are_finished(params):
     found.close()
 
 
-# Many of these are not to fall on a border of two programs' rounding; see docs/benchmarks.md for how often that happens.
 @pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 4, 1)], ids=str)
 def test_data_meshes_give_the_same_tokens(params, responses, axes):
     assert ids(on_mesh(params, axes)) == ids(responses)

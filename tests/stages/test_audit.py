@@ -138,6 +138,7 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
     audited = first_audited(run_dir, 2)
     shards = {name: stage.read_shard(Rollout, name) for name in good}
     name, wrong = next((name, row) for name in good for row in shards[name] if row.prompt_id == audited[1])
+    assert wrong.logprob is not None
     path = Path(stage.path / f"{name}.jsonl")
     lines = [json.loads(line) for line in good[name].splitlines()]
     for line in lines:
@@ -155,7 +156,8 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
     for part in (shown, "in float32", "sampling.audit_bound=0.0001 times sqrt(tokens)", "model.attention=xla"):
         assert part in str(error.value)
     trainer = re.search(r"trainer (-[\d.]+)\)", str(error.value))
-    assert trainer and float(trainer[1]) == pytest.approx(wrong.logprob, abs=1e-3)
+    assert trainer is not None
+    assert float(trainer[1]) == pytest.approx(wrong.logprob, abs=1e-3)
     assert stage.manifest() is None
     assert set(stage.shard_names()) == set(good)
 
