@@ -94,6 +94,7 @@ def sampling_fields(
         # llama.cpp's names, and our order: its own cuts before it divides by the temperature.
         "repeat_penalty": truncation.repetition_penalty,
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
+        **({"n_probs": 1} if logprobs else {}),
     }
     return {
         "n": 1,

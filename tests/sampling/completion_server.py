@@ -176,8 +176,9 @@ class CompletionServer:
             choice["matched_stop"] = stopped_by
         if self.dialect in ("vllm", "sglang") and body.get("return_token_ids"):
             choice |= {"token_ids": ids, "prompt_token_ids": prompt_ids}
-        if "logprobs" in body and self.dialect == "llama.cpp":
-            choice["logprobs"] = {"content": [{"id": i, "logprob": p} for i, p in zip(ids, logprobs, strict=True)]}
+        if self.dialect == "llama.cpp":
+            if body.get("n_probs"):
+                choice["logprobs"] = {"content": [{"id": i, "logprob": p} for i, p in zip(ids, logprobs, strict=True)]}
         elif "logprobs" in body:
             choice["logprobs"] = {"token_logprobs": logprobs, "tokens": [self.text_of([token]) for token in ids]}
         usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(ids)}
