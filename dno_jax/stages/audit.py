@@ -50,6 +50,8 @@ def run(runtime: Runtime[RunConfig], stage: StageDir, *, policy: int) -> dict[st
     """
     config = runtime.config
     rollouts = list(_audited(stage, policy=policy, count=config.sampling.audit_prompts))
+    if config.sampling.engine == "openai":  # a server need not give log-probs; ours always does
+        rollouts = [rollout for rollout in rollouts if rollout.logprob is not None]
     if not rollouts:
         return {}
     trainer = _trainer_logprobs(runtime, runtime.run_dir.policy(policy), rollouts)
@@ -143,7 +145,7 @@ def _shown(response: Mapping[str, Any]) -> str:
 def _audited(stage: StageDir, *, policy: int, count: int) -> Iterator[Rollout]:
     """The policy's responses to the first prompts, by sha256 of their ids, of every shard."""
     for name in stage.shard_names() if count else ():
-        drawn = [row for row in stage.read_shard(Rollout, name) if row.policy == policy and row.logprob is not None]
+        drawn = [row for row in stage.read_shard(Rollout, name) if row.policy == policy]
         ids = sorted({row.prompt_id for row in drawn}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
         yield from (row for row in drawn if row.prompt_id in ids[:count])
 

@@ -148,7 +148,7 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
     def no_sampling(*args, **kwargs):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(sample, "generate", no_sampling)
+    monkeypatch.setattr(sample, "draw", no_sampling)
     with pytest.raises(DnoError) as error:
         sample.run(config, 0)
     tokens = len(wrong.token_ids)

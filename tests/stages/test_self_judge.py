@@ -231,14 +231,18 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
     run_dir = sampled(config)
     asked, real = [], self_judge.generate
 
-    def spy(params, prompts, *, iteration, **fields):
-        asked.append((np.asarray(prompts.name).tolist(), int(iteration)))
-        return real(params, prompts, iteration=iteration, **fields)
+    def spy(params, requests, *, iteration, **fields):
+        def seen():
+            for request in requests:
+                asked.append((request.name, iteration))
+                yield request
+
+        return real(params, seen(), iteration=iteration, **fields)
 
     monkeypatch.setattr(self_judge, "generate", spy)
     self_judge.run(config, 0)
     rows = judgements(run_dir)
-    names = [name for batch, _ in asked for name in batch if name]  # a filler's name is 0
+    names = [name for name, _ in asked]
     expected = [hashlib.sha256(name.encode()).digest()[:4] for row in rows for name in row.candidate_ids]
     assert sorted(names) == sorted(int.from_bytes(digest, "big") for digest in expected)
     assert min(iteration for _, iteration in asked) >= 2**30  # no sampling of any iteration has these keys
