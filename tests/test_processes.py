@@ -28,7 +28,9 @@ def runs(tmp_path_factory):
     found = {}
     for count in (1, 2):
         path = folder / f"{count}.yaml"
-        path.write_text(yaml.safe_dump(small_tree(folder, run_dir=f"run{count}")))
+        tree = small_tree(folder, run_dir=f"run{count}")
+        tree["sampling"]["as_reference"] = True
+        path.write_text(yaml.safe_dump(tree))
         done = subprocess.run(
             [str(ROOT / "launch" / "local.sh"), str(count), str(path)],
             cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False,
@@ -49,6 +51,9 @@ def test_every_stage_is_whole_and_every_prompt_comes_once(runs):
             scores = [row.pair_id for row in run_dir.stage("score", t).read(ReferenceScore)]
             assert sorted(scores) == sorted({row.pair_id for row in run_dir.stage("pair", t).read(Pair)})
             assert len(list(run_dir.stage("annotate", t).read(Judgement))) == 6
+            # Each process saw all audited responses, also those that the other's devices scored.
+            assert run_dir.stage("sample", t).require().details["audit"]["error"] < 1e-5
+            assert 0 < run_dir.stage("score", t).require().details["sampled"] < len(scores)
     # Both processes wrote shards: two of them held rows of the one batch.
     assert len(found[2].stage("sample", 0).shard_names()) == 2 > len(found[1].stage("sample", 0).shard_names())
 

@@ -101,6 +101,33 @@ class SamplingSection(Section):
         default="auto", description="of the cached keys and values; auto: model.dtype"
     )
     batch_prompts: Count = Field(default=16, description="prompts a call, over all devices; each becomes K rows")
+    audit_prompts: int = Field(
+        default=1,
+        ge=0,
+        description="prompts of every shard whose responses' log-probs are compared with the trainer's; 0 audits none",
+        json_schema_extra=MAY_CHANGE,
+    )
+    audit_bound: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="largest difference that is agreement, nats: of a token; of a response of n, sqrt(n) times that; "
+        "None goes by model.dtype",
+        json_schema_extra=MAY_CHANGE,
+    )
+    as_reference: bool = Field(
+        default=False,
+        description="the sampler's log pi_t of its own responses is the reference: pairs of two such are not scored",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+    @model_validator(mode="after")
+    def _taken_is_audited(self) -> SamplingSection:
+        if self.as_reference and not self.audit_prompts:
+            raise ValueError(
+                "as_reference=true with audit_prompts=0: log-probs are taken from the sampler only where an audit has "
+                "compared them with the trainer's; set audit_prompts to 1 or more, or as_reference=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs_need_two(self) -> SamplingSection:

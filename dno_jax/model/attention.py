@@ -62,7 +62,7 @@ class Attention(Protocol):
         ...
 
 
-def visible(query: Int[Array, "B T"], key: Int[Array, "B S"], window: Any = NO_WINDOW) -> Bool[Array, "B T S"]:
+def visible(query: Int[Array, "B T"], key: Int[Array, "#B S"], window: Any = NO_WINDOW) -> Bool[Array, "B T S"]:
     """Say which key a query sees, from positions alone: 0 <= query - key < window, and no key that is padding."""
     query, key = query[:, :, None], key[:, None, :]
     return (key >= 0) & (key <= query) & (query - key < window)
@@ -70,29 +70,42 @@ def visible(query: Int[Array, "B T"], key: Int[Array, "B S"], window: Any = NO_W
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BKHS: Float[Array, "B K H S"],
-    v_BKSH: Float[Array, "B K S H"],
+    k_BKHS: Array,
+    v_BKHS: Array,
     mask_BTS: Bool[Array, "B T S"],
     *,
     scale: float,
     softcap: float | None = None,
+    k_scale_BKS: Float[Array, "B K S"] | None = None,
+    v_scale_BKS: Float[Array, "B K S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Mix values by scaled dot products, each group of N/K query heads over one key head; softmax in float32.
 
-    Keys lie with slots innermost: a decode step then reads both caches in the order in which they lie in memory.
-    A query that sees no key gives a finite value that means nothing.
+    Keys and values [B, K, H, S] lie with slots innermost: a decode step then reads both caches in the order in which
+    they lie in memory. A query that sees no key gives a finite value that means nothing.
+
+    Args:
+        k_scale_BKS, v_scale_BKS: what the columns of a quantised cache are multiplied by; they multiply scores and
+            weights instead, a number a column in place of H.
     """
     B, T, N, H = q_BTNH.shape
     K, S = k_BKHS.shape[1], k_BKHS.shape[3]
     # One matrix a key head, the queries of its group below each other: a plain batched product on every platform. With
     # group and length as two axes a decode step on a CPU took four to ten times as long.
     q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    scores = einsum_float32("bkmh,bkhs->bkms", q_BKMH, k_BKHS).reshape(B, K, N // K, T, S) * scale
+    if k_scale_BKS is not None:
+        k_BKHS, v_BKHS = k_BKHS.astype(q_BTNH.dtype), v_BKHS.astype(q_BTNH.dtype)
+    scores = einsum_float32("bkmh,bkhs->bkms", q_BKMH, k_BKHS)
+    if k_scale_BKS is not None:
+        scores = scores * k_scale_BKS[:, :, None]
+    scores = scores.reshape(B, K, N // K, T, S) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, _UNSEEN)
-    weight = jax.nn.softmax(scores, axis=-1).astype(v_BKSH.dtype)
-    mixed = einsum_float32("bkms,bksh->bkmh", weight.reshape(B, K, -1, S), v_BKSH).reshape(B, K, N // K, T, H)
+    weight = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, S)
+    if v_scale_BKS is not None:
+        weight = weight * v_scale_BKS[:, :, None]
+    mixed = einsum_float32("bkms,bkhs->bkmh", weight.astype(v_BKHS.dtype), v_BKHS).reshape(B, K, N // K, T, H)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
@@ -110,7 +123,7 @@ def xla_attention(
 
     Half of the work of the whole square, and scores that fit a processor's cache.
     """
-    k_BKHS, v_BKSH = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 1, 3)
+    k_BKHS, v_BKHS = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 3, 1)
     length = q_BTNH.shape[1]
     block = max(_SHORTEST_BLOCK, -(-length // _QUERY_BLOCKS))
     mixed = []
@@ -118,7 +131,7 @@ def xla_attention(
         end = min(start + block, length)
         mask = visible(position_BT[:, start:end], position_BT[:, :end], window)
         mixed.append(
-            attend(q_BTNH[:, start:end], k_BKHS[..., :end], v_BKSH[:, :, :end], mask, scale=scale, softcap=softcap)
+            attend(q_BTNH[:, start:end], k_BKHS[..., :end], v_BKHS[..., :end], mask, scale=scale, softcap=softcap)
         )
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
 

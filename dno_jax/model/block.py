@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
+from dno_jax.model.cache import KVCache, WriteCache, reaches, read_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
@@ -84,22 +85,23 @@ class Block(nn.Module):
     constrain: Constrain
     attention: Attention
     experts: Experts
+    write: WriteCache
 
     @nn.compact
     def __call__(
-        self, carry: Any, numbers: LayerNumbers, cos: Any, sin: Any, position: Any, key_position: Any, cursor: Any
-    ) -> tuple[Any, None]:
+        self, carry: tuple[Any, KVCache | None], numbers: LayerNumbers, cos: Any, sin: Any, position: Any, reach: Any
+    ) -> tuple[tuple[Any, KVCache | None], None]:
         """Run one layer.
 
         Args:
-            carry: (x [B, T, D], key [L, B, K, H, S] or None, value [L, B, K, S, H] or None). The caches of all layers
-                travel in the carry and are written in place; as scanned inputs and outputs they would be copied.
+            carry: (x [B, T, D], the cache or None). The cache of all layers travels in the carry and is written in
+                place; as scanned inputs and outputs it would be copied.
             numbers: this layer's.
             cos, sin: [R, B, T, 1, H/2], of every rotation.
-            position, key_position: [B, T] and [B, S] int32, of the queries and of the keys; -1 is padding.
-            cursor: scalar int32, the slot of the call's first token, or None without a cache.
+            position: [B, T] int32; -1 is padding.
+            reach: scalar int32, which of the cache's `reaches` holds every token of the call; None without a cache.
         """
-        x, *cache = carry
+        x, cache = carry
         config = self.config
         cos, sin = (jax.lax.dynamic_index_in_dim(a, numbers.rope, axis=0, keepdims=False) for a in (cos, sin))
 
@@ -110,19 +112,13 @@ class Block(nn.Module):
             y = self._norm(f"{name}_post_norm", y) if config.post_norm else y
             return self.constrain(x + scaled(y, config.residual_scale), ("batch", "length", "embed"))
 
-        y, *cache = self._attention(
-            before("attention", x),
-            *cache,
-            numbers=numbers,
-            angles=(cos, sin),
-            position=position,
-            key_position=key_position,
-            cursor=cursor,
+        y, cache = self._attention(
+            before("attention", x), cache, numbers=numbers, angles=(cos, sin), position=position, reach=reach
         )
         x = after("attention", x, y)
         y = before("mlp", x)
         x = after("mlp", x, self._expert_mlp(y, position) if config.num_experts else self._mlp(y))
-        return (x, *cache), None
+        return (x, cache), None
 
     def _norm(self, name: str, y: jax.Array, *axes: tuple[str, int]) -> jax.Array:
         """Norm the trailing axes, by name and size; those of the residual stream where none are named."""
@@ -151,15 +147,13 @@ class Block(nn.Module):
     def _attention(
         self,
         y: jax.Array,
-        key_cache: Any,
-        value_cache: Any,
+        cache: KVCache | None,
         *,
         numbers: LayerNumbers,
         angles: tuple[jax.Array, jax.Array],
         position: Any,
-        key_position: Any,
-        cursor: Any,
-    ) -> tuple[jax.Array, Any, Any]:
+        reach: Any,
+    ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
@@ -183,26 +177,19 @@ class Block(nn.Module):
         window = windows.pop() if len(windows) == 1 else numbers.window
         scale = H**-0.5 if config.attention_scale is None else config.attention_scale
         softcap = config.attention_softcap
-        k_new, v_new = k, v
-        if key_cache is not None:
-            k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # [B, K, H, T], [B, K, T, H]
-            key_cache = jax.lax.dynamic_update_slice(
-                key_cache, k.astype(key_cache.dtype)[None], (numbers.layer, 0, 0, 0, cursor)
-            )
-            value_cache = jax.lax.dynamic_update_slice(
-                value_cache, v.astype(value_cache.dtype)[None], (numbers.layer, 0, 0, cursor, 0)
-            )
-        if key_cache is None or key_cache.shape[-1] == y.shape[1]:
+        if cache is not None:
+            cache = self.write(cache, numbers.layer, k_BTKH=k, v_BTKH=v, position_BT=position)
+        if cache is None or cache.num_slots == y.shape[1]:
             # Without a cache, or with one that this very call fills: every key is among this call's tokens.
-            y = self.attention(q, k_new, v_new, position_BT=position, window=window, scale=scale, softcap=softcap)
+            y = self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)
         else:
-            k = jax.lax.dynamic_index_in_dim(key_cache, numbers.layer, axis=0, keepdims=False)
-            v = jax.lax.dynamic_index_in_dim(value_cache, numbers.layer, axis=0, keepdims=False)
-            y = attend(q, k, v, visible(position, key_position, window), scale=scale, softcap=softcap)
+            y = _attend_cache(
+                q, cache, numbers.layer, reach, position=position, window=window, scale=scale, softcap=softcap
+            )
         y = self.constrain(y, ("batch", "length", "heads", "head_dim"))
         axes = ("heads", "head_dim", "embed")
         y = self._project(y, "o", equation="btnh,nhd->btd", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
-        return y, key_cache, value_cache
+        return y, cache
 
     def _mlp(self, y: jax.Array) -> jax.Array:
         config = self.config
@@ -237,3 +224,28 @@ class Block(nn.Module):
             activation=ACTIVATIONS[config.hidden_act],
         )
         return self.constrain(y, ("batch", "length", "embed"))
+
+
+def _attend_cache(
+    q: jax.Array, cache: KVCache, layer: Any, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
+) -> jax.Array:
+    """Mix what the cache holds of one layer, reading no further than the longest row goes."""
+
+    def up_to(num_slots: int) -> Callable[[jax.Array, KVCache], jax.Array]:
+        def mix(q: jax.Array, cache: KVCache) -> jax.Array:
+            own = read_layer(cache, layer, num_slots=num_slots)
+            mask = visible(position, jnp.arange(num_slots, dtype=jnp.int32)[None], window)
+            return attend(
+                q,
+                own.key,
+                own.value,
+                mask,
+                scale=scale,
+                softcap=softcap,
+                k_scale_BKS=own.key_scale,
+                v_scale_BKS=own.value_scale,
+            )
+
+        return mix
+
+    return jax.lax.switch(reach, [up_to(num_slots) for num_slots in reaches(cache.num_slots)], q, cache)

@@ -1,72 +1,79 @@
-"""The key-value cache: an explicit value, in and out of the decoder."""
+"""The key-value cache: an explicit value, in and out of the decoder. A token lies in the column of its position.
+
+So every row has a length of its own, and what a row's query sees needs no bookkeeping: the columns up to its own
+position. What a former text left behind it is overwritten before anybody can see it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from dno_jax.model.config import ModelConfig
+
+# The largest magnitude of a stored key or value, by the dtypes that need a scale.
+_QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
+# Attention reads the cache up to one of so many ends, in multiples of so many columns.
+_NUM_REACHES, _REACH_STEP = 8, 64
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, all layers stacked.
-
-    All rows share one cursor: a call with T tokens writes the slots length .. length + T - 1 of every row, padding
-    included. What a slot holds is said by `position` alone, so a padded slot is a hole that nobody sees.
+    """Keys and values of the tokens seen so far, all layers stacked; column s holds the token at position s.
 
     The fields are annotated loosely because the same structure carries axis names, shapes and shardings.
 
     Attributes:
-        key: [L, B, K, H, S] in the compute dtype, rotated by position already.
-        value: [L, B, K, S, H] in the compute dtype.
-        position: [B, S] int32, -1 in empty and padded slots.
-        length: scalar int32, slots written so far.
+        key: [L, B, K, H, S] in the cache's dtype, rotated by position already.
+        value: [L, B, K, H, S].
+        key_scale, value_scale: [L, B, K, S] float32, what a column is multiplied by; None where the dtype needs none.
     """
 
     key: Any
     value: Any
-    position: Any
-    length: Any
+    key_scale: Any = None
+    value_scale: Any = None
 
     @property
     def num_slots(self) -> int:
-        return self.position.shape[1]
+        return self.key.shape[-1]
+
+
+@runtime_checkable
+class WriteCache(Protocol):
+    """Puts the keys and values of a call into one layer of a cache, each in the column of its position."""
+
+    def __call__(self, cache: KVCache, layer: Any, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
+        """Return the cache with tokens [B, T] written; padding (position -1) is written nowhere."""
+        ...
 
 
 def init_cache(config: ModelConfig, *, batch_size: int, num_slots: int, dtype: Any = jnp.float32) -> KVCache:
-    """Return an empty cache; `dtype` is the decoder's compute dtype."""
+    """Return an empty cache of float32, bfloat16, int8 or float8_e4m3fn."""
     L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+    shape = (L, batch_size, K, H, num_slots)
+    scale = (L, batch_size, K, num_slots) if jnp.dtype(dtype).name in _QUANTISED else None
     return KVCache(
-        key=jnp.zeros((L, batch_size, K, H, num_slots), dtype),
-        value=jnp.zeros((L, batch_size, K, num_slots, H), dtype),
-        position=jnp.full((batch_size, num_slots), -1, jnp.int32),
-        length=jnp.zeros((), jnp.int32),
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        key_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
+        value_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
     )
 
 
-def cache_axes(config: ModelConfig) -> KVCache:
-    """Return the axis names of every field, in a KVCache of tuples."""
-    del config  # every family so far caches the same axes
+def cache_axes(cache: KVCache) -> KVCache:
+    """Return the axis names of every field of a cache, in a KVCache of tuples."""
+    wide, scale = ("layers", "batch", "kv_heads", "head_dim", "slots"), ("layers", "batch", "kv_heads", "slots")
     return KVCache(
-        key=("layers", "batch", "kv_heads", "head_dim", "slots"),
-        value=("layers", "batch", "kv_heads", "slots", "head_dim"),
-        position=("batch", "slots"),
-        length=(),
-    )
-
-
-def repeat_cache(cache: KVCache, k: int) -> KVCache:
-    """Return a cache in which row b has become the rows b*k .. b*k + k - 1, to share one prefill among k samples."""
-    return replace(
-        cache,
-        key=_repeat(cache.key, k, axis=1),
-        value=_repeat(cache.value, k, axis=1),
-        position=_repeat(cache.position, k, axis=0),
+        key=wide,
+        value=wide,
+        key_scale=None if cache.key_scale is None else scale,
+        value_scale=None if cache.value_scale is None else scale,
     )
 
 
@@ -79,16 +86,66 @@ def grow_cache(cache: KVCache, num_slots: int) -> KVCache:
     more = num_slots - cache.num_slots
     if more < 0:
         raise ValueError(f"the cache has {cache.num_slots} slots; it cannot grow to {num_slots}")
+    return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), cache)
+
+
+def write_layer(
+    cache: KVCache,
+    layer: Int[Array, ""],
+    *,
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    position_BT: Int[Array, "B T"],
+) -> KVCache:
+    """Return the cache with the tokens of a call in one layer; padding (position -1) is written nowhere."""
+    # A column that does not exist drops what is written there; -1 itself would count from the end.
+    column = jnp.where(position_BT >= 0, position_BT, cache.num_slots)
+
+    row = jnp.arange(column.shape[0], dtype=jnp.int32)[:, None]
+
+    def write(field: Array, new: Array) -> Array:
+        return field.at[layer, row, ..., column].set(new, mode="drop")
+
+    key, key_scale = _quantised(k_BTKH, cache.key.dtype)
+    value, value_scale = _quantised(v_BTKH, cache.value.dtype)
+    cache = replace(cache, key=write(cache.key, key), value=write(cache.value, value))
+    if key_scale is None:
+        return cache
     return replace(
         cache,
-        key=jnp.pad(cache.key, [(0, 0)] * 4 + [(0, more)]),
-        value=jnp.pad(cache.value, [(0, 0)] * 3 + [(0, more), (0, 0)]),
-        position=jnp.pad(cache.position, [(0, 0), (0, more)], constant_values=-1),
+        key_scale=write(cache.key_scale, key_scale),
+        value_scale=write(cache.value_scale, value_scale),
     )
 
 
-def _repeat(array: jax.Array, k: int, *, axis: int) -> jax.Array:
-    # Broadcast and merge, not jnp.repeat: a gather would lose the sharding of the rows.
-    shape = array.shape
-    wide = jnp.broadcast_to(jnp.expand_dims(array, axis + 1), (*shape[: axis + 1], k, *shape[axis + 1 :]))
-    return wide.reshape(*shape[:axis], shape[axis] * k, *shape[axis + 1 :])
+def _quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Array, "B T K"] | None]:
+    """Round to the cache's dtype, each key or value of a token by its own largest magnitude."""
+    largest = _QUANTISED.get(jnp.dtype(dtype).name)
+    if largest is None:
+        return x.astype(dtype), None
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.finfo(jnp.float32).tiny) / largest
+    x = x / scale[..., None]
+    return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
+
+
+def read_layer(cache: KVCache, layer: Int[Array, ""], *, num_slots: int) -> KVCache:
+    """Return the first columns of one layer: key and value [B, K, H, S'], scales [B, K, S']."""
+
+    def read(field: Array) -> Array:
+        sizes = (1, *field.shape[1:-1], num_slots)
+        return jax.lax.dynamic_slice(field, (layer, *(0,) * (field.ndim - 1)), sizes)[0]
+
+    return jax.tree.map(read, cache)
+
+
+def reaches(num_slots: int) -> tuple[int, ...]:
+    """Return the numbers of columns that attention may read, ascending, the last of them all of them."""
+    step = _REACH_STEP * -(-num_slots // (_REACH_STEP * _NUM_REACHES))
+    return (*range(step, num_slots, step), num_slots)
+
+
+def reach_index(position_BT: Int[Array, "B T"], num_slots: int) -> Int[Array, ""]:
+    """Return which of `reaches` is the first that holds every token of a call."""
+    ends = jnp.asarray(reaches(num_slots)[:-1], jnp.int32)
+    return jnp.sum(jnp.max(position_BT) >= ends).astype(jnp.int32)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from dno_jax.logprobs import einsum_float32, head_token_logprobs, softcapped
 from dno_jax.model.attention import Attention, xla_attention
 from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
-from dno_jax.model.cache import KVCache
+from dno_jax.model.cache import KVCache, WriteCache, reach_index, write_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.moe import Experts, dense_experts
 from dno_jax.model.rope import rope_angles
@@ -43,6 +43,7 @@ class Decoder(nn.Module):
         constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
         experts: runs tokens through their experts, in a mixture of experts; hashable.
+        write: puts a call's keys and values into the cache; hashable.
     """
 
     config: ModelConfig
@@ -51,6 +52,7 @@ class Decoder(nn.Module):
     constrain: Constrain = identity
     attention: Attention = xla_attention
     experts: Experts = dense_experts
+    write: WriteCache = write_layer
 
     @nn.compact
     def __call__(
@@ -61,7 +63,8 @@ class Decoder(nn.Module):
         Args:
             token: int32 ids in [0, V); padding holds any such id.
             position: int32 index of each token in its own text; -1 is padding, seen by nobody.
-            cache: what came before, or None. The caller sees to it that length + T <= S: the length is a traced value
+            cache: what came before, or None. A call with as many tokens as the cache has slots is taken for the first:
+                its rows begin at position 0. The caller sees to it that positions are below S: they are traced values
                 and cannot be checked here.
 
         Raises:
@@ -85,14 +88,10 @@ class Decoder(nn.Module):
         x = x * jnp.asarray(config.embed_scale, self.dtype)  # rounded to the dtype first, as Gemma was trained
         x = self.constrain(x, ("batch", "length", "embed"))
         cos, sin = rope_angles(config, position)
-        if cache is None:
-            key_position, cursor, carry = position, None, (x, None, None)
-        else:
-            cursor = cache.length
-            key_position = jax.lax.dynamic_update_slice(cache.position, position.astype(jnp.int32), (0, cursor))
-            carry = (x, cache.key, cache.value)
+        # Once for all layers: on a mesh it takes a word from every device.
+        reach = None if cache is None else reach_index(position, cache.num_slots)
 
-        in_axes: Any = (0, *[nn.broadcast] * 5)  # flax's own hint is int
+        in_axes: Any = (0, *[nn.broadcast] * 4)  # flax's own hint is int
         stack = nn.scan(
             _remat_block(self.remat),
             variable_axes={"params": 0, "intermediates": 0},
@@ -100,16 +99,14 @@ class Decoder(nn.Module):
             in_axes=in_axes,
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.dtype, self.constrain, self.attention, self.experts, name="layers")
-        (x, key, value), _ = stack(carry, layer_numbers(config), cos, sin, position, key_position, cursor)
+        )(config, self.dtype, self.constrain, self.attention, self.experts, self.write, name="layers")
+        (x, cache), _ = stack((x, cache), layer_numbers(config), cos, sin, position, reach)
 
         # Logits are linear in this: scaled here, in float32, no user of the head can forget it.
         axes, scale = (("norm", config.hidden_size),), config.logit_scale
         hidden = norm(self, "final_norm", x, config=config, axes=axes, scale=scale)
         hidden = self.constrain(hidden, ("batch", "length", "embed"))
-        if cache is None:
-            return hidden, None
-        return hidden, KVCache(key=key, value=value, position=key_position, length=cache.length + token.shape[1])
+        return hidden, cache
 
 
 def _remat_block(remat: Remat) -> Any:

@@ -53,6 +53,11 @@ def _axis_sizes(section: MeshSection, num_devices: int, *, kind: str) -> tuple[i
     return tuple(sizes)
 
 
+def one_device_mesh() -> Mesh:
+    """Lay out the default device alone."""
+    return make_mesh(MeshSection(), jax.local_devices()[:1])
+
+
 def initialize(
     *, coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:

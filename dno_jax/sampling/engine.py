@@ -1,220 +1,42 @@
-"""The jitted sampler: prefill every prompt once, then decode its K samples together, one program a prompt length.
-
-It draws from one policy, or token by token from the geometric mixture of two.
-"""
+"""The sampler's host side: keeps the queue full, hands the programs on to the device, gives finished prompts out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jax.sharding import Mesh, NamedSharding
 
-from dno_jax.logprobs import token_logprobs
-from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache, repeat_cache
-from dno_jax.model.decoder import Decoder, logits
-from dno_jax.sampling.transforms import Truncation, address, sample_token, without_padding
+from dno_jax.model.decoder import Decoder
+from dno_jax.parallel.mesh import one_device_mesh
+from dno_jax.parallel.sharding import num_row_shards, replicated, relayout, row_sharding, to_device
+from dno_jax.sampling.decode import Capacity, Counts, Mixture, Outputs, Program, Prompts, decode, fill, start
+from dno_jax.sampling.requests import Finished, Generation, Request, Response
 
-
-@dataclass(frozen=True)
-class Generation:
-    """What decides a generation besides weights and prompts; static, so each value compiles its own program.
-
-    Attributes:
-        num_samples: K, responses a prompt.
-        max_new_tokens: tokens of the longest response, its end id included.
-        end_ids: ids that end a response.
-        truncation: the sampling distribution.
-        seed: of the run, the first part of every row's address.
-        num_ids: ids that may be drawn are below this, the tokenizer's count; further rows of the embedding are padding.
-            None draws from all of it.
-        first_sample: number of the first of the K samples; others of one prompt then draw from other keys.
-    """
-
-    num_samples: int
-    max_new_tokens: int
-    end_ids: tuple[int, ...]
-    truncation: Truncation
-    seed: int
-    first_sample: int = 0
-    num_ids: int | None = None
+# Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
+# or None where the response goes on.
+Stop = Callable[[int, Sequence[int]], tuple[int, str] | None]
 
 
-@flax.struct.dataclass
-class PromptBatch:
-    token: Any  # [P, T] int32, right-padded
-    position: Any  # [P, T] int32, -1 is padding; a row of nothing but -1 is a filler
-    name: Any  # [P] uint32, 32 bits of the prompt's id
+@dataclass
+class Statistics:
+    """What a pass over all requests did; filled in while it runs."""
 
+    slot_steps: int = 0  # of all slots, busy or not
+    busy_slot_steps: int = 0  # of slots that drew a token
+    tokens: int = 0  # in responses
+    decode_calls: int = 0
+    fill_calls: int = 0
 
-def pack_prompts(
-    token_ids: Sequence[Sequence[int]], names: Sequence[int], *, num_rows: int, length: int
-) -> PromptBatch:
-    """Lay prompts out for `generate`, in host memory; missing rows are fillers.
-
-    Args:
-        token_ids, names: of each prompt, at most num_rows of them.
-        length: padded length, at least that of the longest prompt.
-    """
-    token = np.zeros((num_rows, length), np.int32)
-    position = np.full((num_rows, length), -1, np.int32)
-    name = np.zeros(num_rows, np.uint32)
-    for row, (ids, own) in enumerate(zip(token_ids, names, strict=True)):
-        token[row, : len(ids)] = ids
-        position[row, : len(ids)] = np.arange(len(ids))
-        name[row] = own
-    return PromptBatch(token=token, position=position, name=name)
-
-
-@flax.struct.dataclass
-class Mixture:
-    """The second policy of a geometric mixture, token by token (Algorithm 4, Option II; Nash-MD's pi_t^tau):
-
-    mixed(token | prefix) ∝ pi_t(token | prefix)^(1 - weight) * pi_ref(token | prefix)^weight, weight = tau / eta.
-
-    Normalised at every token, hence not the mixture of whole responses that stands in Algorithm 3's loss.
-    """
-
-    params: Any  # pi_ref's parameters: the same decoder, in the same layout
-    weight: Any  # scalar float32 in [0, 1], pi_ref's share; traced, so that a schedule compiles nothing anew
-
-
-@flax.struct.dataclass
-class Responses:
-    """Rows are prompts times samples: row p * K + k is sample k of prompt p."""
-
-    token: Any  # [B, N] int32, 0 after the end
-    length: Any  # [B] int32, tokens generated, the end id included
-    # [B] float32, sum over them of log pi_t(token | prefix), nats, mixture or not: at temperature 1 over the whole
-    # embedding, as the trainer has it, whatever truncation or padding kept some tokens from being drawn.
-    logprob: Any
-    stopped: Any  # [B] bool, whether an end id was emitted
-
-
-@flax.struct.dataclass
-class _Loop:
-    step: Any  # scalar int32, index of the token to be drawn
-    hidden: Any  # one [B, D] a policy: of the last token, which predicts the next
-    position: Any  # [B] int32, where the next token stands
-    responses: Responses
-    cache: tuple[KVCache, ...]  # one a policy
-
-
-@partial(jax.jit, static_argnames=("model", "generation"))
-def generate(
-    params: Any,
-    prompts: PromptBatch,
-    *,
-    model: Decoder,
-    generation: Generation,
-    iteration: Int[Array, ""],
-    mixture: Mixture | None = None,
-) -> Responses:
-    """Sample K responses to every prompt.
-
-    Text depends on (seed, iteration, prompt, sample) and the weights, not on the batch, the order, or the mesh.
-
-    Args:
-        params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
-        prompts: rows over (data, fsdp, expert).
-        iteration: scalar int32, part of every key.
-        mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
-            mixture, `Responses.logprob` stays pi_t's own. None holds no second cache.
-    """
-    config, samples = model.config, generation.num_samples
-    policies = (params,) if mixture is None else (params, mixture.params)
-    num_prompts, prompt_length = prompts.token.shape
-    lengths = jnp.sum(prompts.position >= 0, axis=1)
-    place = model.constrain
-
-    def decode(policy: Any, token: Array, position: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        # flax also types the mutable collections that `apply` would return if there were any.
-        return cast(tuple[Array, KVCache], model.apply({"params": policy}, token, position, cache))
-
-    def prefill(policy: Any) -> tuple[Array, KVCache]:
-        cache = init_cache(config, batch_size=num_prompts, num_slots=prompt_length, dtype=model.dtype)
-        hidden, cache = decode(policy, prompts.token, prompts.position, cache)
-        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-        cache = grow_cache(repeat_cache(cache, samples), prompt_length + generation.max_new_tokens)
-        cache = jax.tree.map(place, cache, cache_axes(config), is_leaf=_is_array)
-        return place(jnp.repeat(last, samples, axis=0), ("batch", "embed")), cache
-
-    hidden, cache = zip(*map(prefill, policies), strict=True)
-
-    rows = num_prompts * samples
-    row_key = address(
-        seed=generation.seed,
-        iteration=iteration,
-        prompt=jnp.repeat(prompts.name, samples),
-        sample=jnp.tile(generation.first_sample + jnp.arange(samples, dtype=jnp.int32), num_prompts),
-    )
-    filler = jnp.repeat(lengths == 0, samples)
-    end_ids = jnp.asarray(generation.end_ids, jnp.int32)
-
-    def mixed(row_logits: list[Array]) -> Array:
-        if mixture is None:
-            return row_logits[0]
-        # Raw logits do: they are log-probabilities up to a constant a row, so their mixture is too, and sample_token
-        # is blind to that constant. Two products, not a + weight * (b - a): weights 0 and 1 give a and b exactly.
-        return (1.0 - mixture.weight) * row_logits[0] + mixture.weight * row_logits[1]
-
-    def take_step(loop: _Loop) -> _Loop:
-        done = loop.responses
-        # Every row draws over the whole vocabulary: gather it where the head is split.
-        row_logits = [
-            place(logits(config, policy, hidden), ("batch", None))
-            for policy, hidden in zip(policies, loop.hidden, strict=True)
-        ]
-        drawable = without_padding(mixed(row_logits), num_ids=generation.num_ids)
-        token = sample_token(row_key, drawable, step=loop.step, truncation=generation.truncation)
-        alive = ~done.stopped & ~filler
-        token = jnp.where(alive, token, 0)
-        responses = Responses(
-            token=jax.lax.dynamic_update_slice_in_dim(done.token, token[:, None], loop.step, axis=1),
-            length=done.length + alive,
-            logprob=done.logprob + jnp.where(alive, token_logprobs(row_logits[0], token), 0.0),
-            stopped=done.stopped | (alive & jnp.any(token[:, None] == end_ids[None, :], axis=1)),
-        )
-        # A finished row goes on as padding: its position is -1, so nothing it writes is ever seen.
-        position = jnp.where(alive & ~responses.stopped, loop.position, -1)
-        steps = [
-            decode(policy, token[:, None], position[:, None], cache)
-            for policy, cache in zip(policies, loop.cache, strict=True)
-        ]
-        return _Loop(
-            step=loop.step + 1,
-            hidden=tuple(hidden[:, 0] for hidden, _ in steps),
-            position=loop.position + 1,
-            responses=responses,
-            cache=tuple(cache for _, cache in steps),
-        )
-
-    def unfinished(loop: _Loop) -> Bool[Array, ""]:
-        return (loop.step < generation.max_new_tokens) & ~jnp.all(loop.responses.stopped | filler)
-
-    start = _Loop(
-        step=jnp.int32(0),
-        hidden=hidden,
-        position=jnp.repeat(lengths, samples).astype(jnp.int32),
-        responses=Responses(
-            token=jnp.zeros((rows, generation.max_new_tokens), jnp.int32),
-            length=jnp.zeros(rows, jnp.int32),
-            logprob=jnp.zeros(rows, jnp.float32),
-            stopped=jnp.zeros(rows, bool),
-        ),
-        cache=cache,
-    )
-    return jax.lax.while_loop(unfinished, take_step, start).responses
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array)
+    @property
+    def utilisation(self) -> float:
+        """Tokens of responses over slot-steps: what share of the decoding was of use."""
+        return self.tokens / max(self.slot_steps, 1)
 
 
 def prompt_bucket(length: int, *, max_length: int) -> int:
@@ -223,3 +45,235 @@ def prompt_bucket(length: int, *, max_length: int) -> int:
     while bucket < length:
         bucket *= 2
     return min(bucket, max_length)
+
+
+def generate(
+    params: Any,
+    requests: Sequence[Request],
+    *,
+    model: Decoder,
+    generation: Generation,
+    capacity: Capacity,
+    iteration: int = 0,
+    mesh: Mesh | None = None,
+    mixture: Mixture | None = None,
+    stop: Stop | None = None,
+    record_drawn: bool = False,
+    statistics: Statistics | None = None,
+) -> Iterator[Finished]:
+    """Sample K responses to every prompt; yield each prompt as soon as all of its responses are there.
+
+    Text depends on (seed, iteration, prompt name, sample) and the weights, not on slots, order, chunk or mesh. The
+    device works ahead: while one call's responses are looked at, the next call runs.
+
+    Args:
+        params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
+        requests: started in this order; prompts of like length side by side pad little.
+        model: the decoder, its activations pinned to the mesh.
+        capacity: how much is decoded at once, on each row shard of the mesh.
+        mesh: None is the default device alone.
+        mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
+            mixture, log-probabilities stay pi_t's own. None holds no second cache.
+        stop: ends responses by their text.
+        record_drawn: give also the log-probabilities under the distribution that was drawn from.
+        statistics: filled in.
+
+    Raises:
+        ValueError: a prompt is empty, or longer than `capacity.prompt_length`, or leaves no room for a response.
+    """
+    _check(requests, capacity=capacity, generation=generation)
+    mesh = one_device_mesh() if mesh is None else mesh
+    program = Program(model, generation, capacity, mesh, record_drawn)
+    policies = (params,) if mixture is None else (params, mixture.params)
+    statistics = Statistics() if statistics is None else statistics
+    if not requests:
+        return
+    books = _Books.open(requests, program)
+    state, outputs = start(program, policies=len(policies))
+    weight = jnp.float32(0.0 if mixture is None else mixture.weight)
+    dispatched: tuple[int, Outputs, Counts] | None = None
+    rows = row_sharding(mesh, ndim=1)
+    while books.unfinished:
+        while prompts := books.next_prompts():
+            places = jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), prompts)
+            state = fill(policies, state, to_device(prompts, places), program=program)
+            statistics.fill_calls += 1
+        fresh, cancelled, call = books.next_call()
+        state, outputs, counts = decode(
+            policies,
+            state,
+            outputs,
+            weight,
+            fresh=to_device(fresh, rows),
+            cancelled=to_device(cancelled, rows),
+            iteration=jnp.int32(iteration),
+            program=program,
+        )
+        statistics.decode_calls += 1
+        if dispatched is not None:
+            yield from books.harvest(*dispatched, stop=stop, statistics=statistics)
+        dispatched = (call, outputs, counts)
+
+
+def _check(requests: Sequence[Request], *, capacity: Capacity, generation: Generation) -> None:
+    total = generation.max_total_tokens
+    for index, request in enumerate(requests):
+        length = len(request.token_ids)
+        if not 1 <= length <= capacity.prompt_length:
+            raise ValueError(
+                f"request {index} has a prompt of {length} tokens; the queue holds prompts of 1 to "
+                f"{capacity.prompt_length}: cut it, or raise the capacity's prompt_length"
+            )
+        if total is not None and length >= total:
+            raise ValueError(
+                f"request {index} has a prompt of {length} tokens and max_total_tokens is {total}, which leaves no room "
+                "for a response"
+            )
+
+
+@dataclass
+class _Place:
+    """A prompt whose responses are being drawn, or wait to be."""
+
+    request: int
+    since: int  # the first call whose outputs speak of it
+    cut: dict[int, tuple[int, str]] = field(default_factory=dict)  # sample -> what `stop` left of it
+
+
+@dataclass
+class _Shard:
+    """What the host knows of one row shard's queue and outputs."""
+
+    free: list[int]  # places of prompts in the outputs
+    places: dict[int, _Place] = field(default_factory=dict)
+    filled: int = 0
+    started: int = 0  # samples, as of the last call that was looked at
+
+
+@dataclass
+class _Books:
+    """Which request stands where. All decisions follow from what calls returned, so that processes agree on them."""
+
+    requests: Sequence[Request]
+    program: Program
+    shards: list[_Shard]
+    pending: deque[int]
+    unfinished: int
+    fresh: np.ndarray  # [shards, O, K] bool
+    cancelled: np.ndarray  # [shards, O, K] bool
+    calls: int = 0  # of decode, so far
+
+    @classmethod
+    def open(cls, requests: Sequence[Request], program: Program) -> _Books:
+        count, outputs = num_row_shards(program.mesh), program.capacity.outputs
+        marks = np.zeros((count, outputs, program.generation.num_samples), bool)
+        return cls(
+            requests=requests,
+            program=program,
+            shards=[_Shard(free=list(reversed(range(outputs)))) for _ in range(count)],
+            pending=deque(range(len(requests))),
+            unfinished=len(requests),
+            fresh=marks,
+            cancelled=marks.copy(),
+        )
+
+    def next_prompts(self) -> Prompts | None:
+        """Take the next prompts for which there is room, a full call's where there are so many; None: nothing now."""
+        capacity, samples = self.program.capacity, self.program.generation.num_samples
+        rows = capacity.fill_rows
+        taken: list[list[int]] = []
+        for shard in self.shards:
+            room = min(capacity.entries - (shard.filled - shard.started // samples), len(shard.free))
+            wanted = min(rows, len(self.pending))
+            taken.append([self.pending.popleft() for _ in range(wanted)] if room >= wanted else [])
+        if not any(taken):
+            return None
+        longest = max(len(self.requests[index].token_ids) for own in taken for index in own)
+        width = prompt_bucket(longest, max_length=capacity.prompt_length)
+        count = len(self.shards)
+        token = np.zeros((count, rows, width), np.int32)
+        length, output = np.zeros((count, rows), np.int32), np.zeros((count, rows), np.int32)
+        name = np.zeros((count, rows), np.uint32)
+        for number, (shard, own) in enumerate(zip(self.shards, taken, strict=True)):
+            for row, index in enumerate(own):
+                request, place = self.requests[index], shard.free.pop()
+                shard.places[place] = _Place(index, since=self.calls)
+                token[number, row, : len(request.token_ids)] = request.token_ids
+                length[number, row], name[number, row] = len(request.token_ids), request.name
+                output[number, row] = place * samples
+                self.fresh[number, place] = True
+            shard.filled += len(own)
+        flat = (count * rows,)
+        return Prompts(
+            token=token.reshape(*flat, width),
+            length=length.reshape(flat),
+            name=name.reshape(flat),
+            output=output.reshape(flat),
+        )
+
+    def next_call(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return what the next decoding is to be told, once: fresh and cancelled rows; and its number."""
+        fresh, cancelled, number = self.fresh.reshape(-1), self.cancelled.reshape(-1), self.calls
+        self.fresh, self.cancelled = np.zeros_like(self.fresh), np.zeros_like(self.cancelled)
+        self.calls += 1
+        return fresh, cancelled, number
+
+    def harvest(
+        self, call: int, outputs: Outputs, counts: Counts, *, stop: Stop | None, statistics: Statistics
+    ) -> Iterator[Finished]:
+        """Wait for a call and yield the prompts that it finished."""
+        outputs, counts = _on_host(outputs), _on_host(counts)
+        statistics.slot_steps += int(counts.steps) * len(self.shards) * self.program.capacity.slots
+        statistics.busy_slot_steps += int(counts.busy)
+        samples = self.program.generation.num_samples
+        for number, shard in enumerate(self.shards):
+            shard.started = int(counts.started[number])
+            for name, place in sorted(shard.places.items()):
+                if place.since > call:
+                    continue
+                first = (number * self.program.capacity.outputs + name) * samples
+                if stop is not None:
+                    self.cancelled[number, name] |= _cut(place, outputs, first, samples, stop)
+                if not outputs.done[first : first + samples].all():
+                    continue
+                responses = tuple(_response(outputs, first + k, cut=place.cut.get(k)) for k in range(samples))
+                del shard.places[name]
+                shard.free.append(name)
+                self.unfinished -= 1
+                statistics.tokens += sum(len(response.token_ids) for response in responses)
+                yield Finished(place.request, responses)
+
+
+def _cut(place: _Place, outputs: Outputs, first: int, samples: int, stop: Stop) -> np.ndarray:
+    """Look for stop strings in what is new; return which responses [K] are to be ended for it."""
+    cancelled = np.zeros(samples, bool)
+    for k in range(samples):
+        row = first + k
+        ids = outputs.token[row, : outputs.length[row]].tolist()
+        if k not in place.cut and ids and (found := stop(place.request, ids)) is not None:
+            place.cut[k] = found
+            cancelled[k] = not outputs.done[row]
+    return cancelled
+
+
+def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Response:
+    count, text = (int(outputs.length[row]), None) if cut is None else cut
+    drawn = outputs.drawn_logprob
+    return Response(
+        token_ids=tuple(outputs.token[row, :count].tolist()),
+        logprobs=tuple(outputs.logprob[row, :count].tolist()),
+        finish="stop" if cut is not None or outputs.stopped[row] else "length",
+        drawn_logprobs=None if drawn is None else tuple(drawn[row, :count].tolist()),
+        text=text,
+    )
+
+
+def _on_host(tree: Any) -> Any:
+    """Wait for arrays; on a mesh of several processes each of them gets all of every array."""
+
+    def one(array: jax.Array) -> np.ndarray:
+        if not array.is_fully_addressable:
+            array = relayout(array, replicated(cast(NamedSharding, array.sharding).mesh)).addressable_data(0)
+        return np.asarray(array)
+
+    return jax.tree.map(one, tree)

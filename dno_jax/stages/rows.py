@@ -1,13 +1,20 @@
-"""From Pair rows to training rows: the token ids that were sampled, joined by id across iterations."""
+"""From Pair rows to training rows, the token ids that were sampled, and from those to their log-probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
+import jax
+from etils import epath
+
+from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
+from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import Pair, ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.training.batches import TrainingRow
+from dno_jax.stages.runtime import Runtime
+from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.training.step import score_step
 
 
 def load_pairs(run_dir: RunDir, iteration: int) -> list[Pair]:
@@ -67,3 +74,30 @@ def _logprobs(pairs: list[Pair], scores: Iterable[ReferenceScore] | None) -> lis
         if pair.pair_id not in found:
             raise DnoError(f"pair {pair.pair_id!r} has no reference score; remove the reference folder and score again")
     return [found[pair.pair_id] for pair in pairs]
+
+
+def batches_by_length(rows: Sequence[TrainingRow], *, size: int) -> list[list[int]]:
+    """Indices of the rows of every batch: rows of like lengths together, so that a batch pads little."""
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].length, i))
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def frozen_logprobs(
+    runtime: Runtime[RunConfig], policy: epath.Path, batches: Iterable[Sequence[TrainingRow]], *, size: int
+) -> Iterator[jax.Array]:
+    """Yield log pi(y|x) of every batch, [size, C] float32 nats, filler included, as training computes it.
+
+    A batch's come when the next one is on its way: the device works while the host reads them.
+    """
+    config = runtime.config
+    params, model = runtime.load_policy(policy, TRAIN), runtime.model(TRAIN)
+    before: jax.Array | None = None
+    for rows in batches:
+        batch = make_batch(rows, batch_size=size, max_length=config.max_length)
+        shardings = jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch)
+        logprobs = score_step(params, to_device(batch, shardings), model=model, chunk=config.training.logprob_chunk)
+        if before is not None:
+            yield before
+        before = logprobs
+    if before is not None:
+        yield before

@@ -23,6 +23,7 @@ from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, StageDir, write_atomically
 from dno_jax.sampling.engine import Generation, Mixture, Responses, generate, pack_prompts, prompt_bucket
 from dno_jax.sampling.transforms import Truncation
+from dno_jax.stages import audit
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.scheme import center_of, mixture_weight
@@ -65,6 +66,8 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             description=f"sample    {iteration}",
             gold_too=True,
         )
+        del params, mixture  # the audit needs the trainer's
+    audited = audit.run(runtime, stage, policy=iteration)
     if is_primary():
         rollouts = list(stage.read(Rollout))
         dropped.update(_gold_drops(rollouts, tokenized))
@@ -75,7 +78,9 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             rows=len(rollouts),
             dropped=dropped,
             seconds=time.perf_counter() - start,
-            details=response_statistics(rollouts) | ({"truncated_prompts": truncated} if truncated else {}),
+            details=response_statistics(rollouts)
+            | ({"truncated_prompts": truncated} if truncated else {})
+            | ({"audit": audited} if audited else {}),
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()

@@ -5,53 +5,115 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
-from dno_jax.parallel.sharding import TRAIN, owned_rows, row_sharding, to_device
-from dno_jax.records import Pair, ReferenceScore
-from dno_jax.report.console import Meter
-from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.stages.rows import load_pairs, training_rows
+from dno_jax.parallel.sharding import owned_rows
+from dno_jax.records import Pair, ReferenceScore, Rollout
+from dno_jax.report.console import Meter, say
+from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.stages import audit
+from dno_jax.stages.rows import batches_by_length, frozen_logprobs, load_pairs, training_rows
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.scheme import Update, update_of
-from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import policy_fingerprint
-from dno_jax.training.step import score_step
 
 INITIAL = "initial"  # sub-folder of the scores under pi_ref
+SCORED, SAMPLED = "scored", "sampled"  # where log pi_t of the policy's own samples comes from
 
 
 def run(config: RunConfig, iteration: int, *, stage_name: str = "score") -> Manifest:
-    """Score iteration t's pairs, replayed ones too, under pi_t and, where the loss reads it, under pi_ref."""
+    """Write log pi_t of iteration t's pairs, replayed ones too, and, where the loss reads it, log pi_ref.
+
+    With `sampling.as_reference`, log pi_t of a pair of pi_t's own samples is what the sampler recorded: at temperature
+    1 and over the whole vocabulary, whatever temperature and truncation it drew with. All other pairs are scored.
+    When the option was switched, what an earlier call wrote is discarded, unless a finished training has read it.
+    """
     start = time.perf_counter()
     runtime = Runtime.start(config)
+    run_dir = runtime.run_dir
     update = update_of(config, iteration, stage=stage_name)
-    stage = runtime.run_dir.stage(stage_name, iteration)
-    paired = runtime.run_dir.stage("pair", iteration)
+    stage = run_dir.stage(stage_name, iteration)
+    paired = run_dir.stage("pair", iteration)
     paired.require()
     policies = [update.previous] if update.initial is None else [update.previous, update.initial]
     inputs = stage.reference_of(paired.manifest_path) | runtime.policy_inputs(*policies)
-    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
+    manifest = stage.finished(inputs, config_digest=runtime.config_digest)
+    if manifest and run_dir.stage(update.train, iteration).manifest():
         return manifest
+    source = _source(config, update)
+    if manifest and manifest.details.get("source") == source:
+        return manifest
+    _discard_others(stage, keep=source)
 
-    pairs = load_pairs(runtime.run_dir, iteration)
-    rows = training_rows(runtime.run_dir, pairs)
+    pairs = load_pairs(run_dir, iteration)
+    rows = training_rows(run_dir, pairs)
+    samples = samples_of(run_dir, update.previous)
+    taken = _recorded(samples, pairs) if source == SAMPLED and samples else {}
+    if is_primary() and config.sampling.as_reference:
+        say(f"{stage_name:<9} {iteration}: {len(taken)} of {len(pairs)} pairs have log pi_t from the sampler")
+    if is_primary() and taken:
+        stage.write_shard(SAMPLED, taken.values())
     for policy, out in zip(policies, (stage, stage.sub(INITIAL)), strict=False):
-        _score(runtime, policy, pairs, rows, out=out, description=f"{stage_name:<9} {iteration}")
+        left = [i for i, pair in enumerate(pairs) if out is not stage or pair.pair_id not in taken]
+        _score(
+            runtime,
+            policy,
+            [pairs[i] for i in left],
+            [rows[i] for i in left],
+            out=out,
+            prefix=f"{SAMPLED}-others-" if out is stage and source == SAMPLED else "",
+            description=f"{stage_name:<9} {iteration}",
+        )
     if is_primary():
         stage.finish(
             config_digest=runtime.config_digest,
             inputs=inputs,
             rows=len(pairs),
             seconds=time.perf_counter() - start,
-            details=reference_identity(runtime, update),
+            details=reference_identity(runtime, update) | {SAMPLED: len(taken)},
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
+
+
+def samples_of(run_dir: RunDir, policy: epath.Path) -> StageDir | None:
+    """The stage that samples from a policy; None for the optimistic scheme's auxiliary ones, which nobody samples."""
+    return run_dir.stage("sample", int(policy.name)) if policy.name.isdecimal() else None
+
+
+def _recorded(samples: StageDir, pairs: Sequence[Pair]) -> dict[str, ReferenceScore]:
+    """Scores, by id, of the pairs of two samples of one policy, as its sampler recorded them.
+
+    Samples of the mixture count, as their record is pi_t's own. The teacher's and the data's responses have none;
+    replayed ones are in other iterations' samples.
+    """
+    wanted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
+    found = {
+        rollout.rollout_id: rollout.logprob
+        for rollout in samples.read(Rollout)
+        if rollout.policy == samples.iteration and rollout.logprob is not None and rollout.rollout_id in wanted
+    }
+    return {
+        pair.pair_id: ReferenceScore(
+            pair_id=pair.pair_id, chosen_logprob=found[pair.chosen_id], rejected_logprob=found[pair.rejected_id]
+        )
+        for pair in pairs
+        if pair.chosen_id in found and pair.rejected_id in found
+    }
+
+
+def _discard_others(stage: StageDir, *, keep: str) -> None:
+    """Remove the manifest, and shards of log pi_t that came the other way: batches, and so shards, were others."""
+    if is_primary():
+        for name in stage.shard_names():
+            if name.startswith(SAMPLED) != (keep == SAMPLED):
+                (stage.path / f"{name}.jsonl").unlink()
+        stage.manifest_path.unlink(missing_ok=True)
+    barrier(f"reference {stage.path}")
 
 
 def _score(
@@ -61,53 +123,40 @@ def _score(
     rows: Sequence[TrainingRow],
     *,
     out: StageDir,
+    prefix: str,
     description: str,
 ) -> None:
     """Write what is missing of one policy's scores; each process writes the rows that its devices hold."""
-    config = runtime.config
-    # By length, so that a batch pads little; a batch is a shard, so that a restart scores the very same batches.
-    order = sorted(range(len(rows)), key=lambda i: (rows[i].length, i))
-    size = config.training.micro_batch_size or config.training.batch_size
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    if not rows:
+        return
+    size = runtime.config.training.micro_batch_size or runtime.config.training.batch_size
+    batches = batches_by_length(rows, size=size)  # a batch is a shard, so that a restart scores the very same batches
     scored = {score.pair_id for score in out.read(ReferenceScore)} if is_primary() else set()
     missing = [any(pairs[i].pair_id not in scored for i in batch) for batch in batches]
     pending = [int(b) for b in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
     if not pending:
         return
-    params = runtime.load_policy(policy, TRAIN)
-    model = runtime.model(TRAIN)
-
-    def write(index: int, logprobs: jax.Array) -> None:
-        mine = {row: value for row, value in owned_rows(logprobs).items() if row < len(batches[index])}
-        scores = [
-            ReferenceScore(
-                pair_id=pairs[batches[index][row]].pair_id,
-                chosen_logprob=float(value[0]),
-                rejected_logprob=float(value[1]),
-            )
-            for row, value in sorted(mine.items())
-        ]
-        if scores:
-            out.write_shard(f"{index * size + min(mine):07d}", scores)
-        meter.advance(len(batches[index]))
-
     done = len(pairs) - sum(len(batches[b]) for b in pending)
+    batched = ([rows[i] for i in batches[b]] for b in pending)
     with Meter(description, total=len(pairs), unit="pairs", done=done, enabled=is_primary()) as meter:
-        before: tuple[int, jax.Array] | None = None
-        for index in pending:
-            batch = make_batch([rows[i] for i in batches[index]], batch_size=size, max_length=config.max_length)
-            shardings = jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch)
-            logprobs = score_step(params, to_device(batch, shardings), model=model, chunk=config.training.logprob_chunk)
-            if before is not None:
-                write(*before)
-            before = (index, logprobs)
-        if before is not None:
-            write(*before)
+        for index, logprobs in zip(pending, frozen_logprobs(runtime, policy, batched, size=size), strict=True):
+            mine = {row: value for row, value in owned_rows(logprobs).items() if row < len(batches[index])}
+            scores = [
+                ReferenceScore(
+                    pair_id=pairs[batches[index][row]].pair_id,
+                    chosen_logprob=float(value[0]),
+                    rejected_logprob=float(value[1]),
+                )
+                for row, value in sorted(mine.items())
+            ]
+            if scores:
+                out.write_shard(f"{prefix}{index * size + min(mine):07d}", scores)
+            meter.advance(len(batches[index]))
     barrier(f"scored {out.path}")
 
 
 def reference_identity(runtime: Runtime[RunConfig], update: Update) -> dict[str, str | int]:
-    """What the numbers on disk are numbers of; training refuses any other."""
+    """What the numbers on disk are numbers of, and who gave them; training refuses any other."""
     config = runtime.config
     return {
         "policy": update.previous.name,
@@ -116,4 +165,19 @@ def reference_identity(runtime: Runtime[RunConfig], update: Update) -> dict[str,
         "tokenizer": runtime.tokenizer.digest,
         "max_length": config.max_length,
         "dtype": config.model.dtype,
+        "source": _source(config, update),
     }
+
+
+def _source(config: RunConfig, update: Update) -> str:
+    """Whether log pi_t of pi_t's own samples is scored or the sampler's; what nobody audited is scored.
+
+    Raises:
+        DnoError: the sampler's is asked for and is too far from the trainer's (see `audit.check`).
+    """
+    samples = samples_of(RunDir(config.run_dir), update.previous)
+    manifest = samples.manifest() if samples and config.sampling.as_reference else None
+    if samples is None or manifest is None or "audit" not in manifest.details:
+        return SCORED
+    audit.check(manifest.details["audit"], config=config, place=samples.path)
+    return SAMPLED

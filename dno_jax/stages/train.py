@@ -17,6 +17,7 @@ from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest
+from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.rows import load_pairs, training_rows
 from dno_jax.stages.runtime import ConfigT, Runtime
 from dno_jax.stages.scheme import update_of
@@ -28,10 +29,6 @@ from dno_jax.training.objectives import RowLoss, preference_loss
 from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import train_step
-
-# Before the first update the policy is pi_t of its own loss, so log pi/pi_t is zero up to rounding. Nats a response:
-# far above the rounding of each dtype, far below what another policy, tokenizer or mask gives.
-STEP_ZERO_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
 
 
 def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Manifest:
@@ -198,5 +195,6 @@ def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
         raise DnoError(
             f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most "
             f"{tolerance:g} is rounding in {dtype}), loss {float(metrics['loss']):.4f}: the reference is not of this "
-            "policy, tokenizer or mask; remove the reference folder and score again"
+            "policy, tokenizer or mask; remove the reference folder and score again (with sampling.as_reference=false "
+            "where it was the sampler's)"
         )
