@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -19,12 +20,16 @@ from rich.text import Text
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import abstract_params
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import AnyMesh, num_row_shards
 from dno_jax.records import Prompt
+from dno_jax.sampling.decode import Program, Sizes
 from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots, show_bytes
+from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import check_fit, load_tokenizer, read_shape
@@ -88,7 +93,9 @@ def plan_run(config: RunConfig, *, memory: int | None = None, num_devices: int |
         model_config=model_config,
         mesh=mesh,
         counts=counts,
-        sampling=_plan_sampling(config, model_config=model_config, mesh=mesh, counts=counts, memory=memory),
+        sampling=_plan_sampling(
+            config, model_config=model_config, mesh=mesh, end_ids=tokenizer.end_ids, counts=counts, memory=memory
+        ),
     )
 
 
@@ -148,26 +155,38 @@ def _plan_sampling(
     *,
     model_config: ModelConfig,
     mesh: AnyMesh,
+    end_ids: tuple[int, ...],
     counts: dict[str, PromptCount],
     memory: int | None,
 ) -> dict[str, SlotPlan]:
     here = mesh.local_devices if isinstance(mesh, Mesh) else []
     capacity = device_capacity(here) if memory is None else Capacity(memory, "--memory")
+    section, dtype = config.sampling, config.model.dtype
+    truncation = Truncation(section.temperature, section.top_k, section.top_p, section.min_p)
     plans = {}
     for stage, draws in _draws(config, counts).items():
         try:
             plans[stage] = plan_slots(
-                model_config,
-                mesh=mesh,
+                Program(
+                    model=Decoder(model_config, dtype=jnp.dtype(dtype)),
+                    generation=Generation(
+                        num_samples=draws.num_samples,
+                        max_new_tokens=draws.max_new_tokens,
+                        end_ids=end_ids,
+                        truncation=truncation,
+                        seed=config.seed,
+                    ),
+                    sizes=Sizes(
+                        slots=1,
+                        prompt_length=draws.prompt_length,
+                        kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
+                    ),
+                    mesh=mesh,
+                ),
                 capacity=capacity,
-                dtype=config.model.dtype,
-                kv_dtype=config.sampling.kv_dtype,
-                num_samples=draws.num_samples,
                 num_prompts=draws.num_prompts,
-                prompt_length=draws.prompt_length,
-                max_new_tokens=draws.max_new_tokens,
                 num_policies=draws.num_policies,
-                slots=config.sampling.slots,
+                slots=section.slots,
                 platform=here[0].platform if here else None,
             )
         except DnoError as error:
@@ -217,10 +236,10 @@ def _sampling_table(plan: RunPlan) -> Table:
     row("prompts in the queue", lambda slots: f"{slots.queue_entries:,}", end_section=True)
     row("policies in memory", lambda slots: f"{slots.num_policies}")
     row("layers x key heads x head_dim", lambda _: _head_numbers(plan))
-    row("keys and values in", lambda slots: slots.kv_dtype)
-    row("tokens of a slot", lambda slots: f"{slots.total_length:,}")
+    row("keys and values in", lambda slots: slots.program.sizes.kv_dtype)
+    row("tokens of a slot", lambda slots: f"{slots.program.num_slots:,}")
     row("one slot", lambda slots: show_bytes(slots.slot_bytes))
-    row("tokens of a queued prompt", lambda slots: f"{slots.prompt_length:,}")
+    row("tokens of a queued prompt", lambda slots: f"{slots.program.sizes.prompt_length:,}")
     row("one queued prompt", lambda slots: show_bytes(slots.entry_bytes), end_section=True)
     for part in next(iter(stages.values())).parts:
         row(part, lambda slots, part=part: show_bytes(slots.parts[part]))
