@@ -1,7 +1,12 @@
 """Useful generated tokens a second: `python benchmarks/sample.py --model CHECKPOINT|llama25m [--prompts FILE.json]`.
 
-FILE.json is a list of id lists; without it there are --num-prompts random prompts of --prompt tokens. Tokens after a
-response's end are not counted. The time is the fastest of --repeats passes over all prompts after a warm-up pass.
+FILE.json is a list of id lists; without it there are --num-prompts random prompts of --prompt tokens. Each is asked
+--copies times under names of its own. Tokens after a response's end are not counted. Rates are of --repeats passes over
+all prompts after a warm-up pass.
+
+--lengths heavy draws the length of every response beforehand, half of them within a tenth of --new (log-normal), and
+stops each there: a distribution of lengths that no small checkpoint has. The static batch's share of useful slot-steps,
+of the same lengths at the same number of rows, stands beside the measured one.
 """
 
 from __future__ import annotations
@@ -16,36 +21,44 @@ import jax.numpy as jnp
 import numpy as np
 from common import load_model, random_ids, report
 
+from dno_jax.model.cache import init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_end_token_ids
-from dno_jax.sampling.engine import Generation, PromptBatch, generate, prompt_bucket
+from dno_jax.sampling.decode import Sizes, decode, fill
+from dno_jax.sampling.engine import Statistics, generate
+from dno_jax.sampling.requests import Finished, Generation, Request
 from dno_jax.sampling.transforms import Truncation
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16, help="prompts a call")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--chunk", type=int, default=32, help="tokens a call")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--kv-dtype", choices=["float32", "bfloat16", "int8", "float8_e4m3fn"])
+    parser.add_argument("--lengths", default="real", choices=["real", "heavy"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
     config, params = load_model(options.model)
     dtype = jnp.dtype(options.dtype)
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    params = jax.device_put(jax.tree.map(lambda leaf: leaf.astype(dtype), params))
     rng = np.random.default_rng(2)
     if options.prompts:
         prompts = [tuple(ids) for ids in json.loads(options.prompts.read_text())]
     else:
         prompts = [random_ids(rng, options.prompt, config.vocab_size) for _ in range(options.num_prompts)]
-    prompts.sort(key=len)
+    prompts = sorted(prompts * options.copies, key=len)
+    requests = [Request(ids, name) for name, ids in enumerate(prompts)]
     ends = read_end_token_ids(options.model) if Path(options.model).is_dir() else ()
     generation = Generation(
         num_samples=options.samples,
@@ -54,50 +67,63 @@ def main() -> None:
         truncation=Truncation(temperature=options.temperature, top_p=options.top_p),
         seed=0,
     )
+    sizes = Sizes(
+        slots=options.slots,
+        prompt_length=max(map(len, prompts)),
+        chunk_steps=options.chunk,
+        kv_dtype=options.kv_dtype or options.dtype,
+    )
     model = Decoder(config, dtype=dtype)
 
-    def batches():
-        for first in range(0, len(prompts), options.batch):
-            part = prompts[first : first + options.batch]
-            width = prompt_bucket(max(map(len, part)), max_length=config.max_position_embeddings)
-            token = np.zeros((options.batch, width), np.int32)
-            position = np.full((options.batch, width), -1, np.int32)
-            for row, ids in enumerate(part):
-                token[row, : len(ids)], position[row, : len(ids)] = ids, np.arange(len(ids))
-            name = np.arange(first, first + options.batch, dtype=np.uint32)
-            yield PromptBatch(token=jnp.asarray(token), position=jnp.asarray(position), name=jnp.asarray(name))
+    def once(iteration: int) -> tuple[Statistics, list[Finished]]:
+        statistics = Statistics()
+        found = generate(
+            params,
+            requests,
+            model=model,
+            generation=generation,
+            sizes=sizes,
+            iteration=iteration,
+            statistics=statistics,
+        )
+        return statistics, list(found)
 
-    def once(iteration: int) -> tuple[int, int]:
-        found = [
-            generate(params, batch, model=model, generation=generation, iteration=jnp.int32(iteration))
-            for batch in batches()
-        ]
-        lengths = [np.asarray(responses.length) for responses in found]
-        return sum(int(part.sum()) for part in lengths), sum(int(part.max()) * len(part) for part in lengths)
-
-    start = time.perf_counter()
+    begin = time.perf_counter()
     once(0)
-    warm_up = time.perf_counter() - start
-    rates, shares = [], []
+    warm_up = time.perf_counter() - begin
+    rates, shares, static = [], [], []
     for repeat in range(options.repeats):
-        start = time.perf_counter()
-        useful, steps = once(repeat + 1)
-        rates.append(useful / (time.perf_counter() - start))
-        shares.append(useful / steps)
+        begin = time.perf_counter()
+        statistics, found = once(repeat + 1)
+        rates.append(statistics.tokens / (time.perf_counter() - begin))
+        shares.append(statistics.utilisation)
+        by_prompt = sorted(found, key=lambda finished: finished.index)
+        static.append(static_share([len(r.token_ids) for f in by_prompt for r in f.responses], rows=options.slots))
+    cache = init_cache(config, batch_size=1, num_slots=sizes.prompt_length + options.new, dtype=sizes.kv_dtype)
     report(
         "sample",
         model=Path(options.model).name,
-        prompts=len(prompts),
-        samples=options.samples,
+        responses=len(requests) * options.samples,
         new=options.new,
-        batch_prompts=options.batch,
+        slots=options.slots,
+        chunk=options.chunk,
         dtype=options.dtype,
+        kv_dtype=sizes.kv_dtype,
+        mean_tokens=statistics.tokens / (len(requests) * options.samples),
         useful_tokens_per_second_best=max(rates),
         useful_tokens_per_second_median=float(np.median(rates)),
-        useful_share_of_slot_steps=float(np.median(shares)),
+        utilisation=float(np.median(shares)),
+        utilisation_of_static_batches=float(np.median(static)),
+        bytes_a_slot=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
         warm_up_seconds=warm_up,
-        compiled_programs=generate._cache_size(),
+        compiled_programs=fill._cache_size() + decode._cache_size(),
     )
+
+
+def static_share(lengths: list[int], *, rows: int) -> float:
+    """Return the useful share of slot-steps of batches that run until their longest row has ended."""
+    batches = [lengths[first : first + rows] for first in range(0, len(lengths), rows)]
+    return sum(lengths) / sum(max(batch) * rows for batch in batches)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -20,19 +19,16 @@ from rich.text import Text
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import abstract_params
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import AnyMesh, num_row_shards
 from dno_jax.records import Prompt
-from dno_jax.sampling.decode import Program, Sizes
-from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots, show_bytes
-from dno_jax.sampling.requests import Generation
-from dno_jax.sampling.transforms import Truncation
+from dno_jax.sampling.memory import Capacity, SlotPlan, show_bytes
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import check_fit, load_tokenizer, read_shape
+from dno_jax.stages.sampler import Wanted, plan_on
 
 
 @dataclass(frozen=True)
@@ -93,9 +89,7 @@ def plan_run(config: RunConfig, *, memory: int | None = None, num_devices: int |
         model_config=model_config,
         mesh=mesh,
         counts=counts,
-        sampling=_plan_sampling(
-            config, model_config=model_config, mesh=mesh, end_ids=tokenizer.end_ids, counts=counts, memory=memory
-        ),
+        sampling=_plan_sampling(config, model_config=model_config, mesh=mesh, counts=counts, memory=memory),
     )
 
 
@@ -113,7 +107,7 @@ def _prompt_counts(config: RunConfig, tokenizer: ChatTokenizer) -> dict[str, Pro
                 dropped=dropped.total(),
                 responses=len(kept) * num_samples,
                 response_tokens=len(kept) * num_samples * section.max_new_tokens,
-                shards=math.ceil(len(kept) / section.batch_prompts),
+                shards=math.ceil(len(kept) / section.shard_prompts),
             )
         return seen[part, num_samples]
 
@@ -123,30 +117,35 @@ def _prompt_counts(config: RunConfig, tokenizer: ChatTokenizer) -> dict[str, Pro
     return counts
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """What one stage samples."""
-
-    num_samples: int
-    num_prompts: int
-    prompt_length: int
-    max_new_tokens: int
-    num_policies: int = 1
-
-
-def _draws(config: RunConfig, counts: dict[str, PromptCount]) -> dict[str, _Draws]:
-    section, lengths = config.sampling, (config.prompts.max_length, config.sampling.max_new_tokens)
+def _draws(config: RunConfig, counts: dict[str, PromptCount]) -> dict[str, Wanted]:
+    """What each stage samples on devices; a server's memory is its own affair."""
+    section = config.sampling
     most = max(count.prompts for name, count in counts.items() if name != "held out")
-    draws: dict[str, _Draws] = {}
-    if section.source != "data":
-        policies = 2 if section.source == "mixture" or section.num_opponents else 1
-        draws["sample"] = _Draws(max(section.num_samples, section.num_opponents), most, *lengths, num_policies=policies)
+
+    def policy(num_samples: int, num_prompts: int, *, num_policies: int = 1) -> Wanted:
+        return Wanted(
+            num_samples=num_samples,
+            num_prompts=num_prompts,
+            prompt_length=config.prompts.max_length,
+            max_new_tokens=section.max_new_tokens,
+            num_policies=num_policies,
+            max_total_tokens=section.max_total_tokens,
+        )
+
+    draws: dict[str, Wanted] = {}
+    if section.engine == "jax" and section.source != "data":
+        mixes = section.source == "mixture" or section.num_opponents > 0
+        draws["sample"] = policy(max(section.num_samples, section.num_opponents), most, num_policies=2 if mixes else 1)
     if config.annotation.kind == "self":
         judge = config.annotation.self_judge
-        texts = most * (section.num_samples + section.num_opponents)
-        draws["annotate"] = _Draws(judge.num_judgements, texts, judge.max_prompt_length, judge.max_new_tokens)
-    if "held out" in counts:
-        draws["evaluate"] = _Draws(config.evaluation.num_samples, counts["held out"].prompts, *lengths)
+        draws["annotate"] = Wanted(
+            num_samples=judge.num_judgements,
+            num_prompts=most * (section.num_samples + section.num_opponents),
+            prompt_length=judge.max_prompt_length,
+            max_new_tokens=judge.max_new_tokens,
+        )
+    if section.engine == "jax" and "held out" in counts:
+        draws["evaluate"] = policy(config.evaluation.num_samples, counts["held out"].prompts)
     return draws
 
 
@@ -155,39 +154,17 @@ def _plan_sampling(
     *,
     model_config: ModelConfig,
     mesh: AnyMesh,
-    end_ids: tuple[int, ...],
     counts: dict[str, PromptCount],
     memory: int | None,
 ) -> dict[str, SlotPlan]:
     here = mesh.local_devices if isinstance(mesh, Mesh) else []
     capacity = device_capacity(here) if memory is None else Capacity(memory, "--memory")
-    section, dtype = config.sampling, config.model.dtype
-    truncation = Truncation(section.temperature, section.top_k, section.top_p, section.min_p)
+    platform = here[0].platform if here else None
     plans = {}
-    for stage, draws in _draws(config, counts).items():
+    for stage, wanted in _draws(config, counts).items():
         try:
-            plans[stage] = plan_slots(
-                Program(
-                    model=Decoder(model_config, dtype=jnp.dtype(dtype)),
-                    generation=Generation(
-                        num_samples=draws.num_samples,
-                        max_new_tokens=draws.max_new_tokens,
-                        end_ids=end_ids,
-                        truncation=truncation,
-                        seed=config.seed,
-                    ),
-                    sizes=Sizes(
-                        slots=1,
-                        prompt_length=draws.prompt_length,
-                        kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
-                    ),
-                    mesh=mesh,
-                ),
-                capacity=capacity,
-                num_prompts=draws.num_prompts,
-                num_policies=draws.num_policies,
-                slots=section.slots,
-                platform=here[0].platform if here else None,
+            plans[stage] = plan_on(
+                mesh, wanted, config=config, model_config=model_config, capacity=capacity, platform=platform
             )
         except DnoError as error:
             raise DnoError(f"{stage}: {error}") from None

@@ -94,12 +94,14 @@ class Rollout(Record):
         sample: index of the sample; -1 for the teacher's response.
         source: who wrote it: policy t, its mixture with pi_ref, the teacher, or somebody in the data.
         policy: index t of the policy pi_t that sampled it, alone or in the mixture; None where none did.
-        text: what the judge sees, after the prompt's assistant_prefix; the decoded `token_ids` without special tokens.
-        token_ids: response ids, ending with an end-of-sequence id exactly when finish == "stop".
+        text: what the judge sees, after the prompt's assistant_prefix; the decoded `token_ids` without special tokens,
+            cut before a stop string.
+        token_ids: response ids, ending with an end-of-sequence id, or with the stop string's, when finish == "stop".
         prompt_token_ids: the ids the response was conditioned on.
         logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's
             response and for the data's.
-        finish: "stop" (an end id was emitted) or "length" (cut at the maximum).
+        drawn_logprob: the same under the distribution that the tokens were drawn from; None unless asked for.
+        finish: "stop" (an end id or a stop string was emitted) or "length" (cut at the maximum).
     """
 
     rollout_id: str
@@ -112,6 +114,7 @@ class Rollout(Record):
     prompt_token_ids: tuple[int, ...] = Field(min_length=1)
     logprob: float | None
     finish: Finish
+    drawn_logprob: float | None = None
 
     @property
     def is_gold(self) -> bool:

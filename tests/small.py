@@ -94,7 +94,7 @@ def small_tree(folder: Path, *, run_dir: str = "run", prompts: int = 12) -> dict
             "held_out_path": str(folder / "held_out.jsonl"),
             "max_length": 16,
         },
-        "sampling": {"num_samples": 4, "max_new_tokens": 16, "batch_prompts": 8, "temperature": 1.0},
+        "sampling": {"num_samples": 4, "max_new_tokens": 16, "shard_prompts": 8, "temperature": 1.0},
         "annotation": {"kind": "oracle", "oracle": {"target_words": 6}},
         "pairing": {"reward": "win_rate", "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2},
         "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},

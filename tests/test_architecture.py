@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = {
     "errors": 0, "losses": 0, "logprobs": 0, "preferences": 0, "games": 0, "records": 0, "config": 0, "run_dir": 0,
+    "endpoint": 0,
     "model": 1, "sampled_games": 1,
     "parallel": 2,
     "sampling": 3, "training": 3, "annotation": 3, "evaluation": 3,
@@ -68,7 +69,7 @@ def test_host_side_rooms_never_import_jax():
         *(PACKAGE / "games").rglob("*.py"),
         *(PACKAGE / "config").rglob("*.py"),
         *(PACKAGE / "preferences").rglob("*.py"),
-        *(PACKAGE / f"{n}.py" for n in ("records", "run_dir")),
+        *(PACKAGE / f"{n}.py" for n in ("endpoint", "records", "run_dir")),
     ]
     for path in files:
         assert not tops(path) & {"jax", "flax", "optax", "orbax"}, path
@@ -80,7 +81,7 @@ def test_the_model_knows_no_mesh_and_heavy_clients_have_one_door():
         if "transformers" in tops(path) or "tokenizers" in tops(path):
             assert name == "model/tokenizer.py"
         if "openai" in tops(path):
-            assert name == "annotation/client.py"
+            assert name == "endpoint.py"
         if name.startswith("model/"):
             assert not [found for found in imports(path) if found.startswith("dno_jax.parallel")]
 

@@ -138,7 +138,7 @@ def test_mesh_that_does_not_divide_the_model(command):
 
 
 def test_mesh_that_does_not_divide_the_batch(command):
-    assert "sampling.batch_prompts is 6" in command("sampling.batch_prompts=6")
+    assert "sampling.shard_prompts is 6" in command("sampling.shard_prompts=6")
 
 
 def test_unknown_field(command):

@@ -54,9 +54,7 @@ def test_the_loop_runs_to_the_end_and_pairs_follow_the_scores(folder):
 
 
 def test_faults_leave_a_run_that_goes_on_to_the_same_labels(folder, monkeypatch):
-    from dno_jax.annotation import client
-
-    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
     with JudgeServer() as server:
         expected = config_for(folder, server.url, "faultless")
         iteration.run(expected)
@@ -83,9 +81,7 @@ def test_faults_leave_a_run_that_goes_on_to_the_same_labels(folder, monkeypatch)
 
 
 def test_a_tolerated_share_of_failures_is_dropped_and_counted(folder, monkeypatch):
-    from dno_jax.annotation import client
-
-    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
     with JudgeServer(fraction=0.3, faults=("refusal",), fault_seed=2) as server:
         base = config_for(folder, server.url, "tolerant")
         config = base.model_copy(update={"annotation": base.annotation.model_copy(update={"max_failed": 0.9})})
@@ -109,9 +105,7 @@ def test_a_missing_key_stops_before_anything_is_written(folder, monkeypatch):
 
 
 def test_an_unreachable_judge_is_named_and_the_samples_are_kept(folder, monkeypatch):
-    from dno_jax.annotation import client
-
-    monkeypatch.setattr(client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]

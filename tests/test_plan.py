@@ -62,7 +62,7 @@ def seven(folder, small):
         "model": {"path": str(path), "chat_template": "raw", "dtype": "bfloat16"},
         "mesh": {"data": 1, "fsdp": -1, "tensor": 8},
         "prompts": {"path": str(prompts), "max_length": 1024},
-        "sampling": {"num_samples": 5, "max_new_tokens": 1024, "batch_prompts": 64},
+        "sampling": {"num_samples": 5, "max_new_tokens": 1024, "shard_prompts": 64},
         "annotation": {"kind": "oracle"},
         "pairing": {"reward": "win_rate", "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2},
         "training": {"batch_size": 64},

@@ -9,6 +9,7 @@ from dno_jax.config.base import Section
 from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sections import (
+    CompletionServerSection,
     EvaluationSection,
     LossName,
     LossSection,
@@ -26,6 +27,7 @@ from dno_jax.config.sections import (
 
 __all__ = [
     "AnnotationSection",
+    "CompletionServerSection",
     "EvaluationSection",
     "LossName",
     "LossSection",

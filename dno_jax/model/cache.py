@@ -109,7 +109,7 @@ def write_layer(
     key, key_scale = _quantised(k_BTKH, cache.key.dtype)
     value, value_scale = _quantised(v_BTKH, cache.value.dtype)
     cache = replace(cache, key=write(cache.key, key), value=write(cache.value, value))
-    if key_scale is None:
+    if key_scale is None or value_scale is None:
         return cache
     return replace(
         cache,

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -51,6 +52,43 @@ def _axis_sizes(section: MeshSection, num_devices: int, *, kind: str) -> tuple[i
             "make the product of the axes equal to the number of devices, or set one axis to -1"
         )
     return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of a mesh that this process can run by itself, together with those it shares a model with.
+
+    Attributes:
+        mesh: whole (expert, tensor) groups of devices, their rows on its data axis.
+        index, count: which of how many parts.
+        leads: whether this process writes what the part finds.
+    """
+
+    mesh: Mesh
+    index: int
+    count: int
+    leads: bool
+
+
+def own_part(mesh: Mesh) -> Part:
+    """Return the part of a mesh that this process runs; what the parts run needs nothing of each other."""
+    groups = mesh.devices.reshape(-1, *mesh.devices.shape[2:])  # one model each
+    parts: list[tuple[set[int], list[int]]] = []  # processes, groups
+    for group, devices in enumerate(groups):
+        processes, members = {device.process_index for device in devices.flat}, [group]
+        apart = []
+        for other, others in parts:
+            if other & processes:
+                processes, members = processes | other, others + members
+            else:
+                apart.append((other, others))
+        parts = [*apart, (processes, members)]
+    parts.sort(key=lambda part: min(part[1]))
+    index = next(i for i, (processes, _) in enumerate(parts) if jax.process_index() in processes)
+    processes, members = parts[index]
+    devices = groups[np.asarray(sorted(members))][:, None]
+    own = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Part(own, index=index, count=len(parts), leads=jax.process_index() == min(processes))
 
 
 def one_device_mesh() -> Mesh:

@@ -17,20 +17,20 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from dno_jax.logprobs import token_logprobs
 from dno_jax.model.cache import KVCache, init_cache
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.parallel.cache import cache_specs
-from dno_jax.parallel.sharding import DECODE, ROW_AXES, num_row_shards
+from dno_jax.parallel.sharding import DECODE, ROW_AXES, AnyMesh, num_row_shards
 from dno_jax.sampling.requests import Generation
 from dno_jax.sampling.transforms import address, drawn_logprobs, sample_token, without_padding
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Sizes:
     """How much is decoded at once; static. Counts are of one row shard of the mesh.
 
     Attributes:
@@ -70,14 +70,16 @@ class Program:
 
     model: Decoder
     generation: Generation
-    capacity: Capacity
-    mesh: Mesh
+    sizes: Sizes
+    mesh: AnyMesh
     record_drawn: bool = False
 
     @property
     def num_slots(self) -> int:
         """Columns of a slot's cache."""
-        return self.capacity.prompt_length + self.generation.max_new_tokens
+        whole = self.sizes.prompt_length + self.generation.max_new_tokens
+        total = self.generation.max_total_tokens
+        return whole if total is None else min(whole, total)
 
 
 @flax.struct.dataclass
@@ -171,7 +173,7 @@ def _specs(tree: Any) -> Any:
     return jax.tree.map(spec, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache))
 
 
-def _shardings(tree: Any, mesh: Mesh) -> Any:
+def _shardings(tree: Any, mesh: AnyMesh) -> Any:
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), _specs(tree), is_leaf=lambda spec: isinstance(spec, PartitionSpec)
     )
@@ -179,17 +181,27 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
 
 def start(program: Program, *, policies: int) -> tuple[State, Outputs]:
     """Return empty slots, an empty queue and outputs, laid out on the mesh."""
-    make = partial(_empty, program, policies)
-    return jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), program.mesh))()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_start(program, policies=policies))
+    return jax.jit(partial(_empty, program, policies), out_shardings=shardings)()
+
+
+def abstract_start(program: Program, *, policies: int) -> tuple[State, Outputs]:
+    """Return what `start` returns as jax.ShapeDtypeStruct with shardings, without making arrays."""
+    shapes = jax.eval_shape(partial(_empty, program, policies))
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, shapes, _shardings(shapes, program.mesh))
 
 
 def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
-    capacity, generation = program.capacity, program.generation
+    sizes, generation = program.sizes, program.generation
     config, dtype = program.model.config, program.model.dtype
     shards = num_row_shards(program.mesh)
 
     def text(rows: int, num_slots: int) -> Text:
-        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(capacity.kv_dtype))
+        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(sizes.kv_dtype))
         penalised = generation.truncation.repetition_penalty != 1.0
         return Text(
             cache=(cache,) * policies,
@@ -198,8 +210,8 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
             seen=jnp.zeros((rows, config.vocab_size), bool) if penalised else None,
         )
 
-    slots, entries = shards * capacity.slots, shards * capacity.entries
-    outputs, length = shards * capacity.outputs * generation.num_samples, generation.max_new_tokens
+    slots, entries = shards * sizes.slots, shards * sizes.entries
+    outputs, length = shards * sizes.outputs * generation.num_samples, generation.max_new_tokens
     state = State(
         slots=Slots(
             text=text(slots, program.num_slots),
@@ -209,7 +221,7 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
             limit=jnp.zeros(slots, jnp.int32),
         ),
         queue=Queue(
-            text=text(entries, capacity.prompt_length),
+            text=text(entries, sizes.prompt_length),
             name=jnp.zeros(entries, jnp.uint32),
             output=jnp.zeros(entries, jnp.int32),
             filled=jnp.zeros(shards, jnp.int32),
@@ -240,11 +252,11 @@ def fill(policies: tuple[Any, ...], state: State, prompts: Prompts, *, program: 
     """
     model = program.model
     rows, width = prompts.token.shape
-    piece = min(width, program.capacity.prefill_chunk)
+    piece = min(width, program.sizes.prefill_chunk)
 
     def read(params: Any) -> tuple[Array, KVCache]:
         """Put whole prompts through the model, piece after piece; return the state after the last token of each."""
-        dtype = jnp.dtype(program.capacity.kv_dtype)
+        dtype = jnp.dtype(program.sizes.kv_dtype)
         cache = init_cache(model.config, batch_size=rows, num_slots=width, dtype=dtype)
 
         def one(start: Array, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
@@ -299,6 +311,8 @@ def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
 
     def copy(target: Array, source: Array, *, axis: int) -> Array:
         own = jax.lax.dynamic_slice_in_dim(source, row, 1, axis=axis)
+        if source.ndim > 2:  # a cache; padding may go on where the other ends
+            own = own[..., : target.shape[-1]]
         start = [jnp.int32(0)] * target.ndim
         start[axis] = to
         return jax.lax.dynamic_update_slice(target, own, start)
@@ -311,7 +325,7 @@ def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
     )
 
 
-def _locally(function: Any, mesh: Mesh, *, results: int = 1) -> Any:
+def _locally(function: Any, mesh: AnyMesh, *, results: int = 1) -> Any:
     """Run a function on every row shard by itself; what it returns is like its first arguments, `results` of them."""
 
     def run(*trees: Any) -> Any:
@@ -346,7 +360,7 @@ def decode(
         cancelled: [O * K] bool, responses whose text the host has found ended.
         iteration: scalar int32, part of every key.
     """
-    generation, capacity, model = program.generation, program.capacity, program.model
+    generation, sizes, model = program.generation, program.sizes, program.model
     place, config = model.constrain, model.config
     end_ids = jnp.asarray(generation.end_ids, jnp.int32)
     locally = partial(_locally, mesh=program.mesh)
@@ -369,7 +383,7 @@ def decode(
             slots, started = carry
             slot = jnp.argmax(slots.output < 0)
             prompt, sample = jnp.divmod(started[0], generation.num_samples)
-            entry = prompt % capacity.entries
+            entry = prompt % sizes.entries
             length = queue.text.length[entry]
             key = address(
                 seed=generation.seed,
@@ -419,9 +433,10 @@ def decode(
         slots, started = locally(refill, results=2)(loop.slots, loop.started, state.queue, iteration)
         alive = slots.output >= 0
         text = slots.text
-        # Every row draws over the whole vocabulary: gather it where the head is split.
+        # Every row draws over the whole vocabulary: gather it where the head is split, and not the head, which is what
+        # the compiler would do if it were not told that the product is split too.
         row_logits = [
-            place(logits(config, params, hidden), ("batch", None))
+            place(place(logits(config, params, hidden), ("batch", "vocab")), ("batch", None))
             for params, hidden in zip(policies, text.hidden, strict=True)
         ]
         drawable = without_padding(mixed(row_logits), num_ids=generation.num_ids)
@@ -459,13 +474,11 @@ def decode(
             output=jnp.where(goes_on, slots.output, -1),
             step=slots.step + 1,
         )
-        return _Loop(
-            step=loop.step + 1, busy=loop.busy + jnp.sum(alive), slots=slots, outputs=outputs, started=started
-        )
+        return _Loop(step=loop.step + 1, busy=loop.busy + jnp.sum(alive), slots=slots, outputs=outputs, started=started)
 
     def unfinished(loop: _Loop) -> Array:
         waiting = state.queue.filled * generation.num_samples > loop.started
-        return (loop.step < capacity.chunk_steps) & (jnp.any(waiting) | jnp.any(loop.slots.output >= 0))
+        return (loop.step < sizes.chunk_steps) & (jnp.any(waiting) | jnp.any(loop.slots.output >= 0))
 
     loop = jax.lax.while_loop(
         unfinished,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from dno_jax.errors import DnoError
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.mesh import one_device_mesh
-from dno_jax.parallel.sharding import num_row_shards, replicated, relayout, row_sharding, to_device
-from dno_jax.sampling.decode import Capacity, Counts, Mixture, Outputs, Program, Prompts, decode, fill, start
+from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
+from dno_jax.sampling.decode import Counts, Mixture, Outputs, Program, Prompts, Sizes, decode, fill, start
 from dno_jax.sampling.requests import Finished, Generation, Request, Response
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
@@ -39,21 +40,25 @@ class Statistics:
         return self.tokens / max(self.slot_steps, 1)
 
 
-def prompt_bucket(length: int, *, max_length: int) -> int:
-    """Return the padded length of a prompt: a power of two from 16, or the maximum; few lengths mean few programs."""
+def prompt_bucket(length: int, *, max_length: int, piece: int) -> int:
+    """Return the padded length of a prompt: a power of two from 16, or the maximum; few lengths mean few programs.
+
+    A prompt that goes through the model in pieces is padded to whole ones.
+    """
     bucket = 16
     while bucket < length:
         bucket *= 2
-    return min(bucket, max_length)
+    bucket = min(bucket, max_length)
+    return bucket if bucket <= piece else -(-bucket // piece) * piece
 
 
 def generate(
     params: Any,
-    requests: Sequence[Request],
+    requests: Iterable[Request],
     *,
     model: Decoder,
     generation: Generation,
-    capacity: Capacity,
+    sizes: Sizes,
     iteration: int = 0,
     mesh: Mesh | None = None,
     mixture: Mixture | None = None,
@@ -68,9 +73,10 @@ def generate(
 
     Args:
         params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
-        requests: started in this order; prompts of like length side by side pad little.
+        requests: taken as there is room for them and started in this order; prompts of like length side by side pad
+            little.
         model: the decoder, its activations pinned to the mesh.
-        capacity: how much is decoded at once, on each row shard of the mesh.
+        sizes: how much is decoded at once, on each row shard of the mesh.
         mesh: None is the default device alone.
         mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
             mixture, log-probabilities stay pi_t's own. None holds no second cache.
@@ -79,21 +85,21 @@ def generate(
         statistics: filled in.
 
     Raises:
-        ValueError: a prompt is empty, or longer than `capacity.prompt_length`, or leaves no room for a response.
+        ValueError: a prompt is empty, or longer than `sizes.prompt_length`, or leaves no room for a response.
+        DnoError: the policy's logits are not finite.
     """
-    _check(requests, capacity=capacity, generation=generation)
     mesh = one_device_mesh() if mesh is None else mesh
-    program = Program(model, generation, capacity, mesh, record_drawn)
+    program = Program(model, generation, sizes, mesh, record_drawn)
     policies = (params,) if mixture is None else (params, mixture.params)
     statistics = Statistics() if statistics is None else statistics
-    if not requests:
-        return
     books = _Books.open(requests, program)
+    if books.finished:
+        return
     state, outputs = start(program, policies=len(policies))
     weight = jnp.float32(0.0 if mixture is None else mixture.weight)
     dispatched: tuple[int, Outputs, Counts] | None = None
     rows = row_sharding(mesh, ndim=1)
-    while books.unfinished:
+    while not books.finished:
         while prompts := books.next_prompts():
             places = jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), prompts)
             state = fill(policies, state, to_device(prompts, places), program=program)
@@ -115,20 +121,19 @@ def generate(
         dispatched = (call, outputs, counts)
 
 
-def _check(requests: Sequence[Request], *, capacity: Capacity, generation: Generation) -> None:
-    total = generation.max_total_tokens
-    for index, request in enumerate(requests):
-        length = len(request.token_ids)
-        if not 1 <= length <= capacity.prompt_length:
-            raise ValueError(
-                f"request {index} has a prompt of {length} tokens; the queue holds prompts of 1 to "
-                f"{capacity.prompt_length}: cut it, or raise the capacity's prompt_length"
-            )
-        if total is not None and length >= total:
-            raise ValueError(
-                f"request {index} has a prompt of {length} tokens and max_total_tokens is {total}, which leaves no room "
-                "for a response"
-            )
+def _checked(index: int, request: Request, program: Program) -> Request:
+    length, longest, total = len(request.token_ids), program.sizes.prompt_length, program.generation.max_total_tokens
+    if not 1 <= length <= longest:
+        raise ValueError(
+            f"request {index} has a prompt of {length} tokens; the cache holds prompts of 1 to {longest}: cut it, or "
+            "raise sizes.prompt_length"
+        )
+    if total is not None and length >= total:
+        raise ValueError(
+            f"request {index} has a prompt of {length} tokens and max_total_tokens is {total}, which leaves no "
+            "room for a response"
+        )
+    return request
 
 
 @dataclass
@@ -154,49 +159,58 @@ class _Shard:
 class _Books:
     """Which request stands where. All decisions follow from what calls returned, so that processes agree on them."""
 
-    requests: Sequence[Request]
     program: Program
     shards: list[_Shard]
-    pending: deque[int]
-    unfinished: int
+    coming: Iterator[tuple[int, Request]]
+    pending: deque[tuple[int, Request]]  # looked at, and not filled yet
     fresh: np.ndarray  # [shards, O, K] bool
     cancelled: np.ndarray  # [shards, O, K] bool
     calls: int = 0  # of decode, so far
 
     @classmethod
-    def open(cls, requests: Sequence[Request], program: Program) -> _Books:
-        count, outputs = num_row_shards(program.mesh), program.capacity.outputs
+    def open(cls, requests: Iterable[Request], program: Program) -> _Books:
+        count, outputs = num_row_shards(program.mesh), program.sizes.outputs
         marks = np.zeros((count, outputs, program.generation.num_samples), bool)
         return cls(
-            requests=requests,
             program=program,
             shards=[_Shard(free=list(reversed(range(outputs)))) for _ in range(count)],
-            pending=deque(range(len(requests))),
-            unfinished=len(requests),
+            coming=((index, _checked(index, request, program)) for index, request in enumerate(requests)),
+            pending=deque(),
             fresh=marks,
             cancelled=marks.copy(),
         )
 
+    @property
+    def finished(self) -> bool:
+        """Whether every prompt has been given out."""
+        return self._waiting(1) == 0 and not any(shard.places for shard in self.shards)
+
+    def _waiting(self, wanted: int) -> int:
+        """Look at the next requests; return how many there are, at most `wanted`."""
+        while len(self.pending) < wanted and (found := next(self.coming, None)) is not None:
+            self.pending.append(found)
+        return min(wanted, len(self.pending))
+
     def next_prompts(self) -> Prompts | None:
         """Take the next prompts for which there is room, a full call's where there are so many; None: nothing now."""
-        capacity, samples = self.program.capacity, self.program.generation.num_samples
-        rows = capacity.fill_rows
-        taken: list[list[int]] = []
+        sizes, samples = self.program.sizes, self.program.generation.num_samples
+        rows = sizes.fill_rows
+        taken: list[list[tuple[int, Request]]] = []
         for shard in self.shards:
-            room = min(capacity.entries - (shard.filled - shard.started // samples), len(shard.free))
-            wanted = min(rows, len(self.pending))
+            room = min(sizes.entries - (shard.filled - shard.started // samples), len(shard.free))
+            wanted = self._waiting(rows)
             taken.append([self.pending.popleft() for _ in range(wanted)] if room >= wanted else [])
         if not any(taken):
             return None
-        longest = max(len(self.requests[index].token_ids) for own in taken for index in own)
-        width = prompt_bucket(longest, max_length=capacity.prompt_length)
+        longest = max(len(request.token_ids) for own in taken for _, request in own)
+        width = prompt_bucket(longest, max_length=sizes.prompt_length, piece=sizes.prefill_chunk)
         count = len(self.shards)
         token = np.zeros((count, rows, width), np.int32)
         length, output = np.zeros((count, rows), np.int32), np.zeros((count, rows), np.int32)
         name = np.zeros((count, rows), np.uint32)
         for number, (shard, own) in enumerate(zip(self.shards, taken, strict=True)):
-            for row, index in enumerate(own):
-                request, place = self.requests[index], shard.free.pop()
+            for row, (index, request) in enumerate(own):
+                place = shard.free.pop()
                 shard.places[place] = _Place(index, since=self.calls)
                 token[number, row, : len(request.token_ids)] = request.token_ids
                 length[number, row], name[number, row] = len(request.token_ids), request.name
@@ -223,7 +237,7 @@ class _Books:
     ) -> Iterator[Finished]:
         """Wait for a call and yield the prompts that it finished."""
         outputs, counts = _on_host(outputs), _on_host(counts)
-        statistics.slot_steps += int(counts.steps) * len(self.shards) * self.program.capacity.slots
+        statistics.slot_steps += int(counts.steps) * len(self.shards) * self.program.sizes.slots
         statistics.busy_slot_steps += int(counts.busy)
         samples = self.program.generation.num_samples
         for number, shard in enumerate(self.shards):
@@ -231,7 +245,7 @@ class _Books:
             for name, place in sorted(shard.places.items()):
                 if place.since > call:
                     continue
-                first = (number * self.program.capacity.outputs + name) * samples
+                first = (number * self.program.sizes.outputs + name) * samples
                 if stop is not None:
                     self.cancelled[number, name] |= _cut(place, outputs, first, samples, stop)
                 if not outputs.done[first : first + samples].all():
@@ -239,7 +253,6 @@ class _Books:
                 responses = tuple(_response(outputs, first + k, cut=place.cut.get(k)) for k in range(samples))
                 del shard.places[name]
                 shard.free.append(name)
-                self.unfinished -= 1
                 statistics.tokens += sum(len(response.token_ids) for response in responses)
                 yield Finished(place.request, responses)
 
@@ -258,6 +271,11 @@ def _cut(place: _Place, outputs: Outputs, first: int, samples: int, stop: Stop) 
 
 def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Response:
     count, text = (int(outputs.length[row]), None) if cut is None else cut
+    if not np.isfinite(outputs.logprob[row, :count]).all():
+        raise DnoError(
+            "the policy's logits are not finite, so what was drawn means nothing; look at the training that made it "
+            "(its loss and gradient norm in metrics.jsonl), or at the checkpoint that was imported"
+        )
     drawn = outputs.drawn_logprob
     return Response(
         token_ids=tuple(outputs.token[row, :count].tolist()),
@@ -273,7 +291,9 @@ def _on_host(tree: Any) -> Any:
 
     def one(array: jax.Array) -> np.ndarray:
         if not array.is_fully_addressable:
-            array = relayout(array, replicated(cast(NamedSharding, array.sharding).mesh)).addressable_data(0)
+            array = relayout(array, replicated(cast(Mesh, cast(NamedSharding, array.sharding).mesh))).addressable_data(
+                0
+            )
         return np.asarray(array)
 
     return jax.tree.map(one, tree)

@@ -199,8 +199,13 @@ def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
 
 
 def queue_length(slots: int, *, num_samples: int, fill_rows: int) -> int:
-    """Return the prompts that wait prefilled for `slots` rows: as many as fill every slot anew, and one prefill."""
-    return math.ceil(slots / num_samples) + fill_rows
+    """Return the prompts that wait prefilled for `slots` rows.
+
+    An entry is free again when the last of its K samples has started. The host fills the queue up between two calls,
+    knowing what the one before had left: twice what refills every slot, and a call's prompts more, last that long
+    where responses are not much shorter than a call.
+    """
+    return 2 * math.ceil(slots / num_samples) + fill_rows
 
 
 def weight_bytes(config: ModelConfig, *, mesh: AnyMesh, dtype: Any) -> int:

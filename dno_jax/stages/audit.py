@@ -143,7 +143,7 @@ def _shown(response: Mapping[str, Any]) -> str:
 def _audited(stage: StageDir, *, policy: int, count: int) -> Iterator[Rollout]:
     """The policy's responses to the first prompts, by sha256 of their ids, of every shard."""
     for name in stage.shard_names() if count else ():
-        drawn = [row for row in stage.read_shard(Rollout, name) if row.policy == policy]
+        drawn = [row for row in stage.read_shard(Rollout, name) if row.policy == policy and row.logprob is not None]
         ids = sorted({row.prompt_id for row in drawn}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
         yield from (row for row in drawn if row.prompt_id in ids[:count])
 

@@ -55,7 +55,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         if tokenized:
             sample_to_shards(
                 runtime,
-                runtime.load_for_decoding(run_dir.policy(policy)),
+                {"policy": run_dir.policy(policy)},
                 tokenized,
                 out=rollouts_of(run_dir, policy),
                 policy=policy,

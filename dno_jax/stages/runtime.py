@@ -21,9 +21,10 @@ from dno_jax.model.hf import read_config
 from dno_jax.model.params import abstract_params
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
+from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
-from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards
+from dno_jax.parallel.mesh import Part, make_mesh, own_part
+from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards, on_part
 from dno_jax.run_dir import RunDir
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint
 from dno_jax.training.state import param_shardings
@@ -77,22 +78,25 @@ class Runtime(Generic[ConfigT]):
     def config_digest(self) -> str:
         return config_digest(self.config)
 
-    def model(self, layout: Layout) -> Decoder:
+    def model(self, layout: Layout, *, mesh: Mesh | None = None) -> Decoder:
         """The decoder with activations pinned to a layout; equal calls give equal (hence jit-cached) modules."""
-        section = self.config.model
+        section, mesh = self.config.model, self.mesh if mesh is None else mesh
         return Decoder(
             self.model_config,
             dtype=jnp.dtype(section.dtype),
             remat=section.remat,
-            constrain=Constrain(self.mesh, layout),
-            experts=sharded_experts(self.mesh),
+            constrain=Constrain(mesh, layout),
+            experts=sharded_experts(mesh),
             attention=make_attention(
-                self.attention_backend,
-                mesh=self.mesh,
-                layout=layout,
-                windows=self.model_config.windows,
+                self.attention_backend, mesh=mesh, layout=layout, windows=self.model_config.windows
             ),
+            write=ShardedWrite(mesh, layout),
         )
+
+    @cached_property
+    def part(self) -> Part:
+        """The rows of the mesh that this process samples with."""
+        return own_part(self.mesh)
 
     def param_shardings(self, layout: Layout) -> Any:
         return param_shardings(self.model_config, self.mesh, layout)
@@ -122,11 +126,14 @@ class Runtime(Generic[ConfigT]):
     def load_for_decoding(self, policy: epath.Path) -> Any:
         """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again.
 
+        All processes read together; each gets the weights on its own part of the mesh.
+
         They are cast on the host: no device ever holds the float32 weights, which may not fit where these do.
         """
         dtype = jnp.dtype(self.config.model.dtype)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(self.model_config))
-        return load_policy(policy, shapes=shapes, shardings=self.param_shardings(DECODE))
+        params = load_policy(policy, shapes=shapes, shardings=self.param_shardings(DECODE))
+        return on_part(params, param_shardings(self.model_config, self.part.mesh, DECODE))
 
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
@@ -168,8 +175,6 @@ def check_fit(
             "correct generation_config.json"
         )
     rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
-    if isinstance(config, RunConfig):
-        rows["sampling.batch_prompts"] = config.sampling.batch_prompts
     for name, count in rows.items():
         if count % row_shards:
             raise DnoError(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -17,15 +16,16 @@ from etils import epath
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
-from dno_jax.parallel.sharding import DECODE, owned_rows, row_sharding, to_device
 from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, StageDir, write_atomically
-from dno_jax.sampling.engine import Generation, Mixture, Responses, generate, pack_prompts, prompt_bucket
-from dno_jax.sampling.transforms import Truncation
+from dno_jax.sampling.decode import Mixture, Sizes
+from dno_jax.sampling.engine import Statistics
+from dno_jax.sampling.requests import Finished, Request, Response
 from dno_jax.stages import audit
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.sampler import Wanted, ask_server, draw, generation_of, plan
 from dno_jax.stages.scheme import center_of, mixture_weight
 
 
@@ -50,23 +50,22 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     inputs = stage.reference_of(prompts_path) | runtime.policy_inputs(*policies.values())
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
+    drawn: dict[str, Any] = {}
     if config.sampling.source == "data":
         if is_primary():
             given_to_shards(runtime, tokenized, out=stage, iteration=iteration)
     else:
-        params = {name: runtime.load_for_decoding(path) for name, path in policies.items()}
-        mixture = Mixture(params["center"], jnp.float32(weight)) if "center" in params else None
-        sample_to_shards(
+        draws = _draws(config, weight)
+        drawn = sample_to_shards(
             runtime,
-            params["policy"],
+            policies,
             tokenized,
             out=stage,
             policy=iteration,
-            draws=_draws(config, mixture),
+            draws=draws,
             description=f"sample    {iteration}",
             gold_too=True,
         )
-        del params, mixture  # the audit needs the trainer's
     audited = audit.run(runtime, stage, policy=iteration)
     if is_primary():
         rollouts = list(stage.read(Rollout))
@@ -79,6 +78,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             dropped=dropped,
             seconds=time.perf_counter() - start,
             details=response_statistics(rollouts)
+            | drawn
             | ({"truncated_prompts": truncated} if truncated else {})
             | ({"audit": audited} if audited else {}),
         )
@@ -88,22 +88,26 @@ def run(config: RunConfig, iteration: int) -> Manifest:
 
 @dataclass(frozen=True)
 class Draw:
-    """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`."""
+    """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`.
+
+    Attributes:
+        weight: the center's share of the mixture; None draws from the policy alone.
+    """
 
     source: Source
     num_samples: int
     first_sample: int = 0
-    mixture: Mixture | None = None
+    weight: float | None = None
 
 
-def _draws(config: RunConfig, mixture: Mixture | None) -> tuple[Draw, ...]:
+def _draws(config: RunConfig, weight: float) -> tuple[Draw, ...]:
     section = config.sampling
     if section.source == "mixture":
-        return (Draw("mixture", section.num_samples, mixture=mixture),)
+        return (Draw("mixture", section.num_samples, weight=weight),)
     own = Draw("policy", section.num_samples)
     if not section.num_opponents:
         return (own,)
-    return own, Draw("mixture", section.num_opponents, first_sample=section.num_samples, mixture=mixture)
+    return own, Draw("mixture", section.num_opponents, first_sample=section.num_samples, weight=weight)
 
 
 def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
@@ -119,7 +123,7 @@ def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
 
 def sample_to_shards(
     runtime: Runtime[RunConfig],
-    params: Any,
+    policies: Mapping[str, epath.Path],
     prompts: Sequence[TokenizedPrompt],
     *,
     out: StageDir,
@@ -127,109 +131,205 @@ def sample_to_shards(
     draws: Sequence[Draw],
     description: str,
     gold_too: bool = False,
-) -> None:
-    """Sample every prompt that has no closed shard yet; each process writes the prompts that its devices hold.
+) -> dict[str, Any]:
+    """Sample every prompt that has no closed shard yet; return how the slots were used, for the manifest.
 
-    Batches are cut from the whole list, so that a restart, another mesh or another number of processes runs the same
-    programs on the same rows. All candidates of a prompt are in one shard, which can be judged as soon as it is closed.
+    Shards are cut from the whole list, alike on every machine. All candidates of a prompt are in one shard, which is
+    closed, and can be judged, as soon as the last of its prompts is finished. Each part of the mesh takes every n-th
+    shard and runs by itself.
+
+    Args:
+        policies: paths by name: "policy" that samples, and the mixture's "center" where a draw has one.
     """
-    size = runtime.config.sampling.batch_prompts
-    batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    pending = _unfinished(out, batches)
-    done = sum(len(batch) for index, batch in enumerate(batches) if index not in pending)
-    written: _Batch | None = None
-    with Meter(description, total=len(prompts), unit="prompts", done=done, enabled=is_primary()) as meter:
-        for index in pending:
-            responses = [_dispatch(runtime, params, batches[index], draw=draw, policy=policy) for draw in draws]
-            # The device works on this batch while the host writes the one before.
-            if written is not None:
-                _write(runtime, written, out=out, policy=policy, gold_too=gold_too)
-                meter.advance(len(written.prompts))
-            written = _Batch(index * size, batches[index], list(zip(draws, responses, strict=True)))
-        if written is not None:
-            _write(runtime, written, out=out, policy=policy, gold_too=gold_too)
-            meter.advance(len(written.prompts))
+    size = runtime.config.sampling.shard_prompts
+    cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    pending = _unfinished(out, cuts)
+    part, server = runtime.part, runtime.config.sampling.engine == "openai"
+    # A server is asked by one process; no device takes part.
+    own = pending[part.index :: part.count] if not server else pending if is_primary() else []
+    shards = {index: _Shard(index * size, cuts[index], {}) for index in own}
+    requests = [Request(item.token_ids, item.name) for shard in shards.values() for item in shard.prompts]
+    places = [(shard, place) for shard in shards.values() for place in range(len(shard.prompts))]
+    details: dict[str, Any] = {}
+    done = len(prompts) - sum(len(cuts[index]) for index in pending)
+    if pending:
+        finished = (
+            _of_server(runtime, requests, places, draws=draws, policy=policy, details=details)
+            if server
+            else _of_devices(runtime, policies, requests, places, draws=draws, policy=policy, details=details)
+        )
+        with Meter(description, total=done + len(requests), unit="prompts", done=done, enabled=is_primary()) as meter:
+            # Drawn in turn, so that a prompt's candidates of all distributions are there together.
+            for number, found in _in_turn(finished):
+                shard, place = places[found.index]
+                if shard.add(place, number, found) < len(draws):
+                    continue
+                meter.advance(1)
+                if shard.is_whole(len(draws)) and (part.leads or server):
+                    _write(runtime, shard, out=out, policy=policy, draws=draws, gold_too=gold_too)
+        for shard in shards.values():  # prompts that a server had no usable answers for are not sampled
+            if server and shard.found and not shard.is_whole(len(draws)):
+                _write(runtime, shard, out=out, policy=policy, draws=draws, gold_too=gold_too)
     barrier(f"sampled {out.path}")
+    return details
 
 
-@dataclass(frozen=True)
-class _Batch:
+@dataclass
+class _Shard:
+    """A file of rollouts in the making."""
+
     first: int  # place of its first prompt in the whole list
     prompts: Sequence[TokenizedPrompt]
-    drawn: Sequence[tuple[Draw, Responses]]
+    found: dict[int, dict[int, tuple[Response, ...]]]  # prompt -> draw -> responses
+
+    def add(self, place: int, draw: int, finished: Finished) -> int:
+        """Keep a prompt's responses of one draw; return of how many draws there are now."""
+        own = self.found.setdefault(place, {})
+        own[draw] = finished.responses
+        return len(own)
+
+    def is_whole(self, draws: int) -> bool:
+        return len(self.found) == len(self.prompts) and all(len(own) == draws for own in self.found.values())
 
 
-def _unfinished(out: StageDir, batches: Sequence[Sequence[TokenizedPrompt]]) -> list[int]:
-    """Indices of the batches with a prompt that no closed shard holds; process 0 says which, for all."""
+def _in_turn(streams: Sequence[Iterator[Finished]]) -> Iterator[tuple[int, Finished]]:
+    """Take one item of each stream in turn, with the stream's number, until all have ended."""
+    left = dict(enumerate(streams))
+    while left:
+        for number, stream in list(left.items()):
+            if (found := next(stream, None)) is None:
+                del left[number]
+            else:
+                yield number, found
+
+
+def _of_devices(
+    runtime: Runtime[RunConfig],
+    policies: Mapping[str, epath.Path],
+    requests: Sequence[Request],
+    places: Sequence[tuple[_Shard, int]],
+    *,
+    draws: Sequence[Draw],
+    policy: int,
+    details: dict[str, Any],
+) -> list[Iterator[Finished]]:
+    """One stream a draw, from the devices of this process's part of the mesh."""
+    config = runtime.config
+    sizes: list[Sizes] = []
+    for own in draws:  # before weights take the memory that is asked about
+        wanted = Wanted(
+            num_samples=own.num_samples,
+            num_prompts=len(requests),
+            prompt_length=config.prompts.max_length,
+            max_new_tokens=config.sampling.max_new_tokens,
+            num_policies=1 if own.weight is None else 2,
+            max_total_tokens=config.sampling.max_total_tokens,
+        )
+        sizes.append(plan(runtime, wanted).program.sizes)
+    params = {name: runtime.load_for_decoding(path) for name, path in policies.items()}
+
+    def stream(own: Draw, size: Sizes) -> Iterator[Finished]:
+        statistics = Statistics()
+        mixture = None if own.weight is None else Mixture(params["center"], jnp.float32(own.weight))
+        yield from draw(
+            runtime,
+            params["policy"],
+            requests,
+            before=lambda index: _before(_prompt(places, index)),
+            generation=generation_of(runtime, num_samples=own.num_samples, first_sample=own.first_sample),
+            sizes=size,
+            iteration=policy,
+            mixture=mixture,
+            statistics=statistics,
+        )
+        details[f"slots {own.source}" if len(draws) > 1 else "slots"] = {
+            "slots": size.slots,
+            "utilisation": round(statistics.utilisation, 4),
+            "decode_calls": statistics.decode_calls,
+        }
+
+    return [stream(own, size) for own, size in zip(draws, sizes, strict=True)]
+
+
+def _of_server(
+    runtime: Runtime[RunConfig],
+    requests: Sequence[Request],
+    places: Sequence[tuple[_Shard, int]],
+    *,
+    draws: Sequence[Draw],
+    policy: int,
+    details: dict[str, Any],
+) -> list[Iterator[Finished]]:
+    """One stream a draw, from the configured server."""
+    counts: Counter[str] = Counter()
+
+    def stream(own: Draw) -> Iterator[Finished]:
+        yield from ask_server(
+            runtime,
+            requests,
+            prompts=lambda index: _prompt(places, index).prompt,
+            before=lambda index: _before(_prompt(places, index)),
+            generation=generation_of(runtime, num_samples=own.num_samples, first_sample=own.first_sample),
+            iteration=policy,
+            counts=counts,
+        )
+        details["server"] = dict(counts)
+
+    return [stream(own) for own in draws]
+
+
+def _prompt(places: Sequence[tuple[_Shard, int]], index: int) -> TokenizedPrompt:
+    shard, place = places[index]
+    return shard.prompts[place]
+
+
+def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]]) -> list[int]:
+    """Indices of the shards with a prompt that no closed one holds; process 0 says which, for all."""
     found = {rollout.prompt_id for rollout in out.read(Rollout)} if is_primary() else set()
-    missing = [any(item.prompt.prompt_id not in found for item in batch) for batch in batches]
+    missing = [any(item.prompt.prompt_id not in found for item in cut) for cut in cuts]
     return [int(index) for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
 
 
-def _dispatch(
-    runtime: Runtime[RunConfig], params: Any, prompts: Sequence[TokenizedPrompt], *, draw: Draw, policy: int
-) -> Responses:
-    """Start the generation of one batch; short batches are filled up with rows of padding."""
-    config = runtime.config
-    generation = Generation(
-        num_samples=draw.num_samples,
-        first_sample=draw.first_sample,
-        max_new_tokens=config.sampling.max_new_tokens,
-        end_ids=runtime.end_ids,
-        num_ids=runtime.tokenizer.vocab_size,
-        truncation=Truncation(
-            temperature=config.sampling.temperature,
-            top_k=config.sampling.top_k,
-            top_p=config.sampling.top_p,
-            min_p=config.sampling.min_p,
-        ),
-        seed=config.seed,
-    )
-    rows = config.sampling.batch_prompts
-    length = prompt_bucket(max(len(item.token_ids) for item in prompts), max_length=config.prompts.max_length)
-    names = [item.name for item in prompts]
-    batch = pack_prompts([item.token_ids for item in prompts], names, num_rows=rows, length=length)
-    shardings = jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch)
-    return generate(
-        params,
-        to_device(batch, shardings),
-        model=runtime.model(DECODE),
-        generation=generation,
-        iteration=jnp.int32(policy),
-        mixture=draw.mixture,
-    )
+def _write(
+    runtime: Runtime[RunConfig], shard: _Shard, *, out: StageDir, policy: int, draws: Sequence[Draw], gold_too: bool
+) -> None:
+    """Close a shard: the rollouts of its prompts, in their order."""
+    rollouts: list[Rollout] = []
+    for place in sorted(shard.found):
+        item = shard.prompts[place]
+        for own, responses in zip(draws, (shard.found[place][number] for number in range(len(draws))), strict=True):
+            rollouts += [
+                _rollout(runtime, item, response, sample=own.first_sample + k, source=own.source, policy=policy)
+                for k, response in enumerate(responses)
+            ]
+        if gold_too and (gold := _gold(runtime, item, iteration=policy)):
+            rollouts.append(gold)
+    out.write_shard(f"{shard.first:07d}", rollouts)
 
 
-def _write(runtime: Runtime[RunConfig], batch: _Batch, *, out: StageDir, policy: int, gold_too: bool) -> None:
-    """Write the shard of those rows of a finished batch that this process owns."""
-    rollouts: dict[int, list[Rollout]] = {}
-    for draw, responses in batch.drawn:
-        columns = {name: owned_rows(getattr(responses, name)) for name in ("token", "length", "logprob", "stopped")}
-        for row in sorted(columns["token"]):
-            index, sample = divmod(row, draw.num_samples)
-            if index >= len(batch.prompts):
-                continue
-            item, sample = batch.prompts[index], sample + draw.first_sample
-            token_ids = tuple(columns["token"][row][: columns["length"][row]].tolist())
-            rollouts.setdefault(index, []).append(
-                Rollout(
-                    rollout_id=f"{policy:03d}/{item.prompt.prompt_id}/{sample}",
-                    prompt_id=item.prompt.prompt_id,
-                    sample=sample,
-                    source=draw.source,
-                    policy=policy,
-                    text=runtime.tokenizer.decode(token_ids, after=_before(item)),
-                    token_ids=token_ids,
-                    prompt_token_ids=item.token_ids,
-                    logprob=float(columns["logprob"][row]),
-                    finish="stop" if columns["stopped"][row] else "length",
-                )
-            )
-    for index, own in rollouts.items():
-        if gold_too and (gold := _gold(runtime, batch.prompts[index], iteration=policy)):
-            own.append(gold)
-    if rollouts:
-        out.write_shard(f"{batch.first + min(rollouts):07d}", [row for own in rollouts.values() for row in own])
+def _rollout(
+    runtime: Runtime[RunConfig],
+    item: TokenizedPrompt,
+    response: Response,
+    *,
+    sample: int,
+    source: Source,
+    policy: int,
+) -> Rollout:
+    text, drawn = response.text, response.drawn_logprobs
+    return Rollout(
+        rollout_id=f"{policy:03d}/{item.prompt.prompt_id}/{sample}",
+        prompt_id=item.prompt.prompt_id,
+        sample=sample,
+        source=source,
+        policy=policy,
+        text=runtime.tokenizer.decode(response.token_ids, after=_before(item)) if text is None else text,
+        token_ids=response.token_ids,
+        prompt_token_ids=item.token_ids,
+        logprob=None if response.logprobs is None else float(np.sum(response.logprobs)),
+        finish=response.finish,
+        drawn_logprob=None if drawn is None else float(np.sum(drawn)),
+    )
 
 
 def _before(item: TokenizedPrompt) -> tuple[int, ...]:
@@ -245,7 +345,7 @@ def given_to_shards(
     Raises:
         DnoError: a prompt without candidates.
     """
-    size = runtime.config.sampling.batch_prompts
+    size = runtime.config.sampling.shard_prompts
     for first in range(0, len(prompts), size):
         rollouts: list[Rollout] = []
         for item in prompts[first : first + size]:

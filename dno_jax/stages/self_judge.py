@@ -1,39 +1,40 @@
 """The policy as its own judge (Self-Rewarding, arXiv 2401.10020): readings of every response, their points averaged.
 
-A device stage, which every process runs after sampling: the judge needs the sampler. A reading is a function of the
-weights and of (seed, iteration, rollout, reading), so asking again would give the same answer. Hence every shard is
-closed, also one whose pools are left without a verdict.
+A device stage, which every process runs after sampling, on shards of its own: the judge needs the sampler. A reading is
+a function of the weights and of (seed, iteration, rollout, reading), so asking again would give the same answer. Hence
+every shard is closed, also one whose pools are left without a verdict.
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from etils import epath
 
 from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.rubric import PointRubric, Unparsable, load_point_rubric
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import is_primary, same_everywhere, wait_until
-from dno_jax.parallel.sharding import DECODE, replicated, row_sharding, to_device
+from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
+from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Judgement, Message, Prompt, Rollout, parse_lines
 from dno_jax.report.console import Meter, say
 from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.sampling.engine import Generation, Responses, generate, pack_prompts, prompt_bucket
+from dno_jax.sampling.decode import Sizes
+from dno_jax.sampling.engine import generate
+from dno_jax.sampling.requests import Finished, Generation, Request, Response
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.annotate import pools_of
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.sampler import Wanted, plan
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
 _JUDGE_KEYS = 1 << 30
@@ -78,10 +79,10 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     rows = parse_lines(Prompt, lines, place=str(run_dir.prompts_path(iteration)))
     source = _Source(sampled, {prompt.prompt_id: prompt for prompt in rows})
     pending = _unfinished(stage, shards, identity=identity)
-    judgements = [row for shard in shards if shard not in pending for row in stage.read_shard(Judgement, shard)]
     if pending:
-        params = runtime.load_for_decoding(policy)
-        judgements += _judge_shards(judge, params, source, pending, out=stage, identity=identity)
+        _judge_shards(judge, policy, source, pending, out=stage, identity=identity)
+        barrier(f"judged {stage.path}")
+    judgements = [row for shard in shards for row in stage.read_shard(Judgement, shard)]
     # Every process has all judgements, so that all of them stop here, or none.
     _refuse_if_too_few(judgements, max_failed=config.annotation.max_failed, place=str(stage.path))
     if is_primary():
@@ -185,17 +186,27 @@ class _Judge:
             return f"the text to judge spells the control token {self.runtime.tokenizer.strip(sorted(spelt))[0]!r}"
         return ids
 
-    def generate(self, params: Any, requests: Sequence[_Request], *, length: int, iteration: int) -> Responses:
-        """Start the readings of one batch, which come to every process; short batches are filled up with padding."""
-        config = self.runtime.config
-        section, rows = config.annotation.self_judge, config.sampling.batch_prompts
-        names = [name_bits(request.candidate_id) for request in requests]
-        batch = pack_prompts([request.token_ids for request in requests], names, num_rows=rows, length=length)
-        mesh = self.runtime.mesh
-        responses = generate(
+    def sizes(self, *, num_requests: int) -> Sizes:
+        """Say how many readings decode together; before weights are loaded."""
+        section = self.runtime.config.annotation.self_judge
+        wanted = Wanted(
+            num_samples=section.num_judgements,
+            num_prompts=num_requests,
+            prompt_length=section.max_prompt_length,
+            max_new_tokens=section.max_new_tokens,
+        )
+        return plan(self.runtime, wanted).program.sizes
+
+    def generate(
+        self, params: Any, requests: Iterable[_Request], *, sizes: Sizes, iteration: int
+    ) -> Iterator[Finished]:
+        """Read requests out on this process's part of the mesh."""
+        config, mesh = self.runtime.config, self.runtime.part.mesh
+        section = config.annotation.self_judge
+        return generate(
             params,
-            to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch)),
-            model=self.runtime.model(DECODE),
+            (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
+            model=self.runtime.model(DECODE, mesh=mesh),
             generation=Generation(
                 num_samples=section.num_judgements,
                 max_new_tokens=section.max_new_tokens,
@@ -204,20 +215,14 @@ class _Judge:
                 truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
                 seed=config.seed,
             ),
-            iteration=jnp.int32(_JUDGE_KEYS + iteration),
+            sizes=sizes,
+            iteration=_JUDGE_KEYS + iteration,
+            mesh=mesh,
         )
-        # Gathered right behind the sampling: asked for later, it would queue behind the next batch on the device.
-        return _gather(replicated(mesh))(responses)
 
-    def read(self, responses: Responses, *, count: int) -> list[list[_Reading]]:
-        """Wait for the readings of a batch's first `count` rows and parse them."""
-        token, length, stopped = (np.asarray(getattr(responses, name)) for name in ("token", "length", "stopped"))
-        readings = self.runtime.config.annotation.self_judge.num_judgements
-        parsed = [
-            self._parse(self.runtime.tokenizer.decode(token[row, : length[row]].tolist()), whole=bool(stopped[row]))
-            for row in range(count * readings)
-        ]
-        return [parsed[first : first + readings] for first in range(0, len(parsed), readings)]
+    def read(self, response: Response) -> _Reading:
+        """Parse one reading."""
+        return self._parse(self.runtime.tokenizer.decode(response.token_ids), whole=response.finish == "stop")
 
     def _parse(self, text: str, *, whole: bool) -> _Reading:
         if not whole:
@@ -235,11 +240,6 @@ class _Judge:
     def _control(self, ids: Sequence[int]) -> Counter[int]:
         control = self.runtime.tokenizer.control_ids
         return Counter(token for token in ids if token in control)
-
-
-@functools.cache
-def _gather(whole: NamedSharding) -> Callable[[Responses], Responses]:
-    return jax.jit(lambda responses: responses, out_shardings=whole)
 
 
 @dataclass(frozen=True)
@@ -275,15 +275,6 @@ class _Sheet:
             }
         return sheet
 
-    def batches(self, *, size: int, max_length: int) -> Iterator[tuple[int, list[_Request]]]:
-        """Yield (padded length, requests). A request's length alone says which program it runs in."""
-        by_length: dict[int, list[_Request]] = {}
-        for request in self.requests.values():
-            by_length.setdefault(prompt_bucket(len(request.token_ids), max_length=max_length), []).append(request)
-        for length, requests in sorted(by_length.items()):
-            for first in range(0, len(requests), size):
-                yield length, requests[first : first + size]
-
     @property
     def is_read(self) -> bool:
         return len(self.readings) == len(self.requests)
@@ -307,46 +298,41 @@ class _Sheet:
 
 
 def _judge_shards(
-    judge: _Judge, params: Any, source: _Source, shards: Sequence[str], *, out: StageDir, identity: str
-) -> list[Judgement]:
-    """Judge and close shards in order; every process reads everything, process 0 writes."""
-    config, iteration = judge.runtime.config, out.iteration
-    size, max_length = config.sampling.batch_prompts, config.annotation.self_judge.max_prompt_length
-    judgements: list[Judgement] = []
-    under_way: list[_Sheet] = []
-    unread: tuple[_Sheet, list[_Request], Responses] | None = None
+    judge: _Judge, policy: epath.Path, source: _Source, shards: Sequence[str], *, out: StageDir, identity: str
+) -> None:
+    """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
+    part, iteration = judge.runtime.part, out.iteration
+    own = shards[part.index :: part.count]
+    # Of all shards, whoever judges them: processes that share a model must decode as many rows.
+    pools = {shard: source.pools(shard, dropped=Counter()) for shard in shards}
+    sizes = judge.sizes(num_requests=sum(len(pool.candidate_ids) for found in pools.values() for pool in found))
+    params = judge.runtime.load_for_decoding(policy)
+    asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
 
-    def read(sheet: _Sheet, requests: list[_Request], responses: Responses) -> None:
-        for request, readings in zip(requests, judge.read(responses, count=len(requests)), strict=True):
-            sheet.readings[request.candidate_id] = readings
+    def coming() -> Iterator[_Request]:
+        """Lay shards out one after the other, as the sampler takes requests."""
+        numbers = itertools.count()
+        for shard in own:
+            sheet = _Sheet.lay_out(judge, shard, pools.pop(shard))
+            if sheet.is_read:
+                close(sheet)
+            # Prompts of like length side by side pad little.
+            for request in sorted(sheet.requests.values(), key=lambda request: len(request.token_ids)):
+                asked[next(numbers)] = sheet, request
+                yield request
 
-    def close_what_is_read() -> None:
-        while under_way and under_way[0].is_read:
-            sheet = under_way.pop(0)
-            rows = sheet.judgements(identity=identity)
-            if is_primary():
-                out.write_shard(sheet.shard, rows)
-            judgements.extend(rows)
-            meter.advance(len(rows))
+    def close(sheet: _Sheet) -> None:
+        if part.leads:
+            out.write_shard(sheet.shard, sheet.judgements(identity=identity))
+        meter.advance(len(sheet.pools))
 
-    with Meter(f"judge     {iteration}", total=0, unit="pools", enabled=is_primary()) as meter:
-        total = 0
-        for shard in shards:
-            sheet = _Sheet.lay_out(judge, shard, source.pools(shard, dropped=Counter()))
-            total += len(sheet.pools)
-            meter.expect(total)
-            under_way.append(sheet)
-            for length, requests in sheet.batches(size=size, max_length=max_length):
-                responses = judge.generate(params, requests, length=length, iteration=iteration)
-                # The device works on this batch while the host parses the one before.
-                if unread is not None:
-                    read(*unread)
-                unread = (sheet, requests, responses)
-                close_what_is_read()
-        if unread is not None:
-            read(*unread)
-        close_what_is_read()
-    return judgements
+    total = sum(len(pools[shard]) for shard in own)
+    with Meter(f"judge     {iteration}", total=total, unit="pools", enabled=is_primary()) as meter:
+        for finished in judge.generate(params, coming(), sizes=sizes, iteration=iteration):
+            sheet, request = asked.pop(finished.index)
+            sheet.readings[request.candidate_id] = [judge.read(response) for response in finished.responses]
+            if sheet.is_read:
+                close(sheet)
 
 
 def _refuse_if_too_few(judgements: Sequence[Judgement], *, max_failed: float, place: str) -> None:

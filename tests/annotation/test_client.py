@@ -20,9 +20,10 @@ import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
 from dno_jax.annotation import client as client_module
-from dno_jax.annotation.client import JudgeUnreachable, OpenAIAnnotator, parse_retry_after, wait_seconds
+from dno_jax.annotation.client import JudgeUnreachable, OpenAIAnnotator
 from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
+from dno_jax.endpoint import parse_retry_after, wait_seconds
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
 from tests.annotation.judge_server import FAULTS, JudgeServer
@@ -33,7 +34,7 @@ KEY = "planted.0123456789.do-not-leak"  # unlike an OpenAI key: found because it
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(client_module, "BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.001)
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_retry_after_is_honoured(store_path, monkeypatch):
 
 
 def test_waiting_grows_and_is_bounded(monkeypatch):
-    monkeypatch.setattr(client_module, "BACKOFF_SECONDS", 0.5)
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.5)
     assert [wait_seconds(n, retry_after=None, jitter=1.0) for n in (1, 2, 3, 4)] == [0.5, 1.0, 2.0, 4.0]
     assert wait_seconds(3, retry_after=None, jitter=0.0) == 1.0
     assert wait_seconds(10**6, retry_after=None, jitter=1.0) == 30.0
@@ -405,7 +406,7 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
                 monkeypatch.setattr(server, "api_key", "another")  # its 401 quotes the key it was given
                 await annotator.judge(planted(2)[0])
             finally:
-                said.append(annotator._scrub(f"x {KEY} y Bearer abcdefgh sk-proj-12345678"))
+                said.append(annotator._endpoint.scrub(f"x {KEY} y Bearer abcdefgh sk-proj-12345678"))
                 await annotator.close()
 
         with pytest.raises(DnoError, match="Incorrect API key provided: ") as caught:

@@ -65,7 +65,7 @@ def plain(small_folder, tmp_path_factory):
     changes = {
         "run_dir": str(folder / "run"),
         "prompts": {"path": str(write_prompts(folder / "prompts.jsonl", 12, gold=False)), "held_out_path": None},
-        "sampling": {**SAMPLING, "batch_prompts": 8},
+        "sampling": {**SAMPLING, "shard_prompts": 8},
     }
     config = parse_config(RunConfig, deep_merge(tree, changes), place="test")
     iteration.prepare(config)

@@ -124,7 +124,7 @@ def make(folder, tmp_path):
             "iterations": 1,
             "model": {"path": str(folder / "taught"), "chat_template": "raw"},
             "prompts": {"path": str(folder / "prompts.jsonl"), "max_length": 16},
-            "sampling": {"num_samples": 4, "max_new_tokens": 8, "batch_prompts": 8, "temperature": 1.0},
+            "sampling": {"num_samples": 4, "max_new_tokens": 8, "shard_prompts": 8, "temperature": 1.0},
             "annotation": {
                 "kind": "self",
                 "self_judge": {"rubric": str(folder / "rubric.yaml"), "max_prompt_length": 24, "max_new_tokens": 6},
@@ -258,7 +258,7 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
     assert {row.state for row in rows} == {"ok", "unparsable"}
     assert any(score % 1 for row in rows for score in row.scores or ())  # some mean is no whole number
 
-    other = make(annotation=hot, sampling={"batch_prompts": 16}, run_dir=str(tmp_path / "other"))
+    other = make(annotation=hot, sampling={"shard_prompts": 16}, run_dir=str(tmp_path / "other"))
     again = sampled(other)
     self_judge.run(other, 0)
     assert [row.raw for row in judgements(again)] == [row.raw for row in rows]

@@ -1,0 +1,201 @@
+"""The one door to OpenAI-compatible endpoints: keys kept, pauses polite, failures sorted.
+
+Retries are their callers', not the client's, because an answer that cannot be used is retried as well, and all count.
+
+The key is read from the environment when the client is made. What others wrote (errors, replies) is scrubbed of it
+before it is raised, logged or stored. Errors are raised outside `except` blocks, so that they do not carry the client's
+exception, which holds the request's headers, as their context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from dno_jax.errors import DnoError
+
+if TYPE_CHECKING:
+    import openai
+
+BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
+# An endpoint that wants a longer pause is not waited for while accelerators idle.
+MAX_RETRY_AFTER_SECONDS = 300.0
+
+_RETRIED = {408, 409, 425, 429}
+_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError"}
+_SHORTEST_SECRET = 8  # "EMPTY", "none": placeholders for servers without keys; scrubbing them would garble words
+_KEY_LIKE = re.compile(r"\b(sk-|Bearer )[\w*.-]{6,}")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A try without a reply, and what follows from it: another try, none for this request, or none for any."""
+
+    detail: str
+    then: Literal["retry", "give up", "refused", "raise"] = "retry"
+    unreachable: bool = False
+    retry_after: float | None = None
+
+
+class Endpoint:
+    """A server, by the name that messages give it.
+
+    Args:
+        who: as in "the judge 'gpt' at http://... answered HTTP 500".
+        place: the section of the configuration that remedies name.
+        url: of the API; it usually ends in /v1.
+        api_key_env: environment variable of the key; None for no key.
+        timeout: seconds a request may take, all of it.
+
+    Raises:
+        DnoError: a missing key, an unusable URL.
+    """
+
+    def __init__(self, *, who: str, place: str, url: str, api_key_env: str | None, timeout: float):
+        self.who = who
+        self.place = place
+        self.url = _checked_url(url, place=place)
+        self._api_key_env = api_key_env
+        self._timeout = timeout
+        self._client = _connect(self.url, place=place, api_key_env=api_key_env, timeout=timeout)
+
+    async def send(self, request: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> str | Trouble:
+        """Send one request, made with the client's `with_raw_response`, and return the text of a 200.
+
+        Raises:
+            DnoError: no request of this configuration can succeed.
+        """
+        import openai
+
+        try:
+            # The client's own timeout counts silence only; a server that trickles would hold the slot for ever.
+            async with asyncio.timeout(self._timeout):
+                return (await request(self._client)).http_response.text
+        except openai.APIStatusError as error:
+            trouble = self._status_trouble(error)
+        except openai.APIConnectionError as error:
+            cause = type(error.__cause__).__name__
+            trouble = Trouble(f"no connection ({cause})", unreachable=cause in _NO_CONNECTION)
+            if isinstance(error, openai.APITimeoutError) and not trouble.unreachable:
+                trouble = Trouble(f"no answer within {self._timeout:g} s")
+        except TimeoutError:
+            trouble = Trouble(f"no answer within {self._timeout:g} s")
+        except openai.OpenAIError as error:
+            trouble = Trouble(f"the client failed: {type(error).__name__}")
+        if trouble.then == "raise":
+            raise DnoError(trouble.detail)
+        return trouble
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    def scrub(self, text: str) -> str:
+        """Take the key, and what looks like one, out of a text that others wrote."""
+        key = self._client.api_key
+        if self._api_key_env and len(key) >= _SHORTEST_SECRET:
+            text = text.replace(key, "[key]")
+        return _KEY_LIKE.sub("[key]", text)
+
+    def words(self, text: str) -> str:
+        """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
+        line = " ".join(self.scrub(text).split())
+        return line if len(line) <= 300 else line[:297] + "..."
+
+    def _status_trouble(self, error: openai.APIStatusError) -> Trouble:
+        status = error.status_code
+        fault = error.body if isinstance(error.body, dict) else {}
+        said = f"HTTP {status}: {self.words(str(fault.get('message') or error.body or error.message))}"
+        where = f"{self.who} at {self.url} answered {said}"
+        if status in (401, 403):
+            remedy = f"name the environment variable of its key in {self.place}.api_key_env"
+            if self._api_key_env is not None:
+                remedy = f"put a key that may use this model into the environment variable {self._api_key_env}"
+            return Trouble(f"{where}; {remedy}", then="raise")
+        if status == 404:
+            remedy = f"mend {self.place}.model, or base_url (it usually ends in /v1)"
+            return Trouble(f"{where}; {remedy}", then="raise")
+        if status == 402 or fault.get("code") == "insufficient_quota":
+            remedy = "the account is used up: fill it, then start again; what is already paid for is kept"
+            return Trouble(f"{where}; {remedy}", then="raise")
+        if status == 400 and fault.get("code") in ("content_filter", "content_policy_violation"):
+            return Trouble(said, then="refused")
+        if status < 500 and status not in _RETRIED:
+            return Trouble(said, then="give up")
+        retry_after = parse_retry_after(error.response.headers, now=time.time())
+        if retry_after is not None and retry_after > MAX_RETRY_AFTER_SECONDS:
+            return Trouble(f"{said} (asks to come back in {retry_after:.0f} s)", then="give up")
+        return Trouble(said, retry_after=retry_after)
+
+
+def wait_seconds(failures: int, *, retry_after: float | None, jitter: float) -> float:
+    """Return the pause after the n-th failure in a row, in seconds.
+
+    Args:
+        failures: n, at least 1.
+        retry_after: the least pause the endpoint asked for, or None.
+        jitter: uniform in [0, 1).
+    """
+    step = min(MAX_BACKOFF_SECONDS, BACKOFF_SECONDS * 2.0 ** min(failures - 1, 16))
+    if retry_after is None:
+        return step * (0.5 + 0.5 * jitter)
+    return retry_after + BACKOFF_SECONDS * jitter  # never before the time asked for, nor all at that very time
+
+
+def parse_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
+    """Read Retry-After (seconds or an HTTP date) or retry-after-ms; None if absent or senseless."""
+    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000.0
+    value = headers.get("retry-after")
+    if value is None or (seconds := _number(value)) is not None:
+        return seconds if value is not None else None
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _number(text: str | None) -> float | None:
+    return float(text) if text is not None and re.fullmatch(r"\s*\d{1,9}(\.\d{0,9})?\s*", text) else None
+
+
+def _connect(url: str, *, place: str, api_key_env: str | None, timeout: float) -> openai.AsyncOpenAI:
+    import openai
+
+    key = "none"
+    if api_key_env is not None:
+        # A trailing newline, usual in mounted secrets, makes an illegal header, and the error would quote the key.
+        key = os.environ.get(api_key_env, "").strip()
+        if not key:
+            raise DnoError(
+                f"{place}: the environment variable {api_key_env} is not set; put the key of "
+                f"{url} there, or set {place}.api_key_env=null for a server without keys"
+            )
+        if not (key.isascii() and key.isprintable()):
+            raise DnoError(f"{place}: the variable {api_key_env} holds no key: it has odd characters")
+    limits = openai.Timeout(timeout, connect=min(10.0, timeout / 2))
+    return openai.AsyncOpenAI(api_key=key, base_url=url, max_retries=0, timeout=limits)
+
+
+def _checked_url(url: str, *, place: str) -> str:
+    """Return the URL if it can be used and shown: it stands in config.yaml, in messages and in logs."""
+    try:
+        parts = urlsplit(url)
+        shown = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
+    except ValueError:
+        raise DnoError(f"{place}.base_url: not a URL; expected http(s)://host[:port]/path") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise DnoError(f"{place}.base_url: {shown!r}: expected http(s)://host[:port]/path")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise DnoError(
+            f"{place}.base_url: {shown} with a user, a query or a fragment; give the bare URL, and the key "
+            f"in the environment variable that {place}.api_key_env names"
+        )
+    return url
