@@ -24,10 +24,11 @@ from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import AnyMesh, num_row_shards
 from dno_jax.records import Prompt
-from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots, show_bytes
+from dno_jax.sampling.memory import Capacity, SlotPlan, show_bytes
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import check_fit, load_tokenizer, read_shape
+from dno_jax.stages.sampler import Wanted, plan_on
 
 
 @dataclass(frozen=True)
@@ -116,30 +117,35 @@ def _prompt_counts(config: RunConfig, tokenizer: ChatTokenizer) -> dict[str, Pro
     return counts
 
 
-@dataclass(frozen=True)
-class _Draws:
-    """What one stage samples."""
-
-    num_samples: int
-    num_prompts: int
-    prompt_length: int
-    max_new_tokens: int
-    num_policies: int = 1
-
-
-def _draws(config: RunConfig, counts: dict[str, PromptCount]) -> dict[str, _Draws]:
-    section, lengths = config.sampling, (config.prompts.max_length, config.sampling.max_new_tokens)
+def _draws(config: RunConfig, counts: dict[str, PromptCount]) -> dict[str, Wanted]:
+    """What each stage samples on devices; a server's memory is its own affair."""
+    section = config.sampling
     most = max(count.prompts for name, count in counts.items() if name != "held out")
-    draws: dict[str, _Draws] = {}
-    if section.source != "data":
-        policies = 2 if section.source == "mixture" or section.num_opponents else 1
-        draws["sample"] = _Draws(max(section.num_samples, section.num_opponents), most, *lengths, num_policies=policies)
+
+    def policy(num_samples: int, num_prompts: int, *, num_policies: int = 1) -> Wanted:
+        return Wanted(
+            num_samples=num_samples,
+            num_prompts=num_prompts,
+            prompt_length=config.prompts.max_length,
+            max_new_tokens=section.max_new_tokens,
+            num_policies=num_policies,
+            max_total_tokens=section.max_total_tokens,
+        )
+
+    draws: dict[str, Wanted] = {}
+    if section.engine == "jax" and section.source != "data":
+        mixes = section.source == "mixture" or section.num_opponents > 0
+        draws["sample"] = policy(max(section.num_samples, section.num_opponents), most, num_policies=2 if mixes else 1)
     if config.annotation.kind == "self":
         judge = config.annotation.self_judge
-        texts = most * (section.num_samples + section.num_opponents)
-        draws["annotate"] = _Draws(judge.num_judgements, texts, judge.max_prompt_length, judge.max_new_tokens)
-    if "held out" in counts:
-        draws["evaluate"] = _Draws(config.evaluation.num_samples, counts["held out"].prompts, *lengths)
+        draws["annotate"] = Wanted(
+            num_samples=judge.num_judgements,
+            num_prompts=most * (section.num_samples + section.num_opponents),
+            prompt_length=judge.max_prompt_length,
+            max_new_tokens=judge.max_new_tokens,
+        )
+    if section.engine == "jax" and "held out" in counts:
+        draws["evaluate"] = policy(config.evaluation.num_samples, counts["held out"].prompts)
     return draws
 
 
@@ -153,22 +159,12 @@ def _plan_sampling(
 ) -> dict[str, SlotPlan]:
     here = mesh.local_devices if isinstance(mesh, Mesh) else []
     capacity = device_capacity(here) if memory is None else Capacity(memory, "--memory")
+    platform = here[0].platform if here else None
     plans = {}
-    for stage, draws in _draws(config, counts).items():
+    for stage, wanted in _draws(config, counts).items():
         try:
-            plans[stage] = plan_slots(
-                model_config,
-                mesh=mesh,
-                capacity=capacity,
-                dtype=config.model.dtype,
-                kv_dtype=config.sampling.kv_dtype,
-                num_samples=draws.num_samples,
-                num_prompts=draws.num_prompts,
-                prompt_length=draws.prompt_length,
-                max_new_tokens=draws.max_new_tokens,
-                num_policies=draws.num_policies,
-                slots=config.sampling.slots,
-                platform=here[0].platform if here else None,
+            plans[stage] = plan_on(
+                mesh, wanted, config=config, model_config=model_config, capacity=capacity, platform=platform
             )
         except DnoError as error:
             raise DnoError(f"{stage}: {error}") from None
@@ -217,10 +213,10 @@ def _sampling_table(plan: RunPlan) -> Table:
     row("prompts in the queue", lambda slots: f"{slots.queue_entries:,}", end_section=True)
     row("policies in memory", lambda slots: f"{slots.num_policies}")
     row("layers x key heads x head_dim", lambda _: _head_numbers(plan))
-    row("keys and values in", lambda slots: slots.kv_dtype)
-    row("tokens of a slot", lambda slots: f"{slots.total_length:,}")
+    row("keys and values in", lambda slots: slots.program.sizes.kv_dtype)
+    row("tokens of a slot", lambda slots: f"{slots.program.num_slots:,}")
     row("one slot", lambda slots: show_bytes(slots.slot_bytes))
-    row("tokens of a queued prompt", lambda slots: f"{slots.prompt_length:,}")
+    row("tokens of a queued prompt", lambda slots: f"{slots.program.sizes.prompt_length:,}")
     row("one queued prompt", lambda slots: show_bytes(slots.entry_bytes), end_section=True)
     for part in next(iter(stages.values())).parts:
         row(part, lambda slots, part=part: show_bytes(slots.parts[part]))

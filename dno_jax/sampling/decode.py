@@ -17,14 +17,14 @@ from typing import Any, cast
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from dno_jax.logprobs import token_logprobs
 from dno_jax.model.cache import KVCache, init_cache
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.parallel.cache import cache_specs
-from dno_jax.parallel.sharding import DECODE, ROW_AXES, num_row_shards
+from dno_jax.parallel.sharding import DECODE, ROW_AXES, AnyMesh, num_row_shards
 from dno_jax.sampling.requests import Generation
 from dno_jax.sampling.transforms import address, drawn_logprobs, sample_token, without_padding
 
@@ -71,7 +71,7 @@ class Program:
     model: Decoder
     generation: Generation
     sizes: Sizes
-    mesh: Mesh
+    mesh: AnyMesh
     record_drawn: bool = False
 
     @property
@@ -173,7 +173,7 @@ def _specs(tree: Any) -> Any:
     return jax.tree.map(spec, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache))
 
 
-def _shardings(tree: Any, mesh: Mesh) -> Any:
+def _shardings(tree: Any, mesh: AnyMesh) -> Any:
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), _specs(tree), is_leaf=lambda spec: isinstance(spec, PartitionSpec)
     )
@@ -181,8 +181,18 @@ def _shardings(tree: Any, mesh: Mesh) -> Any:
 
 def start(program: Program, *, policies: int) -> tuple[State, Outputs]:
     """Return empty slots, an empty queue and outputs, laid out on the mesh."""
-    make = partial(_empty, program, policies)
-    return jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), program.mesh))()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_start(program, policies=policies))
+    return jax.jit(partial(_empty, program, policies), out_shardings=shardings)()
+
+
+def abstract_start(program: Program, *, policies: int) -> tuple[State, Outputs]:
+    """Return what `start` returns as jax.ShapeDtypeStruct with shardings, without making arrays."""
+    shapes = jax.eval_shape(partial(_empty, program, policies))
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(placed, shapes, _shardings(shapes, program.mesh))
 
 
 def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
@@ -315,7 +325,7 @@ def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
     )
 
 
-def _locally(function: Any, mesh: Mesh, *, results: int = 1) -> Any:
+def _locally(function: Any, mesh: AnyMesh, *, results: int = 1) -> Any:
     """Run a function on every row shard by itself; what it returns is like its first arguments, `results` of them."""
 
     def run(*trees: Any) -> Any:
@@ -423,9 +433,10 @@ def decode(
         slots, started = locally(refill, results=2)(loop.slots, loop.started, state.queue, iteration)
         alive = slots.output >= 0
         text = slots.text
-        # Every row draws over the whole vocabulary: gather it where the head is split.
+        # Every row draws over the whole vocabulary: gather it where the head is split, and not the head, which is what
+        # the compiler would do if it were not told that the product is split too.
         row_logits = [
-            place(logits(config, params, hidden), ("batch", None))
+            place(place(logits(config, params, hidden), ("batch", "vocab")), ("batch", None))
             for params, hidden in zip(policies, text.hidden, strict=True)
         ]
         drawable = without_padding(mixed(row_logits), num_ids=generation.num_ids)

@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dno_jax.errors import DnoError
-from dno_jax.model.cache import cache_axes, init_cache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_params, param_axes
-from dno_jax.parallel.sharding import DECODE, AnyMesh, Axes, num_row_shards, resolve, weight_shardings
+from dno_jax.parallel.sharding import DECODE, AnyMesh, num_row_shards, weight_shardings
+from dno_jax.sampling.decode import Program, State, abstract_start
 
 # Slots where none are configured. On a CPU more rows than this fall out of the processor's cache; elsewhere the weights
 # that a step reads are long paid for by then.
 CPU_SLOTS, ACCELERATOR_SLOTS = 64, 256
-# Of the capacity, for what is not counted here: activations of a prefill, compiled programs, gaps between arrays.
+# Of the capacity, for what is not counted here: compiled programs, small temporaries, gaps between arrays.
 RESERVE = 0.1
-# Prompts that go through the model together: few, so that a short queue wastes none.
-FILL_ROWS = 4
 # Arrays of [slots, V] float32 that drawing a token needs at once: the compiler's memory analysis says 3 to 5, by the
 # truncation and with a second policy.
 LOGITS_COPIES = 5
@@ -51,55 +50,44 @@ class Capacity:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """Rows that decode together on one row shard of a mesh; all bytes are those of one device.
+    """Rows that decode together on one row shard of a mesh, and the bytes of it all on one device.
 
     Attributes:
-        slots: rows decoded at once.
-        chosen_by: what decided on their number: "sampling.slots", "memory", "responses to draw" or "the default".
-        num_samples: K, slots that start from one queue entry.
-        prompt_length, total_length: columns of an entry's cache and of a slot's, tokens.
-        kv_dtype: of keys and values.
-        slot_bytes: cache of one slot, of every policy.
-        entry_bytes: one prefilled prompt: cache and last hidden state of every policy.
-        output_bytes: the K responses of one prompt.
-        weight_bytes: of one policy.
+        program: what decodes; `program.sizes` are as planned.
         num_policies: 2 for a mixture.
-        logits_bytes: logits of one slot and what drawing a token from them needs.
+        weight_bytes: of one policy.
+        capacity: of the device.
+        chosen_by: what decided on the slots: "sampling.slots", "memory", "responses to draw" or "the default".
     """
 
-    slots: int
-    chosen_by: str
-    num_samples: int
-    prompt_length: int
-    total_length: int
-    kv_dtype: str
-    slot_bytes: int
-    entry_bytes: int
-    output_bytes: int
-    weight_bytes: int
+    program: Program
     num_policies: int
-    logits_bytes: int
+    weight_bytes: int
     capacity: Capacity
+    chosen_by: str = "sampling.slots"
+
+    @property
+    def slots(self) -> int:
+        return self.program.sizes.slots
 
     @property
     def queue_entries(self) -> int:
-        return queue_length(self.slots, num_samples=self.num_samples)
+        return self.program.sizes.entries
 
-    @property
-    def fill_rows(self) -> int:
-        """Prompts that are prefilled by one call."""
-        return min(FILL_ROWS, self.queue_entries)
-
-    @property
+    @cached_property
     def parts(self) -> dict[str, int]:
-        """Bytes by what they hold."""
+        """Bytes by what they hold.
+
+        "responses" are there twice: the host reads those of one call while the next call writes. "temporaries" are
+        those of decoding or of a prefill, whichever are more: one program runs at a time.
+        """
+        state, outputs = abstract_start(self.program, policies=self.num_policies)
         return {
             "weights": self.num_policies * self.weight_bytes,
-            "slots": self.slots * self.slot_bytes,
-            "queue": self.queue_entries * self.entry_bytes,
-            # Every slot may draw for a prompt of its own. Twice: the host reads one while the other is written.
-            "responses": 2 * (self.slots + self.queue_entries) * self.output_bytes,
-            "logits": self.slots * self.logits_bytes,
+            "slots": _local_bytes(state.slots),
+            "queue": _local_bytes(state.queue),
+            "responses": 2 * _local_bytes(outputs),
+            "temporaries": max(_decode_temporaries(self.program, state), _fill_temporaries(self.program, state)),
         }
 
     @property
@@ -107,137 +95,134 @@ class SlotPlan:
         return sum(self.parts.values())
 
     @property
+    def slot_bytes(self) -> int:
+        """Of one slot: keys, values and the last hidden state of every policy, and a few counters."""
+        return self.parts["slots"] // self.slots
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of one prefilled prompt: the same, as far as the prompt reaches."""
+        return self.parts["queue"] // self.queue_entries
+
+    @cached_property
     def most_slots(self) -> int:
-        """The largest number of slots that fits, whatever `slots` is; 0 where not even one does."""
-        bound = max(self.capacity.usable, 0) // self.slot_bytes
-        fitting = range(1, bound + 1)
-        return bisect_right(fitting, self.capacity.usable, key=lambda slots: replace(self, slots=slots).total)
+        """The largest number of slots that fits, whatever the plan's is; 0 where not even one does."""
+        fitting = range(1, max(self.capacity.usable, 0) // self.slot_bytes + 1)
+        return bisect_right(fitting, self.capacity.usable, key=lambda slots: self.with_slots(slots).total)
+
+    def with_slots(self, slots: int) -> SlotPlan:
+        """Return the plan of another number of slots, with the queue that goes with it."""
+        sizes = self.program.sizes
+        entries = queue_length(slots, num_samples=self.program.generation.num_samples, fill_rows=sizes.fill_rows)
+        return replace(self, program=replace(self.program, sizes=replace(sizes, slots=slots, entries=entries)))
 
 
 def plan_slots(
-    config: ModelConfig,
+    program: Program,
     *,
-    mesh: AnyMesh,
     capacity: Capacity,
-    dtype: str,
-    kv_dtype: str,
-    num_samples: int,
     num_prompts: int,
-    prompt_length: int,
-    max_new_tokens: int,
-    total_length: int | None = None,
-    num_policies: int = 1,
     slots: int | None = None,
+    num_policies: int = 1,
     platform: str | None = None,
-    drawn_logprobs: bool = False,
 ) -> SlotPlan:
     """Return how many rows decode together on each row shard, and what they take.
 
     Args:
-        mesh: the rows are one row shard's; its tensor axis divides weights and key heads.
+        program: all of `program.sizes` but slots and entries is kept; its mesh may be abstract.
         capacity: of the smallest device. Where it is the host's free memory, ask before weights are loaded.
-        dtype: of activations and of the weights as decoding holds them.
-        kv_dtype: of keys and values; "auto" is `dtype`.
-        num_samples: K.
-        num_prompts: over all row shards; no more slots are taken than they have responses.
-        prompt_length, max_new_tokens, total_length: most tokens of a prompt, a response, and both (None: their sum).
-        num_policies: 2 for a mixture.
+        num_prompts: over all row shards; no more slots are taken unasked than they have responses.
         slots: the configured number; None takes the largest that fits and is of use.
+        num_policies: 2 for a mixture.
         platform: of the devices; decides on CPU_SLOTS or ACCELERATOR_SLOTS.
-        drawn_logprobs: responses carry a second log-probability a token.
 
     Raises:
         DnoError: the configured slots do not fit, or not even one does.
     """
-    kv_dtype = dtype if kv_dtype == "auto" else kv_dtype
-    whole = prompt_length + max_new_tokens
-    total_length = whole if total_length is None else min(total_length, whole)
-    hidden = config.hidden_size * jnp.dtype(dtype).itemsize
-    response = max_new_tokens * (3 if drawn_logprobs else 2) * 4  # int32 ids, float32 log-probabilities
-    plan = SlotPlan(
-        slots=1,
-        chosen_by="sampling.slots",
-        num_samples=num_samples,
-        prompt_length=prompt_length,
-        total_length=total_length,
-        kv_dtype=kv_dtype,
-        slot_bytes=num_policies * cache_bytes(config, mesh=mesh, length=total_length, kv_dtype=kv_dtype),
-        entry_bytes=num_policies * (cache_bytes(config, mesh=mesh, length=prompt_length, kv_dtype=kv_dtype) + hidden),
-        output_bytes=num_samples * response,
-        weight_bytes=weight_bytes(config, mesh=mesh, dtype=dtype),
-        num_policies=num_policies,
-        logits_bytes=LOGITS_COPIES * config.vocab_size * 4,  # the whole vocabulary, on every device of a tensor group
-        capacity=capacity,
-    )
+    model, mesh = program.model, program.mesh
+    weights = weight_bytes(model.config, mesh=mesh, dtype=model.dtype)
+    plan = SlotPlan(program, num_policies, weights, capacity).with_slots(slots or 1)
     if slots is None:
         limits = {
             "memory": plan.most_slots,
-            "responses to draw": num_samples * math.ceil(num_prompts / num_row_shards(mesh)),
+            "responses to draw": program.generation.num_samples * math.ceil(num_prompts / num_row_shards(mesh)),
             "the default": CPU_SLOTS if platform == "cpu" else ACCELERATOR_SLOTS,
         }
         reason = min(limits, key=lambda name: limits[name])
         # One slot, where none fits, is what the message below speaks of.
-        plan = replace(plan, slots=max(limits[reason], 1), chosen_by=reason)
-    else:
-        plan = replace(plan, slots=slots)
+        plan = replace(plan.with_slots(max(limits[reason], 1)), chosen_by=reason)
     if plan.total > capacity.usable:
         raise DnoError(_refusal(plan, configured=slots))
     return plan
 
 
+def _decode_temporaries(program: Program, state: State) -> int:
+    """Logits of all slots, and one layer of their keys and values where those are converted to be read."""
+    config, slots = program.model.config, program.sizes.slots
+    logits = LOGITS_COPIES * slots * config.vocab_size * 4  # the whole vocabulary, also where the head is split
+    cache = state.slots.text.cache[0]
+    if cache.key.dtype == program.model.dtype:
+        return logits
+    width = jnp.dtype(program.model.dtype).itemsize / cache.key.dtype.itemsize
+    return logits + int(width * _local_bytes((cache.key, cache.value))) // config.num_hidden_layers
+
+
+def _fill_temporaries(program: Program, state: State) -> int:
+    """Caches that a prefill makes, and one layer's activations of a piece: a bound, what of them lives at once."""
+    config, sizes, tensor = program.model.config, program.sizes, program.mesh.shape["tensor"]
+    caches = sizes.fill_rows * _local_bytes(state.queue.text.cache) // sizes.entries
+    piece = min(sizes.prefill_chunk, sizes.prompt_length)
+    mlp = config.intermediate_size * max(config.num_experts_per_tok, 1) // tensor
+    numbers = 3 * mlp + 6 * config.hidden_size
+    scores = 2 * config.num_attention_heads // tensor * sizes.prompt_length * 4  # float32, before and after the softmax
+    return caches + sizes.fill_rows * piece * (numbers * jnp.dtype(program.model.dtype).itemsize + scores)
+
+
 def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
     most, parts = plan.most_slots, {name: show_bytes(count) for name, count in plan.parts.items()}
     policies = "a policy" if plan.num_policies == 1 else f"{plan.num_policies} policies"
-    rows = f"{plan.slots} slot{'' if plan.slots == 1 else 's'} of {plan.total_length} tokens on each row shard"
+    length = plan.program.num_slots
+    rows = f"{plan.slots} slot{'' if plan.slots == 1 else 's'} of {length} tokens on each row shard"
     wanted = "not even one sampling slot fits:" if configured is None else f"sampling.slots is {configured}, but"
     would = "" if configured is None else f"{most} would fit: " if most else "not even one would fit: "
     fewer = f"set sampling.slots to at most {most}, or " if most else ""
     return (
         f"{wanted} {rows} would take {show_bytes(plan.total)} of every device (weights of {policies} "
         f"{parts['weights']}, slots {parts['slots']}, queue of {plan.queue_entries} prompts {parts['queue']}, "
-        f"responses {parts['responses']}, logits {parts['logits']}), and {show_bytes(plan.capacity.usable)} are to be "
-        f"had: {show_bytes(plan.capacity.bytes)} "
-        f"({plan.capacity.source}) less a reserve of {show_bytes(plan.capacity.reserve)}; {would}{fewer}lower the "
-        "longest prompt or response (prompts.max_length, sampling.max_new_tokens; of a judge, "
-        "annotation.self_judge's), choose a smaller sampling.kv_dtype or a larger mesh.tensor, or take devices with "
+        f"responses {parts['responses']}, temporaries {parts['temporaries']}), and {show_bytes(plan.capacity.usable)} "
+        f"are to be had: {show_bytes(plan.capacity.bytes)} ({plan.capacity.source}) less a reserve of "
+        f"{show_bytes(plan.capacity.reserve)}; {would}{fewer}lower the longest prompt or response "
+        "(prompts.max_length, sampling.max_new_tokens; of a judge, annotation.self_judge's), choose a smaller "
+        "sampling.kv_dtype or a larger mesh.tensor, or take devices with "
         "more memory"
     )
 
 
-def queue_length(slots: int, *, num_samples: int) -> int:
-    """Return the prompts that a shard of `slots` rows holds prefilled.
+def queue_length(slots: int, *, num_samples: int, fill_rows: int) -> int:
+    """Return the prompts that wait prefilled for `slots` rows.
 
     An entry is free again when the last of its K samples has started. The host fills the queue up between two calls,
     knowing what the one before had left: twice what refills every slot, and a call's prompts more, last that long
     where responses are not much shorter than a call.
     """
-    return 2 * math.ceil(slots / num_samples) + FILL_ROWS
+    return 2 * math.ceil(slots / num_samples) + fill_rows
 
 
-def weight_bytes(config: ModelConfig, *, mesh: AnyMesh, dtype: str) -> int:
+def weight_bytes(config: ModelConfig, *, mesh: AnyMesh, dtype: Any) -> int:
     """Return the bytes that one policy takes on one device, in the DECODE layout and in the compute dtype."""
     shapes = abstract_params(config)
     shardings = weight_shardings(mesh, DECODE, axes=param_axes(config), shapes=shapes)
-    local = jax.tree.map(lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), shapes, shardings)
-    return sum(jax.tree.leaves(local)) * jnp.dtype(dtype).itemsize
+
+    def placed(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return _local_bytes(jax.tree.map(placed, shapes, shardings))
 
 
-def cache_bytes(config: ModelConfig, *, mesh: AnyMesh, length: int, kv_dtype: str) -> int:
-    """Return the bytes that one row of `length` columns takes in the cache of one device."""
-    rows = num_row_shards(mesh)  # one for each, so that a device's part is one row
-
-    def empty() -> Any:
-        return init_cache(config, batch_size=rows, num_slots=length, dtype=jnp.dtype(kv_dtype))
-
-    cache = jax.eval_shape(empty)
-    names = jax.tree.leaves(cache_axes(cache), is_leaf=lambda axes: isinstance(axes, tuple))
-    leaves = jax.tree.leaves(cache)
-    return sum(_local_bytes(leaf, axes, mesh=mesh) for leaf, axes in zip(leaves, names, strict=True))
-
-
-def _local_bytes(leaf: Any, axes: Axes, *, mesh: AnyMesh) -> int:
-    sharding = resolve(mesh, DECODE.activation_spec(axes), shape=tuple(leaf.shape), name="the KV cache")
-    return math.prod(sharding.shard_shape(tuple(leaf.shape))) * leaf.dtype.itemsize
+def _local_bytes(tree: Any) -> int:
+    """Bytes that abstract arrays with shardings take on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def show_bytes(count: int) -> str:
@@ -260,16 +245,18 @@ def compare_with_compiler(plan: SlotPlan, stats: Any) -> dict[str, Compared]:
     """Put a plan beside the memory analysis of a compiled decode program.
 
     Args:
-        stats: `jax.jit(...).lower(...).compile().memory_analysis()`, of a program whose arguments are weights, slots
-            and queue; its sizes are those of one device.
+        stats: `decode.lower(...).compile().memory_analysis()`; its sizes are those of one device.
 
     Returns:
-        "held": the arguments. "temporaries": what the program allocates; the plan counts logits, and leaves the rest
-        to the reserve. "copied": results that are not donated arguments; the plan has none, as a cache is donated.
+        "held": the arguments: weights, slots, queue and responses. "results": what is no donated argument: the
+        responses once more, so that a copied cache would be seen. "temporaries": what the program allocates besides.
     """
     parts = plan.parts
+    state, _ = abstract_start(plan.program, policies=plan.num_policies)
+    results = parts["responses"] // 2
+    held = parts["weights"] + parts["slots"] + parts["queue"] + results
     return {
-        "held": Compared(plan.total - parts["logits"], stats.argument_size_in_bytes),
-        "temporaries": Compared(parts["logits"], stats.temp_size_in_bytes),
-        "copied": Compared(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
+        "held": Compared(held, stats.argument_size_in_bytes),
+        "results": Compared(results, stats.output_size_in_bytes - stats.alias_size_in_bytes),
+        "temporaries": Compared(_decode_temporaries(plan.program, state), stats.temp_size_in_bytes),
     }

@@ -25,7 +25,7 @@ from dno_jax.sampling.requests import Finished, Request, Response
 from dno_jax.stages import audit
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sampler import Wanted, ask_server, draw, generation_of, plan, sizes_of
+from dno_jax.stages.sampler import Wanted, ask_server, draw, generation_of, plan
 from dno_jax.stages.scheme import center_of, mixture_weight
 
 
@@ -223,8 +223,9 @@ def _of_devices(
             prompt_length=config.prompts.max_length,
             max_new_tokens=config.sampling.max_new_tokens,
             num_policies=1 if own.weight is None else 2,
+            max_total_tokens=config.sampling.max_total_tokens,
         )
-        sizes.append(sizes_of(plan(runtime, wanted), config))
+        sizes.append(plan(runtime, wanted).program.sizes)
     params = {name: runtime.load_for_decoding(path) for name, path in policies.items()}
 
     def stream(own: Draw, size: Sizes) -> Iterator[Finished]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dno_jax.config import RunConfig
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.mesh import same_everywhere
-from dno_jax.parallel.sharding import DECODE
+from dno_jax.parallel.sharding import DECODE, AnyMesh
 from dno_jax.records import Prompt
 from dno_jax.sampling.completion import Codec
-from dno_jax.sampling.decode import Mixture, Sizes
+from dno_jax.sampling.decode import Mixture, Program, Sizes
 from dno_jax.sampling.engine import Statistics, generate
-from dno_jax.sampling.memory import SlotPlan, plan_slots
+from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
 from dno_jax.sampling.requests import Finished, Generation, Request
 from dno_jax.sampling.server import complete
 from dno_jax.sampling.transforms import Truncation
@@ -33,6 +36,7 @@ class Wanted:
     prompt_length: int
     max_new_tokens: int
     num_policies: int = 1
+    max_total_tokens: int | None = None
 
 
 def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
@@ -41,36 +45,52 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
     Raises:
         DnoError: the configured slots do not fit, or not even one does.
     """
-    section, mesh = runtime.config.sampling, runtime.part.mesh
-    found = plan_slots(
-        runtime.model_config,
-        mesh=mesh,
+    mesh = runtime.part.mesh
+    found = plan_on(
+        mesh,
+        wanted,
+        config=runtime.config,
+        model_config=runtime.model_config,
         capacity=device_capacity(mesh.local_devices),
-        dtype=runtime.config.model.dtype,
-        kv_dtype=section.kv_dtype,
-        num_samples=wanted.num_samples,
-        num_prompts=wanted.num_prompts,
-        prompt_length=wanted.prompt_length,
-        max_new_tokens=wanted.max_new_tokens,
-        total_length=section.max_total_tokens,
-        num_policies=wanted.num_policies,
-        slots=section.slots,
         platform=mesh.local_devices[0].platform,
-        drawn_logprobs=section.record_drawn_logprob,
     )
     # Processes that share a model must decode the same rows.
-    return replace(found, slots=int(same_everywhere(np.asarray(found.slots))))
+    return found.with_slots(int(same_everywhere(np.asarray(found.slots))))
 
 
-def sizes_of(found: SlotPlan, config: RunConfig) -> Sizes:
-    return Sizes(
-        slots=found.slots,
-        prompt_length=found.prompt_length,
-        entries=found.queue_entries,
-        fill_rows=found.fill_rows,
-        prefill_chunk=config.sampling.prefill_chunk,
-        chunk_steps=config.sampling.chunk_steps,
-        kv_dtype=found.kv_dtype,
+def plan_on(
+    mesh: AnyMesh,
+    wanted: Wanted,
+    *,
+    config: RunConfig,
+    model_config: ModelConfig,
+    capacity: Capacity,
+    platform: str | None,
+) -> SlotPlan:
+    """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
+    section, dtype = config.sampling, config.model.dtype
+    generation = Generation(
+        num_samples=wanted.num_samples,
+        max_new_tokens=wanted.max_new_tokens,
+        end_ids=(0,),  # which ids end a response takes no memory
+        truncation=Truncation(repetition_penalty=section.repetition_penalty),
+        seed=config.seed,
+        max_total_tokens=wanted.max_total_tokens,
+    )
+    sizes = Sizes(
+        slots=1,
+        prompt_length=wanted.prompt_length,
+        prefill_chunk=section.prefill_chunk,
+        chunk_steps=section.chunk_steps,
+        kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
+    )
+    return plan_slots(
+        Program(Decoder(model_config, dtype=jnp.dtype(dtype)), generation, sizes, mesh, section.record_drawn_logprob),
+        capacity=capacity,
+        num_prompts=wanted.num_prompts,
+        slots=section.slots,
+        num_policies=wanted.num_policies,
+        platform=platform,
     )
 
 

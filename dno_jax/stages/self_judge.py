@@ -34,7 +34,7 @@ from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.annotate import pools_of
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sampler import Wanted, plan, sizes_of
+from dno_jax.stages.sampler import Wanted, plan
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
 _JUDGE_KEYS = 1 << 30
@@ -195,7 +195,7 @@ class _Judge:
             prompt_length=section.max_prompt_length,
             max_new_tokens=section.max_new_tokens,
         )
-        return sizes_of(plan(self.runtime, wanted), self.runtime.config)
+        return plan(self.runtime, wanted).program.sizes
 
     def generate(
         self, params: Any, requests: Iterable[_Request], *, sizes: Sizes, iteration: int

@@ -9,26 +9,29 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.params import init_params, param_axes
+from dno_jax.model.decoder import Decoder
+from dno_jax.model.params import abstract_params, init_params, param_axes
+from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
-from dno_jax.parallel.sharding import DECODE, ROW_AXES, weight_shardings
+from dno_jax.parallel.sharding import DECODE, Constrain, row_sharding, weight_shardings
+from dno_jax.sampling.decode import Program, Sizes, abstract_start, decode, start
 from dno_jax.sampling.memory import (
     ACCELERATOR_SLOTS,
     CPU_SLOTS,
     LOGITS_COPIES,
     Capacity,
-    cache_bytes,
     compare_with_compiler,
     plan_slots,
     queue_length,
     show_bytes,
     weight_bytes,
 )
+from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.transforms import Truncation
 
 CONFIG = ModelConfig(
     vocab_size=96,
@@ -45,37 +48,46 @@ WIDTHS = {"float32": 4, "bfloat16": 2, "int8": 1, "float8_e4m3fn": 1}
 PLENTY = Capacity(2**40, "a test")
 
 
-@pytest.fixture(scope="module")
-def mesh():
-    return make_mesh(MeshSection(), jax.devices()[:1])
+ONE, SPREAD = {}, {"data": 2, "expert": 2, "tensor": 2}
 
 
-@pytest.fixture
-def plan(mesh):
-    """Plan five responses of up to 24 tokens to each of 100 prompts of up to 16, unless told otherwise."""
-
-    def make(**changes):
-        told = {
-            "config": CONFIG,
-            "mesh": mesh,
-            "capacity": PLENTY,
-            "dtype": "float32",
-            "kv_dtype": "auto",
-            "num_samples": 5,
-            "num_prompts": 100,
-            "prompt_length": 16,
-            "max_new_tokens": 24,
-        }
-        return plan_slots(**{**told, **changes})
-
-    return make
+def mesh_of(axes):
+    return make_mesh(MeshSection(**axes), jax.devices()[: math.prod(axes.values())])
 
 
-def cache_arrays(length, kv_dtype, rows=1):
+def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, platform=None, **changes):
+    """Plan five responses of up to 24 tokens to each prompt of up to 16, unless told otherwise."""
+    told = {"mesh": mesh_of(ONE), "config": CONFIG, "dtype": "float32", "kv_dtype": "float32", "penalty": 1.0}
+    told |= {"total": None, "drawn": False, **changes}
+    program = Program(
+        Decoder(told["config"], dtype=jnp.dtype(told["dtype"])),
+        Generation(
+            num_samples=5,
+            max_new_tokens=24,
+            end_ids=(2,),
+            truncation=Truncation(repetition_penalty=told["penalty"]),
+            seed=0,
+            max_total_tokens=told["total"],
+        ),
+        Sizes(slots=1, prompt_length=16, fill_rows=2, kv_dtype=told["kv_dtype"]),
+        told["mesh"],
+        told["drawn"],
+    )
+    return plan_slots(
+        program,
+        capacity=capacity,
+        num_prompts=num_prompts,
+        slots=slots,
+        num_policies=num_policies,
+        platform=platform,
+    )
+
+
+def cache_arrays(length, kv_dtype):
     """Keys, values and, where a byte holds a number, their scales."""
-    arrays = [jnp.zeros((L, rows, K, H, length), kv_dtype) for _ in range(2)]
+    arrays = [jnp.zeros((L, K, H, length), kv_dtype) for _ in range(2)]
     if WIDTHS[kv_dtype] == 1:
-        arrays += [jnp.zeros((L, rows, K, length), jnp.float32) for _ in range(2)]
+        arrays += [jnp.zeros((L, K, length), jnp.float32) for _ in range(2)]
     return arrays
 
 
@@ -84,38 +96,52 @@ def nbytes(*arrays):
 
 
 @pytest.mark.parametrize("kv_dtype", WIDTHS)
-def test_a_slot_and_a_queue_entry_are_the_bytes_of_their_arrays(plan, kv_dtype):
-    found = plan(kv_dtype=kv_dtype, slots=3)
-    responses = [jnp.zeros((5, 24), jnp.int32), jnp.zeros((5, 24), jnp.float32)]
-    assert found.kv_dtype == kv_dtype
-    assert found.slot_bytes == nbytes(*cache_arrays(40, kv_dtype))
-    assert found.entry_bytes == nbytes(*cache_arrays(16, kv_dtype), jnp.zeros(D, jnp.float32), *responses)
-    assert found.parts["slots"] == nbytes(*cache_arrays(40, kv_dtype, rows=3))
-    assert found.logits_bytes == LOGITS_COPIES * jnp.zeros(V, jnp.float32).nbytes
+def test_a_slot_is_its_cache_its_hidden_state_and_counters(kv_dtype):
+    found, two = plan(kv_dtype=kv_dtype, slots=3), plan(kv_dtype=kv_dtype, slots=3, num_policies=2)
+    texts = [nbytes(*cache_arrays(length, kv_dtype), jnp.zeros(D)) for length in (40, 16)]
+    assert found.slot_bytes == texts[0] + 6 * 4
+    assert two.slot_bytes == 2 * texts[0] + 6 * 4
+    assert found.parts["queue"] == found.queue_entries * (texts[1] + 3 * 4) + 2 * 4  # a ring has two counters
+    assert plan(kv_dtype=kv_dtype, slots=3, penalty=1.1).slot_bytes == found.slot_bytes + V  # which ids were there
+    assert plan(kv_dtype=kv_dtype, slots=3, total=30).slot_bytes == nbytes(*cache_arrays(30, kv_dtype)) + 4 * D + 6 * 4
+
+
+@pytest.mark.parametrize("axes", [ONE, SPREAD], ids=["1", "2x2x2"])
+@pytest.mark.parametrize("kv_dtype", WIDTHS)
+def test_a_plan_is_the_bytes_of_arrays_that_are_really_there(axes, kv_dtype):
+    changes = {} if kv_dtype == "float32" else {"drawn": True, "num_policies": 2, "dtype": "bfloat16", "penalty": 1.1}
+    found = plan(mesh=mesh_of(axes), kv_dtype=kv_dtype, slots=3, **changes)
+    state, outputs = start(found.program, policies=found.num_policies)
+
+    def held(tree):
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    assert found.parts["slots"] == held(state.slots)
+    assert found.parts["queue"] == held(state.queue)
+    assert found.parts["responses"] == 2 * held(outputs)
     assert found.total == sum(found.parts.values())
 
 
-def test_auto_is_the_compute_dtype_and_hidden_states_are_in_it(plan):
-    found, wide = plan(dtype="bfloat16", slots=1), plan(slots=1)
-    assert (found.kv_dtype, wide.kv_dtype) == ("bfloat16", "float32")
-    assert found.slot_bytes * 2 == wide.slot_bytes
-    assert found.weight_bytes * 2 == wide.weight_bytes
-    assert wide.entry_bytes - found.entry_bytes == nbytes(*cache_arrays(16, "bfloat16"), jnp.zeros(D, jnp.bfloat16))
+def test_an_abstract_mesh_gives_the_same_plan():
+    there = plan(mesh=mesh_of(SPREAD), slots=3, kv_dtype="int8")
+    elsewhere = plan(mesh=abstract_mesh(MeshSection(**SPREAD), 8), slots=3, kv_dtype="int8")
+    assert there.parts == elsewhere.parts
 
 
-def test_a_mixture_doubles_all_but_the_responses(plan):
-    one, two = plan(slots=2), plan(slots=2, num_policies=2)
-    assert two.slot_bytes == 2 * one.slot_bytes
-    assert two.parts["weights"] == 2 * one.parts["weights"]
-    responses = 5 * 24 * 8
-    assert two.entry_bytes - responses == 2 * (one.entry_bytes - responses)
-    assert plan(slots=2, drawn_logprobs=True).entry_bytes == one.entry_bytes + 5 * 24 * 4
+def test_logits_are_the_whole_vocabularys_and_converted_caches_a_layers():
+    wide = replace(CONFIG, vocab_size=50_000)
+    for axes in (ONE, SPREAD):
+        found = plan(config=wide, mesh=mesh_of(axes), slots=3)
+        assert found.parts["temporaries"] == 3 * LOGITS_COPIES * jnp.zeros(50_000).nbytes
+    quantised = plan(config=wide, slots=3, kv_dtype="int8")
+    layer = 3 * 2 * jnp.zeros((K, H, 40)).nbytes  # keys and values of three slots, float32
+    assert quantised.parts["temporaries"] - plan(config=wide, slots=3).parts["temporaries"] == layer
 
 
-def test_the_limit_of_a_whole_text_shortens_slots_and_never_lengthens_them(plan):
-    assert plan(total_length=30).total_length == 30
-    assert plan(total_length=30).slot_bytes == nbytes(*cache_arrays(30, "float32"))
-    assert plan(total_length=99).total_length == 40
+def test_a_prefill_makes_a_cache_of_its_own():
+    many = replace(CONFIG, num_hidden_layers=300)
+    deep = plan(config=many, slots=1)
+    assert deep.parts["temporaries"] > 2 * nbytes(*cache_arrays(16, "float32")) * 100  # two rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,22 +159,9 @@ def test_weights_are_the_bytes_of_one_devices_shards(config, axes, dtype):
     assert weight_bytes(config, mesh=mesh, dtype=dtype) == held
 
 
-@pytest.mark.parametrize("kv_dtype", WIDTHS)
-def test_a_tensor_axis_divides_a_row_and_a_row_axis_does_not(kv_dtype):
-    section = MeshSection(data=2, expert=2, tensor=2)
-    mesh = make_mesh(section)
-    rows = 3  # of each row shard
-    place = NamedSharding(mesh, PartitionSpec(None, ROW_AXES, "tensor"))
-    arrays = jax.device_put(cache_arrays(40, kv_dtype, rows=4 * rows), place)
-    held = sum(array.addressable_shards[0].data.nbytes for array in arrays)
-    found = cache_bytes(CONFIG, mesh=mesh, length=40, kv_dtype=kv_dtype)
-    assert rows * found == held
-    assert cache_bytes(CONFIG, mesh=abstract_mesh(section, 8), length=40, kv_dtype=kv_dtype) == found
-
-
-def test_key_heads_that_the_mesh_does_not_divide_are_refused(plan):
-    with pytest.raises(DnoError, match=r"the KV cache .*: size 2 cannot be split over tensor=8 devices"):
-        plan(mesh=abstract_mesh(MeshSection(tensor=8), 8))
+def test_key_heads_that_the_mesh_does_not_divide_are_refused():
+    with pytest.raises(DnoError, match=r"parameter layers/k .*: size 2 cannot be split over tensor=4 devices"):
+        plan(mesh=abstract_mesh(MeshSection(tensor=4), 4))
 
 
 def capacity_of(usable):
@@ -159,7 +172,7 @@ def capacity_of(usable):
 
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
-def test_it_fits_to_the_byte(plan, kv_dtype):
+def test_it_fits_to_the_byte(kv_dtype):
     wanted = plan(kv_dtype=kv_dtype, slots=7)
     room = capacity_of(wanted.total)
     for slots in (7, None):
@@ -173,23 +186,23 @@ def test_it_fits_to_the_byte(plan, kv_dtype):
         plan(kv_dtype=kv_dtype, slots=7, capacity=tight)
 
 
-def test_the_most_slots_are_those_that_counting_finds(plan):
-    for room in range(190_000, 900_000, 71_000):
+def test_the_most_slots_are_those_that_counting_finds():
+    for room in range(310_000, 900_000, 71_000):
         found = plan(slots=1, capacity=Capacity(room, "a test"))
         slots = 1
-        while replace(found, slots=slots + 1).total <= found.capacity.usable:
+        while found.with_slots(slots + 1).total <= found.capacity.usable:
             slots += 1
         assert found.most_slots == slots
 
 
-def test_a_refusal_says_what_takes_how_much_of_what(plan):
-    capacity = Capacity(200_000, "a test")
+def test_a_refusal_says_what_takes_how_much_of_what():
+    capacity = Capacity(400_000, "a test")
     with pytest.raises(DnoError) as caught:
         plan(slots=1000, capacity=capacity)
     said, wanted = str(caught.value), plan(slots=1000)
     for part in (*wanted.parts.values(), wanted.total, capacity.usable, capacity.reserve):
         assert show_bytes(part) in said
-    assert f"{show_bytes(200_000)} (a test)" in said
+    assert f"{show_bytes(400_000)} (a test)" in said
     most = int(re.search(r"(\d+) would fit", said)[1])
     assert plan(slots=most, capacity=capacity).slots == most
     with pytest.raises(DnoError):
@@ -197,7 +210,7 @@ def test_a_refusal_says_what_takes_how_much_of_what(plan):
 
 
 @pytest.mark.parametrize("slots", [1, None])
-def test_not_even_one_slot_fits(plan, slots):
+def test_not_even_one_slot_fits(slots):
     one = plan(slots=1)
     tight = Capacity(capacity_of(one.total) - 1, "a test")
     assert replace(one, capacity=tight).most_slots == 0
@@ -213,7 +226,7 @@ def test_not_even_one_slot_fits(plan, slots):
         plan(slots=slots, num_policies=2, capacity=Capacity(one.weight_bytes, "a test"))
 
 
-def test_without_a_configured_number_no_more_slots_are_taken_than_are_of_use(plan):
+def test_without_a_configured_number_no_more_slots_are_taken_than_are_of_use():
     for platform, most in (("cpu", CPU_SLOTS), ("gpu", ACCELERATOR_SLOTS), (None, ACCELERATOR_SLOTS)):
         found = plan(platform=platform)
         assert (found.slots, found.chosen_by) == (most, "the default")
@@ -221,15 +234,17 @@ def test_without_a_configured_number_no_more_slots_are_taken_than_are_of_use(pla
     found = plan(num_prompts=3)
     assert (found.slots, found.chosen_by) == (15, "responses to draw")
     # Two row shards share five prompts: one has three.
-    two = make_mesh(MeshSection(), jax.devices()[:2])
-    assert plan(mesh=two, num_prompts=5).slots == 15
+    assert plan(mesh=mesh_of({"data": 2}), num_prompts=5).slots == 15
     assert plan(slots=1000, platform="cpu").chosen_by == "sampling.slots"
 
 
-def test_the_queue_holds_what_is_decoded_and_what_comes_next():
-    assert queue_length(8, num_samples=1) == 16
-    assert queue_length(60, num_samples=2) == 45 + 30  # the longer of two lasts 3/2 of the mean
-    assert queue_length(1, num_samples=5) == 2
+def test_the_queue_fills_every_slot_anew():
+    assert queue_length(8, num_samples=1, fill_rows=4) == 20
+    assert queue_length(64, num_samples=5, fill_rows=2) == 2 * 13 + 2
+    for slots in (1, 7, 64):
+        sizes = plan(slots=slots).program.sizes
+        assert sizes.entries >= sizes.fill_rows
+        assert sizes.entries * 5 >= slots + 5 * sizes.fill_rows
 
 
 def test_sizes_are_shown_in_the_unit_that_fits_them():
@@ -244,30 +259,33 @@ def test_sizes_are_shown_in_the_unit_that_fits_them():
     assert {count: show_bytes(count) for count in sizes} == sizes
 
 
-@pytest.mark.parametrize("donate", [True, False])
-def test_the_plan_is_what_the_compiler_counts_on_each_device(plan, donate):
-    """A program that holds what the plan counts, and writes a column of the cache in place, or in a copy of it."""
-    mesh = make_mesh(MeshSection(data=4, tensor=2))
-    found = plan(mesh=mesh, slots=3, kv_dtype="int8")
-    rows, heads = PartitionSpec(None, ROW_AXES, "tensor"), PartitionSpec(ROW_AXES)
+@pytest.mark.parametrize(("axes", "kv_dtype"), [(ONE, "int8"), ({"data": 4, "tensor": 2}, "float32")], ids=["1", "4x2"])
+def test_the_plan_is_what_the_compiler_counts_on_each_device(axes, kv_dtype):
+    """Arguments and results to the byte, so no cache is copied; and on a tensor axis no weight is made whole."""
+    config, mesh = replace(CONFIG, vocab_size=20_000), mesh_of(axes)
+    found = plan(config=config, mesh=mesh, slots=8, kv_dtype=kv_dtype)
+    model = Decoder(config, constrain=Constrain(mesh, DECODE), write=ShardedWrite(mesh, DECODE))
+    program = replace(found.program, model=model)
 
-    def spread(arrays, spec):
-        return [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)) for a in arrays]
+    def shaped(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    entries = found.queue_entries
-    params = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    shardings = weight_shardings(mesh, DECODE, axes=param_axes(CONFIG), shapes=params)
-    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), params, shardings)
-    slots = spread(cache_arrays(40, "int8", rows=4 * 3), rows)
-    queue = spread(cache_arrays(16, "int8", rows=4 * entries), rows)
-    queue += spread([jnp.zeros((4 * entries, D)), jnp.zeros((4 * entries, 5, 24, 2))], heads)
-
-    def step(params, queue, slots):
-        return [array.at[..., 0].set(1) for array in slots]
-
-    program = jax.jit(step, keep_unused=True, donate_argnums=2 if donate else ())
-    compared = compare_with_compiler(found, program.lower(params, queue, slots).compile().memory_analysis())
-    assert compared["held"].planned == compared["held"].compiled
-    assert compared["temporaries"].planned == 3 * LOGITS_COPIES * V * 4
-    copied = compared["copied"].compiled
-    assert copied < 256 if donate else copied >= found.parts["slots"]  # a table of pointers is a few bytes
+    shapes = abstract_params(config)
+    params = jax.tree.map(shaped, shapes, weight_shardings(mesh, DECODE, axes=param_axes(config), shapes=shapes))
+    state, outputs = abstract_start(program, policies=1)
+    marks = shaped(outputs.done, row_sharding(mesh, ndim=1))
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = decode.lower(
+        (params,), state, outputs, jax.ShapeDtypeStruct((), jnp.float32), fresh=marks, cancelled=marks,
+        iteration=number, program=program,
+    ).compile()  # fmt: skip
+    compared = compare_with_compiler(found, compiled.memory_analysis())
+    # Beside the plan's there are two marks of every response and three numbers; and of results a table of pointers.
+    rows = (found.slots + found.queue_entries) * 5
+    assert 0 <= compared["held"].compiled - compared["held"].planned <= 2 * rows + 64
+    assert 0 <= compared["results"].compiled - compared["results"].planned < 512
+    assert compared["results"].compiled < found.parts["slots"]
+    # The plan's is a bound of what truncations need; loops and outputs on their way add little.
+    assert compared["temporaries"].compiled < 1.1 * compared["temporaries"].planned
+    whole = config.vocab_size * D * 4
+    assert not axes or compared["temporaries"].compiled < compared["temporaries"].planned + whole // 2
