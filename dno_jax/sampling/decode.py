@@ -108,7 +108,7 @@ class Text:
 @flax.struct.dataclass
 class Slots:
     text: Text
-    key: Any  # [B, 2] uint32, the key data of the row's address
+    key: Any  # [B, 2] uint32, made of the row's address
     output: Any  # [B] int32, the output row that is written; -1 in a free slot
     step: Any  # [B] int32, tokens drawn so far
     limit: Any  # [B] int32, tokens that may be drawn
@@ -119,7 +119,7 @@ class Queue:
     """A ring: prompt number i stands in entry i mod E and has output rows of its own."""
 
     text: Text
-    name: Any  # [E] uint32, 32 bits of the prompt's id
+    key: Any  # [E, K, 2] uint32, of each sample
     output: Any  # [E] int32, first of the prompt's K output rows
     filled: Any  # [1] int32 a row shard, prompts that came
     started: Any  # [1] int32 a row shard, samples that were started
@@ -179,10 +179,11 @@ def _shardings(tree: Any, mesh: AnyMesh) -> Any:
     )
 
 
+@partial(jax.jit, static_argnames=("program", "policies"))
 def start(program: Program, *, policies: int) -> tuple[State, Outputs]:
     """Return empty slots, an empty queue and outputs, laid out on the mesh."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_start(program, policies=policies))
-    return jax.jit(partial(_empty, program, policies), out_shardings=shardings)()
+    return jax.lax.with_sharding_constraint(_empty(program, policies), shardings)
 
 
 def abstract_start(program: Program, *, policies: int) -> tuple[State, Outputs]:
@@ -222,7 +223,7 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
         ),
         queue=Queue(
             text=text(entries, sizes.prompt_length),
-            name=jnp.zeros(entries, jnp.uint32),
+            key=jnp.zeros((entries, generation.num_samples, 2), jnp.uint32),
             output=jnp.zeros(entries, jnp.int32),
             filled=jnp.zeros(shards, jnp.int32),
             started=jnp.zeros(shards, jnp.int32),
@@ -244,11 +245,14 @@ def _apply(model: Decoder, params: Any, token: Array, position: Array, cache: KV
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
-def fill(policies: tuple[Any, ...], state: State, prompts: Prompts, *, program: Program) -> State:
+def fill(
+    policies: tuple[Any, ...], state: State, prompts: Prompts, *, iteration: Int[Array, ""], program: Program
+) -> State:
     """Prefill prompts into the queue, one program a padded length T; the host sees to it that there is room.
 
     Args:
         policies: parameters of each policy in the DECODE layout.
+        iteration: scalar int32, part of every key.
     """
     model = program.model
     rows, width = prompts.token.shape
@@ -280,20 +284,28 @@ def fill(policies: tuple[Any, ...], state: State, prompts: Prompts, *, program: 
     hidden, cache = zip(*map(read, policies), strict=True)
     text = Text(cache=cache, hidden=hidden, length=prompts.length, seen=_ids_of(prompts, state.queue.text.seen))
 
-    def put(queue: Queue, text: Text, prompts: Prompts) -> Queue:
+    samples = jnp.arange(program.generation.num_samples, dtype=jnp.int32) + program.generation.first_sample
+    keys = address(
+        seed=program.generation.seed,
+        iteration=iteration,
+        prompt=jnp.repeat(prompts.name, len(samples)),
+        sample=jnp.tile(samples, rows),
+    ).reshape(rows, len(samples), 2)
+
+    def put(queue: Queue, text: Text, prompts: Prompts, keys: Array) -> Queue:
         def one(row: Array, queue: Queue) -> Queue:
-            entry = queue.filled[0] % queue.name.shape[0]
+            entry = queue.filled[0] % queue.output.shape[0]
             return replace(
                 queue,
                 text=_moved(queue.text, text, to=entry, row=row),
-                name=queue.name.at[entry].set(prompts.name[row]),
+                key=queue.key.at[entry].set(keys[row]),
                 output=queue.output.at[entry].set(prompts.output[row]),
                 filled=queue.filled + 1,
             )
 
         return jax.lax.fori_loop(0, jnp.sum(prompts.length > 0), one, queue)
 
-    return replace(state, queue=_locally(put, program.mesh)(state.queue, text, prompts))
+    return replace(state, queue=_locally(put, program.mesh)(state.queue, text, prompts, keys))
 
 
 def _ids_of(prompts: Prompts, seen: Any) -> Any:
@@ -346,7 +358,6 @@ def decode(
     *,
     fresh: Array,
     cancelled: Array,
-    iteration: Int[Array, ""],
     program: Program,
 ) -> tuple[State, Outputs, Counts]:
     """Draw up to `chunk_steps` tokens for every slot, and refill slots on the way.
@@ -358,7 +369,6 @@ def decode(
         weight: the mixture's; not read where there is one policy.
         fresh: [O * K] bool, output rows that belong to prompts filled since the last call.
         cancelled: [O * K] bool, responses whose text the host has found ended.
-        iteration: scalar int32, part of every key.
     """
     generation, sizes, model = program.generation, program.sizes, program.model
     place, config = model.constrain, model.config
@@ -375,7 +385,7 @@ def decode(
         stop = (slots.output >= 0) & cancelled[jnp.maximum(slots.output, 0)]
         return replace(slots, output=jnp.where(stop, -1, slots.output))
 
-    def refill(slots: Slots, started: Array, queue: Queue, iteration: Array) -> tuple[Slots, Array]:
+    def refill(slots: Slots, started: Array, queue: Queue) -> tuple[Slots, Array]:
         """Start samples in free slots until one of both runs out; `started` counts them."""
         waiting = queue.filled[0] * generation.num_samples - started[0]
 
@@ -385,18 +395,12 @@ def decode(
             prompt, sample = jnp.divmod(started[0], generation.num_samples)
             entry = prompt % sizes.entries
             length = queue.text.length[entry]
-            key = address(
-                seed=generation.seed,
-                iteration=iteration,
-                prompt=queue.name[entry][None],
-                sample=(generation.first_sample + sample)[None],
-            )
             limit = jnp.int32(generation.max_new_tokens)
             if generation.max_total_tokens is not None:
                 limit = jnp.clip(generation.max_total_tokens - length, 1, limit)
             slots = Slots(
                 text=_moved(slots.text, queue.text, to=slot, row=entry),
-                key=slots.key.at[slot].set(jax.random.key_data(key)[0]),
+                key=slots.key.at[slot].set(queue.key[entry, sample]),
                 output=slots.output.at[slot].set(queue.output[entry] + sample),
                 step=slots.step.at[slot].set(0),
                 limit=slots.limit.at[slot].set(limit),
@@ -430,7 +434,7 @@ def decode(
         )
 
     def take_step(loop: _Loop) -> _Loop:
-        slots, started = locally(refill, results=2)(loop.slots, loop.started, state.queue, iteration)
+        slots, started = locally(refill, results=2)(loop.slots, loop.started, state.queue)
         alive = slots.output >= 0
         text = slots.text
         # Every row draws over the whole vocabulary: gather it where the head is split, and not the head, which is what
@@ -440,8 +444,7 @@ def decode(
             for params, hidden in zip(policies, text.hidden, strict=True)
         ]
         drawable = without_padding(mixed(row_logits), num_ids=generation.num_ids)
-        key = jax.random.wrap_key_data(slots.key)
-        token = sample_token(key, drawable, step=slots.step, truncation=generation.truncation, seen=text.seen)
+        token = sample_token(slots.key, drawable, step=slots.step, truncation=generation.truncation, seen=text.seen)
         token = jnp.where(alive, token, 0)
         stopped = jnp.any(token[:, None] == end_ids[None, :], axis=1)
         drawn = _Drawn(

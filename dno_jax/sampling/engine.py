@@ -96,13 +96,14 @@ def generate(
     if books.finished:
         return
     state, outputs = start(program, policies=len(policies))
+    number = jnp.int32(iteration)
     weight = jnp.float32(0.0 if mixture is None else mixture.weight)
     dispatched: tuple[int, Outputs, Counts] | None = None
     rows = row_sharding(mesh, ndim=1)
     while not books.finished:
         while prompts := books.next_prompts():
             places = jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), prompts)
-            state = fill(policies, state, to_device(prompts, places), program=program)
+            state = fill(policies, state, to_device(prompts, places), iteration=number, program=program)
             statistics.fill_calls += 1
         fresh, cancelled, call = books.next_call()
         state, outputs, counts = decode(
@@ -112,7 +113,6 @@ def generate(
             weight,
             fresh=to_device(fresh, rows),
             cancelled=to_device(cancelled, rows),
-            iteration=jnp.int32(iteration),
             program=program,
         )
         statistics.decode_calls += 1
