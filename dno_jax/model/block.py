@@ -63,14 +63,13 @@ def norm(
 class LayerNumbers:
     """What tells one layer from the next besides its weights; rides through the scan, stacked on axis 0."""
 
-    layer: Any  # int32, its index, also into the caches
     window: Any  # int32, tokens that a query sees
     rope: Any  # int32, index of its rotation
 
 
 def layer_numbers(config: ModelConfig) -> LayerNumbers:
     count = config.num_hidden_layers
-    rows = range(count), config.windows or (NO_WINDOW,) * count, config.layer_ropes or (0,) * count
+    rows = config.windows or (NO_WINDOW,) * count, config.layer_ropes or (0,) * count
     return LayerNumbers(*(jnp.asarray(row, jnp.int32) for row in rows))
 
 
@@ -94,8 +93,7 @@ class Block(nn.Module):
         """Run one layer.
 
         Args:
-            carry: (x [B, T, D], the cache or None). The cache of all layers travels in the carry and is written in
-                place; as scanned inputs and outputs it would be copied.
+            carry: (x [B, T, D], this layer's cache or None).
             numbers: this layer's.
             cos, sin: [R, B, T, 1, H/2], of every rotation.
             position: [B, T] int32; -1 is padding.
@@ -178,14 +176,12 @@ class Block(nn.Module):
         scale = H**-0.5 if config.attention_scale is None else config.attention_scale
         softcap = config.attention_softcap
         if cache is not None:
-            cache = self.write(cache, numbers.layer, k_BTKH=k, v_BTKH=v, position_BT=position)
+            cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
         if cache is None or cache.num_slots == y.shape[1]:
             # Without a cache, or with one that this very call fills: every key is among this call's tokens.
             y = self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)
         else:
-            y = _attend_cache(
-                q, cache, numbers.layer, reach, position=position, window=window, scale=scale, softcap=softcap
-            )
+            y = _attend_cache(q, cache, reach, position=position, window=window, scale=scale, softcap=softcap)
         y = self.constrain(y, ("batch", "length", "heads", "head_dim"))
         axes = ("heads", "head_dim", "embed")
         y = self._project(y, "o", equation="btnh,nhd->btd", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
@@ -227,13 +223,13 @@ class Block(nn.Module):
 
 
 def _attend_cache(
-    q: jax.Array, cache: KVCache, layer: Any, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
+    q: jax.Array, cache: KVCache, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
 ) -> jax.Array:
-    """Mix what the cache holds of one layer, reading no further than the longest row goes."""
+    """Mix what a layer's cache holds, reading no further than the longest row makes it."""
 
     def up_to(num_slots: int) -> Callable[[jax.Array, KVCache], jax.Array]:
         def mix(q: jax.Array, cache: KVCache) -> jax.Array:
-            own = read_layer(cache, layer, num_slots=num_slots)
+            own = read_layer(cache, num_slots=num_slots)
             mask = visible(position, jnp.arange(num_slots, dtype=jnp.int32)[None], window)
             return attend(
                 q,

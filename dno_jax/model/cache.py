@@ -2,6 +2,9 @@
 
 So every row has a length of its own, and what a row's query sees needs no bookkeeping: the columns up to its own
 position. What a former text left behind it is overwritten before anybody can see it.
+
+A layer's keys are an array of their own. Products take their operands whole: of a stack of layers, each would be copied
+out before it is read, which for the small products of a decoding step costs as much as the products.
 """
 
 from __future__ import annotations
@@ -18,20 +21,21 @@ from dno_jax.model.config import ModelConfig
 
 # The largest magnitude of a stored key or value, by the dtypes that need a scale.
 _QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
-# Attention reads the cache up to one of so many ends, in multiples of so many columns.
+# Attention reads the cache up to one of so many ends, in multiples of so many columns: the rest, which no row has
+# reached, may be most of it. Fewer, wider steps were slower on a CPU, although a part is copied to be read.
 _NUM_REACHES, _REACH_STEP = 8, 64
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of the tokens seen so far, all layers stacked; column s holds the token at position s.
+    """Keys and values of one layer, of the tokens seen so far; column s holds the token at position s.
 
     The fields are annotated loosely because the same structure carries axis names, shapes and shardings.
 
     Attributes:
-        key: [L, B, K, H, S] in the cache's dtype, rotated by position already.
-        value: [L, B, K, H, S].
-        key_scale, value_scale: [L, B, K, S] float32, what a column is multiplied by; None where the dtype needs none.
+        key: [B, K, H, S] in the cache's dtype, rotated by position already.
+        value: [B, K, H, S].
+        key_scale, value_scale: [B, K, S] float32, what a column is multiplied by; None where the dtype needs none.
     """
 
     key: Any
@@ -44,31 +48,39 @@ class KVCache:
         return self.key.shape[-1]
 
 
+# One a layer.
+Cache = tuple[KVCache, ...]
+
+
 @runtime_checkable
 class WriteCache(Protocol):
-    """Puts the keys and values of a call into one layer of a cache, each in the column of its position."""
+    """Puts the keys and values of a call into a layer's cache, each in the column of its position."""
 
-    def __call__(self, cache: KVCache, layer: Any, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
+    def __call__(self, cache: KVCache, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
         """Return the cache with tokens [B, T] written; padding (position -1) is written nowhere."""
         ...
 
 
-def init_cache(config: ModelConfig, *, batch_size: int, num_slots: int, dtype: Any = jnp.float32) -> KVCache:
+def init_cache(config: ModelConfig, *, batch_size: int, num_slots: int, dtype: Any = jnp.float32) -> Cache:
     """Return an empty cache of float32, bfloat16, int8 or float8_e4m3fn."""
-    L, K, H = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-    shape = (L, batch_size, K, H, num_slots)
-    scale = (L, batch_size, K, num_slots) if jnp.dtype(dtype).name in _QUANTISED else None
-    return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        key_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
-        value_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
-    )
+    K, H = config.num_key_value_heads, config.head_dim
+    shape = (batch_size, K, H, num_slots)
+    scale = (batch_size, K, num_slots) if jnp.dtype(dtype).name in _QUANTISED else None
+
+    def layer() -> KVCache:
+        return KVCache(
+            key=jnp.zeros(shape, dtype),
+            value=jnp.zeros(shape, dtype),
+            key_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
+            value_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
+        )
+
+    return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
 def cache_axes(cache: KVCache) -> KVCache:
-    """Return the axis names of every field of a cache, in a KVCache of tuples."""
-    wide, scale = ("layers", "batch", "kv_heads", "head_dim", "slots"), ("layers", "batch", "kv_heads", "slots")
+    """Return the axis names of every field of a layer's cache, in a KVCache of tuples."""
+    wide, scale = ("batch", "kv_heads", "head_dim", "slots"), ("batch", "kv_heads", "slots")
     return KVCache(
         key=wide,
         value=wide,
@@ -77,34 +89,33 @@ def cache_axes(cache: KVCache) -> KVCache:
     )
 
 
-def grow_cache(cache: KVCache, num_slots: int) -> KVCache:
+def grow_cache(cache: Cache, num_slots: int) -> Cache:
     """Return the cache with empty slots added at the end, `num_slots` in all.
 
     Raises:
         ValueError: the cache has more slots already.
     """
-    more = num_slots - cache.num_slots
+    more = num_slots - cache[0].num_slots
     if more < 0:
-        raise ValueError(f"the cache has {cache.num_slots} slots; it cannot grow to {num_slots}")
+        raise ValueError(f"the cache has {cache[0].num_slots} slots; it cannot grow to {num_slots}")
     return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), cache)
 
 
 def write_layer(
     cache: KVCache,
-    layer: Int[Array, ""],
     *,
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     position_BT: Int[Array, "B T"],
 ) -> KVCache:
-    """Return the cache with the tokens of a call in one layer; padding (position -1) is written nowhere."""
+    """Return a layer's cache with the tokens of a call; padding (position -1) is written nowhere."""
     # A column that does not exist drops what is written there; -1 itself would count from the end.
     column = jnp.where(position_BT >= 0, position_BT, cache.num_slots)
 
     row = jnp.arange(column.shape[0], dtype=jnp.int32)[:, None]
 
     def write(field: Array, new: Array) -> Array:
-        return field.at[layer, row, ..., column].set(new, mode="drop")
+        return field.at[row, ..., column].set(new, mode="drop")
 
     key, key_scale = _quantised(k_BTKH, cache.key.dtype)
     value, value_scale = _quantised(v_BTKH, cache.value.dtype)
@@ -129,14 +140,9 @@ def _quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Arr
     return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
 
 
-def read_layer(cache: KVCache, layer: Int[Array, ""], *, num_slots: int) -> KVCache:
-    """Return the first columns of one layer: key and value [B, K, H, S'], scales [B, K, S']."""
-
-    def read(field: Array) -> Array:
-        sizes = (1, *field.shape[1:-1], num_slots)
-        return jax.lax.dynamic_slice(field, (layer, *(0,) * (field.ndim - 1)), sizes)[0]
-
-    return jax.tree.map(read, cache)
+def read_layer(cache: KVCache, *, num_slots: int) -> KVCache:
+    """Return the first columns of a layer's cache."""
+    return cache if num_slots == cache.num_slots else jax.tree.map(lambda field: field[..., :num_slots], cache)
 
 
 def reaches(num_slots: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -45,3 +46,28 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
     with _without_mesh():
         specs = nn.get_partition_spec(_boxed(config))
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def unstack_layers(params: Mapping[str, Any], *, give_away: bool = False) -> dict[str, Any]:
+    """Return parameters whose "layers" are a tuple of one tree a layer, as decoding reads them fastest.
+
+    Args:
+        params: stacked, or as this returns them.
+        give_away: delete each stacked weight as soon as it is taken apart, so that only one is in memory twice.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        return dict(params)
+    leaves, tree = jax.tree.flatten(layers)
+    split = []
+    for leaf in leaves:
+        split.append(_split(leaf))
+        if give_away:
+            jax.block_until_ready(split[-1])
+            leaf.delete()
+    return {**params, "layers": tuple(jax.tree.unflatten(tree, own) for own in zip(*split, strict=True))}
+
+
+@jax.jit
+def _split(stacked: Any) -> list[Any]:
+    return [stacked[index] for index in range(stacked.shape[0])]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from dno_jax.model.cache import KVCache, cache_axes, write_layer
 from dno_jax.parallel.sharding import Layout
@@ -22,11 +22,11 @@ class ShardedWrite:
     mesh: Mesh
     layout: Layout
 
-    def __call__(self, cache: KVCache, layer: Any, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
+    def __call__(self, cache: KVCache, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
         """Return what `write_layer` would return on one device that holds everything."""
 
-        def shard(cache: KVCache, layer: Any, k: Any, v: Any, position: Any) -> KVCache:
-            return write_layer(cache, layer, k_BTKH=k, v_BTKH=v, position_BT=position)
+        def shard(cache: KVCache, k: Any, v: Any, position: Any) -> KVCache:
+            return write_layer(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
 
         new, rows = ("batch", "length", "kv_heads", "head_dim"), ("batch", "length")
         place = self.layout.activation_spec
@@ -34,10 +34,10 @@ class ShardedWrite:
         run = jax.shard_map(
             shard,
             mesh=self.mesh,
-            in_specs=(caches, PartitionSpec(), place(new), place(new), place(rows)),
+            in_specs=(caches, place(new), place(new), place(rows)),
             out_specs=caches,
         )
-        return run(cache, layer, k_BTKH, v_BTKH, position_BT)
+        return run(cache, k_BTKH, v_BTKH, position_BT)
 
 
 def cache_specs(cache: KVCache, layout: Layout) -> KVCache:

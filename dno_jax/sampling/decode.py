@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from dno_jax.logprobs import token_logprobs
-from dno_jax.model.cache import KVCache, init_cache
+from dno_jax.model.cache import Cache, KVCache, init_cache
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.parallel.cache import cache_specs
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, AnyMesh, num_row_shards
@@ -99,7 +99,7 @@ class Mixture:
 class Text:
     """Where rows stand in their texts: B slots, or E queue entries."""
 
-    cache: tuple[KVCache, ...]  # one a policy
+    cache: tuple[Cache, ...]  # one a policy
     hidden: tuple[Any, ...]  # one [B, D] a policy: of the last token, which predicts the next
     length: Any  # [B] int32, tokens so far, hence the position of the next
     seen: Any  # [B, V] bool, which ids the text has; None without a repetition penalty
@@ -239,9 +239,9 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
     )
 
 
-def _apply(model: Decoder, params: Any, token: Array, position: Array, cache: KVCache) -> tuple[Array, KVCache]:
+def _apply(model: Decoder, params: Any, token: Array, position: Array, cache: Cache) -> tuple[Array, Cache]:
     # flax also types the mutable collections that `apply` would return if there were any.
-    return cast(tuple[Array, KVCache], model.apply({"params": params}, token, position, cache))
+    return cast(tuple[Array, Cache], model.apply({"params": params}, token, position, cache))
 
 
 @partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -258,12 +258,12 @@ def fill(
     rows, width = prompts.token.shape
     piece = min(width, program.sizes.prefill_chunk)
 
-    def read(params: Any) -> tuple[Array, KVCache]:
+    def read(params: Any) -> tuple[Array, Cache]:
         """Put whole prompts through the model, piece after piece; return the state after the last token of each."""
         dtype = jnp.dtype(program.sizes.kv_dtype)
         cache = init_cache(model.config, batch_size=rows, num_slots=width, dtype=dtype)
 
-        def one(start: Array, carry: tuple[KVCache, Array]) -> tuple[KVCache, Array]:
+        def one(start: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, last = carry
             position = start + jnp.broadcast_to(jnp.arange(piece, dtype=jnp.int32), (rows, piece))
             position = jnp.where(position < prompts.length[:, None], position, -1)
@@ -321,20 +321,13 @@ def _ids_of(prompts: Prompts, seen: Any) -> Any:
 def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
     """Copy one row of a text into another, in place; a shorter cache into the first columns of a longer one."""
 
-    def copy(target: Array, source: Array, *, axis: int) -> Array:
-        own = jax.lax.dynamic_slice_in_dim(source, row, 1, axis=axis)
-        if source.ndim > 2:  # a cache; padding may go on where the other ends
+    def copy(target: Array, source: Array) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(source, row, 1)
+        if source.ndim > 2 and source.shape[-1] > target.shape[-1]:  # a cache; padding may go on where the other ends
             own = own[..., : target.shape[-1]]
-        start = [jnp.int32(0)] * target.ndim
-        start[axis] = to
-        return jax.lax.dynamic_update_slice(target, own, start)
+        return jax.lax.dynamic_update_slice(target, own, (to, *(0,) * (target.ndim - 1)))
 
-    return Text(
-        cache=jax.tree.map(partial(copy, axis=1), into.cache, text.cache),
-        hidden=jax.tree.map(partial(copy, axis=0), into.hidden, text.hidden),
-        length=copy(into.length, text.length, axis=0),
-        seen=None if into.seen is None else copy(into.seen, text.seen, axis=0),
-    )
+    return jax.tree.map(copy, into, text)
 
 
 def _locally(function: Any, mesh: AnyMesh, *, results: int = 1) -> Any:

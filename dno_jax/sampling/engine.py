@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dno_jax.errors import DnoError
 from dno_jax.model.decoder import Decoder
+from dno_jax.model.params import unstack_layers
 from dno_jax.parallel.mesh import one_device_mesh
 from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
 from dno_jax.sampling.decode import Counts, Mixture, Outputs, Program, Prompts, Sizes, decode, fill, start
@@ -90,7 +91,7 @@ def generate(
     """
     mesh = one_device_mesh() if mesh is None else mesh
     program = Program(model, generation, sizes, mesh, record_drawn)
-    policies = (params,) if mixture is None else (params, mixture.params)
+    policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
     statistics = Statistics() if statistics is None else statistics
     books = _Books.open(requests, program)
     if books.finished:

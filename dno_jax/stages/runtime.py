@@ -18,7 +18,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_config
-from dno_jax.model.params import abstract_params
+from dno_jax.model.params import abstract_params, unstack_layers
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
@@ -133,7 +133,8 @@ class Runtime(Generic[ConfigT]):
         dtype = jnp.dtype(self.config.model.dtype)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(self.model_config))
         params = load_policy(policy, shapes=shapes, shardings=self.param_shardings(DECODE))
-        return on_part(params, param_shardings(self.model_config, self.part.mesh, DECODE))
+        own = on_part(params, param_shardings(self.model_config, self.part.mesh, DECODE))
+        return unstack_layers(own, give_away=True)
 
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:

@@ -10,7 +10,7 @@ import pytest
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.cache import cache_axes, grow_cache, init_cache
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
-from dno_jax.model.params import abstract_params, init_params, param_axes
+from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
 from tests.model.conftest import random_params, run
 
 
@@ -130,6 +130,41 @@ def test_cached_decoding_equals_the_full_forward_pass(config, params, windows):
         np.testing.assert_allclose(logits(config, params, h), full[row, t], atol=2e-5)
 
 
+def test_layers_taken_apart_compute_the_same(config, params):
+    token = jnp.asarray(text(config, rows=2, length=9), jnp.int32)
+    position, model = jnp.broadcast_to(jnp.arange(9, dtype=jnp.int32), (2, 9)), Decoder(config)
+    apart = unstack_layers(params)
+    assert len(apart["layers"]) == config.num_hidden_layers
+    assert unstack_layers(apart) == apart
+    step = jax.jit(lambda p, t, i, c: model.apply({"params": p}, t, i, c))
+    found = [step(p, token, position, init_cache(config, batch_size=2, num_slots=12)) for p in (params, apart)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    given = jax.tree.map(jnp.array, params)
+    again = unstack_layers(given, give_away=True)
+    jax.tree.map(np.testing.assert_array_equal, again, apart)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["layers"]))
+    assert not given["embed"].is_deleted()
+
+
+@pytest.mark.parametrize("length", [40, 70, 140, 500])
+def test_reading_a_part_of_the_cache_changes_nothing(config, params, length):
+    """Columns that no row has reached may be left out, whichever part that leaves."""
+    token = text(config, rows=1, length=1)
+    model = Decoder(config)
+    rng = np.random.default_rng(length)
+    cache = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
+        init_cache(config, batch_size=1, num_slots=512),
+    )
+    short = jax.tree.map(lambda leaf: leaf[..., :length], cache)
+    position = jnp.full((1, 1), length - 1, jnp.int32)
+    found, expected = (
+        model.apply({"params": params}, jnp.asarray(token, jnp.int32), position, own)[0] for own in (cache, short)
+    )
+    # The same numbers in another order of sums.
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_what_a_former_text_left_is_not_seen(config, params):
     """A row is given another, shorter text: its columns are overwritten one by one, and nothing is cleared."""
     token = text(config, rows=2, length=12)
@@ -152,7 +187,7 @@ def test_smaller_caches_keep_their_precision(config, params, dtype, bound):
     exact = run(config, params, token)
     model, position = Decoder(config), jnp.broadcast_to(jnp.arange(20, dtype=jnp.int32), (2, 20))
     cache = init_cache(config, batch_size=2, num_slots=24, dtype=jnp.dtype(dtype))
-    assert (cache.key_scale is None) == (dtype == "bfloat16")
+    assert (cache[0].key_scale is None) == (dtype == "bfloat16")
     hidden, _ = model.apply({"params": params}, jnp.asarray(token, jnp.int32), position, cache)
     error = np.abs(np.asarray(logits(config, params, hidden)) - exact).mean() / exact.std()
     assert 1e-4 < error < bound
@@ -160,12 +195,14 @@ def test_smaller_caches_keep_their_precision(config, params, dtype, bound):
 
 def test_cache_axes_have_the_cache_structure(config):
     for dtype in (jnp.bfloat16, jnp.int8):
-        cache = init_cache(config, batch_size=2, num_slots=4, dtype=dtype)
+        whole = init_cache(config, batch_size=2, num_slots=4, dtype=dtype)
+        assert len(whole) == config.num_hidden_layers
+        cache = whole[0]
         axes = jax.tree.leaves(cache_axes(cache), is_leaf=lambda leaf: isinstance(leaf, tuple))
         assert [leaf.ndim for leaf in jax.tree.leaves(cache)] == [len(names) for names in axes]
         assert cache.key.dtype == cache.value.dtype == dtype
     with pytest.raises(ValueError, match="cannot grow"):
-        grow_cache(cache, 3)
+        grow_cache(whole, 3)
 
 
 def test_bfloat16_stays_within_its_precision(config, params):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
@@ -101,7 +102,9 @@ def test_a_slot_is_its_cache_its_hidden_state_and_counters(kv_dtype):
     texts = [nbytes(*cache_arrays(length, kv_dtype), jnp.zeros(D)) for length in (40, 16)]
     assert found.slot_bytes == texts[0] + 6 * 4
     assert two.slot_bytes == 2 * texts[0] + 6 * 4
-    assert found.parts["queue"] == found.queue_entries * (texts[1] + 3 * 4) + 2 * 4  # a ring has two counters
+    assert (
+        found.parts["queue"] == found.queue_entries * (texts[1] + 2 * 4 + 5 * 8) + 2 * 4
+    )  # keys of K samples; two counters of a ring
     assert plan(kv_dtype=kv_dtype, slots=3, penalty=1.1).slot_bytes == found.slot_bytes + V  # which ids were there
     assert plan(kv_dtype=kv_dtype, slots=3, total=30).slot_bytes == nbytes(*cache_arrays(30, kv_dtype)) + 4 * D + 6 * 4
 
@@ -272,12 +275,17 @@ def test_the_plan_is_what_the_compiler_counts_on_each_device(axes, kv_dtype):
 
     shapes = abstract_params(config)
     params = jax.tree.map(shaped, shapes, weight_shardings(mesh, DECODE, axes=param_axes(config), shapes=shapes))
+
+    def one_layer(leaf):
+        own = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=own)
+
+    params["layers"] = (jax.tree.map(one_layer, params["layers"]),) * config.num_hidden_layers
     state, outputs = abstract_start(program, policies=1)
     marks = shaped(outputs.done, row_sharding(mesh, ndim=1))
-    number = jax.ShapeDtypeStruct((), jnp.int32)
     compiled = decode.lower(
         (params,), state, outputs, jax.ShapeDtypeStruct((), jnp.float32), fresh=marks, cancelled=marks,
-        iteration=number, program=program,
+        program=program,
     ).compile()  # fmt: skip
     compared = compare_with_compiler(found, compiled.memory_analysis())
     # Beside the plan's there are two marks of every response and three numbers; and of results a table of pointers.
