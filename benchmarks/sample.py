@@ -4,9 +4,12 @@ FILE.json is a list of id lists; without it there are --num-prompts random promp
 --copies times under names of its own. Tokens after a response's end are not counted. Rates are of --repeats passes over
 all prompts after a warm-up pass.
 
---lengths heavy draws the length of every response beforehand, half of them within a tenth of --new (log-normal), and
-stops each there: a distribution of lengths that no small checkpoint has. The static batch's share of useful slot-steps,
-of the same lengths at the same number of rows, stands beside the measured one.
+--lengths heavy gives every prompt a limit of its own that its responses run into: log-normal, half of them within a
+tenth of --new, a few as long as it. The share of useful slot-steps of static batches, of the same lengths in the same
+order and number of rows, stands beside the measured one.
+
+The floor of a step is what it has to read, all weights and what the slots' texts hold of the cache (the mean over a
+response), over the bandwidth of copying a large array.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_end_token_ids
 from dno_jax.sampling.decode import Sizes, decode, fill
 from dno_jax.sampling.engine import Statistics, generate
+from dno_jax.sampling.memory import queue_length
 from dno_jax.sampling.requests import Finished, Generation, Request
 from dno_jax.sampling.transforms import Truncation
 
@@ -39,7 +43,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=1)
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=32, help="tokens a call")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
@@ -58,8 +62,10 @@ def main() -> None:
     else:
         prompts = [random_ids(rng, options.prompt, config.vocab_size) for _ in range(options.num_prompts)]
     prompts = sorted(prompts * options.copies, key=len)
-    requests = [Request(ids, name) for name, ids in enumerate(prompts)]
-    ends = read_end_token_ids(options.model) if Path(options.model).is_dir() else ()
+    heavy = options.lengths == "heavy"
+    limits = np.clip(np.exp(rng.normal(np.log(options.new / 10), 1.0, size=len(prompts))), 1, options.new).astype(int)
+    requests = [Request(ids, name, int(limits[name]) if heavy else None) for name, ids in enumerate(prompts)]
+    ends = () if heavy else read_end_token_ids(options.model) if Path(options.model).is_dir() else ()
     generation = Generation(
         num_samples=options.samples,
         max_new_tokens=options.new,
@@ -70,6 +76,7 @@ def main() -> None:
     sizes = Sizes(
         slots=options.slots,
         prompt_length=max(map(len, prompts)),
+        entries=queue_length(options.slots, num_samples=options.samples, fill_rows=4),
         chunk_steps=options.chunk,
         kv_dtype=options.kv_dtype or options.dtype,
     )
@@ -91,33 +98,57 @@ def main() -> None:
     begin = time.perf_counter()
     once(0)
     warm_up = time.perf_counter() - begin
-    rates, shares, static = [], [], []
+    rates, shares, static, steps = [], [], [], []
     for repeat in range(options.repeats):
         begin = time.perf_counter()
         statistics, found = once(repeat + 1)
-        rates.append(statistics.tokens / (time.perf_counter() - begin))
+        seconds = time.perf_counter() - begin
+        rates.append(statistics.tokens / seconds)
+        steps.append(seconds / (statistics.slot_steps / options.slots))
         shares.append(statistics.utilisation)
         by_prompt = sorted(found, key=lambda finished: finished.index)
         static.append(static_share([len(r.token_ids) for f in by_prompt for r in f.responses], rows=options.slots))
-    cache = init_cache(config, batch_size=1, num_slots=sizes.prompt_length + options.new, dtype=sizes.kv_dtype)
+    columns, mean = sizes.prompt_length + options.new, statistics.tokens / (len(requests) * options.samples)
+    cache = init_cache(config, batch_size=1, num_slots=columns, dtype=jnp.dtype(sizes.kv_dtype))
+    slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    live = (np.mean([len(ids) for ids in prompts]) + mean / 2) / columns
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + options.slots * slot_bytes * live
+    bandwidth = copy_bandwidth()
     report(
         "sample",
         model=Path(options.model).name,
         responses=len(requests) * options.samples,
         new=options.new,
+        lengths=options.lengths,
         slots=options.slots,
         chunk=options.chunk,
         dtype=options.dtype,
         kv_dtype=sizes.kv_dtype,
-        mean_tokens=statistics.tokens / (len(requests) * options.samples),
+        mean_tokens=mean,
         useful_tokens_per_second_best=max(rates),
         useful_tokens_per_second_median=float(np.median(rates)),
         utilisation=float(np.median(shares)),
         utilisation_of_static_batches=float(np.median(static)),
-        bytes_a_slot=sum(leaf.nbytes for leaf in jax.tree.leaves(cache)),
+        bytes_a_slot=slot_bytes,
+        milliseconds_a_step=1e3 * float(np.median(steps)),
+        floor_milliseconds_a_step=1e3 * read / bandwidth,
+        copy_gigabytes_per_second=bandwidth / 1e9,
         warm_up_seconds=warm_up,
         compiled_programs=fill._cache_size() + decode._cache_size(),
     )
+
+
+def copy_bandwidth(megabytes: int = 256) -> float:
+    """Return bytes a second, read and written, of copying an array that no cache holds; the fastest of a few."""
+    source = jnp.ones(megabytes * 2**18, jnp.float32)
+    copy = jax.jit(lambda array: array + 1.0)
+    jax.block_until_ready(copy(source))
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(copy(source))
+        seconds.append(time.perf_counter() - begin)
+    return 2 * source.nbytes / min(seconds)
 
 
 def static_share(lengths: list[int], *, rows: int) -> float:

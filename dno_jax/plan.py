@@ -28,7 +28,7 @@ from dno_jax.sampling.memory import Capacity, SlotPlan, show_bytes
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import check_fit, load_tokenizer, read_shape
-from dno_jax.stages.sampler import Wanted, plan_on
+from dno_jax.stages.sampler import plan_on, wanted_by_stage
 
 
 @dataclass(frozen=True)
@@ -117,38 +117,6 @@ def _prompt_counts(config: RunConfig, tokenizer: ChatTokenizer) -> dict[str, Pro
     return counts
 
 
-def _draws(config: RunConfig, counts: dict[str, PromptCount]) -> dict[str, Wanted]:
-    """What each stage samples on devices; a server's memory is its own affair."""
-    section = config.sampling
-    most = max(count.prompts for name, count in counts.items() if name != "held out")
-
-    def policy(num_samples: int, num_prompts: int, *, num_policies: int = 1) -> Wanted:
-        return Wanted(
-            num_samples=num_samples,
-            num_prompts=num_prompts,
-            prompt_length=config.prompts.max_length,
-            max_new_tokens=section.max_new_tokens,
-            num_policies=num_policies,
-            max_total_tokens=section.max_total_tokens,
-        )
-
-    draws: dict[str, Wanted] = {}
-    if section.engine == "jax" and section.source != "data":
-        mixes = section.source == "mixture" or section.num_opponents > 0
-        draws["sample"] = policy(max(section.num_samples, section.num_opponents), most, num_policies=2 if mixes else 1)
-    if config.annotation.kind == "self":
-        judge = config.annotation.self_judge
-        draws["annotate"] = Wanted(
-            num_samples=judge.num_judgements,
-            num_prompts=most * (section.num_samples + section.num_opponents),
-            prompt_length=judge.max_prompt_length,
-            max_new_tokens=judge.max_new_tokens,
-        )
-    if section.engine == "jax" and "held out" in counts:
-        draws["evaluate"] = policy(config.evaluation.num_samples, counts["held out"].prompts)
-    return draws
-
-
 def _plan_sampling(
     config: RunConfig,
     *,
@@ -160,8 +128,10 @@ def _plan_sampling(
     here = mesh.local_devices if isinstance(mesh, Mesh) else []
     capacity = device_capacity(here) if memory is None else Capacity(memory, "--memory")
     platform = here[0].platform if here else None
+    most = max(count.prompts for name, count in counts.items() if name != "held out")
+    held_out = counts["held out"].prompts if "held out" in counts else 0
     plans = {}
-    for stage, wanted in _draws(config, counts).items():
+    for stage, wanted in wanted_by_stage(config, num_prompts=most, num_held_out=held_out).items():
         try:
             plans[stage] = plan_on(
                 mesh, wanted, config=config, model_config=model_config, capacity=capacity, platform=platform

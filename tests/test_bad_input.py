@@ -1,6 +1,7 @@
 """What a person gets wrong: each has a message that names it, exit status 2, no traceback, and nothing half-written."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,39 @@ def test_mesh_that_does_not_divide_the_model(command):
 
 
 def test_mesh_that_does_not_divide_the_batch(command):
-    assert "sampling.shard_prompts is 6" in command("sampling.shard_prompts=6")
+    assert "training.micro_batch_size is 6" in command("training.batch_size=12", "training.micro_batch_size=6")
+
+
+def test_slots_that_do_not_fit_in_memory(command, tmp_path):
+    said = command("sampling.slots=1000000000")
+    assert "sampling.slots is 1000000000" in said
+    assert re.search(r"\d+ would fit: set sampling.slots to at most \d+", said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_that_would_all_be_equal(command):
+    said = command("sampling.temperature=0")
+    assert "temperature is 0 with num_samples=4: all samples of a prompt will be equal" in said
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sampling.num_samples=0", "num_samples is 0"),
+        ("sampling.top_p=0", "top_p"),
+        ('sampling.stop=["", "x"]', "stop has an empty string"),
+        ("sampling.max_total_tokens=1", "max_total_tokens is 1"),
+        ("sampling.repetition_penalty=0", "repetition_penalty"),
+        ("sampling.kv_dtype=int4", "kv_dtype"),
+    ],
+)
+def test_sampling_that_makes_no_sense(command, override, said):
+    assert said in command(override)
+
+
+def test_a_server_gives_no_mixture(command):
+    said = command("sampling.engine=openai", "sampling.source=mixture")
+    assert "a server gives one policy's tokens" in said
 
 
 def test_unknown_field(command):

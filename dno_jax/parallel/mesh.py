@@ -72,23 +72,29 @@ class Part:
 
 def own_part(mesh: Mesh) -> Part:
     """Return the part of a mesh that this process runs; what the parts run needs nothing of each other."""
-    groups = mesh.devices.reshape(-1, *mesh.devices.shape[2:])  # one model each
-    parts: list[tuple[set[int], list[int]]] = []  # processes, groups
-    for group, devices in enumerate(groups):
-        processes, members = {device.process_index for device in devices.flat}, [group]
-        apart = []
-        for other, others in parts:
-            if other & processes:
-                processes, members = processes | other, others + members
-            else:
-                apart.append((other, others))
-        parts = [*apart, (processes, members)]
-    parts.sort(key=lambda part: min(part[1]))
+    models = mesh.devices.reshape(-1, *mesh.devices.shape[2:])
+    parts = parts_of(np.vectorize(lambda device: device.process_index)(models))
     index = next(i for i, (processes, _) in enumerate(parts) if jax.process_index() in processes)
     processes, members = parts[index]
-    devices = groups[np.asarray(sorted(members))][:, None]
-    own = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Part(own, index=index, count=len(parts), leads=jax.process_index() == min(processes))
+    own = Mesh(models[list(members)][:, None], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Part(own, index=index, count=len(parts), leads=jax.process_index() == processes[0])
+
+
+def parts_of(process: np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return which models run apart from all others: (processes, models) of each part, both ascending.
+
+    Args:
+        process: [models, expert, tensor], the index of the process that has each device.
+    """
+    parts: list[tuple[set[int], set[int]]] = []
+    for model, devices in enumerate(process):
+        processes, members = set(devices.ravel().tolist()), {model}
+        for other in [part for part in parts if part[0] & processes]:
+            parts.remove(other)
+            processes, members = processes | other[0], members | other[1]
+        parts.append((processes, members))
+    found = [(tuple(sorted(processes)), tuple(sorted(members))) for processes, members in parts]
+    return sorted(found, key=lambda part: part[1])
 
 
 def one_device_mesh() -> Mesh:

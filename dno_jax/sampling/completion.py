@@ -111,13 +111,6 @@ def leaves_policy(truncation: Truncation) -> bool:
     return truncation == Truncation(temperature=1.0)
 
 
-def response_limit(request: Request, generation: Generation) -> int:
-    """Return the most tokens that a request's response may have; below 1 where its prompt fills the total."""
-    if generation.max_total_tokens is None:
-        return generation.max_new_tokens
-    return min(generation.max_new_tokens, generation.max_total_tokens - len(request.token_ids))
-
-
 def parse_answer(text: str) -> Answer | None:
     """Read the body of a 200; None if it is anything but one completion."""
     try:

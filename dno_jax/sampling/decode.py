@@ -121,6 +121,7 @@ class Queue:
     text: Text
     key: Any  # [E, K, 2] uint32, of each sample
     output: Any  # [E] int32, first of the prompt's K output rows
+    limit: Any  # [E] int32, tokens that may be drawn for each
     filled: Any  # [1] int32 a row shard, prompts that came
     started: Any  # [1] int32 a row shard, samples that were started
 
@@ -160,6 +161,7 @@ class Prompts:
     length: Any  # [R] int32; 0 is a filler
     name: Any  # [R] uint32
     output: Any  # [R] int32, first output row of each, in its shard
+    limit: Any  # [R] int32, tokens of its longest response
 
 
 def _specs(tree: Any) -> Any:
@@ -225,6 +227,7 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
             text=text(entries, sizes.prompt_length),
             key=jnp.zeros((entries, generation.num_samples, 2), jnp.uint32),
             output=jnp.zeros(entries, jnp.int32),
+            limit=jnp.zeros(entries, jnp.int32),
             filled=jnp.zeros(shards, jnp.int32),
             started=jnp.zeros(shards, jnp.int32),
         ),
@@ -300,6 +303,7 @@ def fill(
                 text=_moved(queue.text, text, to=entry, row=row),
                 key=queue.key.at[entry].set(keys[row]),
                 output=queue.output.at[entry].set(prompts.output[row]),
+                limit=queue.limit.at[entry].set(prompts.limit[row]),
                 filled=queue.filled + 1,
             )
 
@@ -387,16 +391,12 @@ def decode(
             slot = jnp.argmax(slots.output < 0)
             prompt, sample = jnp.divmod(started[0], generation.num_samples)
             entry = prompt % sizes.entries
-            length = queue.text.length[entry]
-            limit = jnp.int32(generation.max_new_tokens)
-            if generation.max_total_tokens is not None:
-                limit = jnp.clip(generation.max_total_tokens - length, 1, limit)
             slots = Slots(
                 text=_moved(slots.text, queue.text, to=slot, row=entry),
                 key=slots.key.at[slot].set(queue.key[entry, sample]),
                 output=slots.output.at[slot].set(queue.output[entry] + sample),
                 step=slots.step.at[slot].set(0),
-                limit=slots.limit.at[slot].set(limit),
+                limit=slots.limit.at[slot].set(queue.limit[entry]),
             )
             return slots, started + 1
 

@@ -18,7 +18,7 @@ from dno_jax.model.params import unstack_layers
 from dno_jax.parallel.mesh import one_device_mesh
 from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
 from dno_jax.sampling.decode import Counts, Mixture, Outputs, Program, Prompts, Sizes, decode, fill, start
-from dno_jax.sampling.requests import Finished, Generation, Request, Response
+from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
 # or None where the response goes on.
@@ -123,16 +123,16 @@ def generate(
 
 
 def _checked(index: int, request: Request, program: Program) -> Request:
-    length, longest, total = len(request.token_ids), program.sizes.prompt_length, program.generation.max_total_tokens
+    length, longest = len(request.token_ids), program.sizes.prompt_length
     if not 1 <= length <= longest:
         raise ValueError(
             f"request {index} has a prompt of {length} tokens; the cache holds prompts of 1 to {longest}: cut it, or "
             "raise sizes.prompt_length"
         )
-    if total is not None and length >= total:
+    if response_limit(request, program.generation) < 1:
         raise ValueError(
-            f"request {index} has a prompt of {length} tokens and max_total_tokens is {total}, which leaves no "
-            "room for a response"
+            f"request {index} has a prompt of {length} tokens, max_new_tokens {request.max_new_tokens}, and "
+            f"max_total_tokens is {program.generation.max_total_tokens}, which leaves no room for a response"
         )
     return request
 
@@ -207,7 +207,7 @@ class _Books:
         width = prompt_bucket(longest, max_length=sizes.prompt_length, piece=sizes.prefill_chunk)
         count = len(self.shards)
         token = np.zeros((count, rows, width), np.int32)
-        length, output = np.zeros((count, rows), np.int32), np.zeros((count, rows), np.int32)
+        length, output, limit = np.zeros((3, count, rows), np.int32)
         name = np.zeros((count, rows), np.uint32)
         for number, (shard, own) in enumerate(zip(self.shards, taken, strict=True)):
             for row, (index, request) in enumerate(own):
@@ -216,6 +216,7 @@ class _Books:
                 token[number, row, : len(request.token_ids)] = request.token_ids
                 length[number, row], name[number, row] = len(request.token_ids), request.name
                 output[number, row] = place * samples
+                limit[number, row] = response_limit(request, self.program.generation)
                 self.fresh[number, place] = True
             shard.filled += len(own)
         flat = (count * rows,)
@@ -224,6 +225,7 @@ class _Books:
             length=length.reshape(flat),
             name=name.reshape(flat),
             output=output.reshape(flat),
+            limit=limit.reshape(flat),
         )
 
     def next_call(self) -> tuple[np.ndarray, np.ndarray, int]:

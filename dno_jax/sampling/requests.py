@@ -51,10 +51,22 @@ class Request:
     Attributes:
         token_ids: of the whole prompt, at least one.
         name: 32 bits that stand for the prompt in the keys of its samples, in [0, 2**32).
+        max_new_tokens: of its responses; None leaves it to the generation, whose limit no request can raise.
     """
 
     token_ids: tuple[int, ...]
     name: int
+    max_new_tokens: int | None = None
+
+
+def response_limit(request: Request, generation: Generation) -> int:
+    """Return the most tokens that a request's response may have; below 1 where its prompt fills the total."""
+    limits = [generation.max_new_tokens]
+    if request.max_new_tokens is not None:
+        limits.append(request.max_new_tokens)
+    if generation.max_total_tokens is not None:
+        limits.append(generation.max_total_tokens - len(request.token_ids))
+    return min(limits)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
 from dno_jax.errors import DnoError
 from dno_jax.sampling import completion
 from dno_jax.sampling.completion import Answer, Codec, Refused
-from dno_jax.sampling.requests import Finished, Generation, Request, Response
+from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def complete(
     if not requests:
         return
     for request in requests:
-        if completion.response_limit(request, generation) < 1:
+        if response_limit(request, generation) < 1:
             raise DnoError(
                 f"a prompt of {len(request.token_ids)} tokens leaves no room for a response within "
                 f"sampling.max_total_tokens={generation.max_total_tokens}; raise it, or lower prompts.max_length"
@@ -224,7 +224,7 @@ class _Calls:
     async def _response(self, index: int, sample: int) -> Response | None:
         """Ask until there is an answer that can be kept; None where all were refused."""
         request, generation = self._requests[index], self._generation
-        limit = completion.response_limit(request, generation)
+        limit = response_limit(request, generation)
         redraws = tries = 0
         while True:
             seed = completion.request_seed(

@@ -15,11 +15,12 @@ from dno_jax.report.console import say
 from dno_jax.stages import self_judge
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.sampler import plan, wanted_by_stage
 from dno_jax.stages.template import refuse_template
 
 
 def check(config: RunConfig) -> Runtime[RunConfig]:
-    """Raise now what would otherwise be raised after hours: model, mesh, prompts, template, judge.
+    """Raise now what would otherwise be raised after hours: model, mesh, prompts, slots, template, judge.
 
     Raises:
         DnoError: naming what does not fit.
@@ -36,6 +37,9 @@ def check(config: RunConfig) -> Runtime[RunConfig]:
             raise DnoError(f"{config.prompts.path}: all {len(part)} prompts of a part are dropped: {reasons}")
         if reasons and is_primary():
             say(f"of {len(part)} prompts some are dropped: {reasons}")
+    sampled = wanted_by_stage(config, num_prompts=max(map(len, split.training)), num_held_out=len(split.held_out))
+    for wanted in sampled.values():
+        plan(runtime, wanted)
     if config.annotation.kind == "self":
         self_judge.check(config)
     if is_primary():

@@ -39,6 +39,42 @@ class Wanted:
     max_total_tokens: int | None = None
 
 
+def wanted_by_stage(config: RunConfig, *, num_prompts: int, num_held_out: int) -> dict[str, Wanted]:
+    """What each stage samples on devices; a server's memory is its own affair.
+
+    Args:
+        num_prompts: of the largest iteration.
+    """
+    section = config.sampling
+
+    def policy(num_samples: int, num_prompts: int, *, num_policies: int = 1) -> Wanted:
+        return Wanted(
+            num_samples=num_samples,
+            num_prompts=num_prompts,
+            prompt_length=config.prompts.max_length,
+            max_new_tokens=section.max_new_tokens,
+            num_policies=num_policies,
+            max_total_tokens=section.max_total_tokens,
+        )
+
+    wanted: dict[str, Wanted] = {}
+    if section.engine == "jax" and section.source != "data":
+        mixes = section.source == "mixture" or section.num_opponents > 0
+        most = max(section.num_samples, section.num_opponents)
+        wanted["sample"] = policy(most, num_prompts, num_policies=2 if mixes else 1)
+    if config.annotation.kind == "self":
+        judge = config.annotation.self_judge
+        wanted["annotate"] = Wanted(
+            num_samples=judge.num_judgements,
+            num_prompts=num_prompts * (section.num_samples + section.num_opponents),
+            prompt_length=judge.max_prompt_length,
+            max_new_tokens=judge.max_new_tokens,
+        )
+    if section.engine == "jax" and num_held_out:
+        wanted["evaluate"] = policy(config.evaluation.num_samples, num_held_out)
+    return wanted
+
+
 def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
     """Say how many rows decode together; to be asked before weights are loaded, alike on every process.
 

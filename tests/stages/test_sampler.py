@@ -1,0 +1,151 @@
+"""The sample stage over its engines: stop strings, what is recorded, a server's answers, and what a mesh is cut into."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dno_jax import iteration
+from dno_jax.config import MeshSection
+from dno_jax.errors import DnoError
+from dno_jax.model import hf
+from dno_jax.model.decoder import Decoder, logits
+from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.parallel.mesh import AXES, make_mesh, own_part, parts_of
+from dno_jax.records import Rollout
+from dno_jax.run_dir import RunDir
+from dno_jax.stages import sample, sampler
+from tests.sampling.completion_server import CompletionServer
+
+
+def drawn(config):
+    iteration.prepare(config)
+    manifest = sample.run(config, 0)
+    rows = RunDir(config.run_dir).stage("sample", 0).read(Rollout)
+    return manifest, {row.rollout_id: row for row in rows}
+
+
+def test_stop_strings_end_responses_in_text_and_ids(make_config, tmp_path):
+    _, whole = drawn(make_config(sampling={"audit_prompts": 0}))
+    words = [word for row in whole.values() if row.source == "policy" for word in row.text.split()[1:]]
+    stop = max(set(words), key=words.count)
+    changes = {"sampling": {"stop": [stop, "no such word"]}, "run_dir": str(tmp_path / "cut")}
+    manifest, found = drawn(make_config(**changes))  # the audit holds for what is left of them
+    cut = 0
+    for name, row in found.items():
+        before = whole[name]
+        if row.source != "policy" or stop not in before.text:
+            assert row == before
+            continue
+        cut += 1
+        assert row.text == before.text[: before.text.index(stop)]
+        assert row.finish == "stop"
+        assert row.token_ids == before.token_ids[: len(row.token_ids)]
+        assert row.logprob is not None
+        assert before.logprob is not None
+        assert row.logprob >= before.logprob  # fewer tokens
+    assert cut > 3
+    assert manifest.details["audit"]["error"] < 1e-4
+
+
+def test_what_was_drawn_from_is_recorded_on_request(make_config):
+    manifest, found = drawn(make_config(sampling={"record_drawn_logprob": True, "temperature": 0.7, "top_p": 0.8}))
+    own = [row for row in found.values() if row.source == "policy"]
+    assert own
+    for row in own:
+        assert row.drawn_logprob is not None
+        assert row.logprob is not None
+        assert row.logprob < row.drawn_logprob <= 0.0  # the truncated distribution has its mass on fewer tokens
+    assert all(row.drawn_logprob is None for row in found.values() if row.source == "gold")
+    slots = manifest.details["slots"]
+    assert 0 < slots["utilisation"] <= 1
+    assert slots["slots"] >= 1
+
+
+def test_the_longest_text_is_bounded(make_config):
+    _, found = drawn(make_config(sampling={"max_total_tokens": 18}))
+    lengths = [len(row.prompt_token_ids) + len(row.token_ids) for row in found.values() if row.source == "policy"]
+    assert max(lengths) == 18
+
+
+def test_a_server_gives_the_same_records(make_config):
+    """Our checkpoint, decoded behind HTTP: the run samples from it, and the audit compares what it says."""
+    config = make_config()
+    path = config.model.path
+    model_config, params = hf.load(path)
+    tokenizer = ChatTokenizer.load(path, "raw")
+
+    @jax.jit
+    def read(token):
+        hidden, _ = Decoder(model_config).apply({"params": params}, token, jnp.arange(48, dtype=jnp.int32)[None])
+        return logits(model_config, params, hidden)[0]
+
+    def row(ids):
+        padded = jnp.asarray([[*ids, *[0] * (48 - len(ids))]], jnp.int32)
+        return np.asarray(read(padded))[len(ids) - 1].astype(np.float64)
+
+    with CompletionServer(
+        row, text_of=tokenizer.decode, ids_of=lambda text: tokenizer.text_ids(text)[1:], end_ids=tokenizer.end_ids
+    ) as server:
+        served = make_config(
+            sampling={"engine": "openai", "server": {"base_url": server.url, "logprobs": "raw", "max_tries": 20}}
+        )
+        manifest, found = drawn(served)
+        asked = len(server.sampled)
+        assert sample.run(served, 0) == manifest
+        assert len(server.sampled) == asked  # nothing is asked for twice
+    own = [row for row in found.values() if row.source == "policy"]
+    assert len(own) == 6 * 4  # 12 prompts in two iterations, K = 4
+    assert {row.sample for row in own} == {0, 1, 2, 3}
+    assert all(row.policy == 0 and row.logprob is not None for row in own)
+    assert manifest.details["server"]["responses"] == len(own)
+    assert manifest.details["audit"]["error"] < 1e-4
+    assert any(row.source == "gold" for row in found.values())
+
+
+def test_a_server_that_is_not_there_leaves_nothing(make_config):
+    config = make_config(sampling={"engine": "openai", "server": {"base_url": "http://127.0.0.1:9/v1", "max_tries": 1}})
+    iteration.prepare(config)
+    with pytest.raises(DnoError, match="completion server"):
+        sample.run(config, 0)
+    stage = RunDir(config.run_dir).stage("sample", 0)
+    assert stage.manifest() is None
+    assert not stage.shard_names()
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_the_number_of_slots_is_free_within_a_run(make_config, tmp_path, slots):
+    config = make_config()
+    _, whole = drawn(config)
+    other = make_config(sampling={"slots": slots, "chunk_steps": 5}, run_dir=str(tmp_path / "other"))
+    manifest, found = drawn(other)
+    assert manifest.details["slots"]["slots"] == slots
+    assert {name: row.token_ids for name, row in found.items()} == {name: row.token_ids for name, row in whole.items()}
+
+
+@pytest.mark.parametrize(
+    ("process", "expected"),
+    [
+        ([[0, 0], [0, 0], [1, 1], [1, 1]], [((0,), (0, 1)), ((1,), (2, 3))]),
+        ([[0, 0], [1, 1], [0, 0], [1, 1]], [((0,), (0, 2)), ((1,), (1, 3))]),
+        ([[0, 0, 1, 1]], [((0, 1), (0,))]),  # one model lies across two hosts
+        ([[0, 1], [1, 2], [3, 3]], [((0, 1, 2), (0, 1)), ((3,), (2,))]),
+    ],
+)
+def test_a_mesh_is_cut_where_no_model_is(process, expected):
+    """Processes run apart where none of them has only a part of a model that another has the rest of."""
+    assert parts_of(np.asarray(process)[:, None]) == expected
+
+
+def test_one_process_has_the_whole_mesh():
+    mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
+    part = own_part(mesh)
+    assert (part.index, part.count, part.leads) == (0, 1, True)
+    assert part.mesh.axis_names == AXES
+    assert dict(part.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
+    assert list(part.mesh.devices.flat) == list(mesh.devices.flat)
+
+
+def test_stop_strings_are_found_where_they_end():
+    assert sampler._first(("b", "ab"), "xxabab") == 2
+    assert sampler._first(("q",), "xxabab") is None
