@@ -200,7 +200,9 @@ def test_data_meshes_give_the_same_tokens(params, responses, axes):
 
 
 def test_a_tensor_axis_differs_only_where_rounding_decides(params, responses, capsys):
+    programs.decode.clear_cache()
     found = on_mesh(params, (4, 1, 2))
+    assert programs.decode._cache_size() == 1  # what a call gives lies as what it is given
     differing = sum(one.token_ids != other.token_ids for one, other in zip(flat(found), flat(responses), strict=True))
     with capsys.disabled():
         print(f"\n[tensor=2: {differing} of {len(flat(found))} responses differ from one device]")
@@ -603,6 +605,15 @@ def test_as_many_ids_as_rows_changes_nothing(params, responses):
 def test_prompts_that_cannot_be_answered(params, requests, generation, message):
     with pytest.raises(ValueError, match=message):
         run(params, requests, dataclasses.replace(GENERATION, **generation))
+
+
+def test_a_requests_own_limit(params, responses):
+    limits = [1, 7, None, 40, 3, 12, 20, 5]
+    requests = [dataclasses.replace(item, max_new_tokens=limit) for item, limit in zip(REQUESTS, limits, strict=True)]
+    for own, whole, limit in zip(run(params, requests), responses, limits, strict=True):
+        for one, other in zip(own, whole, strict=True):
+            assert one.token_ids == other.token_ids[:limit]
+            assert one.finish == ("stop" if one.token_ids[-1] in GENERATION.end_ids else "length")
 
 
 @pytest.mark.parametrize(

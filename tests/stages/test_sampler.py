@@ -1,4 +1,4 @@
-"""The sample stage over its engines: stop strings, what is recorded, a server's answers, and what a mesh is cut into."""
+"""The sample stage over its engines: stop strings, records, a server's answers, and what a mesh is cut into."""
 
 import jax
 import jax.numpy as jnp
