@@ -44,7 +44,7 @@ def report(bench: str, **figures: Any) -> None:
     device = jax.devices()[0]
     line = {
         "bench": bench,
-        **{name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()},
+        **{name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in figures.items()},
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "device": f"{device.device_kind} x {jax.device_count()}",
         "python": platform.python_version(),
