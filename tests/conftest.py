@@ -39,3 +39,10 @@ def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = os.environ.get("DNO_TEST_CACHE") or str(tmp_path_factory.mktemp("xla"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Let go of a file's compiled programs: each takes memory maps, of which a process has some 65,000."""
+    yield
+    jax.clear_caches()
