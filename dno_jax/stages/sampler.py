@@ -90,7 +90,9 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
         capacity=device_capacity(mesh.local_devices),
         platform=mesh.local_devices[0].platform,
     )
-    # Processes that share a model must decode the same rows.
+    if all(device in mesh.local_devices for device in mesh.devices.flat):
+        return found
+    # Processes that share a model must decode the same rows; those that do not need not even wait for each other.
     return found.with_slots(int(same_everywhere(np.asarray(found.slots))))
 
 
