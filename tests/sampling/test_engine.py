@@ -12,7 +12,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
-from dno_jax.model.params import init_params
+from dno_jax.model.params import init_params, unstack_layers
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
@@ -232,7 +232,7 @@ def on_mesh(params, axes, *, reference_params=None, weight=0.0):
 
 def compiled_decode(params, *, mesh, model, generation=GENERATION, sizes=SIZES, mixture=None):
     program = Program(model, generation, sizes, mesh)
-    policies = (params,) if mixture is None else (params, mixture.params)
+    policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
     state, outputs = programs.start(program, policies=len(policies))
     marks = to_device(np.zeros(outputs.length.shape, bool), row_sharding(mesh, ndim=1))
     lowered = programs.decode.lower(
@@ -242,7 +242,6 @@ def compiled_decode(params, *, mesh, model, generation=GENERATION, sizes=SIZES, 
         jnp.float32(0.0),
         fresh=marks,
         cancelled=marks,
-        iteration=jnp.int32(0),
         program=program,
     )
     return lowered.compile(), state, outputs
