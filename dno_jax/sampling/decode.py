@@ -491,7 +491,10 @@ def decode(
     whole = NamedSharding(program.mesh, PartitionSpec())
     counts = jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, whole), counts)
     queue = replace(state.queue, started=loop.started)
-    return State(slots=loop.slots, queue=queue), loop.outputs, counts
+    # Laid out as `start` gives them, or the next call would be another program.
+    given = State(slots=loop.slots, queue=queue), loop.outputs
+    state, outputs = jax.lax.with_sharding_constraint(given, _shardings(given, program.mesh))
+    return state, outputs, counts
 
 
 @flax.struct.dataclass
