@@ -8,8 +8,8 @@ from dno_jax.config.annotation import AnnotationSection, OpenAISection, OracleSe
 from dno_jax.config.base import Section
 from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
+from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
-    CompletionServerSection,
     EvaluationSection,
     LossName,
     LossSection,
@@ -21,7 +21,6 @@ from dno_jax.config.sections import (
     PromptsSection,
     ReferenceSection,
     ReportSection,
-    SamplingSection,
     TrainingSection,
 )
 

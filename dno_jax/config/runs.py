@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import MAY_CHANGE, Count, PathStr, Section
+from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     RESPONSE_LOSSES,
     EvaluationSection,
@@ -18,7 +19,6 @@ from dno_jax.config.sections import (
     PromptsSection,
     ReferenceSection,
     ReportSection,
-    SamplingSection,
     TrainingSection,
 )
 

@@ -1,0 +1,148 @@
+"""How candidates are drawn: by this program's sampler, or by a server of the exported policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dno_jax.config.base import MAY_CHANGE, Count, Fraction, Section
+
+
+class CompletionServerSection(Section):
+    """A server of the exported policy with /v1/completions that takes token ids (vLLM, SGLang, llama.cpp's).
+
+    The key itself never stands in a file: only the variable's name does.
+    """
+
+    model: str = Field(
+        default="policy-{iteration}",
+        min_length=1,
+        description="name under which the server lists the policy; {iteration} becomes 000, 001, ...: without it, a "
+        "server that still serves an older policy passes for the current one",
+    )
+    base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=MAY_CHANGE)
+    api_key_env: str | None = Field(
+        default=None,
+        description="environment variable of the key; None for no key",
+        json_schema_extra=MAY_CHANGE,
+    )
+    logprobs: Literal["none", "processed", "raw"] = Field(
+        default="none",
+        description="what the server's log-probs are of. raw: the policy at temperature 1 (vLLM's default, llama.cpp, "
+        "SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB). processed: what was drawn from, used only where sampling leaves "
+        "the policy as it is. none: they are not asked for",
+    )
+    max_concurrency: Count = Field(
+        default=64, description="requests in flight; each is one response", json_schema_extra=MAY_CHANGE
+    )
+    max_tries: Count = Field(default=8, description="requests for one response", json_schema_extra=MAY_CHANGE)
+    timeout: float = Field(default=600.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
+    max_refused: Fraction = Field(
+        default=0.0,
+        description="share of prompts that may stay without responses because answers were refused (counted)",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+
+class SamplingSection(Section):
+    """How the candidates are drawn (the paper: K=5 from the policy, temperature 0.7, top-p 0.95)."""
+
+    source: Literal["policy", "mixture", "data"] = Field(
+        default="policy",
+        description="policy t; the token-level mixture pi_t^(1-w) pi_ref^w (Algorithm 4, Option II); or the candidates "
+        "that the prompt file brings along (offline methods)",
+    )
+    mixture_weight: Fraction | None = Field(default=None, description="w, the share of pi_ref; None is tau/beta")
+    num_opponents: int = Field(
+        default=0, ge=0, description="further samples, of the mixture, that are only compared with (Nash-MD)"
+    )
+    num_samples: int = Field(default=5, description="K")
+    max_new_tokens: Count = 512
+    temperature: float = Field(default=0.7, ge=0.0, description="0 is greedy")
+    top_k: int = Field(default=0, ge=0, description="0 keeps all")
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
+    min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
+    slots: Count | None = Field(
+        default=None,
+        description="rows decoded at once on each row shard of the mesh; None: what fits, see `dno plan`",
+        json_schema_extra=MAY_CHANGE,
+    )
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = Field(
+        default="auto", description="of the cached keys and values; auto: model.dtype"
+    )
+    chunk_steps: Count = Field(
+        default=32, description="tokens drawn before the host looks", json_schema_extra=MAY_CHANGE
+    )
+    prefill_chunk: Count = Field(
+        default=512, description="tokens of a prompt that go through the model at once", json_schema_extra=MAY_CHANGE
+    )
+    shard_prompts: Count = Field(
+        default=16, description="prompts a file of rollouts: what is judged and gone on with together"
+    )
+    repetition_penalty: float = Field(default=1.0, gt=0.0, description="of ids in prompt or response; 1 is none")
+    stop: tuple[str, ...] = Field(default=(), description="strings that end a response; they are cut from its text")
+    max_total_tokens: Count | None = Field(default=None, description="of prompt and response together")
+    record_drawn_logprob: bool = Field(
+        default=False, description="keep with each response also its log-probability under what it was drawn from"
+    )
+    engine: Literal["jax", "openai"] = Field(
+        default="jax", description="this program's sampler, or a server of the exported policy"
+    )
+    server: CompletionServerSection = CompletionServerSection()
+    audit_prompts: int = Field(
+        default=1,
+        ge=0,
+        description="prompts of every shard whose responses' log-probs are compared with the trainer's; 0 audits none",
+        json_schema_extra=MAY_CHANGE,
+    )
+    audit_bound: float | None = Field(
+        default=None,
+        gt=0.0,
+        description="largest difference that is agreement, nats: of a token; of a response of n, sqrt(n) times that; "
+        "None goes by model.dtype",
+        json_schema_extra=MAY_CHANGE,
+    )
+    as_reference: bool = Field(
+        default=False,
+        description="the sampler's log pi_t of its own responses is the reference: pairs of two such are not scored",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+    @model_validator(mode="after")
+    def _taken_is_audited(self) -> SamplingSection:
+        if self.as_reference and not self.audit_prompts:
+            raise ValueError(
+                "as_reference=true with audit_prompts=0: log-probs are taken from the sampler only where an audit has "
+                "compared them with the trainer's; set audit_prompts to 1 or more, or as_reference=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _responses_can_end_and_differ(self) -> SamplingSection:
+        if any(not text for text in self.stop):
+            raise ValueError("stop has an empty string, which every response begins with; remove it")
+        if self.temperature == 0.0 and self.source != "data":
+            raise ValueError(
+                f"temperature is 0 with num_samples={self.num_samples}: all samples of a prompt will be equal, and no "
+                "pair can be made of them; set a temperature above 0"
+            )
+        if self.max_total_tokens is not None and self.max_total_tokens < 2:
+            raise ValueError(f"max_total_tokens is {self.max_total_tokens}; a prompt and a response need at least 2")
+        if self.engine == "openai" and (self.source == "mixture" or self.num_opponents):
+            raise ValueError(
+                "engine=openai with samples of a mixture: a server gives one policy's tokens; set engine=jax, or "
+                "source=policy and num_opponents=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_need_two(self) -> SamplingSection:
+        if self.num_samples < 2:
+            raise ValueError(f"num_samples is {self.num_samples}; a preference pair needs K >= 2 samples a prompt")
+        if self.num_opponents and self.source != "policy":
+            raise ValueError(
+                f"num_opponents is {self.num_opponents} with source={self.source}; opponents come beside samples of "
+                "the policy: set source=policy, or num_opponents=0"
+            )
+        return self
