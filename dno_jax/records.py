@@ -14,7 +14,8 @@ from dno_jax.errors import DnoError
 
 Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
-JudgementState = Literal["ok", "refused", "unparsable", "failed"]
+VerdictState = Literal["ok", "tie", "refused", "unparsable", "failed", "over budget"]
+JudgementState = Literal["ok", "refused", "unparsable", "failed", "over budget"]
 Source = Literal["policy", "mixture", "gold", "data"]
 PairKind = Literal["student>student", "student>gold", "gold>student", "data>data", "data>gold", "gold>data"]
 
@@ -121,6 +122,22 @@ class Rollout(Record):
         return self.source == "gold"
 
 
+class Answer(Record):
+    """One question that a judgement rests on.
+
+    Attributes:
+        order: indices into the judgement's candidates, as they were shown.
+        state: "ok", or "tie" where a pair was found equally good; whatever else is no answer.
+        scores: one number a candidate shown; of a pair P(better), P(worse); None where there is no answer.
+        judge: identity of the one that was asked.
+    """
+
+    order: tuple[int, ...]
+    state: VerdictState
+    scores: tuple[float, ...] | None = None
+    judge: str = ""
+
+
 class Judgement(Record):
     """A verdict on one pool of C candidates, or the reason why there is none.
 
@@ -132,6 +149,7 @@ class Judgement(Record):
         raw: the judge's own words, kept for people.
         state: only "ok" is an answer; every other state carries neither scores nor wins.
         detail: why there is no answer.
+        answers: the questions it was made of, in the order asked; empty where nobody was asked.
     """
 
     prompt_id: str
@@ -142,6 +160,7 @@ class Judgement(Record):
     wins: tuple[tuple[float, ...], ...] | None = None
     raw: str = ""
     detail: str = ""
+    answers: tuple[Answer, ...] = ()
 
     @model_validator(mode="after")
     def _answers_are_whole(self) -> Judgement:

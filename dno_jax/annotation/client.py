@@ -63,7 +63,7 @@ class OpenAIAnnotator:
         """
         self._section = section
         self._seed = seed
-        self._rubric = load_rubric(section.rubric)
+        self._rubric = load_rubric(section.rubric or "listwise_6point")
         self._endpoint = Endpoint(
             who=f"the judge {section.model!r}",
             place="annotation.openai",

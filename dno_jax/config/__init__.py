@@ -4,7 +4,19 @@ num_x counts, max_x is an inclusive bound, x_id identifies. A relative path is r
 runs in. Nothing here imports jax.
 """
 
-from dno_jax.config.annotation import AnnotationSection, OpenAISection, OracleSection, SelfSection, TableSection
+from dno_jax.config.annotation import (
+    AnnotationSection,
+    ChatSection,
+    EndpointSection,
+    OpenAISection,
+    OracleSection,
+    PriceSection,
+    QualitySection,
+    RewardModelSection,
+    SelfSection,
+    TableSection,
+    TeacherSection,
+)
 from dno_jax.config.base import Section
 from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
@@ -26,7 +38,9 @@ from dno_jax.config.sections import (
 
 __all__ = [
     "AnnotationSection",
+    "ChatSection",
     "CompletionServerSection",
+    "EndpointSection",
     "EvaluationSection",
     "LossName",
     "LossSection",
@@ -37,9 +51,12 @@ __all__ = [
     "OracleSection",
     "OuterSection",
     "PairingSection",
+    "PriceSection",
     "PromptsSection",
+    "QualitySection",
     "ReferenceSection",
     "ReportSection",
+    "RewardModelSection",
     "RunConfig",
     "SamplingSection",
     "Section",
@@ -48,6 +65,7 @@ __all__ = [
     "SftDataSection",
     "SftModelSection",
     "TableSection",
+    "TeacherSection",
     "TrainingSection",
     "changed_fields",
     "config_digest",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dno_jax.config.base import MAY_CHANGE, Count, Fraction, Section, absolute
+from dno_jax.config.base import MAY_CHANGE, Count, Fraction, PathStr, Section, absolute
 
 
 def _rubric(name: str) -> str:
@@ -16,8 +16,23 @@ def _rubric(name: str) -> str:
 Rubric = Annotated[str, AfterValidator(_rubric)]
 
 
-class OpenAISection(Section):
-    """Any chat.completions endpoint. The key itself never stands in a file: only the variable's name does."""
+class PriceSection(Section):
+    """What a model's tokens cost, in US dollars a million."""
+
+    input: float = Field(ge=0.0)
+    output: float = Field(ge=0.0)
+    batch: Fraction = Field(default=0.5, description="what of it the Batch API costs")
+
+
+class EndpointSection(Section):
+    """Another address of the same model. The key itself never stands in a file: only the variable's name does."""
+
+    base_url: str = Field(min_length=1)
+    api_key_env: str | None = None
+
+
+class ChatSection(Section):
+    """A model behind chat.completions endpoints, and how they are asked."""
 
     model: str = Field(default="gpt-4.1-mini", min_length=1)
     base_url: str | None = Field(default=None, description="None is the client's default", json_schema_extra=MAY_CHANGE)
@@ -26,7 +41,11 @@ class OpenAISection(Section):
         description="environment variable of the key; None for no key",
         json_schema_extra=MAY_CHANGE,
     )
-    rubric: Rubric = Field(default="listwise_6point", description="built in, or a YAML file")
+    more_endpoints: tuple[EndpointSection, ...] = Field(
+        default=(),
+        description="asked in this order while those before them do not answer",
+        json_schema_extra=MAY_CHANGE,
+    )
     temperature: float | None = Field(
         default=0.0, ge=0.0, description="None sends none: some models take no other than theirs"
     )
@@ -34,9 +53,84 @@ class OpenAISection(Section):
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         default="max_tokens", description="what the endpoint calls it (reasoning models: max_completion_tokens)"
     )
-    max_concurrency: Count = Field(default=32, json_schema_extra=MAY_CHANGE)
+    send_seed: bool = Field(default=True, description="with each request a seed made of the run's and the request's")
+    max_concurrency: Count = Field(
+        default=32, description="requests in flight; fewer while the endpoint is slow", json_schema_extra=MAY_CHANGE
+    )
+    requests_per_minute: Count | None = Field(
+        default=None, description="None: what the endpoint's headers say", json_schema_extra=MAY_CHANGE
+    )
+    tokens_per_minute: Count | None = Field(
+        default=None, description="None: what the endpoint's headers say", json_schema_extra=MAY_CHANGE
+    )
     max_tries: Count = Field(default=5, description="requests for one verdict in one run", json_schema_extra=MAY_CHANGE)
     timeout: float = Field(default=120.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
+    max_outage: float = Field(
+        default=600.0,
+        ge=0.0,
+        description="seconds that a run waits for endpoints none of which answers, before it stops",
+        json_schema_extra=MAY_CHANGE,
+    )
+
+
+class OpenAISection(ChatSection):
+    """A judge behind any chat.completions endpoint.
+
+    listwise: one reply grades all candidates. pairwise: a reply names the better of two, or a tie. logprob: the
+    probabilities of a one-token verdict (AlpacaEval's m / M). Pairs come by `schedule`.
+    """
+
+    form: Literal["listwise", "pairwise", "logprob"] = "listwise"
+    rubric: Rubric | None = Field(default=None, description="built in, or a YAML file; None is the form's own")
+    num_orders: Count = Field(
+        default=1, description="listwise: orders in which the candidates are shown; their points are averaged"
+    )
+    both_orders: bool = Field(default=True, description="pairs: each is asked about in both orders")
+    schedule: Literal["all_pairs", "tournament"] = Field(
+        default="all_pairs", description="every pair; or rounds in which the winners of the round before meet"
+    )
+    structured: Literal["auto", "json_schema", "none"] = Field(
+        default="auto", description="ask for the reply by a JSON schema: where the endpoint takes one, always, never"
+    )
+    batch: bool = Field(
+        default=False, description="through the Batch API; what it leaves is asked live", json_schema_extra=MAY_CHANGE
+    )
+
+
+class TeacherSection(ChatSection):
+    """Who writes the gold responses that the data has not."""
+
+    temperature: float | None = Field(default=0.7, ge=0.0)
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    system: str = Field(default="", description="a system message for prompts that have none")
+
+
+class RewardModelSection(Section):
+    """A sequence-classification checkpoint with one output, scored on the devices."""
+
+    path: PathStr = Field(description="directory of a Hugging Face checkpoint")
+    temperature: float = Field(
+        default=1.0, gt=0.0, description="P(y > y') is sigma of the rewards' difference over this (Bradley-Terry)"
+    )
+    max_length: Count = Field(default=2048, description="tokens of the longest conversation with its response")
+    batch_size: Count = Field(default=16, description="rows of one forward pass", json_schema_extra=MAY_CHANGE)
+
+
+class QualitySection(Section):
+    """What is measured of a judge, and from where on the run warns (None never does)."""
+
+    repeat: Fraction = Field(default=0.0, description="share of pools that are asked about a second time, in full")
+    calibration: PathStr | None = Field(
+        default=None, description="JSONL of {prompt, first, second, preference}: people's P(first beats second)"
+    )
+    calibration_pairs: Count = Field(default=100, description="of the file, each iteration the same, drawn by seed")
+    max_flip_rate: Fraction | None = 0.25
+    max_tie_rate: Fraction | None = 0.5
+    max_first_rate_error: Fraction | None = Field(default=0.1, description="of P(first shown wins) from 1/2")
+    max_longer_wins: Fraction | None = 0.75
+    min_repeat_agreement: Fraction | None = 0.8
+    min_calibration_agreement: Fraction | None = 0.6
+    max_cyclic_share: Fraction | None = Field(default=0.2, description="of triples of candidates")
 
 
 class OracleSection(Section):
@@ -78,15 +172,35 @@ class SelfSection(Section):
 class AnnotationSection(Section):
     """Who is asked for preferences.
 
-    oracle, table: embedded. openai: any chat.completions endpoint. self: the policy through its own sampler. given: the
-    points that come with the data. gold: nobody, the teacher's response wins by definition (SPIN).
+    oracle, table: embedded. openai: any chat.completions endpoint. ensemble: several of those. self: the policy through
+    its own sampler. reward_model: a scalar reward model on the devices. given: the points that come with the data.
+    gold: nobody, the teacher's response wins by definition (SPIN).
     """
 
-    kind: Literal["oracle", "openai", "table", "self", "given", "gold"] = "oracle"
+    kind: Literal["oracle", "openai", "ensemble", "table", "self", "reward_model", "given", "gold"] = "oracle"
     oracle: OracleSection = OracleSection()
     openai: OpenAISection = OpenAISection()
+    ensemble: tuple[OpenAISection, ...] = Field(default=(), description="their preferences are averaged")
     table: TableSection | None = None
     self_judge: SelfSection = SelfSection()
+    reward_model: RewardModelSection | None = None
+    teacher: TeacherSection | None = Field(default=None, description="writes gold responses where the data has none")
+    store: PathStr | None = Field(
+        default=None,
+        description="sqlite file of verdicts, which runs may share; None: in the run directory",
+        json_schema_extra=MAY_CHANGE,
+    )
+    prices: dict[str, PriceSection] = Field(
+        default={}, description="by model, as the configuration names it", json_schema_extra=MAY_CHANGE
+    )
+    max_usd: float | None = Field(
+        default=None,
+        ge=0.0,
+        description="what this run may spend on verdicts and teachers, all iterations; it stops before the call that "
+        "would pass it",
+        json_schema_extra=MAY_CHANGE,
+    )
+    quality: QualitySection = QualitySection()
     max_failed: Fraction = Field(
         default=0.0,
         description="share of pools that may stay without a verdict (dropped and counted)",
@@ -94,17 +208,47 @@ class AnnotationSection(Section):
     )
 
     @model_validator(mode="after")
-    def _table_is_there(self) -> AnnotationSection:
+    def _what_the_kind_needs_is_there(self) -> AnnotationSection:
         if self.kind == "table" and self.table is None:
             raise ValueError("kind=table needs annotation.table with its answers and preferences")
+        if self.kind == "reward_model" and self.reward_model is None:
+            raise ValueError("kind=reward_model needs annotation.reward_model.path")
+        if self.kind == "ensemble" and len(self.ensemble) < 2:
+            raise ValueError(f"kind=ensemble with {len(self.ensemble)} in annotation.ensemble; expected two or more")
+        if len(set(self.ensemble)) < len(self.ensemble):
+            raise ValueError("annotation.ensemble: a judge is there twice; its verdicts would be one verdict")
         return self
+
+    @model_validator(mode="after")
+    def _what_is_limited_has_a_price(self) -> AnnotationSection:
+        if self.max_usd is None:
+            return self
+        for chat in self.chats:
+            if chat.model not in self.prices:
+                raise ValueError(
+                    f"max_usd={self.max_usd:g}, and annotation.prices has no {chat.model!r}: give its "
+                    "{input: dollars a million prompt tokens, output: ...}, 0 for a server of your own"
+                )
+        return self
+
+    @property
+    def judges(self) -> tuple[OpenAISection, ...]:
+        """The endpoints that are asked for verdicts."""
+        return {"openai": (self.openai,), "ensemble": self.ensemble}.get(self.kind, ())
+
+    @property
+    def chats(self) -> tuple[ChatSection, ...]:
+        """Everything that is paid by the token."""
+        return (*self.judges, *((self.teacher,) if self.teacher else ()))
 
     @property
     def gives_scores(self) -> bool:
         """Whether verdicts are points a response, not wins a pair."""
-        return self.kind in ("openai", "self", "given")
+        if self.kind == "openai":
+            return self.openai.form == "listwise"
+        return self.kind in ("self", "given")
 
     @property
     def is_judge(self) -> bool:
         """Whether it can compare any responses, of held-out prompts too."""
-        return self.kind in ("oracle", "openai", "table")
+        return self.kind in ("oracle", "openai", "ensemble", "table")

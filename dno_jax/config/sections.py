@@ -1,4 +1,4 @@
-"""The sections of a run, but for the sampler (sampling.py) and the judges (annotation.py); names as Hugging Face has."""
+"""The sections of a run but for the sampler (sampling.py) and the judges (annotation.py); names as Hugging Face has."""
 
 from __future__ import annotations
 
