@@ -51,6 +51,11 @@ class Annotator(Protocol):
         """Everything that changes a verdict: kind, model, rubric and its version, parameters."""
         ...
 
+    @property
+    def width(self) -> int:
+        """How many pools it is worth to have judged side by side."""
+        ...
+
     def recall(self, pool: Pool) -> Judgement | None:
         """Return the answer where it is already paid for, else None."""
         ...

@@ -63,7 +63,7 @@ class OpenAIAnnotator:
         """
         self._section = section
         self._seed = seed
-        self._rubric = load_rubric(section.rubric or "listwise_6point")
+        self._rubric = load_rubric(section.rubric_name)
         self._endpoint = Endpoint(
             who=f"the judge {section.model!r}",
             place="annotation.openai",
@@ -85,6 +85,10 @@ class OpenAIAnnotator:
             f"openai {section.model} rubric={self._rubric.identity} temperature={section.temperature} "
             f"max_tokens={section.max_tokens} seed={self._seed}"
         )
+
+    @property
+    def width(self) -> int:
+        return self._section.max_concurrency
 
     def recall(self, pool: Pool) -> Judgement | None:
         request = self._request(pool)

@@ -26,6 +26,10 @@ class _Embedded(ABC):
     @abstractmethod
     def _judge(self, pool: Pool) -> Judgement: ...
 
+    @property
+    def width(self) -> int:
+        return 1  # nothing is waited for
+
     def recall(self, pool: Pool) -> Judgement | None:
         judgement = self._judge(pool)
         return judgement if judgement.state == "ok" else None

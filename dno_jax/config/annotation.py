@@ -97,6 +97,13 @@ class OpenAISection(ChatSection):
     )
 
 
+    @property
+    def rubric_name(self) -> str:
+        """The rubric that is used: the configured one, or the form's own."""
+        own = {"listwise": "listwise_6point", "pairwise": "pairwise_verdict", "logprob": "pairwise_token"}
+        return self.rubric or own[self.form]
+
+
 class TeacherSection(ChatSection):
     """Who writes the gold responses that the data has not."""
 

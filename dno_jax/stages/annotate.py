@@ -1,29 +1,28 @@
 """Judge every pool of candidates: a host-side stage that follows sampling shard by shard and never touches a device.
 
-It may run beside sampling in the same program, after it, or on any machine with the same run directory.
+It may run beside sampling in the same program, after it, or on any machine with the same run directory. Of candidates
+and prompts it holds those in work alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from etils import epath
-
-from dno_jax.annotation.annotator import Annotator, Candidate, Pool, build_annotator
+from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
 from dno_jax.config import RunConfig, config_digest
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
+from dno_jax.records import Judgement, Rollout
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.stages.pools import PromptFile, pools_of
 
 _POLL_SECONDS = 0.2
-# Shards in work at once: enough to keep the judge busy over the slow end of a shard,
-# few enough to stay small in memory.
-_SHARDS_AT_ONCE = 8
+# Pools in work for each request that may be in flight: enough to keep the judge busy over the slow end of a shard.
+_POOLS_A_REQUEST = 2
 
 
 def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = lambda: False) -> Manifest:
@@ -34,7 +33,7 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict (run again: only those are asked anew),
-            the judge cannot be reached, or the key is missing.
+            the money is spent, the judge cannot be reached, or the key is missing.
     """
     start = time.perf_counter()
     run_dir = RunDir(config.run_dir)
@@ -44,129 +43,155 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
         inputs = stage.reference_of(sampled.manifest_path)
         if manifest := stage.finished(inputs, config_digest=digest):
             return manifest
-    work = _Work(stage=stage, sampled=sampled, prompts_path=run_dir.prompts_path(iteration))
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
-    asyncio.run(_judge_all(work, annotator, abandoned=abandoned, description=f"annotate  {iteration}"))
-    _settle(work, max_failed=config.annotation.max_failed)
-    judgements = list(stage.read(Judgement))
-    states = Counter(judgement.state for judgement in judgements)
-    dropped = Counter({f"verdict {state}": count for state, count in states.items() if state != "ok"})
-    for shard in sampled.shard_names():  # over all of them: an earlier call may have closed some
-        work.pools(shard, dropped=dropped)
+    work = _Work(config, stage, sampled, annotator, run_dir)
+    found = asyncio.run(work.run(abandoned=abandoned))
     return stage.finish(
         config_digest=digest,
         inputs=stage.reference_of(sampled.manifest_path),
-        rows=len(judgements),
-        dropped=dropped,
+        rows=sum(found.states.values()),
+        dropped=found.dropped,
         seconds=time.perf_counter() - start,
-        details={"judge": annotator.identity, "states": dict(states)},
+        details={"judge": annotator.identity, "states": dict(found.states)},
     )
 
 
 @dataclass
+class _Survey:
+    """What was judged, over all shards, in whichever call each was closed."""
+
+    states: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
 class _Work:
-    """Where the rollouts come from, where judgements go, and what could not be settled yet."""
+    """One iteration's pools on their way to judgements."""
 
-    stage: StageDir
-    sampled: StageDir
-    prompts_path: epath.Path
-    unsettled: dict[str, list[Judgement]] = field(default_factory=dict)
-    prompts: dict[str, Prompt] = field(default_factory=dict)
+    def __init__(self, config: RunConfig, stage: StageDir, sampled: StageDir, annotator: Annotator, run_dir: RunDir):
+        self._config = config
+        self._stage = stage
+        self._sampled = sampled
+        self._annotator = annotator
+        self._prompts_path = run_dir.prompts_path(stage.iteration)
+        self._prompts: PromptFile | None = None
+        self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
+        self._states: Counter[str] = Counter()  # of pools without a verdict
+        self._reasons: Counter[str] = Counter()
+        self._judged = 0
+        self._probing = asyncio.Lock()
+        self._probed = False
 
-    def pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
-        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
-        if not self.prompts:
-            lines = self.prompts_path.read_text().splitlines()
-            rows = parse_lines(Prompt, lines, place=str(self.prompts_path))
-            self.prompts = {prompt.prompt_id: prompt for prompt in rows}
-        return pools_of(self.sampled.read_shard(Rollout, shard), self.prompts, dropped=dropped)
-
-
-def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str]) -> list[Pool]:
-    """Return one pool a prompt, each candidate with the prefix it continues; what is in none is counted by reason."""
-    by_prompt: dict[str, list[Rollout]] = {}
-    for rollout in rollouts:
-        by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
-    pools = []
-    for prompt_id, own in by_prompt.items():
-        candidates = distinct_candidates(own, dropped=dropped)
-        if len(candidates) >= 2:
-            prefix = prompts[prompt_id].assistant_prefix
-            shown = tuple(replace(candidate, text=prefix + candidate.text) for candidate in candidates)
-            pools.append(Pool(prompt=prompts[prompt_id], candidates=shown))
-        else:
-            dropped["fewer than two distinct candidates"] += 1
-    return pools
-
-
-def distinct_candidates(rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> tuple[Candidate, ...]:
-    """Return the candidates a judge is shown: no empty text, none twice (the first stays, the teacher's before all)."""
-    seen: set[str] = set()
-    kept: list[Rollout] = []
-    for rollout in sorted(rollouts, key=lambda row: row.sample):
-        text = rollout.text.strip()
-        if not text:
-            dropped["empty response"] += 1
-        elif text in seen:
-            dropped["duplicate response"] += 1
-        else:
-            seen.add(text)
-            kept.append(rollout)
-    return tuple(Candidate(rollout.rollout_id, rollout.text) for rollout in kept)
-
-
-async def _judge_all(work: _Work, annotator: Annotator, *, abandoned: Callable[[], bool], description: str) -> None:
-    slots = asyncio.Semaphore(_SHARDS_AT_ONCE)
-    tasks: dict[str, asyncio.Task[None]] = {}
-    asked = asyncio.Lock()
-    probed = False
-    with Meter(description, total=0, unit="pools") as meter:
-
-        async def probe_once(pools: Sequence[Pool]) -> None:
-            """Ask the endpoint for a sign of life before the first pool that has to be paid for."""
-            nonlocal probed
-            async with asked:
-                if not probed and any(annotator.recall(pool) is None for pool in pools):
-                    await annotator.probe()
-                    probed = True
-
-        async def one_shard(shard: str) -> None:
-            async with slots:
-                pools = work.pools(shard, dropped=Counter())
-                meter.expect(len(work.prompts))
-                await probe_once(pools)
-                judgements = await judge_pools(annotator, pools, meter=meter)
-                if all(judgement.state == "ok" for judgement in judgements):
-                    work.stage.write_shard(shard, judgements)
-                else:
-                    work.unsettled[shard] = judgements
-
+    async def run(self, *, abandoned: Callable[[], bool]) -> _Survey:
         try:
-            # A shard that another judge closed (its rubric was edited since) is judged anew: one iteration, one judge.
-            closed = {
-                name
-                for name in work.stage.shard_names()
-                if all(row.judge == annotator.identity for row in work.stage.read_shard(Judgement, name))
-            }
-            while True:
-                # Asked before the shards are listed: what closes in between is seen in the next round.
-                last_round = work.sampled.manifest() is not None or abandoned()
-                for shard in work.sampled.shard_names():
-                    if shard not in closed and shard not in tasks:
-                        tasks[shard] = asyncio.create_task(one_shard(shard))
-                failed = [task for task in tasks.values() if task.done() and task.exception() is not None]
-                if failed or last_round:
-                    break
-                await asyncio.sleep(_POLL_SECONDS)
-            # After an error the others finish what they have asked for: it is paid for, and the store keeps it.
-            outcomes = await asyncio.gather(*tasks.values(), return_exceptions=True)
+            with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools") as meter:
+                await self._follow(meter, abandoned=abandoned)
+            if self._sampled.manifest() is None:
+                raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
+            self._settle()
+            return self._survey()
         finally:
-            await annotator.close()
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    if work.sampled.manifest() is None:
-        raise DnoError(f"{work.sampled.path}: sampling stopped before it was finished; run again to go on")
+            await self._annotator.close()
+
+    async def _follow(self, meter: Meter, *, abandoned: Callable[[], bool]) -> None:
+        """Judge shards as they close, a few at once; after an error those in work go on: they are paid for."""
+        at_once = max(2, -(-self._annotator.width * _POOLS_A_REQUEST // self._config.sampling.shard_prompts))
+        seen = self._closed()
+        waiting: deque[str] = deque()
+        running: set[asyncio.Task[None]] = set()
+        failure: BaseException | None = None
+        while True:
+            # Asked before the shards are listed: what closes in between is seen in the next round.
+            last_round = self._sampled.manifest() is not None or abandoned()
+            new = [shard for shard in self._sampled.shard_names() if shard not in seen]
+            seen.update(new)
+            waiting.extend(new)
+            while waiting or running:
+                while waiting and len(running) < at_once and failure is None:
+                    running.add(asyncio.create_task(self._judge_shard(waiting.popleft(), meter)))
+                done, running = await asyncio.wait(
+                    running, timeout=None if last_round else _POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                failure = failure or next((error for task in done if (error := task.exception())), None)
+                if not done or (failure and not running):
+                    break  # look for new shards
+            if failure and not running:
+                raise failure
+            if last_round and not waiting and not running:
+                return
+            if not running:
+                await asyncio.sleep(_POLL_SECONDS)
+
+    def _closed(self) -> set[str]:
+        """Shards that need no judge. One that another judge closed (an edited rubric) is judged anew."""
+        closed: set[str] = set()
+        for shard in self._stage.shard_names():
+            rows = self._stage.read_shard(Judgement, shard)
+            if all(row.judge == self._annotator.identity for row in rows):
+                closed.add(shard)
+                self._judged += len(rows)
+        return closed
+
+    def _pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
+        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
+        rollouts = self._sampled.read_shard(Rollout, shard)
+        if self._prompts is None:
+            self._prompts = PromptFile(self._prompts_path)
+        prompts = self._prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
+        return pools_of(rollouts, prompts, dropped=dropped)
+
+    async def _judge_shard(self, shard: str, meter: Meter) -> None:
+        pools = self._pools(shard, dropped=Counter())
+        meter.expect(len(self._prompts or ()))
+        await self._probe_once(pools)
+        judgements = await judge_pools(self._annotator, pools, meter=meter)
+        self._judged += len(judgements)
+        missing = {row.prompt_id: row for row in judgements if row.state != "ok"}
+        if not missing:
+            self._stage.write_shard(shard, judgements)
+            return
+        self._reasons.update(f"{row.state}: {row.detail}" for row in missing.values())
+        self._states.update(row.state for row in missing.values())
+        if self._states.total() <= self._config.annotation.max_failed * len(self._prompts or ()):
+            self._missing[shard] = missing  # else this call cannot settle, and what fails is not held
+
+    async def _probe_once(self, pools: Sequence[Pool]) -> None:
+        """Ask the endpoint for a sign of life before the first pool that has to be paid for."""
+        async with self._probing:
+            if not self._probed and any(self._annotator.recall(pool) is None for pool in pools):
+                await self._annotator.probe()
+                self._probed = True
+
+    def _settle(self) -> None:
+        """Close the shards that still miss verdicts if few enough do; else say what is missing and leave them open.
+
+        Raises:
+            DnoError: naming how many are missing, and why.
+        """
+        missing, broke = self._states.total(), self._states["over budget"]
+        if missing > self._config.annotation.max_failed * self._judged or broke:
+            shown = "; ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(3))
+            remedy = "raise annotation.max_failed to go on without them"
+            if broke:
+                remedy = "first raise annotation.max_usd"
+            raise DnoError(
+                f"{self._stage.path}: {missing} of {self._judged} pools have no verdict ({shown}). Nothing paid for is "
+                f"lost: run again and only these are asked anew, or {remedy}"
+            )
+        for shard, rows in self._missing.items():
+            judgements = [
+                rows.get(pool.prompt.prompt_id) or self._annotator.recall(pool)
+                for pool in self._pools(shard, dropped=Counter())
+            ]
+            self._stage.write_shard(shard, [row for row in judgements if row is not None])
+
+    def _survey(self) -> _Survey:
+        """Go once over all rollouts and judgements, those of earlier calls too."""
+        found = _Survey()
+        for shard in self._sampled.shard_names():
+            self._pools(shard, dropped=found.dropped)
+            found.states.update(row.state for row in self._stage.read_shard(Judgement, shard))
+        found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
+        return found
 
 
 async def judge_pools(annotator: Annotator, pools: Sequence[Pool], *, meter: Meter) -> list[Judgement]:
@@ -182,21 +207,3 @@ async def judge_pools(annotator: Annotator, pools: Sequence[Pool], *, meter: Met
         if isinstance(outcome, BaseException):
             raise outcome
     return [outcome for outcome in outcomes if isinstance(outcome, Judgement)]
-
-
-def _settle(work: _Work, *, max_failed: float) -> None:
-    """Close the shards that still miss verdicts if few enough do; else say what is missing and leave them open."""
-    missing = [judgement for rows in work.unsettled.values() for judgement in rows if judgement.state != "ok"]
-    if not missing:
-        return
-    total = sum(len(rows) for rows in work.unsettled.values())
-    total += sum(len(work.stage.read_shard(Judgement, name)) for name in work.stage.shard_names())
-    if len(missing) > max_failed * total:
-        reasons = Counter(f"{judgement.state}: {judgement.detail}" for judgement in missing)
-        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise DnoError(
-            f"{work.stage.path}: {len(missing)} of {total} pools have no verdict ({shown}). Nothing paid for is lost: "
-            "run again and only these are asked anew, or raise annotation.max_failed to go on without them"
-        )
-    for shard, rows in work.unsettled.items():
-        work.stage.write_shard(shard, rows)

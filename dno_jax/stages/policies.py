@@ -104,7 +104,7 @@ def export_facts(config: RunConfig, *, policy: int) -> hf.ExportFacts:
 def annotator_name(section: AnnotationSection) -> str:
     """Say who judges, in words that mean something outside this run directory."""
     if section.kind == "openai":
-        return f"{section.openai.model}, rubric {Path(section.openai.rubric).name}"
+        return f"{section.openai.model}, rubric {Path(section.openai.rubric_name).name}"
     if section.kind == "self":
         return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
     names = {

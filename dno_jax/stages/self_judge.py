@@ -31,7 +31,7 @@ from dno_jax.sampling.decode import Sizes
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Generation, Request, Response
 from dno_jax.sampling.transforms import Truncation
-from dno_jax.stages.annotate import pools_of
+from dno_jax.stages.pools import pools_of
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.sampler import Wanted, plan

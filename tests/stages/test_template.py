@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from dno_jax import iteration
+from dno_jax.annotation.annotator import Candidate
 from dno_jax.config import SftConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Pair, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair, policies, sample
-from dno_jax.stages.annotate import pools_of
+from dno_jax.stages.pools import pools_of
 from dno_jax.stages.prompts import load_prompts
 from dno_jax.stages.rows import training_rows
 from dno_jax.stages.runtime import Runtime, load_tokenizer
@@ -78,7 +80,7 @@ def test_the_judge_is_shown_what_was_sampled_from(run):
     assert LONG.endswith(shown["long"].messages[0].content)
     assert [message.content for message in shown["turns"].messages] == ["dan", "ges ket"]
     rollouts = [row for row in run_dir.stage("sample", 0).read(Rollout) if row.prompt_id == "prefix"]
-    (pool,) = pools_of(rollouts, shown, dropped=annotate.Counter())
+    (pool,) = pools_of(rollouts, shown, dropped=Counter())
     texts = {row.rollout_id: row.text for row in rollouts}
     assert len(pool.candidates) > 2
     assert all(candidate.text.startswith(f"{PREFIX} ") for candidate in pool.candidates if candidate.text != PREFIX)
@@ -120,7 +122,7 @@ def test_a_response_given_for_a_prefix_and_scored_is_found(run):
 
     row = {"prompt_id": "p", "messages": [{"role": "user", "content": "q"}], "assistant_prefix": "Sure,"}
     row["candidates"] = [{"text": " yes", "score": 2.0}, {"text": " no", "score": 1.0}]
-    candidates = tuple(annotate.Candidate(f"000/p/{i}", f"Sure, {text}") for i, text in enumerate(("no", "yes")))
+    candidates = tuple(Candidate(f"000/p/{i}", f"Sure, {text}") for i, text in enumerate(("no", "yes")))
     judgement = GivenAnnotator()._judge(Pool(Prompt.model_validate(row), candidates))
     assert judgement.scores == (1.0, 2.0)
 
