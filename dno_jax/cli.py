@@ -96,6 +96,11 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
     app.command(name.replace("_", "-"))(command)
 
 
+_stage_command(
+    "teach",
+    "Have a teacher write the gold responses that the data has not; needs no accelerator.",
+    needs_devices=False,
+)
 _stage_command("sample", "Sample K responses a prompt from policy t.")
 _stage_command(
     "annotate",

@@ -180,6 +180,20 @@ class Judgement(Record):
         return self
 
 
+class TaughtResponse(Record):
+    """What a teacher answered to a prompt without a gold response, or why it did not.
+
+    Attributes:
+        text: the response, after the prompt's assistant_prefix; empty unless state is "ok".
+        detail: why there is none.
+    """
+
+    prompt_id: str
+    state: VerdictState
+    text: str = ""
+    detail: str = ""
+
+
 class Pair(Record):
     """One training pair (x, y+, y-).
 

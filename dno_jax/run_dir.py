@@ -31,6 +31,7 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 # Stage name -> folder under iterations/<t>/, in the order in which an iteration runs them.
 STAGES = {
+    "teach": "gold",
     "sample": "rollouts",
     "annotate": "judgements",
     "pair": "pairs",
@@ -47,8 +48,10 @@ def stage_names(config: RunConfig, iteration: int) -> tuple[str, ...]:
     """The stages that an iteration of this configuration runs, in order."""
     scheme = config.outer.scheme
     left_out = {"score_auxiliary", "train_auxiliary"} if scheme != "optimistic" else set()
+    if config.annotation.teacher is None:
+        left_out.add("teach")
     if is_lookahead(config, iteration):
-        left_out |= {"sample", "annotate"}
+        left_out |= {"teach", "sample", "annotate"}
     return tuple(name for name in STAGES if name not in left_out)
 
 

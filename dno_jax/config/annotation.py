@@ -96,7 +96,6 @@ class OpenAISection(ChatSection):
         default=False, description="through the Batch API; what it leaves is asked live", json_schema_extra=MAY_CHANGE
     )
 
-
     @property
     def rubric_name(self) -> str:
         """The rubric that is used: the configured one, or the form's own."""
@@ -222,6 +221,8 @@ class AnnotationSection(Section):
             raise ValueError("kind=reward_model needs annotation.reward_model.path")
         if self.kind == "ensemble" and len(self.ensemble) < 2:
             raise ValueError(f"kind=ensemble with {len(self.ensemble)} in annotation.ensemble; expected two or more")
+        if self.kind == "given" and self.teacher is not None:
+            raise ValueError("kind=given with a teacher: nobody would give its responses points; remove one of them")
         if len(set(self.ensemble)) < len(self.ensemble):
             raise ValueError("annotation.ensemble: a judge is there twice; its verdicts would be one verdict")
         return self

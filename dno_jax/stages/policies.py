@@ -103,8 +103,10 @@ def export_facts(config: RunConfig, *, policy: int) -> hf.ExportFacts:
 
 def annotator_name(section: AnnotationSection) -> str:
     """Say who judges, in words that mean something outside this run directory."""
-    if section.kind == "openai":
-        return f"{section.openai.model}, rubric {Path(section.openai.rubric_name).name}"
+    if section.judges:
+        return " and ".join(f"{judge.model}, rubric {Path(judge.rubric_name).name}" for judge in section.judges)
+    if section.kind == "reward_model" and section.reward_model:
+        return f"reward model {Path(section.reward_model.path).name}"
     if section.kind == "self":
         return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
     names = {

@@ -1,0 +1,208 @@
+"""Gold responses that the data has not: a teacher writes them, through the judges' client, store and budget.
+
+A stage of the host's: it depends on the prompts alone, so it may run ahead of sampling, on any machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from dno_jax.annotation.desk import Desk, open_desk
+from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
+from dno_jax.config import RunConfig, TeacherSection, config_digest
+from dno_jax.errors import DnoError
+from dno_jax.records import Prompt, TaughtResponse
+from dno_jax.report.console import Meter
+from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.stages.prompts import split_prompts
+
+_SHARD_PROMPTS = 256
+_HELD_OUT = "held-out"
+
+
+def run(config: RunConfig, iteration: int) -> Manifest:
+    """Ask for a response to every prompt of iteration t that has none; in iteration 0 to the held-out prompts, too.
+
+    A refused, cut or empty response is dropped and counted: its prompt goes on without gold.
+
+    Raises:
+        DnoError: more than `annotation.max_failed` of the requests failed, or the money is spent (run again: only those
+            are asked anew); the endpoint cannot be reached; the key is missing.
+    """
+    start = time.perf_counter()
+    run_dir, section = RunDir(config.run_dir), config.annotation.teacher
+    if section is None:
+        raise DnoError("annotation.teacher is not set: there is nobody to ask for gold responses")
+    stage, digest = run_dir.stage("teach", iteration), config_digest(config)
+    split = split_prompts(config)
+    parts = {stage: split.training[iteration]} | ({_held_out(run_dir): split.held_out} if iteration == 0 else {})
+    wanted = {folder: [prompt for prompt in part if prompt.gold is None] for folder, part in parts.items()}
+    asked = "".join(prompt.model_dump_json() for part in wanted.values() for prompt in part)
+    inputs = {"prompts without gold": hashlib.sha256(asked.encode()).hexdigest()}
+    if manifest := stage.finished(inputs, config_digest=digest):
+        return manifest
+    stage.path.mkdir(parents=True, exist_ok=True)
+    desk = open_desk(config.annotation, store_path=str(run_dir.annotations_path))
+    teacher = _Teacher(section, desk, seed=config.seed, max_failed=config.annotation.max_failed)
+    asyncio.run(teacher.write_all(wanted, description=f"teach     {iteration}"))
+    rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
+    states = Counter(row.state for row in rows)
+    return stage.finish(
+        config_digest=digest,
+        inputs=inputs,
+        rows=len(rows),
+        dropped={f"gold response {state}": count for state, count in states.items() if state != "ok"},
+        seconds=time.perf_counter() - start,
+        details={"teacher": teacher.identity, "states": dict(states)},
+    )
+
+
+def with_gold(config: RunConfig, prompts: Sequence[Prompt], *, iteration: int | None) -> tuple[Prompt, ...]:
+    """Return the prompts with what the teacher wrote for those that had no gold response.
+
+    Args:
+        iteration: whose prompts they are; None for the held-out ones.
+
+    Raises:
+        DnoError: the teacher has not been asked yet.
+    """
+    if config.annotation.teacher is None:
+        return tuple(prompts)
+    run_dir = RunDir(config.run_dir)
+    run_dir.stage("teach", iteration or 0).require()
+    folder = _held_out(run_dir) if iteration is None else run_dir.stage("teach", iteration)
+    texts = {row.prompt_id: row.text for row in folder.read(TaughtResponse) if row.state == "ok"}
+    return tuple(
+        prompt.model_copy(update={"gold": texts[prompt.prompt_id]})
+        if prompt.gold is None and prompt.prompt_id in texts
+        else prompt
+        for prompt in prompts
+    )
+
+
+def _held_out(run_dir: RunDir) -> StageDir:
+    return run_dir.stage("teach", 0).sub(_HELD_OUT)
+
+
+class _Teacher:
+    """Asks for responses, shard by shard of prompts."""
+
+    def __init__(self, section: TeacherSection, desk: Desk, *, seed: int, max_failed: float):
+        self._section = section
+        self._desk = desk
+        self._seed = seed
+        self._max_failed = max_failed
+        self._failed: dict[str, TaughtResponse] = {}  # by prompt: no word of the teacher's came back
+
+    @property
+    def identity(self) -> str:
+        section = self._section
+        system = f" system=#{hashlib.sha256(section.system.encode()).hexdigest()[:12]}" if section.system else ""
+        return (
+            f"teacher {section.model} temperature={section.temperature} top_p={section.top_p} "
+            f"max_tokens={section.max_tokens}{system} seed={self._seed}"
+        )
+
+    async def write_all(self, wanted: Mapping[StageDir, Sequence[Prompt]], *, description: str) -> None:
+        """Close every shard; those with a failed request last, and only if few enough failed."""
+        total = sum(map(len, wanted.values()))
+        open_shards: list[tuple[StageDir, str, Sequence[Prompt]]] = []
+        try:
+            with Meter(description, total=total, unit="prompts") as meter:
+                for folder, prompts in wanted.items():
+                    closed = set(folder.shard_names())
+                    for first in range(0, len(prompts), _SHARD_PROMPTS):
+                        part, name = prompts[first : first + _SHARD_PROMPTS], f"{first:07d}"
+                        if name in closed or await self._close(folder, name, part):
+                            meter.advance(len(part))
+                        else:
+                            open_shards.append((folder, name, part))
+            if self._failed:
+                self._refuse_if_too_many(total)
+            for folder, name, part in open_shards:
+                folder.write_shard(name, await self._responses(part))
+        finally:
+            await self._desk.close()
+
+    async def _close(self, folder: StageDir, name: str, prompts: Sequence[Prompt]) -> bool:
+        rows = await self._responses(prompts)
+        failed = {row.prompt_id: row for row in rows if row.state in ("failed", "over budget")}
+        self._failed |= failed
+        if not failed:
+            folder.write_shard(name, rows)
+        return not failed
+
+    async def _responses(self, prompts: Sequence[Prompt]) -> list[TaughtResponse]:
+        """The responses to some prompts side by side; after an error the others still come back: they are paid for."""
+        rows: list[TaughtResponse] = []
+        for outcome in await asyncio.gather(*map(self._respond, prompts), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            rows.append(outcome)
+        return rows
+
+    def _refuse_if_too_many(self, total: int) -> None:
+        broke = any(row.state == "over budget" for row in self._failed.values())
+        if not broke and len(self._failed) <= self._max_failed * total:
+            return
+        reasons = Counter(f"{row.state}: {row.detail}" for row in self._failed.values())
+        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        remedy = "raise annotation.max_usd first" if broke else "raise annotation.max_failed to go on without them"
+        raise DnoError(
+            f"annotation.teacher {self._section.model!r}: {len(self._failed)} of {total} prompts have no response "
+            f"({shown}). Nothing paid for is lost: run again and only these are asked anew, or {remedy}"
+        )
+
+    async def _respond(self, prompt: Prompt) -> TaughtResponse:
+        if failed := self._failed.get(prompt.prompt_id):
+            return failed  # tried in this call; the next one tries again
+        question = Question(
+            asked=self._section,
+            judge=self.identity,
+            prompt_id=prompt.prompt_id,
+            order=(),
+            body=self._body(prompt),
+            read=_reader(prompt.assistant_prefix),
+        )
+        verdict = await self._desk.ask(question)
+        if not verdict.is_answer:
+            return TaughtResponse(prompt_id=prompt.prompt_id, state=verdict.state, detail=verdict.detail)
+        text = verdict.raw.strip().removeprefix(prompt.assistant_prefix)
+        return TaughtResponse(prompt_id=prompt.prompt_id, state="ok", text=text)
+
+    def _body(self, prompt: Prompt) -> dict[str, object]:
+        section = self._section
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+        if section.system and prompt.messages[0].role != "system":
+            messages.insert(0, {"role": "system", "content": section.system})
+        body: dict[str, object] = {"model": section.model, "messages": messages}
+        body[section.max_tokens_field] = section.max_tokens
+        if section.temperature is not None:
+            body["temperature"] = section.temperature
+        if section.top_p is not None:
+            body["top_p"] = section.top_p
+        if section.send_seed:
+            address = json.dumps([self._seed, prompt.prompt_id])
+            body["seed"] = int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
+        return body
+
+
+def _reader(prefix: str) -> Reader:
+    """Read a response: all of it, or it is none. There are no scores."""
+
+    def read(reply: Reply) -> tuple[float, ...]:
+        text = (reply.text or "").strip()
+        if reply.finish == "length":
+            raise Unparsable("the response was cut at annotation.teacher.max_tokens")
+        if not text.startswith(prefix):
+            raise Unparsable("the response does not begin with the prompt's assistant_prefix")
+        if not text.removeprefix(prefix).strip():
+            raise Unparsable("the response is empty")
+        return ()
+
+    return read
