@@ -17,8 +17,9 @@ from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import unstack_layers
 from dno_jax.parallel.mesh import one_device_mesh
 from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
-from dno_jax.sampling.decode import Counts, Mixture, Outputs, Program, Prompts, Sizes, decode, fill, start
+from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
+from dno_jax.sampling.state import Counts, Mixture, Outputs, Program, Prompts, Sizes, start
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
 # or None where the response goes on.

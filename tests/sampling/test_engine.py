@@ -17,9 +17,9 @@ from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
 from dno_jax.sampling import decode as programs
-from dno_jax.sampling.decode import Mixture, Program, Sizes
 from dno_jax.sampling.engine import Statistics, generate, prompt_bucket
 from dno_jax.sampling.requests import Generation, Request
+from dno_jax.sampling.state import Mixture, Program, Sizes, start
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -233,7 +233,7 @@ def on_mesh(params, axes, *, reference_params=None, weight=0.0):
 def compiled_decode(params, *, mesh, model, generation=GENERATION, sizes=SIZES, mixture=None):
     program = Program(model, generation, sizes, mesh)
     policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
-    state, outputs = programs.start(program, policies=len(policies))
+    state, outputs = start(program, policies=len(policies))
     marks = to_device(np.zeros(outputs.length.shape, bool), row_sharding(mesh, ndim=1))
     lowered = programs.decode.lower(
         policies,
@@ -561,7 +561,7 @@ def test_one_program_for_every_weight_and_another_without_mixture(params, refere
 
 def test_without_mixture_there_is_no_second_cache(params, reference_params):
     def cache_bytes(policies):
-        state, _ = programs.start(Program(Decoder(CONFIG), GENERATION, SIZES, one_device_mesh()), policies=policies)
+        state, _ = start(Program(Decoder(CONFIG), GENERATION, SIZES, one_device_mesh()), policies=policies)
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state.slots.text.cache))
 
     assert cache_bytes(2) == 2 * cache_bytes(1)

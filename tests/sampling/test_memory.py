@@ -19,7 +19,7 @@ from dno_jax.model.params import abstract_params, init_params, param_axes
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, row_sharding, weight_shardings
-from dno_jax.sampling.decode import Program, Sizes, abstract_start, decode, start
+from dno_jax.sampling.decode import decode
 from dno_jax.sampling.memory import (
     ACCELERATOR_SLOTS,
     CPU_SLOTS,
@@ -32,6 +32,7 @@ from dno_jax.sampling.memory import (
     weight_bytes,
 )
 from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.state import Program, Sizes, abstract_start, start
 from dno_jax.sampling.transforms import Truncation
 
 CONFIG = ModelConfig(
