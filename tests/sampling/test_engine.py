@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -363,6 +364,20 @@ def test_stop_strings_cut_and_free_the_slot(params, responses):
     for chunk_steps in (1, 32):
         again = run(params, stop=stop, sizes=dataclasses.replace(SIZES, chunk_steps=chunk_steps))
         assert [(one.token_ids, one.text) for one in flat(again)] == [(one.token_ids, one.text) for one in flat(found)]
+
+
+def test_no_token_is_looked_at_twice(params, responses):
+    """Every call brings a token here, so a response is looked at once a token, whoever else keeps the host looking."""
+    looked = Counter()
+
+    def stop(index, token):
+        looked[index, tuple(token)] += 1
+
+    found = run(params, stop=stop, sizes=dataclasses.replace(SIZES, chunk_steps=1))
+    assert ids(found) == ids(responses)
+    assert looked == Counter(
+        (index, one[:count]) for index, own in enumerate(ids(found)) for one in own for count in range(1, len(one) + 1)
+    )
 
 
 def test_logprobs_of_the_distribution_drawn_from(params):
