@@ -23,9 +23,9 @@ from dno_jax.model.hf import read_end_token_ids
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain
-from dno_jax.sampling.decode import Sizes
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Generation, Request, Response
+from dno_jax.sampling.state import Sizes
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 

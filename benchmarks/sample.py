@@ -27,10 +27,11 @@ from common import load_model, random_ids, report
 from dno_jax.model.cache import init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_end_token_ids
-from dno_jax.sampling.decode import Sizes, decode, fill
+from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.memory import queue_length
 from dno_jax.sampling.requests import Finished, Generation, Request
+from dno_jax.sampling.state import Sizes
 from dno_jax.sampling.transforms import Truncation
 
 

@@ -10,18 +10,19 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dno_jax.errors import DnoError
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import unstack_layers
 from dno_jax.parallel.mesh import one_device_mesh
-from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
-from dno_jax.sampling.decode import Counts, Mixture, Outputs, Program, Prompts, Sizes, decode, fill, start
+from dno_jax.parallel.sharding import num_row_shards, relayout, row_sharding, to_device
+from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
+from dno_jax.sampling.state import Counts, Mixture, Outputs, Program, Prompts, Sizes, start
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
-# or None where the response goes on.
+# or None where the response goes on. Asked once for every piece that a response grows by.
 Stop = Callable[[int, Sequence[int]], tuple[int, str] | None]
 
 
@@ -143,6 +144,7 @@ class _Place:
 
     request: int
     since: int  # the first call whose outputs speak of it
+    read: list[list[int]]  # ids of each response, as far as `stop` has looked at them
     cut: dict[int, tuple[int, str]] = field(default_factory=dict)  # sample -> what `stop` left of it
 
 
@@ -212,7 +214,7 @@ class _Books:
         for number, (shard, own) in enumerate(zip(self.shards, taken, strict=True)):
             for row, (index, request) in enumerate(own):
                 place = shard.free.pop()
-                shard.places[place] = _Place(index, since=self.calls)
+                shard.places[place] = _Place(index, since=self.calls, read=[[] for _ in range(samples)])
                 token[number, row, : len(request.token_ids)] = request.token_ids
                 length[number, row], name[number, row] = len(request.token_ids), request.name
                 output[number, row] = place * samples
@@ -250,7 +252,7 @@ class _Books:
                     continue
                 first = (number * self.program.sizes.outputs + name) * samples
                 if stop is not None:
-                    self.cancelled[number, name] |= _cut(place, outputs, first, samples, stop)
+                    self.cancelled[number, name] |= _cut(place, outputs, first, stop)
                 if not outputs.done[first : first + samples].all():
                     continue
                 responses = tuple(_response(outputs, first + k, cut=place.cut.get(k)) for k in range(samples))
@@ -260,13 +262,15 @@ class _Books:
                 yield Finished(place.request, responses)
 
 
-def _cut(place: _Place, outputs: Outputs, first: int, samples: int, stop: Stop) -> np.ndarray:
-    """Look for stop strings in what is new; return which responses [K] are to be ended for it."""
-    cancelled = np.zeros(samples, bool)
-    for k in range(samples):
+def _cut(place: _Place, outputs: Outputs, first: int, stop: Stop) -> np.ndarray:
+    """Look for stop strings where a response is longer than it was; return which of them [K] are to be ended."""
+    cancelled = np.zeros(len(place.read), bool)
+    for k, ids in enumerate(place.read):
         row = first + k
-        ids = outputs.token[row, : outputs.length[row]].tolist()
-        if k not in place.cut and ids and (found := stop(place.request, ids)) is not None:
+        if k in place.cut or not (new := outputs.token[row, len(ids) : outputs.length[row]].tolist()):
+            continue
+        ids += new
+        if (found := stop(place.request, ids)) is not None:
             place.cut[k] = found
             cancelled[k] = not outputs.done[row]
     return cancelled
@@ -293,10 +297,9 @@ def _on_host(tree: Any) -> Any:
     """Wait for arrays; on a mesh of several processes each of them gets all of every array."""
 
     def one(array: jax.Array) -> np.ndarray:
-        if not array.is_fully_addressable:
-            array = relayout(array, replicated(cast(Mesh, cast(NamedSharding, array.sharding).mesh))).addressable_data(
-                0
-            )
-        return np.asarray(array)
+        if array.is_fully_addressable:
+            return np.asarray(array)
+        whole = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
+        return np.asarray(relayout(array, whole).addressable_data(0))
 
     return jax.tree.map(one, tree)

@@ -15,7 +15,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_params, param_axes
 from dno_jax.parallel.sharding import DECODE, AnyMesh, num_row_shards, weight_shardings
-from dno_jax.sampling.decode import Program, State, abstract_start
+from dno_jax.sampling.state import Program, State, abstract_start
 
 # Slots where none are configured. On a CPU more rows than this fall out of the processor's cache; elsewhere the weights
 # that a step reads are long paid for by then.

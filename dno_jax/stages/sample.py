@@ -19,9 +19,9 @@ from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_unt
 from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, StageDir, write_atomically
-from dno_jax.sampling.decode import Mixture, Sizes
 from dno_jax.sampling.engine import Statistics
 from dno_jax.sampling.requests import Finished, Request, Response
+from dno_jax.sampling.state import Mixture, Sizes
 from dno_jax.stages import audit
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime

@@ -17,11 +17,11 @@ from dno_jax.parallel.mesh import same_everywhere
 from dno_jax.parallel.sharding import DECODE, AnyMesh
 from dno_jax.records import Prompt
 from dno_jax.sampling.completion import Codec
-from dno_jax.sampling.decode import Mixture, Program, Sizes
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
 from dno_jax.sampling.requests import Finished, Generation, Request
 from dno_jax.sampling.server import complete
+from dno_jax.sampling.state import Mixture, Program, Sizes
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.runtime import Runtime

@@ -27,9 +27,9 @@ from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Judgement, Message, Prompt, Rollout, parse_lines
 from dno_jax.report.console import Meter, say
 from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.sampling.decode import Sizes
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Generation, Request, Response
+from dno_jax.sampling.state import Sizes
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.pools import pools_of
 from dno_jax.stages.prompts import name_bits

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
 from dno_jax.sampling import decode as programs
-from dno_jax.sampling.decode import Mixture, Program, Sizes
 from dno_jax.sampling.engine import Statistics, generate, prompt_bucket
 from dno_jax.sampling.requests import Generation, Request
+from dno_jax.sampling.state import Mixture, Program, Sizes, start
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -233,7 +234,7 @@ def on_mesh(params, axes, *, reference_params=None, weight=0.0):
 def compiled_decode(params, *, mesh, model, generation=GENERATION, sizes=SIZES, mixture=None):
     program = Program(model, generation, sizes, mesh)
     policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
-    state, outputs = programs.start(program, policies=len(policies))
+    state, outputs = start(program, policies=len(policies))
     marks = to_device(np.zeros(outputs.length.shape, bool), row_sharding(mesh, ndim=1))
     lowered = programs.decode.lower(
         policies,
@@ -363,6 +364,20 @@ def test_stop_strings_cut_and_free_the_slot(params, responses):
     for chunk_steps in (1, 32):
         again = run(params, stop=stop, sizes=dataclasses.replace(SIZES, chunk_steps=chunk_steps))
         assert [(one.token_ids, one.text) for one in flat(again)] == [(one.token_ids, one.text) for one in flat(found)]
+
+
+def test_no_token_is_looked_at_twice(params, responses):
+    """Every call brings a token here, so a response is looked at once a token, whoever else keeps the host looking."""
+    looked = Counter()
+
+    def stop(index, token):
+        looked[index, tuple(token)] += 1
+
+    found = run(params, stop=stop, sizes=dataclasses.replace(SIZES, chunk_steps=1))
+    assert ids(found) == ids(responses)
+    assert looked == Counter(
+        (index, one[:count]) for index, own in enumerate(ids(found)) for one in own for count in range(1, len(one) + 1)
+    )
 
 
 def test_logprobs_of_the_distribution_drawn_from(params):
@@ -561,7 +576,7 @@ def test_one_program_for_every_weight_and_another_without_mixture(params, refere
 
 def test_without_mixture_there_is_no_second_cache(params, reference_params):
     def cache_bytes(policies):
-        state, _ = programs.start(Program(Decoder(CONFIG), GENERATION, SIZES, one_device_mesh()), policies=policies)
+        state, _ = start(Program(Decoder(CONFIG), GENERATION, SIZES, one_device_mesh()), policies=policies)
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state.slots.text.cache))
 
     assert cache_bytes(2) == 2 * cache_bytes(1)

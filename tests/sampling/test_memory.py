@@ -19,7 +19,7 @@ from dno_jax.model.params import abstract_params, init_params, param_axes
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, row_sharding, weight_shardings
-from dno_jax.sampling.decode import Program, Sizes, abstract_start, decode, start
+from dno_jax.sampling.decode import decode
 from dno_jax.sampling.memory import (
     ACCELERATOR_SLOTS,
     CPU_SLOTS,
@@ -32,6 +32,7 @@ from dno_jax.sampling.memory import (
     weight_bytes,
 )
 from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.state import Program, Sizes, abstract_start, start
 from dno_jax.sampling.transforms import Truncation
 
 CONFIG = ModelConfig(
@@ -100,11 +101,11 @@ def nbytes(*arrays):
 def test_a_slot_is_its_cache_its_hidden_state_and_counters(kv_dtype):
     found, two = plan(kv_dtype=kv_dtype, slots=3), plan(kv_dtype=kv_dtype, slots=3, num_policies=2)
     texts = [nbytes(*cache_arrays(length, kv_dtype), jnp.zeros(D)) for length in (40, 16)]
+    # The text and its length, a key of two words, the output row, the step and the limit.
     assert found.slot_bytes == texts[0] + 6 * 4
     assert two.slot_bytes == 2 * texts[0] + 6 * 4
-    assert (
-        found.parts["queue"] == found.queue_entries * (texts[1] + 2 * 4 + 5 * 8) + 2 * 4
-    )  # keys of K samples; two counters of a ring
+    # An entry: the text, its length, the first output row and the limit, and the keys of K samples. Once: two counters.
+    assert found.parts["queue"] == found.queue_entries * (texts[1] + 3 * 4 + 5 * 8) + 2 * 4
     assert plan(kv_dtype=kv_dtype, slots=3, penalty=1.1).slot_bytes == found.slot_bytes + V  # which ids were there
     assert plan(kv_dtype=kv_dtype, slots=3, total=30).slot_bytes == nbytes(*cache_arrays(30, kv_dtype)) + 4 * D + 6 * 4
 
