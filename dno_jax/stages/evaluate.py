@@ -25,8 +25,10 @@ from dno_jax.run_dir import Manifest, RunDir, StageDir
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.policies import pool_member
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
+from dno_jax.stages.rollouts import sample_to_shards
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sample import Draw, response_statistics, sample_to_shards
+from dno_jax.stages.sample import response_statistics
+from dno_jax.stages.sampler import Draw
 
 GOLD = "gold"
 AVERAGE = "average"  # the mixture of all policies before the newest
