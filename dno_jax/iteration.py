@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
-from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, self_judge, template, train
+from dno_jax.stages import (
+    annotate,
+    evaluate,
+    inspect,
+    pair,
+    policies,
+    sample,
+    score,
+    self_judge,
+    teach,
+    template,
+    train,
+)
 from dno_jax.stages.scheme import updates
 
 
@@ -50,6 +62,8 @@ def prepare(config: RunConfig) -> None:
 def run_iteration(config: RunConfig, iteration: int) -> None:
     """Take policy t to policy t+1, and say how good it is."""
     if not is_lookahead(config, iteration):
+        if config.annotation.teacher is not None:
+            host_stage(teach.run, "teach", config, iteration)
         sample_and_annotate(config, iteration)
     host_stage(pair.run, "pair", config, iteration)
     for update in updates(config, iteration):

@@ -28,7 +28,7 @@ from dno_jax.sampling.memory import Capacity, SlotPlan, show_bytes
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import check_fit, load_tokenizer, read_shape
-from dno_jax.stages.sampler import plan_on, wanted_by_stage
+from dno_jax.stages.slots import plan_on, wanted_by_stage
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,11 @@ from dno_jax.run_dir import Manifest, RunDir, StageDir
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.policies import pool_member
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
+from dno_jax.stages.rollouts import sample_to_shards
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sample import Draw, response_statistics, sample_to_shards
+from dno_jax.stages.sample import response_statistics
+from dno_jax.stages.sampler import Draw
+from dno_jax.stages.teach import with_gold
 
 GOLD = "gold"
 AVERAGE = "average"  # the mixture of all policies before the newest
@@ -44,7 +47,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     runtime = Runtime.start(config)
     run_dir, newest = runtime.run_dir, iteration + 1
     stage = run_dir.stage("evaluate", iteration)
-    held_out = split_prompts(config).held_out
+    held_out = with_gold(config, split_prompts(config).held_out, iteration=None)
     shown = "".join(prompt.model_dump_json() for prompt in held_out)
     inputs = {"held-out prompts": hashlib.sha256(shown.encode()).hexdigest()}
     inputs |= runtime.policy_inputs(*(run_dir.policy(policy) for policy in range(newest + 1)))

@@ -15,7 +15,7 @@ from dno_jax.report.console import say
 from dno_jax.stages import self_judge
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sampler import plan, wanted_by_stage
+from dno_jax.stages.slots import plan, wanted_by_stage
 from dno_jax.stages.template import refuse_template
 
 

@@ -130,6 +130,11 @@ class TokenizedPrompt:
         """32 bits that name the prompt in the sampler's keys."""
         return name_bits(self.prompt.prompt_id)
 
+    @property
+    def text_ids_before(self) -> tuple[int, ...]:
+        """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
+        return self.token_ids if self.prompt.assistant_prefix else ()
+
 
 def name_bits(name: str) -> int:
     """32 bits that stand for an id where randomness is addressed."""

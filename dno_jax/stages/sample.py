@@ -1,32 +1,28 @@
-"""The candidates of an iteration: K samples a prompt and the teacher's response, in shards of Rollout rows."""
+"""The candidates of an iteration: K samples a prompt, or those of the data, and the teacher's response."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
+from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.records import Prompt, Rollout, Source
-from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, StageDir, write_atomically
-from dno_jax.sampling.engine import Statistics
-from dno_jax.sampling.requests import Finished, Request, Response
-from dno_jax.sampling.state import Mixture, Sizes
 from dno_jax.stages import audit
 from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
+from dno_jax.stages.rollouts import sample_to_shards
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sampler import Wanted, ask_server, draw, generation_of, plan
+from dno_jax.stages.sampler import Draw
 from dno_jax.stages.scheme import center_of, mixture_weight
+from dno_jax.stages.teach import with_gold
 
 
 def run(config: RunConfig, iteration: int) -> Manifest:
@@ -35,7 +31,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     runtime = Runtime.start(config)
     run_dir = runtime.run_dir
     stage = run_dir.stage("sample", iteration)
-    prompts = split_prompts(config).training[iteration]
+    prompts = with_gold(config, split_prompts(config).training[iteration], iteration=iteration)
     tokenized, dropped = tokenize_prompts(prompts, tokenizer=runtime.tokenizer, section=config.prompts)
     prompts_path = run_dir.prompts_path(iteration)
     if is_primary():
@@ -53,7 +49,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     drawn: dict[str, Any] = {}
     if config.sampling.source == "data":
         if is_primary():
-            given_to_shards(runtime, tokenized, out=stage, iteration=iteration)
+            _data_to_shards(runtime, tokenized, out=stage, iteration=iteration)
     else:
         draws = _draws(config, weight)
         drawn = sample_to_shards(
@@ -64,7 +60,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             policy=iteration,
             draws=draws,
             description=f"sample    {iteration}",
-            gold_too=True,
+            also=lambda item: _gold(runtime, item, iteration=iteration),
         )
     audited = audit.run(runtime, stage, policy=iteration)
     if is_primary():
@@ -84,20 +80,6 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`.
-
-    Attributes:
-        weight: the center's share of the mixture; None draws from the policy alone.
-    """
-
-    source: Source
-    num_samples: int
-    first_sample: int = 0
-    weight: float | None = None
 
 
 def _draws(config: RunConfig, weight: float) -> tuple[Draw, ...]:
@@ -121,223 +103,7 @@ def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
         )
 
 
-def sample_to_shards(
-    runtime: Runtime[RunConfig],
-    policies: Mapping[str, epath.Path],
-    prompts: Sequence[TokenizedPrompt],
-    *,
-    out: StageDir,
-    policy: int,
-    draws: Sequence[Draw],
-    description: str,
-    gold_too: bool = False,
-) -> dict[str, Any]:
-    """Sample every prompt that has no closed shard yet; return how the slots were used, for the manifest.
-
-    Shards are cut from the whole list, alike on every machine. All candidates of a prompt are in one shard, which is
-    closed, and can be judged, as soon as the last of its prompts is finished. Each part of the mesh takes every n-th
-    shard and runs by itself.
-
-    Args:
-        policies: paths by name: "policy" that samples, and the mixture's "center" where a draw has one.
-    """
-    size = runtime.config.sampling.shard_prompts
-    cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    pending = _unfinished(out, cuts)
-    part, server = runtime.part, runtime.config.sampling.engine == "openai"
-    # A server is asked by one process; no device takes part.
-    own = pending[part.index :: part.count] if not server else pending if is_primary() else []
-    shards = {index: _Shard(index * size, cuts[index], {}) for index in own}
-    requests = [Request(item.token_ids, item.name) for shard in shards.values() for item in shard.prompts]
-    places = [(shard, place) for shard in shards.values() for place in range(len(shard.prompts))]
-    details: dict[str, Any] = {}
-    done = len(prompts) - sum(len(cuts[index]) for index in pending)
-    if pending:
-        finished = (
-            _of_server(runtime, requests, places, draws=draws, policy=policy, details=details)
-            if server
-            else _of_devices(runtime, policies, requests, places, draws=draws, policy=policy, details=details)
-        )
-        with Meter(description, total=done + len(requests), unit="prompts", done=done, enabled=is_primary()) as meter:
-            # Drawn in turn, so that a prompt's candidates of all distributions are there together.
-            for number, found in _in_turn(finished):
-                shard, place = places[found.index]
-                if shard.add(place, number, found) < len(draws):
-                    continue
-                meter.advance(1)
-                if shard.is_whole(len(draws)) and (part.leads or server):
-                    _write(runtime, shard, out=out, policy=policy, draws=draws, gold_too=gold_too)
-        for shard in shards.values():  # prompts that a server had no usable answers for are not sampled
-            if server and shard.found and not shard.is_whole(len(draws)):
-                _write(runtime, shard, out=out, policy=policy, draws=draws, gold_too=gold_too)
-    barrier(f"sampled {out.path}")
-    return details
-
-
-@dataclass
-class _Shard:
-    """A file of rollouts in the making."""
-
-    first: int  # place of its first prompt in the whole list
-    prompts: Sequence[TokenizedPrompt]
-    found: dict[int, dict[int, tuple[Response, ...]]]  # prompt -> draw -> responses
-
-    def add(self, place: int, draw: int, finished: Finished) -> int:
-        """Keep a prompt's responses of one draw; return of how many draws there are now."""
-        own = self.found.setdefault(place, {})
-        own[draw] = finished.responses
-        return len(own)
-
-    def is_whole(self, draws: int) -> bool:
-        return len(self.found) == len(self.prompts) and all(len(own) == draws for own in self.found.values())
-
-
-def _in_turn(streams: Sequence[Iterator[Finished]]) -> Iterator[tuple[int, Finished]]:
-    """Take one item of each stream in turn, with the stream's number, until all have ended."""
-    left = dict(enumerate(streams))
-    while left:
-        for number, stream in list(left.items()):
-            if (found := next(stream, None)) is None:
-                del left[number]
-            else:
-                yield number, found
-
-
-def _of_devices(
-    runtime: Runtime[RunConfig],
-    policies: Mapping[str, epath.Path],
-    requests: Sequence[Request],
-    places: Sequence[tuple[_Shard, int]],
-    *,
-    draws: Sequence[Draw],
-    policy: int,
-    details: dict[str, Any],
-) -> list[Iterator[Finished]]:
-    """One stream a draw, from the devices of this process's part of the mesh."""
-    config = runtime.config
-    sizes: list[Sizes] = []
-    for own in draws:  # before weights take the memory that is asked about
-        wanted = Wanted(
-            num_samples=own.num_samples,
-            num_prompts=len(requests),
-            prompt_length=config.prompts.max_length,
-            max_new_tokens=config.sampling.max_new_tokens,
-            num_policies=1 if own.weight is None else 2,
-            max_total_tokens=config.sampling.max_total_tokens,
-        )
-        sizes.append(plan(runtime, wanted).program.sizes)
-    params = {name: runtime.load_for_decoding(path) for name, path in policies.items()}
-
-    def stream(own: Draw, size: Sizes) -> Iterator[Finished]:
-        statistics = Statistics()
-        mixture = None if own.weight is None else Mixture(params["center"], jnp.float32(own.weight))
-        yield from draw(
-            runtime,
-            params["policy"],
-            requests,
-            before=lambda index: _before(_prompt(places, index)),
-            generation=generation_of(runtime, num_samples=own.num_samples, first_sample=own.first_sample),
-            sizes=size,
-            iteration=policy,
-            mixture=mixture,
-            statistics=statistics,
-        )
-        details[f"slots {own.source}" if len(draws) > 1 else "slots"] = {
-            "slots": size.slots,
-            "utilisation": round(statistics.utilisation, 4),
-            "decode_calls": statistics.decode_calls,
-        }
-
-    return [stream(own, size) for own, size in zip(draws, sizes, strict=True)]
-
-
-def _of_server(
-    runtime: Runtime[RunConfig],
-    requests: Sequence[Request],
-    places: Sequence[tuple[_Shard, int]],
-    *,
-    draws: Sequence[Draw],
-    policy: int,
-    details: dict[str, Any],
-) -> list[Iterator[Finished]]:
-    """One stream a draw, from the configured server."""
-    counts: Counter[str] = Counter()
-
-    def stream(own: Draw) -> Iterator[Finished]:
-        yield from ask_server(
-            runtime,
-            requests,
-            prompts=lambda index: _prompt(places, index).prompt,
-            before=lambda index: _before(_prompt(places, index)),
-            generation=generation_of(runtime, num_samples=own.num_samples, first_sample=own.first_sample),
-            iteration=policy,
-            counts=counts,
-        )
-        details["server"] = dict(counts)
-
-    return [stream(own) for own in draws]
-
-
-def _prompt(places: Sequence[tuple[_Shard, int]], index: int) -> TokenizedPrompt:
-    shard, place = places[index]
-    return shard.prompts[place]
-
-
-def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]]) -> list[int]:
-    """Indices of the shards with a prompt that no closed one holds; process 0 says which, for all."""
-    found = {rollout.prompt_id for rollout in out.read(Rollout)} if is_primary() else set()
-    missing = [any(item.prompt.prompt_id not in found for item in cut) for cut in cuts]
-    return [int(index) for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
-
-
-def _write(
-    runtime: Runtime[RunConfig], shard: _Shard, *, out: StageDir, policy: int, draws: Sequence[Draw], gold_too: bool
-) -> None:
-    """Close a shard: the rollouts of its prompts, in their order."""
-    rollouts: list[Rollout] = []
-    for place in sorted(shard.found):
-        item = shard.prompts[place]
-        for own, responses in zip(draws, (shard.found[place][number] for number in range(len(draws))), strict=True):
-            rollouts += [
-                _rollout(runtime, item, response, sample=own.first_sample + k, source=own.source, policy=policy)
-                for k, response in enumerate(responses)
-            ]
-        if gold_too and (gold := _gold(runtime, item, iteration=policy)):
-            rollouts.append(gold)
-    out.write_shard(f"{shard.first:07d}", rollouts)
-
-
-def _rollout(
-    runtime: Runtime[RunConfig],
-    item: TokenizedPrompt,
-    response: Response,
-    *,
-    sample: int,
-    source: Source,
-    policy: int,
-) -> Rollout:
-    text, drawn = response.text, response.drawn_logprobs
-    return Rollout(
-        rollout_id=f"{policy:03d}/{item.prompt.prompt_id}/{sample}",
-        prompt_id=item.prompt.prompt_id,
-        sample=sample,
-        source=source,
-        policy=policy,
-        text=runtime.tokenizer.decode(response.token_ids, after=_before(item)) if text is None else text,
-        token_ids=response.token_ids,
-        prompt_token_ids=item.token_ids,
-        logprob=None if response.logprobs is None else float(np.sum(response.logprobs)),
-        finish=response.finish,
-        drawn_logprob=None if drawn is None else float(np.sum(drawn)),
-    )
-
-
-def _before(item: TokenizedPrompt) -> tuple[int, ...]:
-    """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
-    return item.token_ids if item.prompt.assistant_prefix else ()
-
-
-def given_to_shards(
+def _data_to_shards(
     runtime: Runtime[RunConfig], prompts: Sequence[TokenizedPrompt], *, out: StageDir, iteration: int
 ) -> None:
     """Turn the candidates that come with the data into rollouts: offline methods sample nothing.
@@ -356,31 +122,30 @@ def given_to_shards(
                 )
             name = f"{iteration:03d}/{item.prompt.prompt_id}"
             rollouts += [
-                fixed_rollout(
+                _fixed_rollout(
                     runtime, item, text=given.text, rollout_id=f"{name}/{sample}", source="data", sample=sample
                 )
                 for sample, given in enumerate(item.prompt.candidates)
             ]
-            if gold := _gold(runtime, item, iteration=iteration):
-                rollouts.append(gold)
+            rollouts += _gold(runtime, item, iteration=iteration)
         out.write_shard(f"{first:07d}", rollouts)
 
 
-def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int) -> Rollout | None:
+def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int) -> list[Rollout]:
     """The teacher's response as a candidate like any other, where there is one that can be ranked and tokenised."""
     gold = item.prompt.gold
     if not gold or not gold.strip():
-        return None
+        return []
     texts = {given.text.strip() for given in item.prompt.candidates}
     if runtime.config.annotation.kind == "given" and gold.strip() not in texts:
-        return None  # nobody gave it points
+        return []  # nobody gave it points
     rollout_id = f"{iteration:03d}/{item.prompt.prompt_id}/gold"
     with contextlib.suppress(DnoError):  # counted in _gold_drops: one teacher's response is not worth a run
-        return fixed_rollout(runtime, item, text=gold, rollout_id=rollout_id, source="gold", sample=-1)
-    return None
+        return [_fixed_rollout(runtime, item, text=gold, rollout_id=rollout_id, source="gold", sample=-1)]
+    return []
 
 
-def fixed_rollout(
+def _fixed_rollout(
     runtime: Runtime[RunConfig], item: TokenizedPrompt, *, text: str, rollout_id: str, source: Source, sample: int
 ) -> Rollout:
     """A response that no policy of this run wrote: tokenised once, cut where the student's would be."""
@@ -398,7 +163,7 @@ def fixed_rollout(
         sample=sample,
         source=source,
         policy=None,
-        text=text if keep else runtime.tokenizer.decode(ids, after=_before(item)),
+        text=text if keep else runtime.tokenizer.decode(ids, after=item.text_ids_before),
         token_ids=ids,
         prompt_token_ids=item.token_ids,
         logprob=None,

@@ -7,11 +7,12 @@ every shard is closed, also one whose pools are left without a verdict.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +35,7 @@ from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.pools import pools_of
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sampler import Wanted, plan
+from dno_jax.stages.slots import Wanted, plan
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
 _JUDGE_KEYS = 1 << 30
@@ -188,22 +189,16 @@ class _Judge:
 
     def sizes(self, *, num_requests: int) -> Sizes:
         """Say how many readings decode together; before weights are loaded."""
-        section = self.runtime.config.annotation.self_judge
-        wanted = Wanted(
-            num_samples=section.num_judgements,
-            num_prompts=num_requests,
-            prompt_length=section.max_prompt_length,
-            max_new_tokens=section.max_new_tokens,
-        )
+        wanted = Wanted.readings(self.runtime.config, num_responses=num_requests)
         return plan(self.runtime, wanted).program.sizes
 
     def generate(
         self, params: Any, requests: Iterable[_Request], *, sizes: Sizes, iteration: int
-    ) -> Iterator[Finished]:
+    ) -> Generator[Finished, None, None]:
         """Read requests out on this process's part of the mesh."""
         config, mesh = self.runtime.config, self.runtime.part.mesh
         section = config.annotation.self_judge
-        return generate(
+        yield from generate(
             params,
             (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
             model=self.runtime.model(DECODE, mesh=mesh),
@@ -327,8 +322,12 @@ def _judge_shards(
         meter.advance(len(sheet.pools))
 
     total = sum(len(pools[shard]) for shard in own)
-    with Meter(f"judge     {iteration}", total=total, unit="pools", enabled=is_primary()) as meter:
-        for finished in judge.generate(params, coming(), sizes=sizes, iteration=iteration):
+    stream = judge.generate(params, coming(), sizes=sizes, iteration=iteration)
+    with (
+        contextlib.closing(stream),
+        Meter(f"judge     {iteration}", total=total, unit="pools", enabled=is_primary()) as meter,
+    ):
+        for finished in stream:
             sheet, request = asked.pop(finished.index)
             sheet.readings[request.candidate_id] = [judge.read(response) for response in finished.responses]
             if sheet.is_read:

@@ -16,7 +16,7 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Pair, ReferenceScore, Rollout
 from dno_jax.report.console import console
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import audit, pair, rows, sample, score, train
+from dno_jax.stages import audit, pair, rows, sample, sampler, score, train
 from tests.small import small_tree, write_prompts
 from tests.stages.conftest import deep_merge
 
@@ -148,7 +148,7 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
     def no_sampling(*args, **kwargs):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(sample, "draw", no_sampling)
+    monkeypatch.setattr(sampler, "generate", no_sampling)
     with pytest.raises(DnoError) as error:
         sample.run(config, 0)
     tokens = len(wrong.token_ids)

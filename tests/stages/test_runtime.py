@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
@@ -59,8 +60,14 @@ def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_c
     policy = epath.Path(tmp_path) / "policy"
     save_policy(policy, params)
     found = runtime.load_for_decoding(policy)
-    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+    assert len(found["layers"]) == runtime.model_config.num_hidden_layers
+    stacked = {**found, "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *found["layers"])}
+    for leaf, wanted in zip(jax.tree.leaves(stacked), jax.tree.leaves(params), strict=True):
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(jnp.bfloat16)))
-    places = jax.tree.map(lambda leaf: leaf.sharding, found)
-    assert jax.tree.leaves(places) == jax.tree.leaves(runtime.param_shardings(DECODE))
+    # A layer lies on the devices as its part of the stack does.
+    places = runtime.param_shardings(DECODE)
+    layer = jax.tree.map(lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])), places["layers"])
+    places = {**places, "layers": (layer,) * len(found["layers"])}
+    for leaf, place in zip(jax.tree.leaves(found), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)

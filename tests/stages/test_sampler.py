@@ -1,5 +1,7 @@
 """The sample stage over its engines: stop strings, records, a server's answers, and what a mesh is cut into."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import AXES, make_mesh, own_part, parts_of
 from dno_jax.records import Rollout
-from dno_jax.run_dir import RunDir
+from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.stages import sample, sampler
 from tests.sampling.completion_server import CompletionServer
 
@@ -111,6 +113,73 @@ def test_a_server_that_is_not_there_leaves_nothing(make_config):
     stage = RunDir(config.run_dir).stage("sample", 0)
     assert stage.manifest() is None
     assert not stage.shard_names()
+
+
+def refuse_to_write(monkeypatch, *, shard):
+    """Make the disk full when a shard is to be written."""
+    write = StageDir.write_shard
+
+    def full(stage, name, records):
+        if name == shard:
+            raise OSError("no space left on device")
+        write(stage, name, records)
+
+    monkeypatch.setattr(StageDir, "write_shard", full)
+
+
+def test_a_writer_that_fails_stops_the_requests_to_the_server(make_config, monkeypatch):
+    tokenizer = ChatTokenizer.load(make_config().model.path, "raw")
+    num_ids, failed = tokenizer.vocab_size, threading.Event()
+
+    def delay(body):
+        if len(server.sampled) > 8:  # the third prompt is answered when the second could not be written
+            failed.wait(60.0)
+        return 0.0
+
+    with CompletionServer(
+        lambda ids: np.where(np.arange(num_ids) < 4, -1e9, 0.0),
+        text_of=tokenizer.decode,
+        ids_of=lambda text: tokenizer.text_ids(text)[1:],
+        end_ids=tokenizer.end_ids,
+        delay=delay,
+    ) as server:
+        section = {"base_url": server.url, "max_concurrency": 1}
+        config = make_config(sampling={"engine": "openai", "server": section, "shard_prompts": 1})
+        iteration.prepare(config)
+        refuse_to_write(monkeypatch, shard="0000001")
+        with pytest.raises(OSError, match="no space left") as error:
+            sample.run(config, 0)
+        failed.set()
+        assert not [thread for thread in threading.enumerate() if thread.name == "completions"]
+    assert error.tb is not None  # it holds the frames that asked: nothing ended them but their being closed
+    assert len(server.sampled) in (8, 9)  # of 24: six prompts, K = 4
+    assert RunDir(config.run_dir).stage("sample", 0).shard_names() == ["0000000"]
+
+
+def test_a_writer_that_fails_ends_the_device_programs_of_all_draws(make_config, monkeypatch):
+    real, open_streams, sources = sampler.generate, [], []
+
+    def generate(*args, mixture, **fields):
+        source = "policy" if mixture is None else "mixture"
+        sources.append(source)
+        open_streams.append(source)
+        try:
+            yield from real(*args, mixture=mixture, **fields)
+        finally:
+            open_streams.remove(source)
+
+    monkeypatch.setattr(sampler, "generate", generate)
+    config = make_config(
+        sampling={"shard_prompts": 1, "slots": 1, "num_opponents": 1, "mixture_weight": 0.5},
+        pairing={"opponents": "mixture"},
+    )
+    iteration.prepare(config)
+    refuse_to_write(monkeypatch, shard="0000001")
+    with pytest.raises(OSError, match="no space left") as error:
+        sample.run(config, 0)
+    assert sources == ["policy", "mixture"]
+    assert not open_streams
+    assert error.tb is not None  # as above
 
 
 @pytest.mark.parametrize("slots", [1, 3])

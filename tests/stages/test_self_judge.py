@@ -18,7 +18,7 @@ from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
 from dno_jax.records import Judgement, Message, Pair, Rollout
-from dno_jax.run_dir import RunDir
+from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.stages import pair, policies, sample, self_judge, sft
 from tests.stages.conftest import deep_merge
 
@@ -266,6 +266,29 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
     again = sampled(other)
     self_judge.run(other, 0)
     assert [row.raw for row in judgements(again)] == [row.raw for row in rows]
+
+
+def test_a_writer_that_fails_ends_the_device_program(make, sampled, monkeypatch):
+    config = make()
+    sampled(config)
+    real, steps = self_judge.generate, []
+
+    def generate(*args, **fields):
+        steps.append("begun")
+        try:
+            yield from real(*args, **fields)
+        finally:
+            steps.append("ended")
+
+    def full(stage, name, records):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(self_judge, "generate", generate)
+    monkeypatch.setattr(StageDir, "write_shard", full)
+    with pytest.raises(OSError, match="no space left") as error:
+        self_judge.run(config, 0)
+    assert steps == ["begun", "ended"]
+    assert error.tb is not None  # it holds the frames that drew: nothing ended them but their being closed
 
 
 def test_a_policy_that_cannot_judge_gives_no_numbers(make, sampled, folder, monkeypatch):

@@ -1,0 +1,144 @@
+"""Sampled responses as rows: prompts in, closed shards of Rollout rows out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dno_jax.config import RunConfig
+from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere
+from dno_jax.records import Rollout
+from dno_jax.report.console import Meter
+from dno_jax.run_dir import StageDir
+from dno_jax.sampling.requests import Finished, Response
+from dno_jax.stages.prompts import TokenizedPrompt
+from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.sampler import Draw, Sampler, Stream
+
+
+def sample_to_shards(
+    runtime: Runtime[RunConfig],
+    policies: Mapping[str, epath.Path],
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    out: StageDir,
+    policy: int,
+    draws: Sequence[Draw],
+    description: str,
+    also: Callable[[TokenizedPrompt], Sequence[Rollout]] = lambda _: (),
+) -> dict[str, Any]:
+    """Sample every prompt that has no closed shard yet.
+
+    Shards are cut from the whole list, alike on every machine. All candidates of a prompt are in one shard, which is
+    closed, and can be judged, as soon as the last of its prompts is finished. Each part of the mesh takes every n-th
+    shard and runs by itself.
+
+    Args:
+        policies: paths by name: "policy" that samples, and the mixture's "center" where a draw has one.
+        policy: index t of pi_t, the "policy" of `policies`.
+        also: rows that go beside a prompt's responses.
+
+    Returns:
+        For the manifest: how the slots of this process's own part of the mesh were used, or what it asked the server.
+        What other parts did is not in it, so the manifest holds the primary's. Empty where nothing was left to sample.
+    """
+    size = runtime.config.sampling.shard_prompts
+    cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
+    pending = _unfinished(out, cuts)
+    part, server = runtime.part, runtime.config.sampling.engine == "openai"
+    # A server is asked by one process; no device takes part.
+    own = pending[part.index :: part.count] if not server else pending if is_primary() else []
+    shards = [_Shard(index * size, cuts[index]) for index in own]
+    places = [(shard, place) for shard in shards for place in range(len(shard.prompts))]
+    sampler = Sampler(runtime, [shard.prompts[place] for shard, place in places], draws, policy)
+
+    def close(shard: _Shard) -> None:
+        rows: list[Rollout] = []
+        for place, responses in sorted(shard.found.items()):
+            rows += _rollouts(sampler, shard.prompts[place], responses)
+            rows += also(shard.prompts[place])
+        out.write_shard(f"{shard.first:07d}", rows)
+
+    if pending:
+        done = len(prompts) - sum(len(cuts[index]) for index in pending)
+        with contextlib.ExitStack() as stack:
+            streams = sampler.streams(policies)
+            for stream in streams:
+                stack.enter_context(contextlib.closing(stream))
+            meter = stack.enter_context(
+                Meter(description, total=done + len(places), unit="prompts", done=done, enabled=is_primary())
+            )
+            # Drawn in turn, so that a prompt's candidates of all distributions are there together.
+            for number, found in _in_turn(streams):
+                shard, place = places[found.index]
+                responses = shard.found.setdefault(place, {})
+                responses[number] = found.responses
+                if len(responses) < len(draws):
+                    continue
+                meter.advance(1)
+                if shard.is_whole(len(draws)) and (part.leads or server):
+                    close(shard)
+        for shard in shards:  # prompts that a server had no usable answers for are not sampled
+            if server and shard.found and not shard.is_whole(len(draws)):
+                close(shard)
+    barrier(f"sampled {out.path}")
+    return sampler.details
+
+
+@dataclass
+class _Shard:
+    """A file of rollouts in the making."""
+
+    first: int  # place of its first prompt in the whole list
+    prompts: Sequence[TokenizedPrompt]
+    found: dict[int, dict[int, tuple[Response, ...]]] = field(default_factory=dict)  # prompt -> draw -> responses
+
+    def is_whole(self, draws: int) -> bool:
+        return len(self.found) == len(self.prompts) and all(len(own) == draws for own in self.found.values())
+
+
+def _in_turn(streams: Sequence[Stream]) -> Iterator[tuple[int, Finished]]:
+    """Take one item of each stream in turn, with the stream's number, until all have ended."""
+    left = dict(enumerate(streams))
+    while left:
+        for number, stream in list(left.items()):
+            if (found := next(stream, None)) is None:
+                del left[number]
+            else:
+                yield number, found
+
+
+def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]]) -> list[int]:
+    """Indices of the shards with a prompt that no closed one holds; process 0 says which, for all."""
+    found = {rollout.prompt_id for rollout in out.read(Rollout)} if is_primary() else set()
+    missing = [any(item.prompt.prompt_id not in found for item in cut) for cut in cuts]
+    return [int(index) for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+
+
+def _rollouts(
+    sampler: Sampler, item: TokenizedPrompt, responses: Mapping[int, Sequence[Response]]
+) -> Iterator[Rollout]:
+    """The rows of a prompt's responses, by the number of their draw."""
+    for number, draw in enumerate(sampler.draws):
+        for sample, response in enumerate(responses[number], draw.first_sample):
+            text, drawn = response.text, response.drawn_logprobs
+            if text is None:
+                text = sampler.runtime.tokenizer.decode(response.token_ids, after=item.text_ids_before)
+            yield Rollout(
+                rollout_id=f"{sampler.policy:03d}/{item.prompt.prompt_id}/{sample}",
+                prompt_id=item.prompt.prompt_id,
+                sample=sample,
+                source=draw.source,
+                policy=sampler.policy,
+                text=text,
+                token_ids=response.token_ids,
+                prompt_token_ids=item.token_ids,
+                logprob=None if response.logprobs is None else float(np.sum(response.logprobs)),
+                finish=response.finish,
+                drawn_logprob=None if drawn is None else float(np.sum(drawn)),
+            )

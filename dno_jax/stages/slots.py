@@ -1,0 +1,135 @@
+"""How many rows a stage decodes together: what it is about to sample, against the memory of the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from dno_jax.config import RunConfig
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder
+from dno_jax.parallel.mesh import same_everywhere
+from dno_jax.parallel.sharding import AnyMesh
+from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
+from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.state import Program, Sizes
+from dno_jax.sampling.transforms import Truncation
+from dno_jax.stages.capacity import device_capacity
+from dno_jax.stages.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a stage is about to sample: the longest texts, and how many."""
+
+    num_samples: int
+    num_prompts: int
+    prompt_length: int
+    max_new_tokens: int
+    num_policies: int = 1
+    max_total_tokens: int | None = None
+
+    @classmethod
+    def responses(cls, config: RunConfig, *, num_samples: int, num_prompts: int, num_policies: int = 1) -> Wanted:
+        """Responses to prompts, of one policy or of the mixture of two."""
+        return cls(
+            num_samples=num_samples,
+            num_prompts=num_prompts,
+            prompt_length=config.prompts.max_length,
+            max_new_tokens=config.sampling.max_new_tokens,
+            num_policies=num_policies,
+            max_total_tokens=config.sampling.max_total_tokens,
+        )
+
+    @classmethod
+    def readings(cls, config: RunConfig, *, num_responses: int) -> Wanted:
+        """The policy's judgements of responses."""
+        judge = config.annotation.self_judge
+        return cls(
+            num_samples=judge.num_judgements,
+            num_prompts=num_responses,
+            prompt_length=judge.max_prompt_length,
+            max_new_tokens=judge.max_new_tokens,
+        )
+
+
+def wanted_by_stage(config: RunConfig, *, num_prompts: int, num_held_out: int) -> dict[str, Wanted]:
+    """What each stage samples on devices; a server's memory is its own affair.
+
+    Args:
+        num_prompts: of the largest iteration.
+    """
+    section = config.sampling
+    wanted: dict[str, Wanted] = {}
+    if section.engine == "jax" and section.source != "data":
+        mixes = section.source == "mixture" or section.num_opponents > 0
+        most = max(section.num_samples, section.num_opponents)
+        wanted["sample"] = Wanted.responses(
+            config, num_samples=most, num_prompts=num_prompts, num_policies=2 if mixes else 1
+        )
+    if config.annotation.kind == "self":
+        candidates = num_prompts * (section.num_samples + section.num_opponents)
+        wanted["annotate"] = Wanted.readings(config, num_responses=candidates)
+    if section.engine == "jax" and num_held_out:
+        samples = config.evaluation.num_samples
+        wanted["evaluate"] = Wanted.responses(config, num_samples=samples, num_prompts=num_held_out)
+    return wanted
+
+
+def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
+    """Say how many rows decode together; to be asked before weights are loaded, alike on every process.
+
+    Raises:
+        DnoError: the configured slots do not fit, or not even one does.
+    """
+    mesh = runtime.part.mesh
+    found = plan_on(
+        mesh,
+        wanted,
+        config=runtime.config,
+        model_config=runtime.model_config,
+        capacity=device_capacity(mesh.local_devices),
+        platform=mesh.local_devices[0].platform,
+    )
+    if all(device in mesh.local_devices for device in mesh.devices.flat):
+        return found
+    # Processes that share a model must decode the same rows; those that do not need not even wait for each other.
+    return found.with_slots(int(same_everywhere(np.asarray(found.slots))))
+
+
+def plan_on(
+    mesh: AnyMesh,
+    wanted: Wanted,
+    *,
+    config: RunConfig,
+    model_config: ModelConfig,
+    capacity: Capacity,
+    platform: str | None,
+) -> SlotPlan:
+    """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
+    section, dtype = config.sampling, config.model.dtype
+    generation = Generation(
+        num_samples=wanted.num_samples,
+        max_new_tokens=wanted.max_new_tokens,
+        end_ids=(0,),  # which ids end a response takes no memory
+        truncation=Truncation(repetition_penalty=section.repetition_penalty),
+        seed=config.seed,
+        max_total_tokens=wanted.max_total_tokens,
+    )
+    sizes = Sizes(
+        slots=1,
+        prompt_length=wanted.prompt_length,
+        prefill_chunk=section.prefill_chunk,
+        chunk_steps=section.chunk_steps,
+        kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
+    )
+    return plan_slots(
+        Program(Decoder(model_config, dtype=jnp.dtype(dtype)), generation, sizes, mesh, section.record_drawn_logprob),
+        capacity=capacity,
+        num_prompts=wanted.num_prompts,
+        slots=section.slots,
+        num_policies=wanted.num_policies,
+        platform=platform,
+    )
