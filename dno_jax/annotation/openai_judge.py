@@ -182,9 +182,10 @@ class OpenAIAnnotator:
         Raises:
             DnoError: no request of this configuration can succeed.
         """
-        text = await self._endpoint.send(lambda client: client.chat.completions.with_raw_response.create(**body))
-        if isinstance(text, Trouble):
-            return text
+        response = await self._endpoint.post("/chat/completions", body)
+        if isinstance(response, Trouble):
+            return response
+        text = response.text
         return _read_completion(text) or Trouble(f"HTTP 200 without a chat completion: {self._endpoint.words(text)}")
 
     def _verdict(self, reply: _Reply, count: int) -> Verdict:
