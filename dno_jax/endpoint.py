@@ -79,6 +79,7 @@ class Endpoint:
     Args:
         who: as in "the judge 'gpt' at http://... answered HTTP 500".
         place: the section of the configuration that remedies name.
+        address: the section that names URL and key, where it is another.
         url: of the API; it usually ends in /v1.
         api_key_env: environment variable of the key; None for no key.
         timeout: seconds a request may take, all of it.
@@ -87,13 +88,16 @@ class Endpoint:
         DnoError: a missing key, an unusable URL.
     """
 
-    def __init__(self, *, who: str, place: str, url: str, api_key_env: str | None, timeout: float):
+    def __init__(
+        self, *, who: str, place: str, url: str, api_key_env: str | None, timeout: float, address: str | None = None
+    ):
         self.who = who
         self.place = place
-        self.url = _checked_url(url, place=place)
+        self.address = address or place
+        self.url = _checked_url(url, place=self.address)
         self._api_key_env = api_key_env
         self._timeout = timeout
-        self._client = _connect(self.url, place=place, api_key_env=api_key_env, timeout=timeout)
+        self._client = _connect(self.url, place=self.address, api_key_env=api_key_env, timeout=timeout)
 
     async def post(
         self, path: str, body: Mapping[str, Any], *, file: tuple[str, bytes] | None = None, timeout: float | None = None
@@ -165,12 +169,14 @@ class Endpoint:
     async def close(self) -> None:
         await self._client.close()
 
+    def without_key(self, text: str) -> str:
+        """Take the key out of a text that is to be kept as it is."""
+        key = self._client.api_key
+        return text.replace(key, "[key]") if self._api_key_env and len(key) >= _SHORTEST_SECRET else text
+
     def scrub(self, text: str) -> str:
         """Take the key, and what looks like one, out of a text that others wrote."""
-        key = self._client.api_key
-        if self._api_key_env and len(key) >= _SHORTEST_SECRET:
-            text = text.replace(key, "[key]")
-        return _KEY_LIKE.sub("[key]", text)
+        return _KEY_LIKE.sub("[key]", self.without_key(text))
 
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
@@ -197,7 +203,7 @@ class Endpoint:
             return Trouble(detail, then, status=status, parameter=named, headers=headers, retry_after=pause)
 
         if status in (401, 403):
-            remedy = f"name the environment variable of its key in {self.place}.api_key_env"
+            remedy = f"name the environment variable of its key in {self.address}.api_key_env"
             if self._api_key_env is not None:
                 remedy = f"put a key that may use this model into the environment variable {self._api_key_env}"
             return found(f"{where}; {remedy}", "raise")

@@ -305,8 +305,8 @@ class _Calls:
             tries += 1
             if response.then != "retry" or tries >= self._section.max_tries:
                 raise DnoError(
-                    f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {response.detail}; start it, "
-                    "or mend sampling.server.base_url (it usually ends in /v1)"
+                    f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {response.detail}; start "
+                    "it, or mend sampling.server.base_url (it usually ends in /v1)"
                 )
             await _pause(wait_seconds(tries, retry_after=response.retry_after, jitter=self._jitter.random()))
         try:
