@@ -127,7 +127,7 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
         case "given":
             return embedded.GivenAnnotator()
         case "openai":
-            from dno_jax.annotation.client import OpenAIAnnotator
+            from dno_jax.annotation.openai_judge import OpenAIAnnotator
 
             return OpenAIAnnotator(config.openai, store_path=store_path, seed=seed)
         case kind:
