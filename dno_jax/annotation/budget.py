@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dno_jax.annotation.question import Question, Reply
+from dno_jax.annotation.question import Question
 from dno_jax.annotation.store import Receipt, VerdictStore
 from dno_jax.config import AnnotationSection, PriceSection
 from dno_jax.errors import DnoError
-
-_LOG = logging.getLogger(__name__)
 
 # No tokenizer of bytes, or of pieces with bytes to fall back on, makes more tokens of a text than it has bytes; what
 # chat templates and endpoints put around a message (roles, headers, a default system message) stays below this.
@@ -36,6 +33,11 @@ class Usage:
 
     tokens_in: int
     tokens_out: int
+
+    @classmethod
+    def stated(cls, tokens_in: int, tokens_out: int) -> Usage | None:
+        """Return what an endpoint counted; None where it states nothing, for no call takes no tokens."""
+        return cls(tokens_in, tokens_out) if tokens_in or tokens_out else None
 
 
 def most_usage(question: Question) -> Usage:
@@ -73,7 +75,6 @@ class Budget:
         self._holders = 0
         self._waiting: deque[tuple[float, asyncio.Future[bool]]] = deque()
         self._over = False
-        self._told: set[str] = set()
 
     @property
     def spent(self) -> float:
@@ -104,27 +105,21 @@ class Budget:
         finally:
             self._release(usd)
 
-    def bill(self, question: Question, reply: Reply | None, *, batch: bool = False) -> Receipt:
+    def bill(self, question: Question, usage: Usage | None, *, batch: bool = False) -> Receipt:
         """Return what one call cost.
 
         Args:
-            reply: None where it is not known whether the endpoint worked for the call. Such a call counts, as does one
-                whose usage the endpoint does not state, as the most it can have cost.
+            usage: as the endpoint states it; None where nobody knows, and then it counts as the most it can have been.
         """
-        model = question.asked.model
-        known = reply is not None and (reply.tokens_in or reply.tokens_out)
-        usage = Usage(reply.tokens_in, reply.tokens_out) if reply is not None and known else most_usage(question)
-        if not known and reply is not None and model in self._prices and model not in self._told:
-            self._told.add(model)
-            _LOG.warning("%s states no usage: its calls count as the most that they can cost", model)
+        counted = usage or most_usage(question)
         return Receipt(
             run=self._run,
-            model=model,
+            model=question.asked.model,
             requests=1,
-            tokens_in=usage.tokens_in if known else 0,
-            tokens_out=usage.tokens_out if known else 0,
-            usd=self._usd(question, usage, batch=batch),
-            unmetered=int(not known),
+            tokens_in=usage.tokens_in if usage else 0,
+            tokens_out=usage.tokens_out if usage else 0,
+            usd=self._usd(question, counted, batch=batch),
+            unmetered=int(usage is None),
         )
 
     def free(self, question: Question) -> Receipt:

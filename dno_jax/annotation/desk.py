@@ -14,13 +14,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.budget import Budget, most_usage
+from dno_jax.annotation.budget import Budget, Usage, most_usage
 from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Rounds, Unparsable, Verdict
 from dno_jax.annotation.store import VerdictStore
-from dno_jax.config import AnnotationSection, ChatSection
+from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, wait_seconds
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
@@ -34,6 +34,7 @@ _SAMPLE = Pool(
 )
 
 
+@runtime_checkable
 class Asked(Protocol):
     """What a desk needs of a client: `annotation.client.Client`."""
 
@@ -78,9 +79,7 @@ class Desk:
         """
         task = self._probes.get(question.asked)
         if task is None:
-            words = [{"role": "user", "content": "Reply with the one word: ready"}]
-            task = asyncio.create_task(self._probe(question, dict(question.body) | {"messages": words}))
-            self._probes[question.asked] = task
+            task = self._probes[question.asked] = asyncio.create_task(self._probe(question))
         await asyncio.shield(task)
 
     async def ask(self, question: Question) -> Verdict:
@@ -111,7 +110,8 @@ class Desk:
             DnoError: the store fails.
         """
         if isinstance(result, Reply):
-            paid, verdict = self.budget.bill(question, result, batch=batch), self._read(question, result)
+            usage = Usage.stated(result.tokens_in, result.tokens_out)
+            paid, verdict = self.budget.bill(question, usage, batch=batch), self._read(question, result)
         else:
             # An error is free; of a connection that broke, nobody knows whether the endpoint had begun to work.
             refused = result.unreachable or (result.status is not None and result.status >= 400)
@@ -133,12 +133,13 @@ class Desk:
         finally:
             self._store.close()
 
-    async def _probe(self, question: Question, body: Mapping[str, Any]) -> None:
-        # Its few tokens are no verdict's and stand in no receipt; a budget that is used up sends not even these.
-        async with self.budget.room(question) as granted:
+    async def _probe(self, question: Question) -> None:
+        async with self.budget.room(question) as granted:  # a budget that is used up sends not even this
             if granted:
                 with self._breaking():
-                    await self._clients[question.asked].probe(body)
+                    found = await self._clients[question.asked].probe(question.body)
+                    paid = self.budget.bill(question, Usage.stated(found.tokens_in, found.tokens_out))
+                    await self._store.pay(replace(paid, requests=0))
 
     async def _ask(self, question: Question) -> Verdict:
         """Try until there is an answer, a refusal, or no try left."""
@@ -166,16 +167,15 @@ class Desk:
 
     def _read(self, question: Question, reply: Reply) -> Verdict:
         client = self._clients[question.asked]
-        raw, model = (_whole(client.scrub(text)) for text in (reply.text or "", reply.model))
-        verdict = Verdict("unparsable", raw=raw, model=model)
+        verdict = Verdict("unparsable", raw=client.scrub(reply.text or ""), model=client.scrub(reply.model))
         if reply.refusal is not None or reply.finish == "content_filter":
-            return replace(verdict, state="refused", detail=client.words(_whole(reply.refusal or "content filter")))
+            return replace(verdict, state="refused", detail=client.words(reply.refusal or "content filter"))
         try:
             scores = question.read(reply)
         except Unparsable as error:
-            return replace(verdict, detail=client.words(_whole(str(error))))
-        tied = len(scores) == 2 and scores[0] == scores[1]
-        return replace(verdict, state="tie" if tied else "ok", scores=scores)
+            return replace(verdict, detail=client.words(str(error)))
+        is_pair = isinstance(question.asked, OpenAISection) and question.asked.form != "listwise"
+        return replace(verdict, state="tie" if is_pair and scores[0] == scores[1] else "ok", scores=scores)
 
     def _settled(self, key: str, task: asyncio.Task[Verdict]) -> None:
         del self._under_way[key]
@@ -307,11 +307,6 @@ def _places(section: AnnotationSection) -> dict[str, ChatSection]:
         f"annotation.ensemble.{number}": judge for number, judge in enumerate(section.judges)
     }
     return judges | ({} if section.teacher is None else {"annotation.teacher": section.teacher})
-
-
-def _whole(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can carry and neither files nor sqlite can."""
-    return text.encode(errors="replace").decode()
 
 
 async def _pause(seconds: float) -> None:

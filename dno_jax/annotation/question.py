@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from dno_jax.annotation.annotator import Pool
 from dno_jax.config import ChatSection
@@ -122,6 +122,7 @@ Rounds = Generator[Sequence[Question], Sequence[Verdict], Judgement]
 """Yields the questions of a round, is sent their verdicts in the same order, and returns the judgement."""
 
 
+@runtime_checkable
 class PreferenceFunction(Protocol):
     """What to ask about a pool, and what the verdicts come to."""
 

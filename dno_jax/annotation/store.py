@@ -157,6 +157,14 @@ class VerdictStore:
 
         return self._verdict(await asyncio.wrap_future(self._database.write(job)))
 
+    async def pay(self, paid: Receipt) -> None:
+        """Commit what a run paid for no verdict."""
+
+        def job(connection: sqlite3.Connection) -> None:
+            connection.execute(_PAY, astuple(paid))
+
+        await asyncio.wrap_future(self._database.write(job))
+
     def spent(self, run: str) -> float:
         """Return what a run has paid, dollars, all models together."""
         return self._database.read("SELECT total(usd) FROM receipts WHERE run = ?", (run,))[0][0]
