@@ -14,8 +14,8 @@ import email.utils
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -35,14 +35,42 @@ _SHORTEST_SECRET = 8  # "EMPTY", "none": placeholders for servers without keys; 
 _KEY_LIKE = re.compile(r"\b(sk-|Bearer )[\w*.-]{6,}")
 
 
+class EndpointError(DnoError):
+    """No request of this configuration can succeed: the key, the model, the path or the account is refused."""
+
+    def __init__(self, message: str, *, status: int):
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Response:
+    """The answer to a request that succeeded."""
+
+    text: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Trouble:
-    """A try without a reply, and what follows from it: another try, none for this request, or none for any."""
+    """A try without a reply, and what follows from it: another try, none for this request, or none for any.
+
+    Attributes:
+        detail: one line for people, free of keys.
+        unreachable: nothing was sent, for there was no connection.
+        retry_after: seconds the endpoint asks to be left alone; a try before that is wasted.
+        status: of the HTTP response, None if none came.
+        parameter: the request's field that the endpoint names as the culprit.
+        headers: of the response.
+    """
 
     detail: str
     then: Literal["retry", "give up", "refused", "raise"] = "retry"
     unreachable: bool = False
     retry_after: float | None = None
+    status: int | None = None
+    parameter: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Endpoint:
@@ -51,6 +79,7 @@ class Endpoint:
     Args:
         who: as in "the judge 'gpt' at http://... answered HTTP 500".
         place: the section of the configuration that remedies name.
+        address: the section that names URL and key, where it is another.
         url: of the API; it usually ends in /v1.
         api_key_env: environment variable of the key; None for no key.
         timeout: seconds a request may take, all of it.
@@ -59,80 +88,138 @@ class Endpoint:
         DnoError: a missing key, an unusable URL.
     """
 
-    def __init__(self, *, who: str, place: str, url: str, api_key_env: str | None, timeout: float):
+    def __init__(
+        self, *, who: str, place: str, url: str, api_key_env: str | None, timeout: float, address: str | None = None
+    ):
         self.who = who
         self.place = place
-        self.url = _checked_url(url, place=place)
+        self.address = address or place
+        self.url = _checked_url(url, place=self.address)
         self._api_key_env = api_key_env
         self._timeout = timeout
-        self._client = _connect(self.url, place=place, api_key_env=api_key_env, timeout=timeout)
+        self._client = _connect(self.url, place=self.address, api_key_env=api_key_env, timeout=timeout)
 
-    async def send(self, request: Callable[[openai.AsyncOpenAI], Awaitable[Any]]) -> str | Trouble:
-        """Send one request, made with the client's `with_raw_response`, and return the text of a 200.
+    async def post(
+        self, path: str, body: Mapping[str, Any], *, file: tuple[str, bytes] | None = None, timeout: float | None = None
+    ) -> Response | Trouble:
+        """Send one request, and return its answer as it came: the client's own models cost as much as the request.
+
+        Args:
+            path: after the URL, as in "/chat/completions".
+            body: sent as JSON; as a form where there is a file.
+            file: name and contents.
+            timeout: seconds, where another than the endpoint's is due.
 
         Raises:
-            DnoError: no request of this configuration can succeed.
+            EndpointError: no request of this configuration can succeed.
         """
+        from openai import HttpxBinaryResponseContent
+
+        options: Any = {} if file is None else {"headers": {"Content-Type": "multipart/form-data"}}
+        return await self._answer(
+            self._client.post(
+                path,
+                body=body,
+                files=None if file is None else [("file", file)],
+                options=options if timeout is None else options | {"timeout": timeout},
+                cast_to=HttpxBinaryResponseContent,
+            ),
+            timeout=timeout or self._timeout,
+        )
+
+    async def get(
+        self, path: str, *, query: Mapping[str, str] | None = None, timeout: float | None = None
+    ) -> Response | Trouble:
+        """Fetch what lies at a path; `timeout` and errors as in `post`."""
+        from openai import HttpxBinaryResponseContent
+
+        options: Any = {"params": dict(query or {})}
+        return await self._answer(
+            self._client.get(
+                path,
+                options=options if timeout is None else options | {"timeout": timeout},
+                cast_to=HttpxBinaryResponseContent,
+            ),
+            timeout=timeout or self._timeout,
+        )
+
+    async def _answer(self, request: Awaitable[Any], *, timeout: float) -> Response | Trouble:
         import openai
 
         try:
             # The client's own timeout counts silence only; a server that trickles would hold the slot for ever.
-            async with asyncio.timeout(self._timeout):
-                return (await request(self._client)).http_response.text
+            async with asyncio.timeout(timeout):
+                response = (await request).response
+                return Response(response.text, response.headers)
         except openai.APIStatusError as error:
-            trouble = self._status_trouble(error)
+            trouble = self.trouble(error.status_code, error.body or error.message, headers=error.response.headers)
         except openai.APIConnectionError as error:
             cause = type(error.__cause__).__name__
             trouble = Trouble(f"no connection ({cause})", unreachable=cause in _NO_CONNECTION)
             if isinstance(error, openai.APITimeoutError) and not trouble.unreachable:
-                trouble = Trouble(f"no answer within {self._timeout:g} s")
+                trouble = Trouble(f"no answer within {timeout:g} s")
         except TimeoutError:
-            trouble = Trouble(f"no answer within {self._timeout:g} s")
+            trouble = Trouble(f"no answer within {timeout:g} s")
         except openai.OpenAIError as error:
             trouble = Trouble(f"the client failed: {type(error).__name__}")
         if trouble.then == "raise":
-            raise DnoError(trouble.detail)
+            raise EndpointError(trouble.detail, status=trouble.status or 0)
         return trouble
 
     async def close(self) -> None:
         await self._client.close()
 
+    def without_key(self, text: str) -> str:
+        """Take the key out of a text that is to be kept as it is."""
+        key = self._client.api_key
+        return text.replace(key, "[key]") if self._api_key_env and len(key) >= _SHORTEST_SECRET else text
+
     def scrub(self, text: str) -> str:
         """Take the key, and what looks like one, out of a text that others wrote."""
-        key = self._client.api_key
-        if self._api_key_env and len(key) >= _SHORTEST_SECRET:
-            text = text.replace(key, "[key]")
-        return _KEY_LIKE.sub("[key]", text)
+        return _KEY_LIKE.sub("[key]", self.without_key(text))
 
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
         line = " ".join(self.scrub(text).split())
         return line if len(line) <= 300 else line[:297] + "..."
 
-    def _status_trouble(self, error: openai.APIStatusError) -> Trouble:
-        status = error.status_code
-        fault = error.body if isinstance(error.body, dict) else {}
-        said = f"HTTP {status}: {self.words(str(fault.get('message') or error.body or error.message))}"
+    def trouble(self, status: int, body: object, *, headers: Mapping[str, str]) -> Trouble:
+        """Say what follows from an answer that is none.
+
+        Args:
+            status: of HTTP.
+            body: of the response, as JSON or as it came; an "error" object's contents or the whole.
+        """
+        fault = body if isinstance(body, dict) else {}
+        if isinstance(fault.get("error"), dict):
+            fault = fault["error"]
+        said = f"HTTP {status}: {self.words(str(fault.get('message') or body))}"
         where = f"{self.who} at {self.url} answered {said}"
+        code, parameter = fault.get("code"), fault.get("param")
+
+        def found(detail: str, then: Literal["retry", "give up", "refused", "raise"]) -> Trouble:
+            named = self.words(parameter) if isinstance(parameter, str) else None
+            pause = parse_retry_after(headers, now=time.time())
+            return Trouble(detail, then, status=status, parameter=named, headers=headers, retry_after=pause)
+
         if status in (401, 403):
-            remedy = f"name the environment variable of its key in {self.place}.api_key_env"
+            remedy = f"name the environment variable of its key in {self.address}.api_key_env"
             if self._api_key_env is not None:
                 remedy = f"put a key that may use this model into the environment variable {self._api_key_env}"
-            return Trouble(f"{where}; {remedy}", then="raise")
+            return found(f"{where}; {remedy}", "raise")
         if status == 404:
-            remedy = f"mend {self.place}.model, or base_url (it usually ends in /v1)"
-            return Trouble(f"{where}; {remedy}", then="raise")
-        if status == 402 or fault.get("code") == "insufficient_quota":
+            return found(f"{where}; mend {self.place}.model, or base_url (it usually ends in /v1)", "raise")
+        if status == 402 or code == "insufficient_quota":
             remedy = "the account is used up: fill it, then start again; what is already paid for is kept"
-            return Trouble(f"{where}; {remedy}", then="raise")
-        if status == 400 and fault.get("code") in ("content_filter", "content_policy_violation"):
-            return Trouble(said, then="refused")
+            return found(f"{where}; {remedy}", "raise")
+        if status == 400 and code in ("content_filter", "content_policy_violation"):
+            return found(said, "refused")
         if status < 500 and status not in _RETRIED:
-            return Trouble(said, then="give up")
-        retry_after = parse_retry_after(error.response.headers, now=time.time())
-        if retry_after is not None and retry_after > MAX_RETRY_AFTER_SECONDS:
-            return Trouble(f"{said} (asks to come back in {retry_after:.0f} s)", then="give up")
-        return Trouble(said, retry_after=retry_after)
+            return found(said, "give up")
+        trouble = found(said, "retry")
+        if trouble.retry_after is not None and trouble.retry_after > MAX_RETRY_AFTER_SECONDS:
+            return found(f"{said} (asks to come back in {trouble.retry_after:.0f} s)", "give up")
+        return trouble
 
 
 def wait_seconds(failures: int, *, retry_after: float | None, jitter: float) -> float:

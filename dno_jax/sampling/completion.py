@@ -85,7 +85,12 @@ def sampling_fields(
     Every knob is sent, also one that does nothing: servers have defaults of their own, and vLLM and SGLang take them
     from the checkpoint's generation_config.json.
     """
-    extra = {
+    return {
+        "n": 1,
+        "temperature": truncation.temperature,
+        "top_p": truncation.top_p,
+        **({"stop": list(stop)} if stop else {}),
+        **({"logprobs": 1} if logprobs else {}),
         "top_k": truncation.top_k or -1,
         "min_p": truncation.min_p,
         "repetition_penalty": truncation.repetition_penalty,
@@ -95,14 +100,6 @@ def sampling_fields(
         "repeat_penalty": truncation.repetition_penalty,
         "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
         **({"n_probs": 1} if logprobs else {}),
-    }
-    return {
-        "n": 1,
-        "temperature": truncation.temperature,
-        "top_p": truncation.top_p,
-        **({"stop": list(stop)} if stop else {}),
-        **({"logprobs": 1} if logprobs else {}),
-        "extra_body": extra,
     }
 
 

@@ -268,8 +268,8 @@ class _Calls:
         while True:
             tries += 1
             self._counts["requests"] += 1
-            text = await self._endpoint.send(lambda client: client.completions.with_raw_response.create(**body))
-            trouble = text if isinstance(text, Trouble) else self._trouble(text)
+            response = await self._endpoint.post("/completions", body)
+            trouble = response if isinstance(response, Trouble) else self._trouble(response.text)
             if isinstance(trouble, Answer):
                 self._counts["tokens"] += trouble.completion_tokens or 0
                 return trouble, tries
@@ -301,23 +301,21 @@ class _Calls:
 
     async def _check_model(self) -> None:
         tries = 0
-        while isinstance(
-            text := await self._endpoint.send(lambda client: client.models.with_raw_response.list()), Trouble
-        ):
+        while isinstance(response := await self._endpoint.get("/models"), Trouble):
             tries += 1
-            if text.then != "retry" or tries >= self._section.max_tries:
+            if response.then != "retry" or tries >= self._section.max_tries:
                 raise DnoError(
-                    f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {text.detail}; start it, "
-                    "or mend sampling.server.base_url (it usually ends in /v1)"
+                    f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {response.detail}; start "
+                    "it, or mend sampling.server.base_url (it usually ends in /v1)"
                 )
-            await _pause(wait_seconds(tries, retry_after=text.retry_after, jitter=self._jitter.random()))
+            await _pause(wait_seconds(tries, retry_after=response.retry_after, jitter=self._jitter.random()))
         try:
-            names = [str(model["id"]) for model in json.loads(text)["data"]]
+            names = [str(model["id"]) for model in json.loads(response.text)["data"]]
         except (ValueError, LookupError, TypeError, RecursionError):
             names = None
         if names is None:
             raise DnoError(
-                f"{self._endpoint.url}/models is no list of models: {self._endpoint.words(text)}; mend "
+                f"{self._endpoint.url}/models is no list of models: {self._endpoint.words(response.text)}; mend "
                 "sampling.server.base_url (it usually ends in /v1)"
             )
         if self._model not in names:

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
-from dno_jax.annotation import client as client_module
-from dno_jax.annotation.client import JudgeUnreachable, OpenAIAnnotator
+from dno_jax.annotation import openai_judge as client_module
+from dno_jax.annotation.openai_judge import JudgeUnreachable, OpenAIAnnotator
 from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import parse_retry_after, wait_seconds

@@ -1,0 +1,71 @@
+"""Chat completions as they are asked for and as they come: one reading, whether live or from a batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dno_jax.annotation.question import Reply
+
+_MAX_TOKENS = 2**31  # a count above it is none
+
+
+def with_schema(body: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request whose reply has to follow a JSON schema."""
+    form = {"name": "verdict", "strict": True, "schema": schema}
+    return {**body, "response_format": {"type": "json_schema", "json_schema": form}}
+
+
+def read_completion(text: str, *, choice: int = 0) -> Reply | None:
+    """Read the body of a 200; None if it is anything but a chat completion with that choice."""
+    try:
+        return completion_reply(json.loads(text), choice=choice)
+    except (ValueError, RecursionError):
+        return None
+
+
+def completion_reply(body: Any, *, choice: int = 0) -> Reply | None:
+    """Read a chat completion's JSON; None if it is none."""
+    try:
+        chosen = body["choices"][choice]
+        content, refusal = chosen["message"].get("content"), chosen["message"].get("refusal")
+        finish, usage = chosen.get("finish_reason"), body.get("usage") or {}
+        if not (isinstance(content, str | None) and isinstance(refusal, str | None) and isinstance(finish, str | None)):
+            return None
+        return Reply(
+            text=None if content is None else _encodable(content),
+            finish=finish,
+            refusal=_encodable(refusal) if refusal else None,
+            model=_encodable(str(body.get("model") or "")),
+            first_logprobs=_first_logprobs(chosen.get("logprobs")),
+            tokens_in=_count(usage.get("prompt_tokens")),
+            tokens_out=_count(usage.get("completion_tokens")),
+        )
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
+def _first_logprobs(logprobs: Any) -> dict[str, float] | None:
+    """Return the likeliest first tokens, the one drawn included; None where there are none or one is no number."""
+    try:
+        first = logprobs["content"][0]
+        found: dict[str, float] = {}
+        for entry in [*(first.get("top_logprobs") or ()), first]:
+            token, value = entry["token"], entry["logprob"]
+            if not isinstance(token, str) or isinstance(value, bool) or math.isnan(value):
+                return None
+            found.setdefault(token, float(value))  # pieces of a character look alike: the likeliest stands first
+        return found
+    except (LookupError, TypeError, AttributeError):
+        return None
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and 0 <= value <= _MAX_TOKENS else 0
+
+
+def _encodable(text: str) -> str:
+    """Replace what JSON may hold and no file: halves of surrogate pairs."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,153 @@
+"""What an endpoint takes and offers, found out by small requests with the real ones' parameters."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dno_jax.annotation.completion import read_completion, with_schema
+from dno_jax.annotation.question import Reply
+from dno_jax.config import ChatSection, OpenAISection
+from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
+from dno_jax.errors import DnoError
+
+_LOG = logging.getLogger(__name__)
+
+_MESSAGES = [{"role": "user", "content": "Reply with the one word: ready"}]
+_SCHEMA = {
+    "type": "object",
+    "properties": {"word": {"type": "string"}},
+    "required": ["word"],
+    "additionalProperties": False,
+}
+_REMEDIES = {
+    "temperature": "set {place}.temperature=null",
+    "top_p": "set {place}.top_p=null",
+    "max_tokens": "set {place}.max_tokens_field=max_completion_tokens, or a smaller {place}.max_tokens",
+    "max_completion_tokens": "set {place}.max_tokens_field=max_tokens, or a smaller {place}.max_tokens",
+    "logprobs": "choose a model that gives log-probabilities, or set {place}.form=pairwise",
+    "response_format": "set {place}.structured=none",
+}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an endpoint offers for a model.
+
+    Attributes:
+        seed: it takes one; where it does not, none is sent.
+        json_schema: schemas are sent: it takes them, and the configuration has nothing against it.
+        logprobs: it gives the log-probabilities of the first token.
+        several: it gives n > 1 replies to one request.
+        tokens_in, tokens_out: what finding out has used.
+    """
+
+    seed: bool = True
+    json_schema: bool = False
+    logprobs: bool = False
+    several: bool = False
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+
+async def probe(
+    endpoint: Endpoint, body: Mapping[str, Any], *, section: ChatSection, place: str
+) -> Capabilities | Trouble:
+    """Find out what an endpoint offers; a `Trouble` says that it does not answer now.
+
+    Args:
+        body: of a real request; its messages are replaced by a few words.
+        place: the section of the configuration that remedies name.
+
+    Raises:
+        DnoError: the endpoint does not take a parameter of the real requests, or does not give what they need.
+    """
+    body = {**body, "messages": _MESSAGES}
+    asked = _Asked(endpoint, max_tries=section.max_tries)
+    plain = await asked.once(body)
+    takes_seed = not (isinstance(plain, Trouble) and _culprit(plain, body) == "seed")
+    if isinstance(plain, Trouble) and not takes_seed:
+        _LOG.warning("%s takes no seed and is sent none (%s): its replies are less reproducible, and no less valid",
+                     endpoint.who, plain.detail)  # fmt: skip
+        del body["seed"]
+        plain = await asked.once(body)
+    if isinstance(plain, Trouble):
+        if plain.then == "give up":
+            raise DnoError(_explained(endpoint, plain, body, place=place))
+        return plain
+    if body.get("logprobs") and not plain.first_logprobs:
+        raise DnoError(
+            f"{endpoint.who} at {endpoint.url} gives no log-probabilities; {_REMEDIES['logprobs'].format(place=place)}"
+        )
+    structured = section.structured if isinstance(section, OpenAISection) else "none"
+    by_schema = with_schema(body, _SCHEMA)
+    schema = await asked.again(by_schema) if structured != "none" else None
+    if structured == "json_schema" and isinstance(schema, Trouble):
+        raise DnoError(_explained(endpoint, schema, by_schema, place=place))
+    logprobs = await asked.again({**body, "logprobs": True, "top_logprobs": 1}) if "logprobs" not in body else plain
+    several = await asked.again({**body, "n": 2}, choice=1)
+    offers = Capabilities(
+        seed=takes_seed,
+        json_schema=isinstance(schema, Reply),
+        logprobs=isinstance(logprobs, Reply) and bool(logprobs.first_logprobs),
+        several=isinstance(several, Reply),
+        tokens_in=asked.tokens_in,
+        tokens_out=asked.tokens_out,
+    )
+    _LOG.info("%s at %s: %s", endpoint.who, endpoint.url, offers)
+    return offers
+
+
+class _Asked:
+    """An endpoint, and what asking it has used."""
+
+    def __init__(self, endpoint: Endpoint, *, max_tries: int):
+        self._endpoint = endpoint
+        self._max_tries = max_tries
+        self.tokens_in = self.tokens_out = 0
+
+    async def once(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
+        response = await self._endpoint.post("/chat/completions", body)
+        if isinstance(response, Trouble):
+            return response
+        reply = read_completion(response.text)
+        if reply is None:
+            return Trouble(f"HTTP 200 without a chat completion: {self._endpoint.words(response.text)}")
+        self.tokens_in += reply.tokens_in
+        self.tokens_out += reply.tokens_out
+        return read_completion(response.text, choice=choice) or Trouble(f"no choice {choice}", then="give up")
+
+    async def again(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
+        """Ask for more than an answered request did, until the answer is no accident of the moment."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                result = await self.once(body, choice=choice)
+            except EndpointError as error:  # some say 404 for what no model of theirs offers
+                return Trouble(str(error), then="give up", status=error.status)
+            if isinstance(result, Reply) or result.then != "retry" or tries >= self._max_tries:
+                return result
+            await asyncio.sleep(wait_seconds(tries, retry_after=result.retry_after, jitter=random.random()))
+
+
+def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:
+    """Return the field of a request that an endpoint names in its refusal."""
+    if trouble.then != "give up":
+        return None
+    if trouble.parameter in body:
+        return trouble.parameter
+    # Endpoints other than OpenAI's have no `param`, but name the field in their message, the culprit first.
+    fields = [name for name in body if name in _REMEDIES or name == "seed"]
+    found = re.search(rf"\b({'|'.join(sorted(fields, key=len, reverse=True))})\b", trouble.detail) if fields else None
+    return found[1] if found else None
+
+
+def _explained(endpoint: Endpoint, trouble: Trouble, body: Mapping[str, Any], *, place: str) -> str:
+    remedy = _REMEDIES.get(_culprit(trouble, body) or "", "mend {place} (model, temperature, max_tokens)")
+    return f"{endpoint.who} at {endpoint.url} does not take a request: {trouble.detail}; {remedy.format(place=place)}"
