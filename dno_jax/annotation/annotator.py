@@ -107,14 +107,15 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
     """Build the annotator a configuration asks for; whatever is wrong shows here, before sampling is paid for.
 
     Args:
-        store_path: the sqlite file of verdicts; made if absent, touched only where verdicts are paid for.
+        store_path: the run's own file of verdicts, in its directory; made if absent, touched only where verdicts are
+            paid for. `annotation.store` stands before it.
         seed: decides the order in which a list-wise judge sees the candidates, and a table's draws.
 
     Raises:
         DnoError: an unknown criterion, a table that is none, a missing key, an unreadable rubric, a store that cannot
             be opened, a bad URL; a kind that is no annotator of the host's.
     """
-    # Both modules stand on this one. What is embedded needs nothing of what the client imports.
+    # All these modules stand on this one. What is embedded needs nothing of what the client imports.
     from dno_jax.annotation import embedded
 
     match config.kind:
@@ -126,9 +127,11 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
             return embedded.GoldAnnotator()
         case "given":
             return embedded.GivenAnnotator()
-        case "openai":
-            from dno_jax.annotation.openai_judge import OpenAIAnnotator
+        case "openai" | "ensemble":
+            from dno_jax.annotation.desk import EndpointAnnotator, open_desk
+            from dno_jax.annotation.functions import build_function
 
-            return OpenAIAnnotator(config.openai, store_path=store_path, seed=seed)
+            function = build_function(config, seed=seed)
+            return EndpointAnnotator(function, open_desk(config, store_path=store_path))
         case kind:
             raise DnoError(f"annotation.kind={kind}: judged on the devices, not by an annotator of the host's")

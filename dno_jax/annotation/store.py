@@ -1,108 +1,124 @@
-"""Every verdict ever paid for, in one sqlite file, keyed by the content of the request.
+"""Every verdict ever paid for, in one sqlite file, keyed by the content of the request; and what each run paid.
 
-A verdict is committed when it arrives, before its caller sees it, so a crash costs the requests in flight and no more.
-Only state "ok" is an answer; what failed is kept for people and for its count of tries, and is asked again.
-
-The journal is WAL: a reader never waits for a writer, and a kill -9 leaves at most a journal that the next open
-replays. `synchronous` is FULL, not WAL's usual NORMAL, because NORMAL may lose the last commits when the machine itself
-dies (a preempted node), and each was paid for. It costs 0.2 ms a verdict on a local disk (measured, against 0.03 ms for
-NORMAL), while the verdict takes seconds: which is also why commits simply block the event loop and need no thread.
+What arrives is committed before its caller sees it, so a crash costs the requests in flight and no more. Only "ok" and
+"tie" are answers, and an answer is never replaced; what failed is kept for people and for its count of tries, and is
+asked again. Runs may share a file.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import os
 import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
 
+from dno_jax.annotation.database import Database, transaction
+from dno_jax.annotation.question import Verdict
 from dno_jax.errors import DnoError
-from dno_jax.records import JudgementState
 
-_SCHEMA_VERSION = 1
-_LOCK_SECONDS = 30.0
-_CREATE = """
+_SCHEMA_VERSION = 2
+_VERDICTS = """
     CREATE TABLE IF NOT EXISTS verdicts (
-        key        TEXT PRIMARY KEY,  -- sha256 of the canonical JSON of judge, parameters and messages as sent
+        key        TEXT PRIMARY KEY,  -- sha256 of the canonical JSON of judge, request and repetition
         judge      TEXT NOT NULL,
         prompt_id  TEXT NOT NULL,     -- of the pool that asked first
-        state      TEXT NOT NULL,     -- ok, refused, unparsable, failed; only ok is an answer
-        scores     TEXT,              -- JSON list in the order of presentation; NULL unless ok
+        state      TEXT NOT NULL,     -- ok, tie, refused, unparsable, failed; only ok and tie are answers
+        scores     TEXT,              -- JSON list in the order of presentation; NULL unless an answer
         raw        TEXT NOT NULL,     -- the last reply in the judge's own words
         detail     TEXT NOT NULL,
         model      TEXT NOT NULL,     -- what the endpoint says it is
-        tries      INTEGER NOT NULL,  -- requests, all runs together; tokens likewise
+        tries      INTEGER NOT NULL,  -- requests, all runs together; tokens and dollars likewise
         tokens_in  INTEGER NOT NULL,
         tokens_out INTEGER NOT NULL,
-        created_at TEXT NOT NULL      -- UTC; of the last change
+        created_at TEXT NOT NULL,     -- UTC; of the last change
+        usd        REAL NOT NULL DEFAULT 0
+    )
+"""
+_RECEIPTS = """
+    CREATE TABLE IF NOT EXISTS receipts (
+        run        TEXT NOT NULL,     -- its directory, seen from this file's
+        model      TEXT NOT NULL,     -- as the configuration names it
+        requests   INTEGER NOT NULL,
+        tokens_in  INTEGER NOT NULL,
+        tokens_out INTEGER NOT NULL,
+        usd        REAL NOT NULL,
+        unmetered  INTEGER NOT NULL,  -- requests whose usage nobody stated: they count as the most they can have cost
+        PRIMARY KEY (run, model)
     )
 """
 # An answer stays: neither a later failure nor a second answer (two processes asking at once) replaces it.
 _PUT = """
-    INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
+    INSERT INTO verdicts (key, judge, prompt_id, state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd,
+        created_at)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))
     ON CONFLICT (key) DO UPDATE SET
         state = excluded.state, scores = excluded.scores, raw = excluded.raw, detail = excluded.detail,
         model = excluded.model, tries = tries + excluded.tries, tokens_in = tokens_in + excluded.tokens_in,
-        tokens_out = tokens_out + excluded.tokens_out, created_at = excluded.created_at
-    WHERE state != 'ok'
+        tokens_out = tokens_out + excluded.tokens_out, usd = usd + excluded.usd, created_at = excluded.created_at
+    WHERE state NOT IN ('ok', 'tie')
 """
-_COLUMNS = "state, scores, raw, detail, model, tries, tokens_in, tokens_out"
+_PAY = """
+    INSERT INTO receipts VALUES (?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (run, model) DO UPDATE SET
+        requests = requests + excluded.requests, tokens_in = tokens_in + excluded.tokens_in,
+        tokens_out = tokens_out + excluded.tokens_out, usd = usd + excluded.usd,
+        unmetered = unmetered + excluded.unmetered
+"""
+_COLUMNS = "state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd"
+COLUMNS = f"key, judge, prompt_id, {_COLUMNS}, created_at"
+RECEIPT_COLUMNS = "run, model, requests, tokens_in, tokens_out, usd, unmetered"
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one request came to.
+class Receipt:
+    """What one run paid to one model.
 
     Attributes:
-        scores: [C] in the order of presentation; None unless state is "ok".
-        raw: the judge's own words.
-        detail: why there is no answer.
-        model: the model as the endpoint names it.
-        tries: requests it took.
-        tokens_in, tokens_out: what the endpoint counted, over all tries.
+        run: names the run in this file.
+        model: as the configuration names it.
+        requests: sent, answered or not.
+        tokens_in, tokens_out: as the endpoints counted them.
+        usd: dollars; 0 where no price was known.
+        unmetered: requests whose usage nobody stated; `usd` holds the most that they can have cost.
     """
 
-    state: JudgementState
-    scores: tuple[int, ...] | None = None
-    raw: str = ""
-    detail: str = ""
-    model: str = ""
-    tries: int = 0
+    run: str
+    model: str
+    requests: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
+    usd: float = 0.0
+    unmetered: int = 0
 
-    def __post_init__(self) -> None:
-        if (self.state == "ok") != (self.scores is not None):
-            raise ValueError(f"state {self.state!r} with scores {self.scores}: an answer has scores, nothing else has")
+
+@dataclass(frozen=True)
+class Tally:
+    """How many verdicts of a judge are in one state, and what they took, all runs together."""
+
+    judge: str
+    state: str
+    verdicts: int
+    tries: int
+    tokens_in: int
+    tokens_out: int
+    usd: float
 
 
 class VerdictStore:
     """The file of verdicts; several processes may have it open, each through a store of its own."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Open the file, making it if there is none.
+        """Open the file, making it if there is none; one of an earlier version is brought up to date in place.
 
         Raises:
             DnoError: it cannot be opened, is no database of ours, or is locked.
         """
         self.path = os.fspath(path)
-        if "://" in self.path:
-            raise DnoError(f"{self.path}: sqlite cannot write to an object store; give a path in a file system")
-        self._lock = threading.Lock()  # a stage may build it in one thread and run its event loop in another
-        with self._explained():
-            self._connection = sqlite3.connect(
-                self.path, timeout=_LOCK_SECONDS, isolation_level=None, check_same_thread=False
-            )
-        try:
-            with self._explained():
-                self._prepare()
-        except BaseException:
-            self._connection.close()
-            raise
+        self._database = Database(path, prepare=functools.partial(_prepare, self.path))
 
     def get(self, key: str) -> Verdict | None:
         """Return the answer to a request, or None where it has to be asked (again).
@@ -111,87 +127,132 @@ class VerdictStore:
             DnoError: the file is damaged or locked.
         """
         verdict = self.look(key)
-        return verdict if verdict is not None and verdict.state == "ok" else None
+        return verdict if verdict is not None and verdict.is_answer else None
 
     def look(self, key: str) -> Verdict | None:
         """Return whatever is known of a request, failures included."""
-        with self._lock, self._explained():
-            row = self._connection.execute(f"SELECT {_COLUMNS} FROM verdicts WHERE key = ?", (key,)).fetchone()
-        return None if row is None else self._verdict(row)
+        rows = self._database.read(f"SELECT {_COLUMNS} FROM verdicts WHERE key = ?", (key,))
+        return self._verdict(rows[0]) if rows else None
 
-    def put(self, key: str, verdict: Verdict, *, judge: str, prompt_id: str) -> Verdict:
-        """Commit a verdict, and return the one that stands: an earlier answer to the same request is kept.
+    async def put(self, key: str, verdict: Verdict, *, judge: str, prompt_id: str, paid: Receipt) -> Verdict:
+        """Commit a try with its receipt, and return what now stands: an earlier answer to the request is kept.
+
+        Args:
+            paid: what is added to the run's receipt of this model, whichever verdict stands.
+
+        Returns:
+            The last verdict, or the answer; tries, tokens and dollars of all runs together.
 
         Raises:
             DnoError: the file is damaged, locked, or the disk is full.
         """
         scores = None if verdict.scores is None else json.dumps(verdict.scores)
-        row = (key, judge, prompt_id, verdict.state, scores, verdict.raw, verdict.detail, verdict.model, verdict.tries)
-        with self._lock, self._explained():
-            # Autocommit: this statement is the transaction, and it is on the disk when execute returns.
-            self._connection.execute(_PUT, (*row, verdict.tokens_in, verdict.tokens_out))
-        return self.get(key) or verdict
+        row = (key, judge, prompt_id, verdict.state, scores, verdict.raw, verdict.detail, verdict.model)
+        row += (verdict.tries, verdict.tokens_in, verdict.tokens_out, verdict.usd)
 
-    def totals(self) -> dict[str, int]:
-        """Count rows by state, and sum tries and tokens over all runs."""
-        with self._lock, self._explained():
-            states = self._connection.execute("SELECT state, count(*) FROM verdicts GROUP BY state ORDER BY state")
-            counts = dict(states.fetchall())
-            total = self._connection.execute("SELECT total(tries), total(tokens_in), total(tokens_out) FROM verdicts")
-            tries, tokens_in, tokens_out = total.fetchone()
-        return counts | {"tries": int(tries), "tokens_in": int(tokens_in), "tokens_out": int(tokens_out)}
+        def job(connection: sqlite3.Connection) -> Any:
+            connection.execute(_PUT, row)
+            connection.execute(_PAY, astuple(paid))
+            return connection.execute(f"SELECT {_COLUMNS} FROM verdicts WHERE key = ?", (key,)).fetchone()
+
+        return self._verdict(await asyncio.wrap_future(self._database.write(job)))
+
+    async def pay(self, paid: Receipt) -> None:
+        """Commit what a run paid for no verdict."""
+
+        def job(connection: sqlite3.Connection) -> None:
+            connection.execute(_PAY, astuple(paid))
+
+        await asyncio.wrap_future(self._database.write(job))
+
+    def spent(self, run: str) -> float:
+        """Return what a run has paid, dollars, all models together."""
+        return self._database.read("SELECT total(usd) FROM receipts WHERE run = ?", (run,))[0][0]
+
+    def receipts(self) -> list[Receipt]:
+        """Return what every run paid, by run and model."""
+        rows = self._database.read(f"SELECT {RECEIPT_COLUMNS} FROM receipts ORDER BY run, model")
+        return [Receipt(*row) for row in rows]
+
+    def tallies(self, *, judge: str | None = None, state: str | None = None) -> list[Tally]:
+        """Count verdicts by judge and state.
+
+        Args:
+            judge: only judges whose identity contains this.
+            state: only verdicts in this state.
+        """
+        where, values = _matching(judge, state)
+        rows = self._database.read(
+            "SELECT judge, state, count(*), sum(tries), sum(tokens_in), sum(tokens_out), sum(usd) FROM verdicts "
+            f"{where} GROUP BY judge, state ORDER BY judge, state",
+            values,
+        )
+        return [Tally(*row) for row in rows]
+
+    def rows(self, *, judge: str | None = None, state: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield every verdict with all that is known of it, in the order in which they were first asked for."""
+        where, values = _matching(judge, state)
+        names = COLUMNS.split(", ")
+        for row in self._database.stream(f"SELECT {COLUMNS} FROM verdicts {where} ORDER BY rowid", values):
+            found = dict(zip(names, row, strict=True))
+            yield found | {"scores": None if found["scores"] is None else json.loads(found["scores"])}
+
+    def purge(self, *, judge: str | None = None, state: str | None = None) -> int:
+        """Delete verdicts, and return how many; receipts stay, since the money is spent."""
+        where, values = _matching(judge, state)
+
+        def job(connection: sqlite3.Connection) -> int:
+            return connection.execute(f"DELETE FROM verdicts {where}", values).rowcount
+
+        return self._database.write(job).result()
+
+    def restore(self, verdicts: Iterable[Mapping[str, Any]], receipts: Iterable[Mapping[str, Any]]) -> int:
+        """Take over rows of another file as they are, and return how many verdicts there were."""
+
+        def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
+            names, places = ", ".join(row), ", ".join("?" * len(row))
+            command = f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({places})"
+            return connection.execute(command, tuple(row.values())).rowcount
+
+        def job(connection: sqlite3.Connection) -> int:
+            for row in receipts:
+                insert(connection, "receipts", row)
+            return sum(insert(connection, "verdicts", row) for row in verdicts)
+
+        return self._database.write(job).result()
 
     def close(self) -> None:
-        with self._lock:
-            self._connection.close()
+        """Commit what was given, then let go of the file."""
+        self._database.close()
 
-    def _prepare(self) -> None:
-        # A file system without shared memory answers with another journal mode: slower, and as safe.
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
-        found = self._connection.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, _SCHEMA_VERSION):
-            raise DnoError(
-                f"{self.path}: a store of version {found}, this program reads {_SCHEMA_VERSION}: move it away"
-            )
-        self._connection.execute(_CREATE)
-        self._connection.execute(f"SELECT {_COLUMNS} FROM verdicts LIMIT 1").fetchone()
-        if found != _SCHEMA_VERSION:  # only when new: a write would wait for the lock each time it is opened
-            self._connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-
-    def _verdict(self, row: tuple[object, ...]) -> Verdict:
-        state, scores, raw, detail, model, tries, tokens_in, tokens_out = row
+    def _verdict(self, row: tuple[Any, ...]) -> Verdict:
+        state, scores, *others = row
         try:
-            return Verdict(
-                state=cast(JudgementState, state),
-                scores=None if scores is None else tuple(int(score) for score in json.loads(cast(str, scores))),
-                raw=str(raw),
-                detail=str(detail),
-                model=str(model),
-                tries=cast(int, tries),
-                tokens_in=cast(int, tokens_in),
-                tokens_out=cast(int, tokens_out),
-            )
+            read = None if scores is None else tuple(float(score) for score in json.loads(scores))
+            return Verdict(state, read, *others)
         except (ValueError, TypeError) as error:
             raise DnoError(f"{self.path}: a row that this program never wrote ({error}); move the file away") from None
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise DnoError(f"{self.path}: {error}; {_remedy(error)}") from None
+
+def _matching(judge: str | None, state: str | None) -> tuple[str, tuple[str, ...]]:
+    wanted = {"instr(judge, ?) > 0": judge, "state = ?": state}
+    given = {condition: value for condition, value in wanted.items() if value is not None}
+    return (f"WHERE {' AND '.join(given)}" if given else ""), tuple(given.values())
 
 
-def _remedy(error: sqlite3.Error) -> str:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return f"another process has held its lock for {_LOCK_SECONDS:.0f} s: end that process, then start again"
-    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return "give a run directory that exists and can be written"
-    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
-        return "see to the disk (full, or failing), then start again: what was committed is kept"
-    return (
-        "not a sound database: salvage it with `sqlite3 FILE .recover | sqlite3 NEW` and put NEW in its place, or move "
-        "it away (its verdicts are then paid for again)"
-    )
+def _prepare(path: str, connection: sqlite3.Connection) -> None:
+    (found,) = connection.execute("PRAGMA user_version").fetchone()
+    if found not in range(_SCHEMA_VERSION + 1):
+        raise DnoError(
+            f"{path}: a store of version {found}, this program reads {_SCHEMA_VERSION}: move it away, or use "
+            "the program that wrote it"
+        )
+    if found != _SCHEMA_VERSION:  # only where needed: a write would wait for the lock each time it is opened
+        with transaction(connection):
+            connection.execute(_VERDICTS)
+            connection.execute(_RECEIPTS)
+            # By shape, not by number: another process may have been here, and a salvaged file has no number.
+            if "usd" not in {column[1] for column in connection.execute("PRAGMA table_info(verdicts)")}:
+                connection.execute("ALTER TABLE verdicts ADD COLUMN usd REAL NOT NULL DEFAULT 0")
+            connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+    connection.execute(f"SELECT {COLUMNS} FROM verdicts LIMIT 1").fetchone()

@@ -1,22 +1,27 @@
-"""The store: committed on arrival, answers kept for ever, failures never an answer."""
+"""The store: committed on arrival, answers kept for ever, failures never an answer, what was paid never forgotten."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
-from dno_jax.annotation import store as store_module
-from dno_jax.annotation.store import Verdict, VerdictStore
+from dno_jax.annotation import database
+from dno_jax.annotation.question import Verdict
+from dno_jax.annotation.salvage import salvage
+from dno_jax.annotation.store import Receipt, VerdictStore
 from dno_jax.errors import DnoError
 
-OK = Verdict("ok", scores=(1, 6), raw="{...}", model="m-1", tries=2, tokens_in=10, tokens_out=5)
-FAILED = Verdict("failed", detail="HTTP 500", tries=3, tokens_in=1, tokens_out=0)
+OK = Verdict("ok", (1.0, 6.0), raw="{...}", model="m-1", tries=2, tokens_in=10, tokens_out=5, usd=0.25)
+TIE = Verdict("tie", (0.5, 0.5), tries=1)
+FAILED = Verdict("failed", detail="HTTP 500", tries=3, tokens_in=1, tokens_out=0, usd=0.5)
 
 
 @pytest.fixture
@@ -26,22 +31,40 @@ def path(tmp_path):
 
 @pytest.fixture
 def store(path):
-    store = VerdictStore(path)
-    yield store
-    store.close()
+    with closing(VerdictStore(path)) as store:
+        yield store
 
 
-def put(store: VerdictStore, key: str, verdict: Verdict) -> Verdict:
-    return store.put(key, verdict, judge="j", prompt_id="p")
+def receipt(verdict: Verdict, *, run: str = ".", model: str = "m", unmetered: int = 0) -> Receipt:
+    return Receipt(run, model, verdict.tries, verdict.tokens_in, verdict.tokens_out, verdict.usd, unmetered)
 
 
-def test_an_answer_comes_back_as_it_went_in_also_after_reopening(store, path):
+def put_all(store: VerdictStore, verdicts: dict[str, Verdict], *, judge: str = "j", **paid) -> list[Verdict]:
+    async def work() -> list[Verdict]:
+        puts = (
+            store.put(key, verdict, judge=judge, prompt_id="p", paid=receipt(verdict, **paid))
+            for key, verdict in verdicts.items()
+        )
+        return await asyncio.gather(*puts)
+
+    return asyncio.run(work())
+
+
+def put(store: VerdictStore, key: str, verdict: Verdict, **fields) -> Verdict:
+    return put_all(store, {key: verdict}, **fields)[0]
+
+
+def states(store: VerdictStore) -> dict[str, int]:
+    return {tally.state: tally.verdicts for tally in store.tallies()}
+
+
+@pytest.mark.parametrize("verdict", [OK, TIE], ids=["ok", "tie"])
+def test_an_answer_comes_back_as_it_went_in_also_after_reopening(store, path, verdict):
     assert store.get("k") is None
-    assert put(store, "k", OK) == OK
-    assert store.get("k") == OK
-    other = VerdictStore(path)
-    assert other.get("k") == OK
-    other.close()
+    assert put(store, "k", verdict) == verdict
+    assert store.get("k") == verdict
+    with closing(VerdictStore(path)) as other:
+        assert other.get("k") == verdict
 
 
 @pytest.mark.parametrize("state", ["refused", "unparsable", "failed"])
@@ -52,46 +75,108 @@ def test_what_failed_is_remembered_and_is_no_answer(store, state):
     assert store.look("k") == verdict
 
 
-def test_tries_add_up_over_runs(store):
+def test_tries_tokens_and_dollars_add_up_over_runs(store):
     put(store, "k", FAILED)
     put(store, "k", FAILED)
-    put(store, "k", OK)
-    assert (store.look("k").tries, store.look("k").tokens_in) == (8, 12)
-    assert store.totals() == {"ok": 1, "tries": 8, "tokens_in": 12, "tokens_out": 5}
+    stands = put(store, "k", OK)
+    assert stands == replace(OK, tries=8, tokens_in=12, usd=1.25)
+    assert store.look("k") == stands
 
 
-def test_an_answer_is_never_replaced(store):
+@pytest.mark.parametrize("answer", [OK, TIE], ids=["ok", "tie"])
+def test_an_answer_is_never_replaced(store, answer):
+    put(store, "k", answer)
+    for later in (FAILED, Verdict("ok", (6.0, 1.0)), Verdict("tie", (0.5, 0.5), tries=9)):
+        assert put(store, "k", later) == answer
+    assert store.get("k") == answer
+
+
+def test_what_was_paid_is_known_by_run_and_model_whichever_verdict_stands(store, path):
     put(store, "k", OK)
-    assert put(store, "k", FAILED) == OK
-    assert put(store, "k", Verdict("ok", scores=(6, 1))) == OK
-    assert store.get("k") == OK
+    put(store, "k", replace(OK, usd=1.0))  # a second answer is dropped, its price is not
+    put(store, "l", FAILED, model="other", unmetered=3)
+    put(store, "m", OK, run="../another")
+    with closing(VerdictStore(path)) as other:
+        assert other.receipts() == [
+            Receipt(".", "m", 4, 20, 10, 1.25, 0),
+            Receipt(".", "other", 3, 1, 0, 0.5, 3),
+            Receipt("../another", "m", 2, 10, 5, 0.25, 0),
+        ]
+        assert other.spent(".") == 1.75
+        assert other.spent("unheard of") == 0.0
 
 
 def test_a_verdict_without_scores_is_no_answer_and_no_failure_has_scores():
     with pytest.raises(ValueError, match="an answer has scores"):
         Verdict("ok")
     with pytest.raises(ValueError, match="an answer has scores"):
-        Verdict("failed", scores=(1, 2))
+        Verdict("failed", scores=(1.0, 2.0))
 
 
 def test_it_is_durable_and_open_to_people(store, path):
     put(store, "k", FAILED)
-    assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert store._connection.execute("PRAGMA synchronous").fetchone() == (2,)
-    reader = sqlite3.connect(path)
-    row = reader.execute("SELECT judge, prompt_id, state, scores, detail, created_at FROM verdicts").fetchone()
-    reader.close()
+    connection = store._database._writer
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    with closing(sqlite3.connect(path)) as reader:
+        row = reader.execute("SELECT judge, prompt_id, state, scores, detail, created_at FROM verdicts").fetchone()
     assert row[:5] == ("j", "p", "failed", None, "HTTP 500")
     assert row[5].endswith("Z")
 
 
+def test_what_arrives_during_a_commit_shares_the_next_one(store):
+    """The lock is held by another while a hundred arrive: two commits bring them all, and none is reported before."""
+    commits = []
+    store._database._writer.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+
+    async def work() -> None:
+        with closing(sqlite3.connect(store.path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            puts = [
+                asyncio.ensure_future(store.put(str(n), OK, judge="j", prompt_id="p", paid=receipt(OK)))
+                for n in range(100)
+            ]
+            await asyncio.sleep(0.05)
+            assert not any(future.done() for future in puts)
+            assert store.get("0") is None
+            other.execute("ROLLBACK")
+            await asyncio.gather(*puts)
+
+    asyncio.run(work())
+    assert all(store.get(str(n)) == OK for n in range(100))
+    assert len(commits) <= 2
+
+
+def test_what_arrived_is_committed_though_its_caller_is_gone(store):
+    async def work() -> None:
+        future = asyncio.ensure_future(store.put("k", OK, judge="j", prompt_id="p", paid=receipt(OK)))
+        await asyncio.sleep(0)
+        future.cancel()
+        await asyncio.gather(future, return_exceptions=True)
+
+    asyncio.run(work())
+    put(store, "l", OK)
+    assert store.get("k") == OK
+
+
 WRITER = """
-import sys
-from dno_jax.annotation.store import Verdict, VerdictStore
+import asyncio, sys
+from dno_jax.annotation.salvage import salvage
+from dno_jax.annotation.store import Receipt, VerdictStore
+from dno_jax.annotation.question import Verdict
+
+async def work(store):
+    for first in range(0, int(sys.argv[3]), 4):
+        group = range(first, first + 4)
+        await asyncio.gather(*(
+            store.put(f"{sys.argv[2]}-{n}", Verdict("ok", (n, 6.0), tries=1), judge="j", prompt_id="p",
+                      paid=Receipt("r", "m", requests=1, usd=1.0))
+            for n in group
+        ))
+        print(group[-1], flush=True)
+
 store = VerdictStore(sys.argv[1])
-for number in range(int(sys.argv[3])):
-    store.put(f"{sys.argv[2]}-{number}", Verdict("ok", scores=(number, 6), tries=1), judge="j", prompt_id="p")
-    print(number, flush=True)
+asyncio.run(work(store))
 store.close()
 """
 
@@ -106,64 +191,166 @@ def test_several_processes_create_and_fill_it_at_once(path):
     for process in writers:
         process.communicate(timeout=60)
     assert [process.returncode for process in writers] == [0, 0, 0]
-    store = VerdictStore(path)
-    assert store.totals()["ok"] == 180
-    store.close()
+    with closing(VerdictStore(path)) as store:
+        assert states(store) == {"ok": 180}
+        assert store.receipts() == [Receipt("r", "m", requests=180, usd=180.0)]
 
 
 def test_kill_9_loses_nothing_that_was_reported(path):
     with writer(path, "a", 1_000_000) as process:
-        for _ in range(200):
+        for _ in range(60):
             reported = int(process.stdout.readline())
         os.kill(process.pid, signal.SIGKILL)
         reported = int(([str(reported), *process.stdout.read().split("\n")[:-1]])[-1])
-    store = VerdictStore(path)
-    assert all(store.get(f"a-{number}") is not None for number in range(reported + 1))
-    assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    store.close()
+    with closing(VerdictStore(path)) as store:
+        assert all(store.get(f"a-{number}") is not None for number in range(reported + 1))
+        # what was paid is known to the cent: verdicts and receipts are of the same transactions
+        assert store.spent("r") == states(store)["ok"]
+        assert store._database.read("PRAGMA integrity_check") == [("ok",)]
+
+
+V1 = """
+    CREATE TABLE verdicts (
+        key TEXT PRIMARY KEY, judge TEXT NOT NULL, prompt_id TEXT NOT NULL, state TEXT NOT NULL, scores TEXT,
+        raw TEXT NOT NULL, detail TEXT NOT NULL, model TEXT NOT NULL, tries INTEGER NOT NULL,
+        tokens_in INTEGER NOT NULL, tokens_out INTEGER NOT NULL, created_at TEXT NOT NULL
+    );
+    INSERT INTO verdicts VALUES ('k', 'j', 'p', 'ok', '[1, 6]', '{...}', '', 'm-1', 2, 10, 5, '2024-04-04T00:00:00Z');
+    INSERT INTO verdicts VALUES ('l', 'j', 'p', 'failed', NULL, '', 'HTTP 500', '', 3, 1, 0, '2024-04-04T00:00:00Z');
+"""
+
+
+@pytest.mark.parametrize("version", [1, 0], ids=["as it was written", "as it was salvaged"])
+def test_a_file_of_the_first_version_is_brought_up_to_date_with_all_its_answers(path, version):
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(V1 + f"PRAGMA user_version = {version};")
+    for _ in range(2):
+        with closing(VerdictStore(path)) as store:
+            assert store.get("k") == replace(OK, usd=0.0)
+            assert (store.get("l"), store.look("l").tries) == (None, 3)
+            assert store.receipts() == []
+    with closing(VerdictStore(path)) as store:
+        assert put(store, "l", TIE).tries == 4
+        assert store.receipts() == [receipt(TIE)]
+
+
+def test_bringing_a_file_up_to_date_is_all_or_nothing(path, monkeypatch):
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(V1 + "PRAGMA user_version = 1;")
+    monkeypatch.setattr("dno_jax.annotation.store._RECEIPTS", "CREATE TABLE receipts (nonsense")
+    with pytest.raises(DnoError):
+        VerdictStore(path)
+    with closing(sqlite3.connect(path)) as old:
+        assert old.execute("PRAGMA user_version").fetchone() == (1,)
+        assert "usd" not in {row[1] for row in old.execute("PRAGMA table_info(verdicts)")}
+    monkeypatch.undo()
+    with closing(VerdictStore(path)) as store:
+        assert store.get("k") is not None
 
 
 def test_a_file_that_is_no_database_is_refused_with_the_fix(path):
     path.write_text("these are not the verdicts you look for" * 100)
-    with pytest.raises(DnoError, match=r"not a sound database.*move it away"):
+    with pytest.raises(DnoError, match=r"not a sound database.*`dno annotations salvage .*`; or move it away"):
         VerdictStore(path)
     assert path.read_text().startswith("these")
 
 
-def test_a_damaged_file_is_reported_when_it_is_read(path):
-    store = VerdictStore(path)
-    for number in range(200):
-        put(store, str(number), Verdict("ok", scores=(1, 2), raw="x" * 500))
-    store.close()
+def damaged(path) -> None:
+    with closing(VerdictStore(path)) as store:
+        put_all(store, {str(number): replace(OK, raw="x" * 500) for number in range(200)})
     data = bytearray(path.read_bytes())
-    data[8192:] = b"\xff" * (len(data) - 8192)
+    data[65536:73728] = b"\xff" * 8192
     path.write_bytes(data)
-    with pytest.raises(DnoError, match="salvage it"), closing(VerdictStore(path)) as broken:
+
+
+def test_a_damaged_file_is_reported_when_it_is_read(path):
+    damaged(path)
+    with pytest.raises(DnoError, match="Salvage what is whole"), closing(VerdictStore(path)) as broken:
         [broken.get(str(number)) for number in range(200)]
+
+
+def test_what_is_whole_of_a_damaged_file_is_salvaged(path):
+    damaged(path)
+    count, aside = salvage(path)
+    assert aside.exists()
+    with closing(VerdictStore(path)) as store:
+        found = [store.get(str(number)) for number in range(200)]
+        assert 100 < count == 200 - found.count(None) < 200
+        assert {verdict for verdict in found if verdict} == {replace(OK, raw="x" * 500)}
+        assert store.spent(".") == 200 * OK.usd
+        put(store, "new", OK)
+    with pytest.raises(DnoError, match=r"damaged exists"):
+        salvage(path)
+
+
+def test_where_not_even_the_last_page_of_the_first_version_can_be_read_the_rest_is_salvaged(path):
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript(V1)
+        rows = ((f"k{n}", "j", "p", "ok", "[1, 6]", "x" * 500, "", "m", 1, 0, 0, "") for n in range(200))
+        old.executemany("INSERT INTO verdicts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        old.commit()
+        (page,) = old.execute("SELECT pageno FROM dbstat WHERE name = 'verdicts' ORDER BY path DESC").fetchone()
+    data = bytearray(path.read_bytes())
+    data[4096 * (page - 1) : 4096 * page] = b"\xff" * 4096
+    path.write_bytes(data)
+    count, _ = salvage(path)
+    assert 190 < count < 202
+    with closing(VerdictStore(path)) as store:
+        assert store.get("k0").scores == (1.0, 6.0)
+
+
+def test_a_file_of_which_nothing_can_be_read_is_left_where_it_is(path):
+    path.write_text("these are not the verdicts you look for" * 100)
+    with pytest.raises(DnoError, match="nothing can be read"):
+        salvage(path)
+    with pytest.raises(DnoError, match="no such file"):
+        salvage(path.parent / "none")
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_full_disk_stops_it_and_loses_nothing_that_was_reported(path, store):
+    limited = store._database._writer
+    (pages,) = limited.execute("PRAGMA page_count").fetchone()
+    limited.execute(f"PRAGMA max_page_count = {pages + 20}")
+    reported: list[str] = []
+
+    def fill() -> None:
+        for number in range(1000):
+            put(store, str(number), replace(OK, raw="x" * 2000))
+            reported.append(str(number))
+
+    with pytest.raises(DnoError, match=r"is full; see to the disk .*what was committed is kept"):
+        fill()
+    assert 10 < len(reported) < 100
+    assert all(store.get(key) for key in reported)
+    assert store.spent(".") == 0.25 * len(reported)
+    limited.execute("PRAGMA max_page_count = 100000")  # there is room again, in the same process
+    put(store, "later", OK)
+    assert states(store) == {"ok": len(reported) + 1}
 
 
 def test_a_row_of_someone_elses_is_refused(store):
     put(store, "k", OK)
-    store._connection.execute("UPDATE verdicts SET scores = '[1, \"six\"]'")
+    store._database._writer.execute("UPDATE verdicts SET scores = '[1, \"six\"]'")
     with pytest.raises(DnoError, match="never wrote"):
         store.get("k")
 
 
 def test_another_version_is_refused(store, path):
-    store._connection.execute("PRAGMA user_version = 99")
-    with pytest.raises(DnoError, match="version 99"):
+    store._database._writer.execute("PRAGMA user_version = 99")
+    with pytest.raises(DnoError, match=rf"{path}: a store of version 99"):
         VerdictStore(path)
 
 
 def test_a_held_lock_is_reported_with_the_fix(store, path, monkeypatch):
-    monkeypatch.setattr(store_module, "_LOCK_SECONDS", 0.05)
-    second = VerdictStore(path)
-    store._connection.execute("BEGIN IMMEDIATE")
-    with pytest.raises(DnoError, match="another process"):
-        put(second, "k", OK)
-    store._connection.execute("ROLLBACK")
-    assert put(second, "k", OK) == OK
-    second.close()
+    monkeypatch.setattr(database, "LOCK_SECONDS", 0.05)
+    with closing(VerdictStore(path)) as second:
+        holder = store._database._writer
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(DnoError, match="another process"):
+            put(second, "k", OK)
+        holder.execute("ROLLBACK")
+        assert put(second, "k", OK) == OK
 
 
 @pytest.mark.parametrize("where", ["no/such/directory/a.sqlite", "."])
@@ -175,3 +362,20 @@ def test_a_path_that_cannot_be_opened(tmp_path, where):
 def test_an_object_store_is_refused():
     with pytest.raises(DnoError, match="object store"):
         VerdictStore("gs://bucket/annotations.sqlite")
+
+
+def test_verdicts_are_counted_listed_and_purged_by_judge_and_state(store):
+    put_all(store, {"a": OK, "b": FAILED}, judge="openai gpt-1")
+    put_all(store, {"c": TIE, "d": FAILED}, judge="openai gpt-2")
+    assert [(tally.judge, tally.state, tally.verdicts) for tally in store.tallies(judge="gpt-1")] == [
+        ("openai gpt-1", "failed", 1),
+        ("openai gpt-1", "ok", 1),
+    ]
+    assert [row["key"] for row in store.rows()] == ["a", "b", "c", "d"]
+    assert [(row["scores"], row["usd"]) for row in store.rows(state="ok")] == [([1.0, 6.0], 0.25)]
+    paid = store.receipts()
+    assert store.purge(judge="gpt-2", state="failed") == 1
+    assert store.purge(judge="gpt_") == 0  # a name, no pattern
+    assert states(store) == {"failed": 1, "ok": 1, "tie": 1}
+    assert store.purge() == 3
+    assert store.receipts() == paid

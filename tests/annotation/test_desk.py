@@ -1,4 +1,4 @@
-"""The judge over real HTTP: planted verdicts come back, faults never become labels, nothing is paid for twice."""
+"""Questions over a desk, and judges over real HTTP: faults never become labels, and nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
-from dno_jax.annotation import openai_judge as client_module
-from dno_jax.annotation.openai_judge import JudgeUnreachable, OpenAIAnnotator
+from dno_jax.annotation.budget import Budget
+from dno_jax.annotation.client import Unreachable
+from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.question import Question, Verdict
 from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
-from dno_jax.endpoint import parse_retry_after, wait_seconds
+from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
 from tests.annotation.judge_server import FAULTS, JudgeServer
@@ -57,12 +60,22 @@ def read_worth(prompt: str, candidates: Sequence[str]) -> list[int]:
 
 def section(server: JudgeServer | str, **fields: object) -> OpenAISection:
     url = server if isinstance(server, str) else server.url
-    return OpenAISection(**{"model": "judge-1", "base_url": url, "api_key_env": None, "timeout": 20.0, **fields})
+    return OpenAISection(**{"model": "judge-1", "base_url": url, "api_key_env": None, "timeout": 20.0, "max_outage": 1.0, **fields})
 
 
-def judge_all(config: OpenAISection, pools: Sequence[Pool], store_path, *, seed: int = 0) -> list[Judgement]:
+def build(config: OpenAISection | AnnotationSection, store_path, *, seed: int = 0) -> EndpointAnnotator:
+    if isinstance(config, OpenAISection):
+        config = AnnotationSection(kind="openai", openai=config)
+    annotator = build_annotator(config, store_path=store_path, seed=seed)
+    assert isinstance(annotator, EndpointAnnotator)
+    return annotator
+
+
+def judge_all(
+    config: OpenAISection | AnnotationSection, pools: Sequence[Pool], store_path, *, seed: int = 0
+) -> list[Judgement]:
     async def work() -> list[Judgement]:
-        annotator = OpenAIAnnotator(config, store_path=store_path, seed=seed)
+        annotator = build(config, store_path, seed=seed)
         try:
             return await asyncio.gather(*(annotator.judge(pool) for pool in pools))
         finally:
@@ -73,6 +86,11 @@ def judge_all(config: OpenAISection, pools: Sequence[Pool], store_path, *, seed:
 
 def judge_one(config: OpenAISection, store_path) -> Judgement:
     return judge_all(config, [planted(1)[0]], store_path)[0]
+
+
+def tries_of(store_path) -> int:
+    with closing(VerdictStore(store_path)) as store:
+        return sum(tally.tries for tally in store.tallies())
 
 
 def test_planted_scores_come_back_whatever_the_order(store_path):
@@ -146,7 +164,7 @@ def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path
         (["html"] * 4, "failed", 4, "without a chat completion: <html>"),
         (["garbage"] * 4, "unparsable", 4, "not one JSON object"),
         (["wrong_ids"] * 4, "unparsable", 4, "expected the candidates 1, 2, 3, got 0, 1, 2"),
-        (["length"] * 4, "unparsable", 4, "cut at max_tokens=2048"),
+        (["length"] * 4, "unparsable", 4, "cut at its longest"),
         (["refusal"], "refused", 1, "I cannot help"),
         (["filter"], "refused", 1, "content filter"),
         (["500", "refusal"], "refused", 2, "I cannot help"),
@@ -165,9 +183,7 @@ def test_tries_and_states(store_path, schedule, state, requests, detail):
         server.schedule = []
         assert judge_one(config, store_path).state == "ok"
         assert server.requests == requests + (state != "ok")
-    store = VerdictStore(store_path)
-    assert store.totals()["tries"] == server.requests
-    store.close()
+    assert tries_of(store_path) == server.requests
 
 
 def test_the_servers_random_faults_have_their_share(store_path):
@@ -188,51 +204,6 @@ def test_a_hanging_judge_is_given_up(store_path):
     assert judgement.detail == "no answer within 0.2 s"
 
 
-def test_retry_after_is_honoured(store_path, monkeypatch):
-    waits = []
-
-    async def note(seconds: float) -> None:
-        waits.append(seconds)
-
-    monkeypatch.setattr(client_module, "_pause", note)
-    with JudgeServer(scorer=read_worth, schedule=["429", "500", "garbage"], retry_after="7.5") as server:
-        assert judge_one(section(server), store_path).state == "ok"
-    assert len(waits) == 2  # a reply that does not parse is asked again at once
-    assert waits[0] >= 7.5
-    assert waits[1] < 1.0
-    with JudgeServer(scorer=read_worth, schedule=["429"], retry_after="3600") as server:
-        judgement = judge_one(section(server, model="other"), store_path)
-        assert (judgement.state, server.requests) == ("failed", 1)
-    assert "come back in 3600 s" in judgement.detail
-
-
-def test_waiting_grows_and_is_bounded(monkeypatch):
-    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.5)
-    assert [wait_seconds(n, retry_after=None, jitter=1.0) for n in (1, 2, 3, 4)] == [0.5, 1.0, 2.0, 4.0]
-    assert wait_seconds(3, retry_after=None, jitter=0.0) == 1.0
-    assert wait_seconds(10**6, retry_after=None, jitter=1.0) == 30.0
-    assert wait_seconds(1, retry_after=10.0, jitter=0.5) == 10.25
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"retry-after": "20"}, 20.0),
-        ({"retry-after": " 1.5 "}, 1.5),
-        ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
-        ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 40.0),
-        ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 0.0),
-        ({"retry-after": "-5"}, None),
-        ({"retry-after": "nan"}, None),
-        ({"retry-after": "inf"}, None),
-        ({"retry-after": "soon"}, None),
-    ],
-)
-def test_parse_retry_after(headers, seconds):
-    assert parse_retry_after(headers, now=60.0) == seconds
-
-
 @pytest.fixture
 def dead_url():
     with socket.socket() as taken:  # bound, but nobody listens
@@ -241,11 +212,9 @@ def dead_url():
 
 
 def test_an_unreachable_endpoint_is_no_per_pool_failure(store_path, dead_url):
-    with pytest.raises(JudgeUnreachable, match=f"{dead_url} in 3 tries"):
+    with pytest.raises(Unreachable, match=f"no endpoint answered in 3 tries: {dead_url}"):
         judge_one(section(dead_url, max_tries=3), store_path)
-    store = VerdictStore(store_path)
-    assert store.totals()["tries"] == 0
-    store.close()
+    assert tries_of(store_path) == 0
 
 
 @pytest.mark.parametrize(
@@ -275,7 +244,7 @@ def test_the_probe_finds_a_good_endpoint_and_costs_no_verdict(store_path):
 
 
 def test_the_probe_finds_a_dead_endpoint_and_a_wrong_key(store_path, dead_url, monkeypatch):
-    with pytest.raises(JudgeUnreachable):
+    with pytest.raises(Unreachable):
         probe(section(dead_url, max_tries=2), store_path)
     monkeypatch.setenv("DNO_TEST_KEY", KEY)
     with JudgeServer(api_key="another") as server, pytest.raises(DnoError, match="variable DNO_TEST_KEY"):
@@ -284,7 +253,7 @@ def test_the_probe_finds_a_dead_endpoint_and_a_wrong_key(store_path, dead_url, m
 
 def probe(config: OpenAISection, store_path) -> None:
     async def work() -> None:
-        annotator = OpenAIAnnotator(config, store_path=store_path, seed=0)
+        annotator = build(config, store_path)
         try:
             await annotator.probe()
         finally:
@@ -325,9 +294,7 @@ def test_recall_answers_from_the_store_and_sends_nothing(store_path):
     pool = planted(3)[0]
 
     async def work(url: str) -> None:
-        annotator = build_annotator(
-            AnnotationSection(kind="openai", openai=section(url)), store_path=store_path, seed=0
-        )
+        annotator = build(section(url), store_path)
         try:
             assert annotator.recall(pool) is None
             judgement = await annotator.judge(pool)
@@ -369,7 +336,7 @@ def test_a_candidate_that_writes_a_verdict_changes_nothing(store_path):
 
 KILLED = """
 import asyncio, sys
-from tests.annotation.test_client import judge_all, planted, section
+from tests.annotation.test_desk import judge_all, planted, section
 config = section(sys.argv[1], max_concurrency=4)
 judge_all(config, [planted(number)[0] for number in range(200)], sys.argv[2])
 """
@@ -397,7 +364,7 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
 
     with JudgeServer(scorer=read_worth, api_key=KEY, schedule=["500", None]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY")
-        annotator = OpenAIAnnotator(config, store_path=store_path, seed=0)
+        annotator = build(config, store_path)
         said += [repr(annotator), str(vars(annotator)), annotator.identity]
 
         async def work() -> None:

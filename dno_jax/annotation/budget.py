@@ -1,0 +1,198 @@
+"""What annotation costs, and the limit that it cannot pass.
+
+Before a call is sent, the most that it can cost is set aside: the most tokens its prompt can have, and the longest
+reply. Calls in flight together never hold more than `annotation.max_usd` leaves; one that does not fit waits until
+others have come back cheaper than feared, and is refused when none is left that could. What was really paid stands in
+the store's receipts, committed with the verdicts, so that a run that starts again goes on counting where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from dno_jax.annotation.question import Question
+from dno_jax.annotation.store import Receipt, VerdictStore
+from dno_jax.config import AnnotationSection, PriceSection
+from dno_jax.errors import DnoError
+
+# No tokenizer of bytes, or of pieces with bytes to fall back on, makes more tokens of a text than it has bytes; what
+# chat templates and endpoints put around a message (roles, headers, a default system message) stays below this.
+_TOKENS_A_MESSAGE = 64
+_ROUNDING = 1e-9  # dollars by which sums of floats may miss the limit
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one call: as an endpoint counted them, or the most that there can be."""
+
+    tokens_in: int
+    tokens_out: int
+
+    @classmethod
+    def stated(cls, tokens_in: int, tokens_out: int) -> Usage | None:
+        """Return what an endpoint counted; None where it states nothing, for no call takes no tokens."""
+        return cls(tokens_in, tokens_out) if tokens_in or tokens_out else None
+
+
+def most_usage(question: Question) -> Usage:
+    """Return the most tokens that one call with this question can take."""
+    texts = [str(message["content"]) for message in question.body["messages"]]
+    if question.schema is not None:
+        texts.append(json.dumps(question.schema))
+    bytes_ = sum(len(text.encode(errors="replace")) for text in texts)
+    section = question.asked
+    return Usage(
+        tokens_in=bytes_ + _TOKENS_A_MESSAGE * len(texts),
+        tokens_out=int(question.body.get(section.max_tokens_field, section.max_tokens)),
+    )
+
+
+def cost(price: PriceSection, usage: Usage, *, batch: bool = False) -> float:
+    """Return what so many tokens cost, dollars."""
+    usd = (usage.tokens_in * price.input + usage.tokens_out * price.output) / 1e6
+    return usd * price.batch if batch else usd
+
+
+class Budget:
+    """What one run may spend, and what it has spent, whichever process spent it."""
+
+    def __init__(self, section: AnnotationSection, *, store: VerdictStore, run: str):
+        """
+        Args:
+            run: names the run in the store.
+        """
+        self._prices = section.prices
+        self._limit = section.max_usd
+        self._store = store
+        self._run = run
+        self._held = 0.0  # dollars set aside for calls in flight
+        self._holders = 0
+        self._waiting: deque[tuple[float, asyncio.Future[bool]]] = deque()
+        self._over = False
+
+    @property
+    def spent(self) -> float:
+        """Dollars that this run has paid, all its processes together."""
+        return self._store.spent(self._run)
+
+    @property
+    def why(self) -> str:
+        """Say in a verdict's detail why nobody was asked."""
+        return f"annotation.max_usd={self._limit:g} might be passed"
+
+    @asynccontextmanager
+    async def room(self, question: Question, *, batch: bool = False) -> AsyncIterator[bool]:
+        """Hold what a call can cost at most for as long as it takes to send it and to commit what came of it.
+
+        Yields:
+            Whether the call may be sent. Once one may not, none may: the run is about to stop.
+        """
+        usd = 0.0 if self._limit is None else self._usd(question, most_usage(question), batch=batch)
+        if usd == 0.0:
+            yield True
+            return
+        if not await self._hold(usd):
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            self._release(usd)
+
+    def bill(self, question: Question, usage: Usage | None, *, batch: bool = False) -> Receipt:
+        """Return what one call cost.
+
+        Args:
+            usage: as the endpoint states it; None where nobody knows, and then it counts as the most it can have been.
+        """
+        counted = usage or most_usage(question)
+        return Receipt(
+            run=self._run,
+            model=question.asked.model,
+            requests=1,
+            tokens_in=usage.tokens_in if usage else 0,
+            tokens_out=usage.tokens_out if usage else 0,
+            usd=self._usd(question, counted, batch=batch),
+            unmetered=int(usage is None),
+        )
+
+    def free(self, question: Question) -> Receipt:
+        """Return the receipt of a call that the endpoint refused to work for."""
+        return Receipt(run=self._run, model=question.asked.model, requests=1)
+
+    def stop(self, *, missing: int) -> DnoError:
+        """Return the error by which a run stops that may spend no more.
+
+        Args:
+            missing: pools that have no verdict because of it.
+        """
+        return DnoError(
+            f"annotation.max_usd={self._limit:g} leaves no room for another call: ${self.spent:.4f} are spent, and "
+            f"{missing} pools have no verdict yet. Raise annotation.max_usd and start again: only these are asked "
+            "about, whatever is paid for is kept"
+        )
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what this run has paid by model, with the prices by which it counts now, for receipts.json."""
+        receipts = [receipt for receipt in self._store.receipts() if receipt.run == self._run]
+        return {
+            "max_usd": self._limit,
+            "usd": sum(receipt.usd for receipt in receipts),
+            "models": {
+                receipt.model: {
+                    "requests": receipt.requests,
+                    "tokens_in": receipt.tokens_in,
+                    "tokens_out": receipt.tokens_out,
+                    "usd": receipt.usd,
+                    "requests_without_usage": receipt.unmetered,
+                    "price": price.model_dump() if (price := self._prices.get(receipt.model)) else None,
+                }
+                for receipt in receipts
+            },
+        }
+
+    def _usd(self, question: Question, usage: Usage, *, batch: bool) -> float:
+        price = self._prices.get(question.asked.model)
+        return 0.0 if price is None else cost(price, usage, batch=batch)
+
+    def _fits(self, usd: float) -> bool:
+        # Read each time: another process may spend for the same run.
+        return self._limit is not None and self.spent + self._held + usd <= self._limit + _ROUNDING
+
+    async def _hold(self, usd: float) -> bool:
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append((usd, future))
+        self._settle()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.result():
+                self._release(usd)
+            raise
+
+    def _release(self, usd: float) -> None:
+        self._holders -= 1
+        self._held = self._held - usd if self._holders else 0.0
+        self._settle()
+
+    def _settle(self) -> None:
+        """Let those in who fit, first come, first served; refuse all when nothing can come back any more."""
+        while self._waiting:
+            usd, future = self._waiting[0]
+            if not future.done():  # else its caller was cancelled
+                if not self._over and self._fits(usd):
+                    self._held += usd
+                    self._holders += 1
+                    future.set_result(True)
+                elif self._holders and not self._over:
+                    return
+                else:
+                    self._over = True
+                    future.set_result(False)
+            self._waiting.popleft()

@@ -1,0 +1,313 @@
+"""Where questions are carried: to the store first, then, within the budget, to the model that is asked.
+
+A try is committed when it comes back, with what it cost, before anything else happens; so is every failure. What no
+later question could survive (a refused key, an unknown model, a full disk under the store) stops the desk: what is
+under way comes back and is committed, and nothing more is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
+
+from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.budget import Budget, Usage, most_usage
+from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Rounds, Unparsable, Verdict
+from dno_jax.annotation.store import VerdictStore
+from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
+from dno_jax.endpoint import Trouble, wait_seconds
+from dno_jax.errors import DnoError
+from dno_jax.records import Judgement, Message, Prompt
+
+_LOG = logging.getLogger(__name__)
+_BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
+
+_SAMPLE = Pool(
+    Prompt(prompt_id="probe", messages=(Message(role="user", content="Name a colour."),)),
+    (Candidate("probe/0", "Blue."), Candidate("probe/1", "Green.")),
+)
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What a desk needs of a client: `annotation.client.Client`."""
+
+    async def probe(self, body: Mapping[str, Any]) -> Any: ...
+
+    async def send(
+        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0
+    ) -> Reply | Trouble: ...
+
+    def scrub(self, text: str) -> str: ...
+
+    def words(self, text: str) -> str: ...
+
+    async def close(self) -> None: ...
+
+
+class Desk:
+    """Answers questions, each of which is paid for once. It serves one event loop, and is closed in it."""
+
+    def __init__(self, clients: Mapping[ChatSection, Asked], *, store: VerdictStore, budget: Budget):
+        """
+        Args:
+            clients: by the section of the configuration that questions name; closed with the desk, as is the store.
+        """
+        self.budget = budget
+        self._clients = clients
+        self._store = store
+        self._under_way: dict[str, asyncio.Task[Verdict]] = {}
+        self._probes: dict[ChatSection, asyncio.Task[None]] = {}
+        self._broken: DnoError | None = None
+        self._jitter = random.Random()  # spreads retries over time; decides no result
+
+    def recall(self, question: Question) -> Verdict | None:
+        """Return the answer where it is already paid for, else None."""
+        return self._store.get(question.key)
+
+    async def probe(self, question: Question) -> None:
+        """Ask the model of a question for a sign of life, once, by a small request with the question's parameters.
+
+        Raises:
+            DnoError: saying what is wrong with the endpoint, the key or the model.
+        """
+        task = self._probes.get(question.asked)
+        if task is None:
+            task = self._probes[question.asked] = asyncio.create_task(self._probe(question))
+        await asyncio.shield(task)
+
+    async def ask(self, question: Question) -> Verdict:
+        """Return the stored answer, or ask, again where that may help; whatever comes back is committed first.
+
+        The same question asked while it is under way is asked once.
+
+        Raises:
+            DnoError: nobody can be asked (a refused key, a dead endpoint), or the store fails.
+        """
+        if (known := self._store.get(question.key)) is not None:
+            return known
+        task = self._under_way.get(question.key)
+        if task is None:
+            task = asyncio.create_task(self._ask(question))
+            self._under_way[question.key] = task
+            task.add_done_callback(lambda done: self._settled(question.key, done))
+        # One caller's end is not another's: what is asked for, and may be paid for, comes back all the same.
+        return await asyncio.shield(task)
+
+    async def settle(self, question: Question, result: Reply | Trouble, *, batch: bool = False) -> Verdict:
+        """Read what came back of one try, commit it with what it cost, and return what stands.
+
+        Args:
+            batch: it came by the Batch API, whose price is another.
+
+        Raises:
+            DnoError: the store fails.
+        """
+        if isinstance(result, Reply):
+            usage = Usage.stated(result.tokens_in, result.tokens_out)
+            paid, verdict = self.budget.bill(question, usage, batch=batch), self._read(question, result)
+        else:
+            # An error is free; of a connection that broke, nobody knows whether the endpoint had begun to work.
+            refused = result.unreachable or (result.status is not None and result.status >= 400)
+            paid = self.budget.free(question) if refused else self.budget.bill(question, None, batch=batch)
+            verdict = Verdict("refused" if result.then == "refused" else "failed", detail=result.detail)
+        verdict = replace(verdict, tries=1, tokens_in=paid.tokens_in, tokens_out=paid.tokens_out, usd=paid.usd)
+        return await self._store.put(
+            question.key, verdict, judge=question.judge, prompt_id=question.prompt_id, paid=paid
+        )
+
+    async def close(self) -> None:
+        """Give up what is under way, and give back connections and the file."""
+        tasks = [*self._under_way.values(), *self._probes.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            await asyncio.gather(*(client.close() for client in self._clients.values()))
+        finally:
+            self._store.close()
+
+    async def _probe(self, question: Question) -> None:
+        async with self.budget.room(question) as granted:  # a budget that is used up sends not even this
+            if granted:
+                with self._breaking():
+                    found = await self._clients[question.asked].probe(question.body)
+                    paid = self.budget.bill(question, Usage.stated(found.tokens_in, found.tokens_out))
+                    await self._store.pay(replace(paid, requests=0))
+
+    async def _ask(self, question: Question) -> Verdict:
+        """Try until there is an answer, a refusal, or no try left."""
+        await self.probe(question)
+        section, client = question.asked, self._clients[question.asked]
+        usage = most_usage(question)
+        tokens = usage.tokens_in // _BYTES_A_TOKEN + usage.tokens_out
+        tries = 0
+        while True:
+            async with self.budget.room(question) as granted:
+                if self._broken is not None:
+                    raise self._broken
+                if not granted:
+                    return Verdict("over budget", detail=self.budget.why)
+                with self._breaking():
+                    result = await client.send(question.body, schema=question.schema, tokens=tokens)
+                    verdict = await self.settle(question, result)
+            tries += 1
+            gone = isinstance(result, Trouble) and result.then != "retry"
+            if verdict.is_answer or verdict.state == "refused" or gone or tries >= section.max_tries:
+                return verdict
+            _LOG.info("%s: try %d of %d: %s", section.model, tries, section.max_tries, verdict.detail)
+            if isinstance(result, Trouble):  # a reply that does not parse is no reason to wait
+                await _pause(wait_seconds(tries, retry_after=result.retry_after, jitter=self._jitter.random()))
+
+    def _read(self, question: Question, reply: Reply) -> Verdict:
+        client = self._clients[question.asked]
+        verdict = Verdict("unparsable", raw=client.scrub(reply.text or ""), model=client.scrub(reply.model))
+        if reply.refusal is not None or reply.finish == "content_filter":
+            return replace(verdict, state="refused", detail=client.words(reply.refusal or "content filter"))
+        try:
+            scores = question.read(reply)
+        except Unparsable as error:
+            return replace(verdict, detail=client.words(str(error)))
+        is_pair = isinstance(question.asked, OpenAISection) and question.asked.form != "listwise"
+        return replace(verdict, state="tie" if is_pair and scores[0] == scores[1] else "ok", scores=scores)
+
+    def _settled(self, key: str, task: asyncio.Task[Verdict]) -> None:
+        del self._under_way[key]
+        if not task.cancelled():
+            task.exception()  # seen, though all who asked may be gone
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        try:
+            yield
+        except DnoError as error:
+            self._broken = self._broken or error
+            raise
+
+
+class EndpointAnnotator:
+    """Judges pools by a preference function whose questions a desk carries."""
+
+    def __init__(self, function: PreferenceFunction, desk: Desk):
+        """
+        Args:
+            desk: closed with the annotator.
+        """
+        self._function = function
+        self.desk = desk
+
+    def __repr__(self) -> str:
+        return f"EndpointAnnotator({self.identity!r})"
+
+    @property
+    def identity(self) -> str:
+        return self._function.identity
+
+    def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
+        """Return the judgement if all that it asks is already paid for, else None."""
+        rounds = self._function.rounds(pool, repeat=repeat)
+        verdicts: list[Verdict] | None = None
+        while not isinstance(found := advance(rounds, verdicts), Judgement):
+            verdicts = []
+            for question in found:
+                verdict = self.desk.recall(question)
+                if verdict is None:
+                    return None
+                verdicts.append(verdict)
+        return found
+
+    async def probe(self) -> None:
+        """Ask every model that is asked first for a sign of life.
+
+        Raises:
+            DnoError: saying what is wrong with the endpoint, the key or the model.
+        """
+        questions = advance(self._function.rounds(_SAMPLE), None)
+        assert not isinstance(questions, Judgement)
+        for asked in {question.asked: question for question in questions}.values():
+            await self.desk.probe(asked)
+
+    async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
+        """Return the judgement of one pool, round by round; all that arrives is in the store before this returns.
+
+        Args:
+            repeat: 0, or which repetition of the same questions this is.
+
+        Raises:
+            DnoError: nobody can be asked (a refused key, a dead endpoint), or the store fails.
+        """
+        rounds = self._function.rounds(pool, repeat=repeat)
+        verdicts: list[Verdict] | None = None
+        while not isinstance(found := advance(rounds, verdicts), Judgement):
+            # After an error the others still come back: they are paid for.
+            outcomes = await asyncio.gather(*map(self.desk.ask, found), return_exceptions=True)
+            verdicts = []
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                verdicts.append(outcome)
+        return found
+
+    async def close(self) -> None:
+        await self.desk.close()
+
+
+def advance(rounds: Rounds, verdicts: Sequence[Verdict] | None) -> Sequence[Question] | Judgement:
+    """Give a preference function the verdicts of its last round (None at first); return the next round or the end."""
+    try:
+        return next(rounds) if verdicts is None else rounds.send(verdicts)
+    except StopIteration as end:
+        return end.value
+
+
+def open_desk(section: AnnotationSection, *, store_path: str | os.PathLike[str]) -> Desk:
+    """Return a desk for all that a configuration asks by chat; nothing is sent yet.
+
+    Args:
+        store_path: the run's own file of verdicts, in its directory; `annotation.store` stands before it.
+
+    Raises:
+        DnoError: a missing key, an unusable URL, a store that cannot be opened.
+    """
+    from dno_jax.annotation.client import Client  # openai's HTTP client takes long to load
+
+    clients: dict[ChatSection, Asked] = {}
+    for place, chat in _places(section).items():
+        who = "teacher" if chat is section.teacher else "judge"
+        clients[chat] = Client(chat, who=f"the {who} {chat.model!r}", place=place)
+    own = os.fspath(store_path)
+    store = VerdictStore(section.store or own)
+    return Desk(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
+
+
+def run_name(own_path: str, path: str) -> str:
+    """Return the name of a run in a store: its directory seen from the store's, so that both may move together.
+
+    Args:
+        own_path: of the store that the run would have for itself.
+        path: of the store that it has.
+    """
+    folder = os.path.dirname(own_path)
+    return (
+        folder
+        if "://" in folder
+        else os.path.relpath(os.path.realpath(folder), os.path.dirname(os.path.realpath(path)))
+    )
+
+
+def _places(section: AnnotationSection) -> dict[str, ChatSection]:
+    """Whom a configuration asks, by the place where messages say that they are configured."""
+    judges = {"openai": {"annotation.openai": section.openai}}.get(section.kind) or {
+        f"annotation.ensemble.{number}": judge for number, judge in enumerate(section.judges)
+    }
+    return judges | ({} if section.teacher is None else {"annotation.teacher": section.teacher})
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)

@@ -1,0 +1,74 @@
+"""What can still be read of a damaged file of verdicts, in a new one."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from dno_jax.annotation.store import COLUMNS, RECEIPT_COLUMNS, VerdictStore
+from dno_jax.errors import DnoError
+
+_LEAST_BYTES = 100  # of a row: its key alone takes 64
+
+
+def salvage(path: str | os.PathLike[str]) -> tuple[int, Path]:
+    """Put a file with all rows that can be read in the place of a damaged one.
+
+    Returns:
+        The number of verdicts in it, and where the damaged file lies now.
+
+    Raises:
+        DnoError: there is no such file, nothing can be read of it, or the new one cannot be written.
+    """
+    old, new, aside = Path(path), Path(f"{path}.salvaged"), Path(f"{path}.damaged")
+    if not old.is_file():
+        raise DnoError(f"{old}: no such file")
+    for taken in (new, aside):
+        if taken.exists():
+            raise DnoError(f"{taken} exists: an earlier attempt left it; move it away first")
+    with closing(sqlite3.connect(old, check_same_thread=False)) as connection:  # the new store's thread reads it
+        try:
+            tables = {name: _columns(connection, name) for name in ("verdicts", "receipts")}
+        except sqlite3.Error as error:
+            raise DnoError(f"{old}: nothing can be read of it ({error}); move it away, its verdicts are lost") from None
+        most = {"verdicts": os.path.getsize(old) // _LEAST_BYTES, "receipts": 1000}
+        found = {name: _rows(connection, name, columns, most=most[name]) for name, columns in tables.items()}
+        with closing(VerdictStore(new)) as store:
+            count = store.restore(**found)
+    for suffix in ("", "-wal", "-shm"):  # a journal belongs to its own file
+        if os.path.exists(f"{old}{suffix}"):
+            os.replace(f"{old}{suffix}", f"{aside}{suffix}")
+    os.replace(new, old)
+    return count, aside
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> list[str]:
+    known = {"verdicts": COLUMNS, "receipts": RECEIPT_COLUMNS}[table].split(", ")
+    present = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}  # an earlier version had fewer
+    return [name for name in known if name in present]
+
+
+def _rows(connection: sqlite3.Connection, table: str, names: list[str], *, most: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows that can be read, by halving whatever cannot until the damaged pages are cut out."""
+    if not names:
+        return
+    try:
+        (last,) = connection.execute(f"SELECT max(rowid) FROM {table}").fetchone()
+    except sqlite3.DatabaseError:
+        last = most
+    ranges = [(1, (last or 0) + 1)]
+    while ranges:
+        first, end = ranges.pop()
+        try:
+            query = f"SELECT {', '.join(names)} FROM {table} WHERE rowid >= ? AND rowid < ? ORDER BY rowid"
+            found = connection.execute(query, (first, end)).fetchall()
+        except sqlite3.DatabaseError:
+            if end - first > 1:
+                middle = (first + end) // 2
+                ranges += [(middle, end), (first, middle)]
+            continue
+        yield from (dict(zip(names, row, strict=True)) for row in found)
