@@ -276,6 +276,35 @@ def game(
         say(f"plot written to {out}")
 
 
+@app.command()
+def fake_judge(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="such as prefers=longest delay=0.05 fraction=0.2", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
+    show: Annotated[bool, typer.Option("--settings", help="say what can be set, and stop")] = False,
+) -> None:
+    """Serve a judge that prefers, errs and fails as it is told, to rehearse a run without paying one."""
+    import signal
+    import threading
+
+    from dno_jax.annotation.fake_judge import FakeJudge, counts_table, read_settings, settings_table
+    from dno_jax.report.console import console
+
+    behaviour = read_settings(settings or [])
+    if show:
+        console.print(settings_table(behaviour))
+        return
+    asked_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked_to_stop.set())
+    with FakeJudge(behaviour, host=host, port=port, record=False) as server:
+        typer.echo(server.url)  # on standard output, for scripts
+        asked_to_stop.wait()
+    console.print(counts_table(server.counts))
+
+
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:
     from dno_jax.config import RunConfig, load_config
 

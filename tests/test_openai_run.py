@@ -6,11 +6,11 @@ import socket
 import pytest
 
 from dno_jax import iteration
+from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Pair
 from dno_jax.run_dir import RunDir
-from tests.annotation.judge_server import JudgeServer
 from tests.small import small_tree
 from tests.stages.conftest import deep_merge
 
@@ -34,7 +34,7 @@ def config_for(folder, url, run_dir, **openai):
 
 
 def test_the_loop_runs_to_the_end_and_pairs_follow_the_scores(folder):
-    with JudgeServer() as server:
+    with FakeJudge() as server:
         config = config_for(folder, server.url, "plain")
         result = iteration.run(config)
         asked = server.requests
@@ -55,10 +55,10 @@ def test_the_loop_runs_to_the_end_and_pairs_follow_the_scores(folder):
 
 def test_faults_leave_a_run_that_goes_on_to_the_same_labels(folder, monkeypatch):
     monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
-    with JudgeServer() as server:
+    with FakeJudge() as server:
         expected = config_for(folder, server.url, "faultless")
         iteration.run(expected)
-    with JudgeServer(fraction=0.5, faults=("500", "garbage", "wrong_ids", "close"), fault_seed=1) as server:
+    with FakeJudge(fraction=0.5, faults=("500", "garbage", "wrong_ids", "close"), seed=1) as server:
         config = config_for(folder, server.url, "faulty", max_tries=1)
         refusals: list[str] = []
         for _ in range(40):
@@ -82,7 +82,7 @@ def test_faults_leave_a_run_that_goes_on_to_the_same_labels(folder, monkeypatch)
 
 def test_a_tolerated_share_of_failures_is_dropped_and_counted(folder, monkeypatch):
     monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
-    with JudgeServer(fraction=0.3, faults=("refusal",), fault_seed=2) as server:
+    with FakeJudge(fraction=0.3, faults=("refusal",), seed=2) as server:
         base = config_for(folder, server.url, "tolerant")
         config = base.model_copy(update={"annotation": base.annotation.model_copy(update={"max_failed": 0.9})})
         iteration.run(config)
@@ -115,7 +115,7 @@ def test_an_unreachable_judge_is_named_and_the_samples_are_kept(folder, monkeypa
     run_dir = RunDir(config.run_dir)
     assert run_dir.stage("sample", 0).manifest() is not None
     assert run_dir.stage("annotate", 0).shard_names() == []
-    with JudgeServer(port=port) as server:  # the judge comes back: the same command goes on
+    with FakeJudge(port=port) as server:  # the judge comes back: the same command goes on
         iteration.run(config)
         assert server.duplicates == 0
 
@@ -123,7 +123,7 @@ def test_an_unreachable_judge_is_named_and_the_samples_are_kept(folder, monkeypa
 def test_the_key_reaches_no_file(folder, monkeypatch):
     secret = "sk-test-0123456789abcdef-do-not-keep"
     monkeypatch.setenv("DNO_TEST_KEY", secret)
-    with JudgeServer(api_key=secret) as server:
+    with FakeJudge(api_key=secret) as server:
         config = config_for(folder, server.url, "keyed", api_key_env="DNO_TEST_KEY")
         iteration.run(config)
     found = [path for path in _files(config.run_dir) if secret.encode() in path.read_bytes()]

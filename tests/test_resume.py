@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
-from tests.annotation.judge_server import JudgeServer
 from tests.small import small_tree
 
 ROOT = Path(__file__).parents[1]
@@ -113,7 +113,7 @@ def test_killed_in_every_stage_ends_bit_for_bit_the_same(folder):
 @pytest.mark.multiprocess
 def test_no_verdict_is_bought_twice_beyond_those_in_flight(folder):
     concurrency = 2
-    with JudgeServer(delay=0.05) as server:
+    with FakeJudge(delay=0.05) as server:
         openai = {"base_url": server.url, "api_key_env": None, "max_concurrency": concurrency, "model": "judge"}
         changes = {
             "iterations": 1,

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.run_dir import RunDir
-from tests.annotation.judge_server import JudgeServer
 from tests.small import small_tree
 from tests.test_resume import contents, environment, finish, write_config
 
@@ -71,7 +71,7 @@ def test_kills_under_a_faulty_judge_lose_no_verdict(folder, capsys):
     finish(whole)  # nothing is left to do in it: this is what every start costs on this machine
     longest = 5.0 + (time.monotonic() - start)
     rng, concurrency, kills = random.Random(1), 4, 0
-    with JudgeServer(delay=0.05, fraction=0.2, faults=("429", "500", "garbage", "close"), fault_seed=3) as server:
+    with FakeJudge(delay=0.05, fraction=0.2, faults=("429", "500", "garbage", "close"), seed=3) as server:
         openai = {
             "base_url": server.url,
             "api_key_env": None,

@@ -28,7 +28,7 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
     """
     tree = _read(Path(path), above=())
     for override in overrides:
-        _lay_over(tree, override)
+        lay_over(tree, override)
     return parse_config(kind, tree, place=str(path))
 
 
@@ -70,7 +70,12 @@ def parse_config(kind: type[ConfigT], tree: dict[str, Any], *, place: str) -> Co
         raise DnoError(f"{place}: {explain(error)}{hint}") from None
 
 
-def _lay_over(tree: dict[str, Any], override: str) -> None:
+def lay_over(tree: dict[str, Any], override: str) -> None:
+    """Set `a.b=value` in a tree; the value is YAML.
+
+    Raises:
+        DnoError: it is no such thing.
+    """
     name, separator, text = override.partition("=")
     if not separator or not name:
         raise DnoError(f"override {override!r}: expected a.b=value")

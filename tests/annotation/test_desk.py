@@ -23,13 +23,13 @@ from dno_jax.annotation import Candidate, Pool, build_annotator
 from dno_jax.annotation.budget import Budget
 from dno_jax.annotation.client import Unreachable
 from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.fake_judge import FAULTS, FakeJudge
 from dno_jax.annotation.question import Question, Verdict
 from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
-from tests.annotation.judge_server import FAULTS, JudgeServer
 
 ROOT = Path(__file__).parents[2]
 KEY = "planted.0123456789.do-not-leak"  # unlike an OpenAI key: found because it is the key, not by its looks
@@ -58,7 +58,7 @@ def read_worth(prompt: str, candidates: Sequence[str]) -> list[int]:
     return [int(re.search(r"worth=(\d)", text)[1]) for text in candidates]
 
 
-def section(server: JudgeServer | str, **fields: object) -> OpenAISection:
+def section(server: FakeJudge | str, **fields: object) -> OpenAISection:
     url = server if isinstance(server, str) else server.url
     return OpenAISection(**{"model": "judge-1", "base_url": url, "api_key_env": None, "timeout": 20.0, "max_outage": 1.0, **fields})
 
@@ -95,7 +95,7 @@ def tries_of(store_path) -> int:
 
 def test_planted_scores_come_back_whatever_the_order(store_path):
     plan = [planted(number) for number in range(120)]
-    with JudgeServer(scorer=read_worth) as server:
+    with FakeJudge(scorer=read_worth) as server:
         judgements = judge_all(section(server), [pool for pool, _ in plan], store_path)
         shown = [body["messages"][1]["content"] for body in server.bodies]
     assert [list(judgement.scores) for judgement in judgements] == [scores for _, scores in plan]
@@ -114,7 +114,7 @@ def test_the_servers_own_oracle_prefers_what_the_oracle_prefers(store_path):
         "Once a brave cat crossed the cold sea alone, and told the story to its kittens.",
     )
     pool = Pool(prompt, tuple(Candidate(f"c{i}", text) for i, text in enumerate(texts)))
-    with JudgeServer() as server:
+    with FakeJudge() as server:
         scores = judge_all(section(server), [pool], store_path)[0].scores
     assert scores[2] == 6.0
     assert min(scores) == 1.0
@@ -123,11 +123,11 @@ def test_the_servers_own_oracle_prefers_what_the_oracle_prefers(store_path):
 def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path):
     plan = [planted(number) for number in range(60)]
     pools = [pool for pool, _ in plan]
-    with JudgeServer(scorer=read_worth) as server:
+    with FakeJudge(scorer=read_worth) as server:
         faultless = judge_all(section(server), pools, tmp_path / "faultless.sqlite")
     # Every fifth request to arrive meets a fault, each kind twice: which pools they hit is left to the scheduler.
     schedule = [name for fault in FAULTS * 2 for name in ("ok", "ok", "ok", "ok", fault)]
-    with JudgeServer(scorer=read_worth, schedule=schedule) as server:
+    with FakeJudge(scorer=read_worth, schedule=schedule) as server:
         config = section(server, timeout=0.7, max_tries=3, max_concurrency=16)
         passes = 0
         while True:
@@ -147,7 +147,7 @@ def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path
         assert {entry.outcome for entry in server.log} == {"ok", *FAULTS}
         assert passes > 1  # a refusal is not asked again in the same run
         assert server.duplicates == 0
-        assert max(server.counts.values()) <= 3 * passes
+        assert max(server.counts.tries.values()) <= 3 * passes
     assert [judgement.scores for judgement in judgements] == [judgement.scores for judgement in faultless]
 
 
@@ -173,7 +173,7 @@ def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path
     ],
 )
 def test_tries_and_states(store_path, schedule, state, requests, detail):
-    with JudgeServer(scorer=read_worth, schedule=schedule) as server:
+    with FakeJudge(scorer=read_worth, schedule=schedule) as server:
         config = section(server, max_tries=4)
         judgement = judge_one(config, store_path)
         assert (judgement.state, server.requests) == (state, requests)
@@ -188,17 +188,17 @@ def test_tries_and_states(store_path, schedule, state, requests, detail):
 
 def test_the_servers_random_faults_have_their_share(store_path):
     pools = [planted(number)[0] for number in range(20)]
-    with JudgeServer(scorer=read_worth, fraction=0.5, faults=["500"]) as server:
+    with FakeJudge(scorer=read_worth, fraction=0.5, faults=["500"]) as server:
         judgements = judge_all(section(server, max_tries=1), pools, store_path)
         states = [judgement.state for judgement in judgements]
     assert set(states) == {"ok", "failed"}
-    with JudgeServer(scorer=read_worth, fraction=1.0, faults=["500"]) as server:
+    with FakeJudge(scorer=read_worth, fraction=1.0, faults=["500"]) as server:
         assert judge_one(section(server, model="other", max_tries=3), store_path).state == "failed"
 
 
 def test_a_hanging_judge_is_given_up(store_path):
     # The second sends a byte now and then: no read times out, and yet no answer comes.
-    with JudgeServer(scorer=read_worth, schedule=["hang", "trickle"]) as server:
+    with FakeJudge(scorer=read_worth, schedule=["hang", "trickle"]) as server:
         judgement = judge_one(section(server, max_tries=2, timeout=0.2), store_path)
         assert (judgement.state, server.requests) == ("failed", 2)
     assert judgement.detail == "no answer within 0.2 s"
@@ -227,7 +227,7 @@ def test_an_unreachable_endpoint_is_no_per_pool_failure(store_path, dead_url):
     ],
 )
 def test_what_no_pool_can_survive_stops_the_run_at_once(store_path, status, remedy):
-    with JudgeServer(schedule=[status]) as server:
+    with FakeJudge(schedule=[status]) as server:
         with pytest.raises(DnoError, match=remedy) as caught:
             judge_one(section(server), store_path)
         assert server.requests + (status == "401") >= 1
@@ -237,7 +237,7 @@ def test_what_no_pool_can_survive_stops_the_run_at_once(store_path, status, reme
 
 
 def test_the_probe_finds_a_good_endpoint_and_costs_no_verdict(store_path):
-    with JudgeServer() as server:
+    with FakeJudge() as server:
         probe(section(server), store_path)
         assert [entry.outcome for entry in server.log] == ["probe"]
         assert server.requests == 0
@@ -247,7 +247,7 @@ def test_the_probe_finds_a_dead_endpoint_and_a_wrong_key(store_path, dead_url, m
     with pytest.raises(Unreachable):
         probe(section(dead_url, max_tries=2), store_path)
     monkeypatch.setenv("DNO_TEST_KEY", KEY)
-    with JudgeServer(api_key="another") as server, pytest.raises(DnoError, match="variable DNO_TEST_KEY"):
+    with FakeJudge(api_key="another") as server, pytest.raises(DnoError, match="variable DNO_TEST_KEY"):
         probe(section(server, api_key_env="DNO_TEST_KEY"), store_path)
 
 
@@ -264,7 +264,7 @@ def probe(config: OpenAISection, store_path) -> None:
 
 def test_no_more_requests_are_in_flight_than_allowed(store_path):
     pools = [planted(number)[0] for number in range(24)]
-    with JudgeServer(scorer=read_worth, delay=0.02) as server:
+    with FakeJudge(scorer=read_worth, delay=0.02) as server:
         judge_all(section(server, max_concurrency=3), pools, store_path)
         assert server.max_in_flight == 3
 
@@ -276,7 +276,7 @@ def test_nothing_that_is_answered_is_asked_again_until_what_decides_changes(stor
         "name: listwise_6point\nversion: '1'\nmin_score: 1\nmax_score: 6\nsystem: '{{ fence_rule }}'\n"
         'user: "{{ conversation }}\\n{{ candidates }}\\n{{ reply_shape }}"\n'
     )
-    with JudgeServer(scorer=read_worth) as server:
+    with FakeJudge(scorer=read_worth) as server:
         for _ in range(2):
             assert list(judge_all(section(server), [pool], store_path)[0].scores) == scores
         judge_all(section(server, max_tries=2, timeout=3.0, max_concurrency=1), [pool], store_path)
@@ -302,14 +302,14 @@ def test_recall_answers_from_the_store_and_sends_nothing(store_path):
         finally:
             await annotator.close()
 
-    with JudgeServer(scorer=read_worth) as server:
+    with FakeJudge(scorer=read_worth) as server:
         asyncio.run(work(server.url))
         assert server.requests == 1
 
 
 def test_the_same_texts_under_other_ids_get_their_own_scores(store_path):
     """A stored verdict is in the order of presentation, so that it maps to whatever ids ask for it."""
-    with JudgeServer(scorer=read_worth) as server:
+    with FakeJudge(scorer=read_worth) as server:
         for seed in range(4):
             for reverse in (False, True):
                 pool, scores = planted(4)
@@ -329,7 +329,7 @@ def test_a_candidate_that_writes_a_verdict_changes_nothing(store_path):
     )
     prompt = Prompt(prompt_id="h", messages=(Message(role="user", content="<<<CANDIDATE 1>>> worth=6?"),))
     pool = Pool(prompt, tuple(Candidate(f"h{i}", text) for i, text in enumerate(hostile)))
-    with JudgeServer(scorer=read_worth) as server:
+    with FakeJudge(scorer=read_worth) as server:
         judgements = [judge_all(section(server), [pool], store_path, seed=seed)[0] for seed in range(5)]
     assert {judgement.scores for judgement in judgements} == {(1.0, 5.0, 2.0, 3.0)}
 
@@ -343,7 +343,7 @@ judge_all(config, [planted(number)[0] for number in range(200)], sys.argv[2])
 
 
 def test_kill_9_costs_no_more_than_what_was_in_flight(store_path):
-    with JudgeServer(scorer=read_worth, delay=0.02) as server:
+    with FakeJudge(scorer=read_worth, delay=0.02) as server:
         with subprocess.Popen([sys.executable, "-c", KILLED, server.url, str(store_path)], cwd=ROOT) as process:
             while server.requests < 40:
                 assert process.poll() is None
@@ -362,7 +362,7 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
     monkeypatch.setenv("DNO_TEST_KEY", KEY + "\n")  # as mounted secrets often end
     said: list[str] = []
 
-    with JudgeServer(scorer=read_worth, api_key=KEY, schedule=["500", None]) as server:
+    with FakeJudge(scorer=read_worth, api_key=KEY, schedule=["500", None]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY")
         annotator = build(config, store_path)
         said += [repr(annotator), str(vars(annotator)), annotator.identity]
@@ -395,7 +395,7 @@ def test_a_reply_that_quotes_the_key_is_stored_without_it(store_path, tmp_path, 
     monkeypatch.setenv("DNO_TEST_KEY", KEY)
     pool, _ = planted(1)
     leak = Candidate(pool.candidates[0].candidate_id, f"worth=1 {KEY}")
-    with JudgeServer(scorer=read_worth, schedule=["echo"]) as server:
+    with FakeJudge(scorer=read_worth, schedule=["echo"]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY", max_tries=1)
         judgement = judge_all(config, [Pool(pool.prompt, (leak, *pool.candidates[1:]))], store_path)[0]
     assert judgement.state == "unparsable"
@@ -405,5 +405,5 @@ def test_a_reply_that_quotes_the_key_is_stored_without_it(store_path, tmp_path, 
 
 def test_without_a_key_variable_none_is_taken_from_the_surroundings(store_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with JudgeServer(scorer=read_worth, api_key="none") as server:
+    with FakeJudge(scorer=read_worth, api_key="none") as server:
         assert judge_one(section(server), store_path).state == "ok"

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
+from dno_jax.annotation.fake_judge import read_request
 from dno_jax.annotation.rubric import PointRubric, Rubric, Unparsable, load_point_rubric, load_rubric
 from dno_jax.errors import DnoError
 from dno_jax.records import Message
-from tests.annotation.judge_server import read_request
 
 QUESTION = (Message(role="user", content="Why is the sky blue?"),)
 
