@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
-from dno_jax.stages import annotate, evaluate, inspect, pair, policies, sample, score, self_judge, template, train
+from dno_jax.stages import (
+    annotate,
+    evaluate,
+    inspect,
+    pair,
+    policies,
+    reward_model,
+    sample,
+    score,
+    self_judge,
+    template,
+    train,
+)
 from dno_jax.stages.scheme import updates
 
 
@@ -60,9 +72,10 @@ def run_iteration(config: RunConfig, iteration: int) -> None:
 
 def sample_and_annotate(config: RunConfig, iteration: int) -> None:
     """Sample on every device while process 0 annotates the shards that are closed already."""
-    if config.annotation.kind == "self":  # the judge needs the devices too
+    if config.annotation.on_devices:  # when the sampler has let go of them
         sample.run(config, iteration)
-        self_judge.run(config, iteration)
+        judge = self_judge if config.annotation.kind == "self" else reward_model
+        judge.run(config, iteration)
         return
     if not is_primary():
         sample.run(config, iteration)

@@ -96,7 +96,6 @@ class OpenAISection(ChatSection):
         default=False, description="through the Batch API; what it leaves is asked live", json_schema_extra=MAY_CHANGE
     )
 
-
     @property
     def rubric_name(self) -> str:
         """The rubric that is used: the configured one, or the form's own."""
@@ -247,6 +246,11 @@ class AnnotationSection(Section):
     def chats(self) -> tuple[ChatSection, ...]:
         """Everything that is paid by the token."""
         return (*self.judges, *((self.teacher,) if self.teacher else ()))
+
+    @property
+    def on_devices(self) -> bool:
+        """Whether it judges with the run's own devices, after sampling: no annotator of the host's."""
+        return self.kind in ("self", "reward_model")
 
     @property
     def gives_scores(self) -> bool:
