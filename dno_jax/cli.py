@@ -82,9 +82,10 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
                 f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
                 f"it has {', '.join(stage_names(settings, iteration))}"
             )
-        itself = name == "annotate" and settings.annotation.kind == "self"
-        stage = importlib.import_module(f"dno_jax.stages.{'self_judge' if itself else module or name}").run
-        if needs_devices or itself:
+        judge = {"self": "self_judge", "reward_model": "reward_model"}.get(settings.annotation.kind)
+        on_devices = name == "annotate" and judge is not None
+        stage = importlib.import_module(f"dno_jax.stages.{judge if on_devices else module or name}").run
+        if needs_devices or on_devices:
             from dno_jax.iteration import prepare
 
             _join(coordinator, num_processes, process_id)

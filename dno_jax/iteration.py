@@ -18,6 +18,7 @@ from dno_jax.stages import (
     inspect,
     pair,
     policies,
+    reward_model,
     sample,
     score,
     self_judge,
@@ -74,9 +75,10 @@ def run_iteration(config: RunConfig, iteration: int) -> None:
 
 def sample_and_annotate(config: RunConfig, iteration: int) -> None:
     """Sample on every device while process 0 annotates the shards that are closed already."""
-    if config.annotation.kind == "self":  # the judge needs the devices too
+    if config.annotation.on_devices:  # when the sampler has let go of them
         sample.run(config, iteration)
-        self_judge.run(config, iteration)
+        judge = self_judge if config.annotation.kind == "self" else reward_model
+        judge.run(config, iteration)
         return
     if not is_primary():
         sample.run(config, iteration)

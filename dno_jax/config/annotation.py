@@ -250,6 +250,11 @@ class AnnotationSection(Section):
         return (*self.judges, *((self.teacher,) if self.teacher else ()))
 
     @property
+    def on_devices(self) -> bool:
+        """Whether it judges with the run's own devices, after sampling: no annotator of the host's."""
+        return self.kind in ("self", "reward_model")
+
+    @property
     def gives_scores(self) -> bool:
         """Whether verdicts are points a response, not wins a pair."""
         if self.kind == "openai":

@@ -7,6 +7,7 @@ from typing import Literal
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+Head = Literal["logits", "reward"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class ModelConfig:
         rms_norm_eps: added to the mean square (or variance) before the root.
         rope_theta: base of the rotary frequencies, where a rotation names none of its own.
         max_position_embeddings: positions the model was trained for; positions start at 0.
+        head: what stands on the hidden states: logits of the next token, or one number for a whole text (a reward
+            model), whose parameter is "score"; there is no "head" parameter then.
         tie_word_embeddings: the output head is the embedding table; there is no "head" parameter.
         attention_bias: q, k and v have biases.
         output_bias: o has a bias.
@@ -102,6 +105,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     max_position_embeddings: int = 2048
+    head: Head = "logits"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     output_bias: bool = False

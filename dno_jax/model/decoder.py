@@ -2,7 +2,7 @@
 
 The tree (float32, layers stacked on axis 0; [...] are shapes):
 
-    embed [V, D]    final_norm [D]    head [D, V] unless tied
+    embed [V, D]    final_norm [D]    head [D, V] unless tied; of a reward model, score [D, 1] in its place
     layers/ q [L, D, N, H]  k, v [L, D, K, H]  o [L, N, H, D]  gate, up [L, D, F]  down [L, F, D]
             q_bias [L, N, H]  k_bias, v_bias [L, K, H]  o_bias, down_bias [L, D]  gate_bias, up_bias [L, F]
             attention_norm, mlp_norm, attention_post_norm, mlp_post_norm [L, D]
@@ -34,7 +34,7 @@ Remat = Literal["none", "full", "dots"]
 
 
 class Decoder(nn.Module):
-    """A decoder of any family up to the final norm; `logits` and `head_logprobs` apply the output head.
+    """A decoder of any family up to the final norm; `logits`, `head_logprobs` and `rewards` apply the output head.
 
     Attributes:
         config: the shape of the model.
@@ -80,8 +80,10 @@ class Decoder(nn.Module):
             raise ValueError(f"{token.shape[1]} tokens do not fit a cache of {cache[0].num_slots} slots")
         table_shape = (config.vocab_size, config.hidden_size)
         table = declare(self, "embed", init=NORMAL, shape=table_shape, axes=("vocab", "embed"))
-        if not config.tie_word_embeddings:
-            # Declared here so that it belongs to the tree; used by logits and head_logprobs.
+        # Declared here so that it belongs to the tree; used by logits and head_logprobs, or by rewards.
+        if config.head == "reward":
+            declare(self, "score", init=NORMAL, shape=(config.hidden_size, 1), axes=("embed", "labels"))
+        elif not config.tie_word_embeddings:
             declare(self, "head", init=NORMAL, shape=table_shape[::-1], axes=("embed", "vocab"))
 
         # Whole rows before the look-up: a gather from split rows makes the partitioner replicate its [B, T, D] result.
@@ -155,3 +157,18 @@ def head_logprobs(
     """Return log softmax(logits(hidden))[token] in nats, `chunk` tokens at a time, never all logits at once."""
     head = params["embed"].T if config.tie_word_embeddings else params["head"]
     return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=config.logit_softcap)
+
+
+def rewards(
+    params: Mapping[str, Any], hidden: Float[Array, "B T D"], position: Int[Array, "B T"]
+) -> Float[Array, " B"]:
+    """Return a reward model's number for each text, float32: score . hidden of its last token.
+
+    Args:
+        params: of a config whose head is "reward".
+        position: as the decoder was given; the last token is that of the highest. Rows of padding alone give anything.
+    """
+    # A masked sum and no gather, which would fail where the batch is split; what stands on padding may be no number.
+    last = (position == jnp.max(position, axis=1, keepdims=True))[..., None]
+    last_BD = jnp.sum(jnp.where(last, hidden, 0), axis=1)
+    return einsum_float32("bd,dl->bl", last_BD, params["score"].astype(hidden.dtype))[:, 0]

@@ -62,6 +62,7 @@ _TENSOR: Table = (
     ("vocab", ("tensor",)),
     ("experts", ("expert",)),
     ("routes", ()),
+    ("labels", ()),
 )
 
 # Training gathers each layer's weights when it needs them; decoding would gather them again for every token.

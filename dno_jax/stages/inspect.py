@@ -12,7 +12,7 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
 from dno_jax.report.console import say
-from dno_jax.stages import self_judge
+from dno_jax.stages import reward_model, self_judge
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.slots import plan, wanted_by_stage
@@ -42,10 +42,12 @@ def check(config: RunConfig) -> Runtime[RunConfig]:
         plan(runtime, wanted)
     if config.annotation.kind == "self":
         self_judge.check(config)
+    if config.annotation.kind == "reward_model":
+        reward_model.check(config)
     if is_primary():
         with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
             store = os.path.join(folder, "annotations.sqlite")
             for section in (config.annotation, config.evaluation_judge):
-                if section.kind != "self":
+                if not section.on_devices:
                     asyncio.run(build_annotator(section, store_path=store, seed=config.seed).close())
     return runtime

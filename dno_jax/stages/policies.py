@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from dno_jax.config import AnnotationSection, RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
+from dno_jax.model.config import Head
 from dno_jax.parallel.mesh import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.report.console import Meter, say
@@ -33,15 +35,15 @@ def import_initial(config: RunConfig) -> str:
     return digest
 
 
-def read_checkpoint(path: str, *, shardings: Any) -> Any:
-    """Read a checkpoint's parameters, float32, into sharded arrays; process 0 shows how far it is."""
+def read_checkpoint(path: str, *, shardings: Any, head: Head = "logits", dtype: Any = np.float32) -> Any:
+    """Read a checkpoint's parameters into sharded arrays; process 0 shows how far it is."""
     with Meter(f"import {Path(path).name}", total=0, unit="GB", scale=10**9, enabled=is_primary()) as meter:
 
         def show(count: int, total: int) -> None:
             meter.expect(total)
             meter.advance(count)
 
-        return hf.load(path, shardings=shardings, progress=show)[1]
+        return hf.load(path, head=head, shardings=shardings, dtype=dtype, progress=show)[1]
 
 
 def export(
@@ -109,6 +111,8 @@ def annotator_name(section: AnnotationSection) -> str:
         return f"reward model {Path(section.reward_model.path).name}"
     if section.kind == "self":
         return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
+    if section.reward_model is not None and section.kind == "reward_model":
+        return f"reward model {Path(section.reward_model.path).name}"
     names = {
         "oracle": f"embedded oracle ({', '.join(section.oracle.criteria)})",
         "table": "embedded table of preferences",

@@ -163,6 +163,18 @@ def check_fit(
             f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
             "of experts; set it to 0"
         )
+    check_ids(tokenizer, model_config)
+    rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
+    for name, count in rows.items():
+        if count % row_shards:
+            raise DnoError(
+                f"{name} is {count}, which the mesh's data*fsdp*expert={row_shards} devices do not divide; "
+                "make it a multiple"
+            )
+
+
+def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
+    """Raise DnoError if a tokenizer makes ids for which a model has no embedding."""
     ids, embeddings = tokenizer.vocab_size, model_config.vocab_size
     place = tokenizer.path
     if ids > embeddings:
@@ -175,13 +187,6 @@ def check_fit(
             f"{place}: eos_token_id names {max(tokenizer.end_ids)}, the model's embedding has {embeddings} rows; "
             "correct generation_config.json"
         )
-    rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
-    for name, count in rows.items():
-        if count % row_shards:
-            raise DnoError(
-                f"{name} is {count}, which the mesh's data*fsdp*expert={row_shards} devices do not divide; "
-                "make it a multiple"
-            )
 
 
 def longest_text(config: RunConfig | SftConfig) -> int:

@@ -1,8 +1,7 @@
 """The policy as its own judge (Self-Rewarding, arXiv 2401.10020): readings of every response, their points averaged.
 
-A device stage, which every process runs after sampling, on shards of its own: the judge needs the sampler. A reading is
-a function of the weights and of (seed, iteration, rollout, reading), so asking again would give the same answer. Hence
-every shard is closed, also one whose pools are left without a verdict.
+A stage on the devices (device_judge.py), as the judge needs the sampler. A reading is a function of the weights and of
+(seed, iteration, rollout, reading).
 """
 
 from __future__ import annotations
@@ -10,29 +9,28 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.rubric import PointRubric, Unparsable, load_point_rubric
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
+from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import DECODE
-from dno_jax.records import Judgement, Message, Prompt, Rollout, parse_lines
+from dno_jax.records import Judgement, Message
 from dno_jax.report.console import Meter, say
 from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Generation, Request, Response
 from dno_jax.sampling.state import Sizes
 from dno_jax.sampling.transforms import Truncation
-from dno_jax.stages.pools import pools_of
+from dno_jax.stages.device_judge import Pools, judge_on_devices
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.slots import Wanted, plan
@@ -64,65 +62,22 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict; or as `check`.
     """
-    start = time.perf_counter()
     runtime = Runtime.start(config)
-    run_dir = runtime.run_dir
-    stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
-    shards = sorted(sampled.require().outputs)  # the manifest's: every process must see the same ones
-    policy = run_dir.policy(iteration)
+    policy = runtime.run_dir.policy(iteration)
     judge = _Judge.start(runtime)
-    inputs = stage.reference_of(sampled.manifest_path) | runtime.policy_inputs(policy)
+    inputs = runtime.policy_inputs(policy)
     identity = judge.identity(policy=inputs[f"policies/{policy.name}"])
-    inputs[f"rubric {judge.rubric.name}"] = judge.rubric.digest
-    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
-        return manifest
-    lines = run_dir.prompts_path(iteration).read_text().splitlines()
-    rows = parse_lines(Prompt, lines, place=str(run_dir.prompts_path(iteration)))
-    source = _Source(sampled, {prompt.prompt_id: prompt for prompt in rows})
-    pending = _unfinished(stage, shards, identity=identity)
-    if pending:
-        _judge_shards(judge, policy, source, pending, out=stage, identity=identity)
-        barrier(f"judged {stage.path}")
-    judgements = [row for shard in shards for row in stage.read_shard(Judgement, shard)]
-    # Every process has all judgements, so that all of them stop here, or none.
-    _refuse_if_too_few(judgements, max_failed=config.annotation.max_failed, place=str(stage.path))
-    if is_primary():
-        states = Counter(judgement.state for judgement in judgements)
-        dropped = Counter({f"verdict {state}": count for state, count in states.items() if state != "ok"})
-        for shard in shards:  # over all of them: an earlier call may have closed some
-            source.pools(shard, dropped=dropped)
-        stage.finish(
-            config_digest=runtime.config_digest,
-            inputs=inputs,
-            rows=len(judgements),
-            dropped=dropped,
-            seconds=time.perf_counter() - start,
-            details={"judge": identity, "states": dict(states), "readings": _reading_states(judgements)},
-        )
-    wait_until(stage.manifest_path.exists)
-    return stage.require()
-
-
-@dataclass(frozen=True)
-class _Source:
-    """Where the pools come from."""
-
-    sampled: StageDir
-    prompts: dict[str, Prompt]
-
-    def pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
-        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
-        return pools_of(self.sampled.read_shard(Rollout, shard), self.prompts, dropped=dropped)
-
-
-def _unfinished(stage: StageDir, shards: Sequence[str], *, identity: str) -> list[str]:
-    """Shards that are not closed, or were judged by another judge (an edited rubric); process 0 says which, for all."""
-    closed = set(stage.shard_names()) if is_primary() else set()
-    missing = [
-        shard not in closed or any(row.judge != identity for row in stage.read_shard(Judgement, shard))
-        for shard in shards
-    ]
-    return [shards[int(index)] for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+    return judge_on_devices(
+        runtime,
+        iteration,
+        identity=identity,
+        inputs=inputs | {f"rubric {judge.rubric.name}": judge.rubric.digest},
+        judge_shards=partial(_judge_shards, judge, policy, identity=identity),
+        figures=lambda judgements: {"readings": _reading_states(judgements)},
+        who="the policy",
+        remedy="would read the same: teach the policy to judge first (dno sft on examples of the rubric), start a run "
+        "with another annotation.self_judge",
+    )
 
 
 @dataclass(frozen=True)
@@ -293,13 +248,13 @@ class _Sheet:
 
 
 def _judge_shards(
-    judge: _Judge, policy: epath.Path, source: _Source, shards: Sequence[str], *, out: StageDir, identity: str
+    judge: _Judge, policy: epath.Path, source: Pools, shards: Sequence[str], *, out: StageDir, identity: str
 ) -> None:
     """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
     part, iteration = judge.runtime.part, out.iteration
     own = shards[part.index :: part.count]
     # Of all shards, whoever judges them: processes that share a model must decode as many rows.
-    pools = {shard: source.pools(shard, dropped=Counter()) for shard in shards}
+    pools = {shard: source.read(shard, dropped=Counter()) for shard in shards}
     sizes = judge.sizes(num_requests=sum(len(pool.candidate_ids) for found in pools.values() for pool in found))
     params = judge.runtime.load_for_decoding(policy)
     asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
@@ -334,22 +289,10 @@ def _judge_shards(
                 close(sheet)
 
 
-def _refuse_if_too_few(judgements: Sequence[Judgement], *, max_failed: float, place: str) -> None:
-    missing = [judgement for judgement in judgements if judgement.state != "ok"]
-    if len(missing) <= max_failed * len(judgements):
-        return
-    reasons = Counter(f"{judgement.state}: {judgement.detail}" for judgement in missing)
-    shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-    raise DnoError(
-        f"{place}: the policy gave no verdict on {len(missing)} of {len(judgements)} pools ({shown}). Another call "
-        "would read the same: teach the policy to judge first (dno sft on examples of the rubric), start a run with "
-        "another annotation.self_judge, or raise annotation.max_failed to go on without these pools"
-    )
-
-
-def _reading_states(judgements: Sequence[Judgement]) -> dict[str, int]:
+def _reading_states(judgements: Iterable[Judgement]) -> dict[str, int]:
     """How many readings were answers, over all pools that were asked about."""
-    kept = [json.loads(judgement.raw) for judgement in judgements if judgement.raw]
-    scores = [reading["score"] for pool in kept for readings in pool.values() for reading in readings]
-    unread = sum(score is None for score in scores)
-    return {"ok": len(scores) - unread, "unparsable": unread}
+    states = Counter({"ok": 0, "unparsable": 0})
+    for judgement in judgements:
+        pool = json.loads(judgement.raw) if judgement.raw else {}
+        states.update("unparsable" if one["score"] is None else "ok" for own in pool.values() for one in own)
+    return dict(states)

@@ -108,8 +108,8 @@ def test_logits_equal_those_of_transformers(reference, name):
     assert 0.2 < found.exact[LONG].std() < 1
 
 
-# Not switches: names of tensors; and the context where a rotation names none of its own.
-NOT_SWITCHES = {"family", "max_position_embeddings"}
+# Not switches: names of tensors, what stands on the hidden states, and the context of a rotation that names none.
+NOT_SWITCHES = {"family", "max_position_embeddings", "head"}
 # Mixtures have a file of their own, test_moe_models.py.
 NOT_SWITCHES |= {"num_experts", "num_experts_per_tok", "expert_norm"}
 

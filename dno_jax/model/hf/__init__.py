@@ -1,16 +1,18 @@
 """Hugging Face checkpoints in and out: safetensors files to and from our parameter tree."""
 
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
-from dno_jax.model.hf.config_json import read_config, read_end_token_ids
+from dno_jax.model.hf.config_json import read_config, read_end_token_ids, read_pad_token_id
 from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, save
-from dno_jax.model.hf.importer import load
+from dno_jax.model.hf.importer import check, load
 
 __all__ = [
     "MAX_SHARD_BYTES",
     "ExportFacts",
     "HeldOutRate",
+    "check",
     "load",
     "read_config",
     "read_end_token_ids",
+    "read_pad_token_id",
     "save",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW
-from dno_jax.model.config import ModelConfig
+from dno_jax.model.config import Head, ModelConfig
 from dno_jax.model.hf.families import FAMILIES, Family, Meaning
 from dno_jax.model.hf.rope_json import read_ropes
 
@@ -53,6 +53,9 @@ _HARMLESS = {
     "unsloth_version",
     "use_cache",
 }
+# What transformers writes of the labels that a classifier tells apart. A reward model has one.
+_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
+_TRANSFORMERS_LABELS = 2  # where config.json names none
 # Understood, but only at these values: anything else changes the arithmetic.
 _ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0, None), "quantization_config": (None,)}
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -74,10 +77,11 @@ _MEANING: tuple[Meaning, ...] = (
 )
 
 
-def read_config(path: str | Path, *, rope_length: int | None = None) -> ModelConfig:
+def read_config(path: str | Path, *, head: Head = "logits", rope_length: int | None = None) -> ModelConfig:
     """Return the shape and arithmetic of the model in a checkpoint directory.
 
     Args:
+        head: what the checkpoint must be: a language model, or a reward model (a classifier with one label).
         rope_length: tokens of the run's longest text; see ModelConfig.rope_length, which stays None where no rotation
             depends on it.
 
@@ -86,7 +90,7 @@ def read_config(path: str | Path, *, rope_length: int | None = None) -> ModelCon
             that is not supported.
     """
     file, tree = read_json(path, "config.json")
-    return parse_config(tree, place=str(file), rope_length=rope_length)
+    return parse_config(tree, place=str(file), head=head, rope_length=rope_length)
 
 
 def read_end_token_ids(path: str | Path) -> tuple[int, ...]:
@@ -107,6 +111,11 @@ def read_end_token_ids(path: str | Path) -> tuple[int, ...]:
             raise DnoError(f"{file}: eos_token_id is {tree['eos_token_id']!r}; expected an id or a list of ids")
         return tuple(ids)
     raise DnoError(f"{path}: no eos_token_id in generation_config.json or config.json; add one, generation must end")
+
+
+def read_pad_token_id(path: str | Path) -> int | None:
+    """Return the id by which transformers tells padding from text, of config.json; None where it names none."""
+    return read_json(path, "config.json")[1].get("pad_token_id")
 
 
 def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -130,17 +139,22 @@ def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     return file, tree
 
 
-def parse_config(tree: dict[str, Any], *, place: str, rope_length: int | None = None) -> ModelConfig:
+def parse_config(
+    tree: dict[str, Any], *, place: str, head: Head = "logits", rope_length: int | None = None
+) -> ModelConfig:
     """Return the ModelConfig that a config.json describes; `place` names it in messages."""
     model_type = tree.get("model_type")
     if model_type not in FAMILIES:
         raise DnoError(f"{place}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
-    expected = [family.architecture]
+    if head == "reward":
+        tree = _one_label(tree, family, place=place)
+    expected = [family.architecture if head == "logits" else family.reward]
     if tree.get("architectures", expected) not in (expected, None):
-        raise DnoError(f"{place}: architectures is {tree['architectures']!r}; {model_type} supports {expected}")
+        kind = "" if head == "logits" else "a reward model of "
+        raise DnoError(f"{place}: architectures is {tree['architectures']!r}; {kind}{model_type} supports {expected}")
     values = _understood(tree, family, place=place)
-    fields: dict[str, Any] = {"family": model_type}
+    fields: dict[str, Any] = {"family": model_type, "head": head}
     for key, field, kind, convert in (*_MEANING, *family.meaning):
         if values.get(key) is not None:
             value = _number(values, key, kind, place=place)
@@ -160,6 +174,19 @@ def parse_config(tree: dict[str, Any], *, place: str, rope_length: int | None = 
         return ModelConfig(**{**fields, **family.fixed})
     except ValueError as error:
         raise DnoError(f"{place}: {error}") from None
+
+
+def _one_label(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
+    """Return config.json of a classifier without its labels, of which there must be one."""
+    if family.reward is None:
+        raise DnoError(f"{place}: {tree['model_type']} has no reward models; transformers has no such class")
+    counts = [len(tree[key]) for key in ("id2label", "label2id") if isinstance(tree.get(key), dict)]
+    counts += [tree["num_labels"]] if "num_labels" in tree else []
+    for count in counts or [_TRANSFORMERS_LABELS]:
+        if type(count) is not int or count != 1:
+            why = "" if counts else " (what transformers assumes where neither num_labels nor id2label is given)"
+            raise DnoError(f"{place}: num_labels is {count!r}{why}; a reward model has 1, the reward")
+    return {key: value for key, value in tree.items() if key not in _LABELS}
 
 
 def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:

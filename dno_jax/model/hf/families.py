@@ -51,6 +51,7 @@ class Family:
 
     Attributes:
         architecture: the only class of its checkpoints that is supported.
+        reward: that of its reward models; None where transformers has none.
         keys: keys that are understood beside those of every family -> transformers' default.
         only: keys that are understood at these values alone.
         harmless: keys that its published checkpoints have and its forward pass does not read.
@@ -66,6 +67,7 @@ class Family:
 
     architecture: str
     keys: Values
+    reward: str | None = None
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     same: Mapping[str, str] = field(default_factory=dict)
@@ -123,6 +125,7 @@ _OLMO_2_FIXED = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
+        reward="LlamaForSequenceClassification",
         keys={
             "num_key_value_heads": None,
             "max_position_embeddings": 2048,
@@ -134,11 +137,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
+        reward="MistralForSequenceClassification",
         keys={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         sliding=_in_all,
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
+        reward="Qwen2ForSequenceClassification",
         keys=_QWEN,
         only={"use_mrope": (False,)},
         fixed={"attention_bias": True},
@@ -146,12 +151,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
+        reward="Qwen3ForSequenceClassification",
         keys=_QWEN | {"head_dim": 128, "attention_bias": False},
         fixed={"qk_norm": "head"},
         sliding=_in_upper,
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
+        reward="MixtralForSequenceClassification",
         keys={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -169,6 +176,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM",
+        reward="Qwen3MoeForSequenceClassification",
         keys={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
@@ -196,6 +204,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": Family(
         "GemmaForCausalLM",
+        reward="GemmaForSequenceClassification",
         keys=_GEMMA | {"num_key_value_heads": 16, "hidden_act": "gelu_pytorch_tanh"},
         # The first files say gelu where the tanh is meant; transformers reads both so.
         only=_GEMMA_ONLY
@@ -205,6 +214,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma2": Family(
         "Gemma2ForCausalLM",
+        reward="Gemma2ForSequenceClassification",
         keys=_GEMMA | _GEMMA_2 | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
         only=_GEMMA_ONLY,
         harmless=frozenset({"cache_implementation"}),
@@ -216,6 +226,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
+        reward="Gemma3TextForSequenceClassification",
         keys=_GEMMA
         | _GEMMA_2
         | {"max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_local_base_freq": None},
@@ -232,6 +243,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
+        reward="Phi3ForSequenceClassification",
         keys={
             "num_key_value_heads": None,
             "max_position_embeddings": 4096,
@@ -255,6 +267,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo": Family(
         "OlmoForCausalLM",
+        reward="OlmoForSequenceClassification",
         keys={
             "num_key_value_heads": None,
             "max_position_embeddings": 2048,
@@ -265,12 +278,14 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
+        reward="Olmo2ForSequenceClassification",
         keys=_OLMO_2 | {"rms_norm_eps": 1e-5},
         fixed=_OLMO_2_FIXED,
         names=_NAMES | _POST_NORMS,
     ),
     "olmo3": Family(
         "Olmo3ForCausalLM",
+        reward="Olmo3ForSequenceClassification",
         keys=_OLMO_2 | {"rms_norm_eps": 1e-5, "sliding_window": 4096, "layer_types": None},
         fixed=_OLMO_2_FIXED,
         sliding=lambda values, layer: (layer + 1) % 4 != 0,
@@ -280,6 +295,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(
         "SmolLM3ForCausalLM",
+        reward="SmolLM3ForSequenceClassification",
         keys={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from dno_jax.model.config import ModelConfig
+from dno_jax.model.config import Head, ModelConfig
 from dno_jax.model.hf.config_json import read_config
 from dno_jax.model.hf.files import ITEM_BYTES, TensorFiles
 from dno_jax.model.hf.tensors import Tensor, tensor_table
@@ -33,12 +33,18 @@ THREADS = min(8, os.cpu_count() or 1)
 
 
 def load(
-    path: str | Path, *, shardings: Any = None, dtype: Any = np.float32, progress: Progress | None = None
+    path: str | Path,
+    *,
+    head: Head = "logits",
+    shardings: Any = None,
+    dtype: Any = np.float32,
+    progress: Progress | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a checkpoint.
 
     Args:
         path: directory with config.json and model.safetensors, or its index and shards (bfloat16, float16 or float32).
+        head: what the checkpoint must be; see `read_config`.
         shardings: tree of jax.sharding.Sharding like the parameters; each process then reads the slices of its own
             devices alone, piece by piece, so that no host ever holds the model. None returns numpy arrays.
         dtype: of the parameters; or a tree of dtypes like the parameters.
@@ -52,7 +58,7 @@ def load(
             than config.json says; or config.json is not understood.
     """
     path = Path(path)
-    config = read_config(path)
+    config = read_config(path, head=head)
     table = tensor_table(config)
     total = 0
 
@@ -69,6 +75,22 @@ def load(
             wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
             put_leaf(params, leaf.tensor.path, leaf.read(Reader(files, pool, np.dtype(wanted))))
     return config, params
+
+
+def check(path: str | Path, *, head: Head = "logits") -> tuple[Path, ...]:
+    """Compare a checkpoint's files with its config.json, and read nothing but their headers.
+
+    Returns:
+        The files that hold its weights.
+
+    Raises:
+        DnoError: as `load`.
+    """
+    path = Path(path)
+    config = read_config(path, head=head)
+    with contextlib.closing(TensorFiles(path)) as files:
+        files.check(tensor_table(config), tied=config.tie_word_embeddings, place=path)
+        return tuple(dict.fromkeys(header.file for header in files.headers.values()))
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,9 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
     table = [Tensor(("embed",), "model.embed_tokens.weight", 0, (V, D), ())]
     if config.norm == "rms":
         table.append(Tensor(("final_norm",), "model.norm.weight", 0, (D,), ()))
-    if not config.tie_word_embeddings:
+    if config.head == "reward":
+        table.append(Tensor(("score",), "score.weight", 1, (D, 1), ()))
+    elif not config.tie_word_embeddings:
         table.append(Tensor(("head",), "lm_head.weight", 1, (D, V), ()))
 
     def layer(leaf: str, hf_name: str, inputs: int, *shape: int) -> None:
