@@ -21,9 +21,8 @@ def read_object(reply: str) -> dict[str, Any]:
     Raises:
         Unparsable: anything else, a key that occurs twice included.
     """
-    fenced = _WHOLE_FENCE.fullmatch(reply.strip())
     try:
-        answer = json.loads(fenced[1] if fenced else reply, object_pairs_hook=_no_key_twice)
+        answer = json.loads(_unfenced(reply), object_pairs_hook=_no_key_twice)
     except (ValueError, RecursionError) as error:  # ValueError: also an integer of thousands of digits
         raise Unparsable(f"not one JSON object: {error}") from None
     if not isinstance(answer, dict):
@@ -39,14 +38,14 @@ def read_whole(reply: Reply, parse: Callable[[str], Sequence[float]], *, shown: 
         shown: the texts under judgement.
 
     Raises:
-        Unparsable: the reply was cut, does not parse, or is copied from what it judges: a candidate can be a verdict
-            word for word, and a judge that only repeats it has judged nothing.
+        Unparsable: the reply was cut, does not parse, or is copied from what it judges (blanks aside): a candidate can
+            be a verdict word for word, and a judge that only repeats it has judged nothing.
     """
     if reply.finish == "length":
         raise Unparsable("the reply was cut at its longest: raise max_tokens")
     text = reply.text or ""
     scores = tuple(float(score) for score in parse(text))
-    if any(text.strip() in candidate for candidate in shown):
+    if any(_squeezed(_unfenced(text)) in _squeezed(candidate) for candidate in shown):
         raise Unparsable("the reply stands word for word in a text that it judges")
     return scores
 
@@ -63,8 +62,17 @@ def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 def few(names: Sequence[str]) -> str:
     """List some names, shortened."""
-    shown = [name if len(name) <= 12 else name[:9] + "..." for name in names[:8]]
+    shown = [name if len(name) <= 16 else name[:13] + "..." for name in names[:8]]
     return ", ".join(shown) + (", ..." if len(names) > 8 else "") if names else "none"
+
+
+def _unfenced(reply: str) -> str:
+    fenced = _WHOLE_FENCE.fullmatch(reply.strip())
+    return fenced[1] if fenced else reply
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

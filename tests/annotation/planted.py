@@ -16,9 +16,12 @@ Mind = Callable[[str, list[str], Question], str | Reply]
 
 
 def careful_reader(messages: Sequence[dict[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Read a request line by line as a judge that was told the rule: (role, text) of messages, (name, text) of candidates.
+    """Read a request line by line, as a judge that was told the rule.
 
     The rule comes first in the request, before any text of others, and only lines with its code count.
+
+    Returns:
+        (role, text) of the messages and (name, text) of the candidates.
     """
     request = "\n".join(message["content"] for message in messages)
     code = request.split("<<<TITLE ", 1)[1][:16]
