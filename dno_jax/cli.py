@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dno_jax.annotations_cli import annotations
+
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
 
@@ -211,6 +213,8 @@ class _TemplateByDefault(TyperGroup):
             args = ["template", *args]
         return super().parse_args(ctx, args)
 
+
+app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export, purge or salvage it.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")

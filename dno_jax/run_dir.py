@@ -292,15 +292,28 @@ def read_manifest(path: epath.Path) -> Manifest | None:
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write a file that is there whole or not at all."""
+    _write_atomically(path, [text])
+
+
+def write_lines_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> int:
+    """Write a file line by line, there whole or not at all, and return how many lines it has."""
+    return _write_atomically(path, (f"{line}\n" for line in lines))
+
+
+def _write_atomically(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    count = 0
     with temporary.open("w") as file:
-        file.write(text)
+        for text in texts:
+            file.write(text)
+            count += 1
         file.flush()
         if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
             os.fsync(file.fileno())
     temporary.replace(path)
+    return count
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

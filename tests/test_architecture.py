@@ -14,8 +14,8 @@ LEVELS = {
     "model": 1, "sampled_games": 1,
     "parallel": 2,
     "sampling": 3, "training": 3, "annotation": 3, "evaluation": 3,
-    "report": 4, "stages": 4, "plan": 4,
-    "iteration": 5,
+    "report": 4, "stages": 4, "plan": 4, "annotation_plan": 4,
+    "iteration": 5, "annotations_cli": 5,
     "cli": 6, "__main__": 7,
 }  # fmt: skip
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))

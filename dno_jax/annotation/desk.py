@@ -303,10 +303,14 @@ def run_name(own_path: str, path: str) -> str:
 
 def _places(section: AnnotationSection) -> dict[str, ChatSection]:
     """Whom a configuration asks, by the place where messages say that they are configured."""
-    judges = {"openai": {"annotation.openai": section.openai}}.get(section.kind) or {
-        f"annotation.ensemble.{number}": judge for number, judge in enumerate(section.judges)
-    }
-    return judges | ({} if section.teacher is None else {"annotation.teacher": section.teacher})
+    places: dict[str, ChatSection] = {}
+    if section.kind == "openai":
+        places["annotation.openai"] = section.openai
+    if section.kind == "ensemble":
+        places |= {f"annotation.ensemble.{number}": judge for number, judge in enumerate(section.ensemble)}
+    if section.teacher is not None:
+        places["annotation.teacher"] = section.teacher
+    return places
 
 
 async def _pause(seconds: float) -> None:

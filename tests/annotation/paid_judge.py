@@ -80,6 +80,7 @@ def said(text: str, *, tokens_in: int = 40, tokens_out: int = 10, **fields: Any)
 
 def question(text: str, *, asked: OpenAISection = SECTION, **fields: Any) -> Question:
     """A question whose reply is one number."""
+
     def read(reply: Reply) -> tuple[float, ...]:
         try:
             return (float(reply.text or ""), 0.5)
@@ -87,4 +88,5 @@ def question(text: str, *, asked: OpenAISection = SECTION, **fields: Any) -> Que
             raise Unparsable(f"no number: {reply.text}") from None
 
     body = {"model": asked.model, "messages": [{"role": "user", "content": text}], "max_tokens": asked.max_tokens}
-    return Question(asked=asked, judge=f"judge {asked.model}", prompt_id="p", order=(0, 1), body=body, read=read, **fields)
+    judge = f"judge {asked.model}"
+    return Question(asked=asked, judge=judge, prompt_id="p", order=(0, 1), body=body, read=read, **fields)

@@ -27,6 +27,7 @@ from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
+from tests.annotation.paid_judge import SECTION, FakeClient, question, said
 
 ROOT = Path(__file__).parents[2]
 KEY = "planted.0123456789.do-not-leak"  # unlike an OpenAI key: found because it is the key, not by its looks
@@ -57,7 +58,8 @@ def read_worth(prompt: str, candidates: Sequence[str]) -> list[int]:
 
 def section(server: FakeJudge | str, **fields: object) -> OpenAISection:
     url = server if isinstance(server, str) else server.url
-    return OpenAISection(**{"model": "judge-1", "base_url": url, "api_key_env": None, "timeout": 20.0, "max_outage": 1.0, **fields})
+    usual = {"model": "judge-1", "base_url": url, "api_key_env": None, "timeout": 20.0, "max_outage": 1.0}
+    return OpenAISection(**usual | fields)
 
 
 def build(config: OpenAISection | AnnotationSection, store_path, *, seed: int = 0) -> EndpointAnnotator:
@@ -94,7 +96,7 @@ def test_planted_scores_come_back_whatever_the_order(store_path):
     plan = [planted(number) for number in range(120)]
     with FakeJudge(scorer=read_worth) as server:
         judgements = judge_all(section(server), [pool for pool, _ in plan], store_path)
-        shown = [body["messages"][1]["content"] for body in server.bodies]
+        shown = [body["messages"][1]["content"] for body in server.bodies if len(body["messages"]) == 2]
     assert [list(judgement.scores) for judgement in judgements] == [scores for _, scores in plan]
     assert [judgement.candidate_ids for judgement in judgements] == [pool.candidate_ids for pool, _ in plan]
     assert all(judgement.state == "ok" and judgement.wins is None for judgement in judgements)
@@ -141,7 +143,7 @@ def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path
             if all(judgement.state == "ok" for judgement in judgements):
                 break
             assert passes < 5
-        assert {entry.outcome for entry in server.log} == {"ok", *FAULTS}
+        assert {entry.outcome for entry in server.log} == {"probe", "ok", *FAULTS}
         assert passes > 1  # a refusal is not asked again in the same run
         assert server.duplicates == 0
         assert max(server.counts.tries.values()) <= 3 * passes
@@ -224,19 +226,29 @@ def test_an_unreachable_endpoint_is_no_per_pool_failure(store_path, dead_url):
     ],
 )
 def test_what_no_pool_can_survive_stops_the_run_at_once(store_path, status, remedy):
-    with FakeJudge(schedule=[status]) as server:
+from tests.annotation.paid_judge import SECTION, FakeClient, question, said
         with pytest.raises(DnoError, match=remedy) as caught:
             judge_one(section(server), store_path)
-        assert server.requests + (status == "401") >= 1
-        assert len(server.log) == 1
+        assert [entry.outcome for entry in server.log if entry.outcome != "probe"] == [status]
         assert server.url in str(caught.value)
         assert "judge-1" in str(caught.value)
+    assert tries_of(store_path) == 0
+
+
+@pytest.mark.parametrize("fields", [{"api_key_env": "DNO_TEST_KEY"}, {"base_url": "{url}/none"}])
+def test_a_wrong_key_or_path_costs_one_request_however_many_pools_wait(store_path, monkeypatch, fields):
+    monkeypatch.setenv("DNO_TEST_KEY", KEY)
+    with FakeJudge(api_key="another") as server:
+        given = {name: value.format(url=server.url) for name, value in fields.items()}
+        with pytest.raises(DnoError, match=r"api_key_env|DNO_TEST_KEY|base_url"):
+            judge_all(section(server, **given), [planted(number)[0] for number in range(40)], store_path)
+        assert len(server.log) == (1 if "api_key_env" in fields else 0)  # a wrong path is no judge's
 
 
 def test_the_probe_finds_a_good_endpoint_and_costs_no_verdict(store_path):
     with FakeJudge() as server:
         probe(section(server), store_path)
-        assert [entry.outcome for entry in server.log] == ["probe"]
+        assert {entry.outcome for entry in server.log} == {"probe"}
         assert server.requests == 0
 
 
@@ -362,7 +374,7 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
     with FakeJudge(scorer=read_worth, api_key=KEY, schedule=["500", None]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY")
         annotator = build(config, store_path)
-        said += [repr(annotator), str(vars(annotator)), annotator.identity]
+        said += [repr(annotator), str(vars(annotator)), str(vars(annotator.desk)), annotator.identity]
 
         async def work() -> None:
             try:
@@ -370,7 +382,6 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
                 monkeypatch.setattr(server, "api_key", "another")  # its 401 quotes the key it was given
                 await annotator.judge(planted(2)[0])
             finally:
-                said.append(annotator._endpoint.scrub(f"x {KEY} y Bearer abcdefgh sk-proj-12345678"))
                 await annotator.close()
 
         with pytest.raises(DnoError, match="Incorrect API key provided: ") as caught:
@@ -381,9 +392,8 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
         assert not isinstance(error, Exception) or type(error).__module__.startswith("dno_jax")
         error = error.__cause__ or error.__context__
     said.append(caplog.text)
-    assert "judge: try 1 of 5" in caplog.text
+    assert "judge-1: try 1 of 5" in caplog.text
     assert all(KEY not in text for text in said)
-    assert "x [key] y [key] [key]" in said
     for file in tmp_path.iterdir():
         assert KEY.encode() not in file.read_bytes()
 
@@ -404,3 +414,230 @@ def test_without_a_key_variable_none_is_taken_from_the_surroundings(store_path, 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with FakeJudge(scorer=read_worth, api_key="none") as server:
         assert judge_one(section(server), store_path).state == "ok"
+
+
+def desk_over(client: FakeClient, store_path, config: AnnotationSection | None = None) -> Desk:
+    store = VerdictStore(store_path)
+    return Desk({SECTION: client}, store=store, budget=Budget(config or AnnotationSection(), store=store, run="."))
+
+
+def ask_all(client: FakeClient, store_path, questions: Sequence[Question]) -> list[Verdict | BaseException]:
+    async def work() -> list[Verdict | BaseException]:
+        desk = desk_over(client, store_path)
+        try:
+            return await asyncio.gather(*map(desk.ask, questions), return_exceptions=True)
+        finally:
+            await desk.close()
+
+    return asyncio.run(work())
+
+
+def test_the_same_question_asked_at_once_is_asked_once(store_path):
+    client = FakeClient(delay=0.005)
+    found = ask_all(client, store_path, [question("a"), question("b"), question("a"), question("a", repeat=1)])
+    assert len(client.bodies) == 3
+    assert found[0] == found[2]
+    assert client.probes == 1
+    assert client.closed
+
+
+@pytest.mark.parametrize(
+    ("reply", "state", "scores"),
+    [
+        (said("0.75"), "ok", (0.75, 0.5)),
+        (said("0.5"), "tie", (0.5, 0.5)),
+        (said("none"), "unparsable", None),
+        (said("0.75", refusal="no"), "refused", None),
+        (said("0.75", finish="content_filter"), "refused", None),
+        (Trouble("asked too much", then="give up", status=400), "failed", None),
+        (Trouble("HTTP 400: filtered", then="refused", status=400), "refused", None),
+    ],
+)
+def test_what_a_reply_comes_to(store_path, reply, state, scores):
+    asked = SECTION.model_copy(update={"form": "pairwise", "max_tries": 1})
+    client = FakeClient([reply])
+
+    async def work() -> Verdict:
+        store = VerdictStore(store_path)
+        desk = Desk({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
+        try:
+            return await desk.ask(question("a", asked=asked))
+        finally:
+            await desk.close()
+
+    verdict = asyncio.run(work())
+    assert (verdict.state, verdict.scores) == (state, scores)
+    assert len(client.bodies) == verdict.tries == 1
+
+
+def test_waiting_follows_failures_and_not_replies_that_do_not_parse(store_path, monkeypatch):
+    waits = []
+
+    async def note(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("dno_jax.annotation.desk._pause", note)
+    script = [Trouble("slow down", retry_after=7.5, status=429), said("none"), said("1")]
+    assert ask_all(FakeClient(script), store_path, [question("a")])[0].state == "ok"
+    assert len(waits) == 1
+    assert waits[0] >= 7.5
+
+
+def test_after_what_stops_everything_nothing_more_is_sent_and_what_was_under_way_is_kept(store_path):
+    refusal = DnoError("HTTP 401")
+    client = FakeClient([said("1"), said("2"), refusal], delay=0.005)
+
+    async def work() -> list[Verdict | BaseException]:
+        desk = desk_over(client, store_path)
+        try:
+            first = await asyncio.gather(*(desk.ask(question(name)) for name in "abcd"), return_exceptions=True)
+            return first + await asyncio.gather(*(desk.ask(question(name)) for name in "efa"), return_exceptions=True)
+        finally:
+            await desk.close()
+
+    found = asyncio.run(work())
+    assert [verdict.state for verdict in (found[0], found[1], found[3])] == ["ok"] * 3
+    assert found[2] is refusal
+    assert found[4] is found[5] is refusal
+    assert found[6] == found[0]  # what is known is known
+    assert len(client.bodies) == 4
+    assert tries_of(store_path) == 3
+
+
+def test_a_full_disk_stops_cleanly_and_loses_nothing_that_was_seen(store_path):
+    client = FakeClient(default=lambda: said("1" + " " * 3000))
+
+    seen: list[str] = []
+
+    async def work() -> None:
+        desk = desk_over(client, store_path)
+        writer = desk._store._database._writer
+        (pages,) = writer.execute("PRAGMA page_count").fetchone()
+        writer.execute(f"PRAGMA max_page_count = {pages + 30}")
+
+        async def one(number: int) -> None:
+            await desk.ask(question(str(number)))
+            seen.append(str(number))
+
+        try:
+            for first in range(0, 400, 8):
+                await asyncio.gather(*(one(number) for number in range(first, first + 8)))
+        finally:
+            await desk.close()
+
+    with pytest.raises(DnoError, match="see to the disk"):
+        asyncio.run(work())
+    assert len(seen) >= 8
+    asked = len(client.bodies)
+    assert asked <= len(seen) + 8  # of those under way, no more
+    found = ask_all(client, store_path, [question(name) for name in seen])
+    assert {verdict.state for verdict in found} == {"ok"}
+    assert len(client.bodies) == asked
+
+
+def test_a_damaged_store_is_refused_with_the_command_that_salvages_it(store_path):
+    store_path.write_bytes(b"no database" * 1000)
+    with FakeJudge() as server:
+        with pytest.raises(DnoError, match=f"dno annotations salvage {store_path}"):
+            judge_one(section(server), store_path)
+        assert server.log == []
+
+
+def test_a_caller_that_goes_away_takes_no_one_else_along(store_path):
+    client = FakeClient(delay=0.01)
+
+    async def work() -> Verdict:
+        desk = desk_over(client, store_path)
+        try:
+            first, second = (asyncio.ensure_future(desk.ask(question("a"))) for _ in range(2))
+            await asyncio.sleep(0.002)
+            first.cancel()
+            return await second
+        finally:
+            await desk.close()
+
+    assert asyncio.run(work()).state == "ok"
+    assert len(client.bodies) == 1
+
+
+def test_closing_gives_up_what_is_under_way(store_path):
+    client = FakeClient(delay=3600.0)
+
+    async def work() -> None:
+        desk = desk_over(client, store_path)
+        asked = asyncio.ensure_future(desk.ask(question("a")))
+        while not client.bodies:
+            await asyncio.sleep(0.001)
+        await desk.close()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+
+    asyncio.run(work())
+    assert client.closed
+
+
+def test_a_repetition_is_paid_for_anew_and_recalled_by_its_number(store_path):
+    pool = planted(3)[0]
+
+    async def work(url: str) -> None:
+        annotator = build(section(url), store_path)
+        try:
+            await annotator.judge(pool)
+            assert annotator.recall(pool, repeat=1) is None
+            again = await annotator.judge(pool, repeat=1)
+            assert annotator.recall(pool, repeat=1) == again
+        finally:
+            await annotator.close()
+
+    with FakeJudge(scorer=read_worth) as server:
+        asyncio.run(work(server.url))
+        assert server.requests == 2
+
+
+def test_an_ensemble_asks_all_its_judges_and_shares_a_store_with_other_runs(tmp_path):
+    plan = [planted(number) for number in range(12)]
+    pools = [pool for pool, _ in plan]
+    with FakeJudge(scorer=read_worth) as server:
+        judges = (section(server, model="one"), section(server, model="two"))
+        prices = {"one": {"input": 1.0, "output": 1.0}, "two": {"input": 2.0, "output": 2.0}}
+        tree = {"kind": "ensemble", "ensemble": judges, "prices": prices, "store": str(tmp_path / "shared.sqlite")}
+        config = AnnotationSection.model_validate(tree)
+        runs = [tmp_path / name / "annotations.sqlite" for name in ("first", "second")]
+        for run in runs:
+            run.parent.mkdir()
+        judgements = judge_all(config, pools, runs[0])
+        for judgement, (_, scores) in zip(judgements, plan, strict=True):
+            assert judgement.state == "ok"
+            expected = [[(a > b) + 0.5 * (a == b) for b in scores] for a in scores]
+            assert [list(row) for row in judgement.wins] == expected
+        assert server.requests == 24
+        assert judge_all(config, pools, runs[1]) == judgements
+        assert server.requests == 24
+    assert not runs[0].exists()
+    with closing(VerdictStore(tmp_path / "shared.sqlite")) as store:
+        paid = {(receipt.run, receipt.model): receipt.usd for receipt in store.receipts()}
+    assert paid.keys() == {("first", "one"), ("first", "two")}
+    assert paid["first", "two"] == pytest.approx(2 * paid["first", "one"])
+
+
+def test_a_pool_over_budget_has_no_judgement_and_gets_it_when_the_limit_is_raised(store_path):
+    plan = [planted(number) for number in range(12)]
+    pools = [pool for pool, _ in plan]
+    with FakeJudge(scorer=read_worth) as server:
+        judge = section(server, max_tokens=100, max_concurrency=1)
+
+        def config(max_usd: float) -> AnnotationSection:
+            prices = {"judge-1": {"input": 1.0, "output": 10.0}}
+            tree = {"kind": "openai", "openai": judge, "prices": prices, "max_usd": max_usd}
+            return AnnotationSection.model_validate(tree)
+
+        judgements = judge_all(config(0.008), pools, store_path)
+        states = {judgement.state for judgement in judgements}
+        assert states == {"ok", "over budget"}
+        over = [judgement for judgement in judgements if judgement.state == "over budget"]
+        assert all(judgement.scores is None and "annotation.max_usd=0.008" in judgement.detail for judgement in over)
+        asked = server.requests
+        judgements = judge_all(config(1.0), pools, store_path)
+        assert [list(judgement.scores) for judgement in judgements] == [scores for _, scores in plan]
+        assert server.requests == asked + len(over)
+        assert server.duplicates == 0
