@@ -1,48 +1,26 @@
-"""The Batch API: files in and out, and batches that take their time."""
+"""The Batch API: batches that take their time."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dno_jax.annotation.fake_judge.completion import error_body
+from dno_jax.annotation.fake_judge.files import Files, page
 from dno_jax.annotation.fake_judge.http import Answer, Request, json_answer
 
 _MAX_LINES = 50_000
 _WINDOW_SECONDS = 24 * 3600
 _LINES_A_TURN = 16  # between two of which the connections are served
-_FIELD = re.compile(r'; *(name|filename)="([^"]*)"')
 _OPEN = ("validating", "in_progress", "finalizing")
 
 Judge = Callable[[dict[str, Any]], tuple[int, Any]]
 """Answers a line's body: HTTP status and the body of the reply."""
-
-
-@dataclass
-class _File:
-    file_id: str
-    filename: str
-    purpose: str
-    content: bytes
-    created_at: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.file_id,
-            "object": "file",
-            "bytes": len(self.content),
-            "created_at": self.created_at,
-            "expires_at": None,
-            "filename": self.filename,
-            "purpose": self.purpose,
-            "status": "processed",
-            "status_details": None,
-        }
 
 
 @dataclass
@@ -51,10 +29,19 @@ class _Batch:
     lines: list[dict[str, Any]] = field(default_factory=list)
     output: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def turn(self, status: str) -> None:
         self.fields["status"] = status
         self.fields[f"{status}_at"] = int(time.time())
+
+    async def wait(self, until: float) -> None:
+        """Wait for a moment of the loop's clock, or to be cancelled; give the loop a turn in any case."""
+        await asyncio.sleep(0)
+        left = until - asyncio.get_running_loop().time()
+        if left > 0.0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.cancelled.wait(), left)
 
 
 class Batches:
@@ -64,13 +51,22 @@ class Batches:
         judge: answers a line.
         expires: whether the window closes before a line's turn.
         delay: seconds a batch takes from its creation.
+        errors: what went wrong here.
     """
 
-    def __init__(self, judge: Judge, *, expires: Callable[[dict[str, Any]], bool], delay: float):
+    def __init__(
+        self,
+        judge: Judge,
+        *,
+        expires: Callable[[dict[str, Any]], bool],
+        delay: float,
+        errors: list[BaseException],
+    ):
         self._judge = judge
         self._expires = expires
         self._delay = delay
-        self._files: dict[str, _File] = {}
+        self._errors = errors
+        self._files = Files()
         self._batches: dict[str, _Batch] = {}
         self._work: set[asyncio.Task[None]] = set()
         self.started = 0
@@ -78,47 +74,24 @@ class Batches:
     def handle(self, request: Request) -> Answer | None:
         """Answer what is said to /v1/files and /v1/batches; None if it is something else."""
         match request.method, *request.path.removeprefix("/v1/").split("/"):
-            case "POST", "files":
-                return self._upload(request)
-            case "GET", "files":
-                return json_answer(200, _page([file.as_json() for file in self._files.values()], request))
-            case "GET", "files", name if name in self._files:
-                return json_answer(200, self._files[name].as_json())
-            case "GET", "files", name, "content" if name in self._files:
-                return Answer(200, self._files[name].content, content_type="application/octet-stream")
-            case "DELETE", "files", name if name in self._files:
-                del self._files[name]
-                return json_answer(200, {"id": name, "object": "file", "deleted": True})
+            case _, "files", *_:
+                return self._files.handle(request)
             case "POST", "batches":
                 return self._create(request)
             case "GET", "batches":
-                return json_answer(200, _page([batch.fields for batch in self._batches.values()], request))
+                return json_answer(200, page([batch.fields for batch in self._batches.values()], request))
             case "GET", "batches", name if name in self._batches:
                 return json_answer(200, self._batches[name].fields)
             case "POST", "batches", name, "cancel" if name in self._batches:
                 return self._cancel(self._batches[name])
-            case _, ("files" | "batches") as kind, name, *_:
-                kind = {"files": "File", "batches": "Batch"}[kind]
-                return json_answer(404, error_body(f"No such {kind} object: {name}", param="id"))
+            case _, "batches", name, *_:
+                return json_answer(404, error_body(f"No such Batch object: {name}", param="id"))
         return None
-
-    def _upload(self, request: Request) -> Answer:
-        parts = _multipart(request)
-        name, content = parts.get("file", ("", b""))
-        purpose = parts.get("purpose", ("", b""))[1].decode("utf-8", "replace")
-        if not name or purpose != "batch":
-            return json_answer(400, error_body("a file with a name and purpose=batch are needed", param="file"))
-        return json_answer(200, self._keep(name, purpose, content).as_json())
-
-    def _keep(self, filename: str, purpose: str, content: bytes) -> _File:
-        file = _File(f"file-{len(self._files) + 1:06d}", filename, purpose, content, int(time.time()))
-        self._files[file.file_id] = file
-        return file
 
     def _create(self, request: Request) -> Answer:
         try:
             asked = json.loads(request.body)
-            file = self._files[asked["input_file_id"]]
+            file = self._files.by_id[asked["input_file_id"]]
         except (ValueError, LookupError, TypeError, RecursionError):
             return json_answer(400, error_body("no such input file", param="input_file_id"))
         if asked.get("endpoint") != "/v1/chat/completions" or asked.get("completion_window") != "24h":
@@ -148,18 +121,23 @@ class Batches:
         answer = json_answer(200, batch.fields)
         task = asyncio.get_running_loop().create_task(self._run(batch, file.content))
         self._work.add(task)
-        task.add_done_callback(self._work.discard)
+        task.add_done_callback(self._end)
         return answer
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._work.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._errors.append(error)
 
     def _cancel(self, batch: _Batch) -> Answer:
         if batch.fields["status"] not in _OPEN:
             return json_answer(409, error_body(f"Cannot cancel a batch with status '{batch.fields['status']}'."))
         batch.turn("cancelling")
+        batch.cancelled.set()
         return json_answer(200, batch.fields)
 
     async def _run(self, batch: _Batch, content: bytes) -> None:
-        loop = asyncio.get_running_loop()
-        start = loop.time()
+        start = asyncio.get_running_loop().time()
         await asyncio.sleep(0)  # the answer that made it says "validating"
         batch.lines, problems = _read_lines(content)
         if problems:
@@ -168,13 +146,13 @@ class Batches:
             return
         counts = batch.fields["request_counts"]
         counts["total"] = len(batch.lines)
-        if batch.fields["status"] == "validating":
+        if not batch.cancelled.is_set():
             batch.turn("in_progress")
         late = False
         for number, line in enumerate(batch.lines):
             if number % _LINES_A_TURN == 0:
-                await asyncio.sleep(max(0.0, start + self._delay * number / len(batch.lines) - loop.time()))
-            if batch.fields["status"] == "cancelling":
+                await batch.wait(start + self._delay * number / len(batch.lines))
+            if batch.cancelled.is_set():
                 _leave_out(batch, line, "batch_cancelled", "This request was not executed: the batch was cancelled.")
             elif self._expires(line["body"]):
                 late = True
@@ -187,15 +165,15 @@ class Batches:
             else:
                 status, body = self._judge(line["body"])
                 _report(batch, line, status, body)
-        if batch.fields["status"] != "cancelling":
+        if not batch.cancelled.is_set():
             batch.turn("finalizing")
-            await asyncio.sleep(max(0.0, start + self._delay - loop.time()))
+            await batch.wait(start + self._delay)
         for name, rows in (("output", batch.output), ("error", batch.errors)):
             if rows:
-                text = "".join(json.dumps(row) + "\n" for row in rows)
-                file = self._keep(f"{batch.fields['id']}_{name}.jsonl", "batch_output", text.encode())
+                text = "".join(json.dumps(row) + "\n" for row in reversed(rows))  # the API promises no order
+                file = self._files.keep(f"{batch.fields['id']}_{name}.jsonl", "batch_output", text.encode())
                 batch.fields[f"{name}_file_id"] = file.file_id
-        if batch.fields["status"] == "cancelling":
+        if batch.cancelled.is_set():
             batch.turn("cancelled")
         else:
             batch.turn("expired" if late else "completed")
@@ -252,31 +230,3 @@ def _read_lines(content: bytes) -> tuple[list[dict[str, Any]], list[dict[str, An
         seen.add(custom_id)
         lines.append(line)
     return lines, problems
-
-
-def _page(rows: list[dict[str, Any]], request: Request) -> dict[str, Any]:
-    """The newest first, `limit` of those that come after the id `after`."""
-    rows = rows[::-1]
-    ids = [row["id"] for row in rows]
-    after = request.query.get("after")
-    start = ids.index(after) + 1 if after in ids else 0
-    limit = int(asked) if (asked := request.query.get("limit", "20")).isdecimal() else 20
-    shown = rows[start : start + limit]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": start + limit < len(rows),
-    }
-
-
-def _multipart(request: Request) -> dict[str, tuple[str, bytes]]:
-    """Name -> (file name, content) of a form."""
-    _, _, boundary = request.headers.get("content-type", "").partition("boundary=")
-    found = {}
-    for part in request.body.split(b"--" + boundary.strip('"').encode())[1:-1]:
-        head, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        fields = dict(_FIELD.findall(head.decode("utf-8", "replace")))
-        found[fields.get("name", "")] = (fields.get("filename", ""), content.removesuffix(b"\r\n"))
-    return found

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from rich.table import Table
 
 from dno_jax.config.base import Count, Fraction, Section
@@ -58,7 +58,7 @@ def check_outcome(name: str) -> str:
     return name
 
 
-Outcome = Annotated[str, AfterValidator(check_outcome)]
+Outcome = Annotated[str, BeforeValidator(str), AfterValidator(check_outcome)]  # YAML reads 429 as a number
 
 
 class Behaviour(Section):
@@ -95,6 +95,9 @@ class Behaviour(Section):
     ignored_fields: tuple[str, ...] = Field(default=(), description="of a request: logprobs, n, max_tokens, ...")
     batches: bool = Field(default=True, description="whether there is a Batch API")
     batch_delay: float = Field(default=1.0, ge=0.0, description="seconds a batch takes")
+    batch_fraction: Fraction = Field(
+        default=0.0, description="share of calls to files and batches that fail, or whose reply is lost"
+    )
     batch_expired: Fraction = Field(default=0.0, description="share of a batch's lines that its window closes on")
 
 

@@ -15,7 +15,7 @@ from dno_jax.annotation.fake_judge.preference import (
     given_points,
     true_points,
 )
-from dno_jax.annotation.fake_judge.reading import Asked
+from dno_jax.annotation.fake_judge.reading import Asked, message_text
 from dno_jax.annotation.fake_judge.teacher import teach
 
 REFUSAL = "I cannot help with that."
@@ -49,7 +49,12 @@ def count_tokens(text: str) -> int:
 
 def count_prompt_tokens(body: Mapping[str, Any]) -> int:
     """Estimate from lengths; a message costs four more, as chat templates do."""
-    return sum(4 + count_tokens(str(message.get("content") or "")) for message in body["messages"])
+    return sum(4 + count_tokens(message_text(message)) for message in body["messages"])
+
+
+def opinion_name(body: Mapping[str, Any]) -> str:
+    """What an opinion is drawn by: all that the model is shown."""
+    return "\x1f".join(message_text(message) for message in body["messages"])
 
 
 def token_limit(body: Mapping[str, Any]) -> int | None:
@@ -67,7 +72,7 @@ def complete(
 ) -> dict[str, Any]:
     """Answer a request, as the outcome says."""
     # Every draw goes by what is asked, so that another try, or another way to ask it, finds the same opinion.
-    name = json.dumps([body["messages"], body.get("seed")])
+    name = f"{opinion_name(body)}\x1f{body.get('seed')}"
     choices = []
     spent = 0
     for index in range(body.get("n") or 1):
@@ -190,9 +195,9 @@ def _entry(token: str, logprob: float) -> dict[str, Any]:
 
 def settle(asked: Asked, body: Mapping[str, Any], *, digest: str, attempt: int, behaviour: Behaviour) -> str:
     """What becomes of a request when it comes for the `attempt`-th time."""
-    if uniform(behaviour.seed, "refusal", json.dumps(body["messages"])) < behaviour.refusals:
+    if behaviour.refusals and uniform(behaviour.seed, "refusal", opinion_name(body)) < behaviour.refusals:
         return "refusal"
-    if uniform(behaviour.seed, "fault", digest, attempt) >= behaviour.fraction:
+    if not behaviour.fraction or uniform(behaviour.seed, "fault", digest, attempt) >= behaviour.fraction:
         return "ok"
     faults = behaviour.faults
     fault = faults[int(len(faults) * uniform(behaviour.seed, "which", digest, attempt))]

@@ -7,7 +7,7 @@ import json
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, Literal
 from urllib.parse import parse_qsl
@@ -22,13 +22,14 @@ Ending = Literal["whole", "truncated", "close", "reset", "hang", "trickle"]
 
 @dataclass(frozen=True)
 class Request:
-    """A request that has arrived whole; header names are in lower case."""
+    """A request that has arrived whole; header names are in lower case; `last` on its connection if it says so."""
 
     method: str
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes = b""
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Answer:
     Attributes:
         delay: seconds to wait first.
         ending: how it ends; anything but "whole" ends the connection too, "hang" and "trickle" when the client does.
-        done: called when the answer is on its way, or the client has gone.
+        done: called when the answer is about to be sent, or the client has gone.
     """
 
     status: int = 200
@@ -70,6 +71,7 @@ class Connection(asyncio.Protocol):
         self._buffer = bytearray()
         self._head: tuple[Request, int] | None = None  # a request without its body, and the body's length
         self._busy = False
+        self._last = False
         self._answer: Answer | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -102,7 +104,7 @@ class Connection(asyncio.Protocol):
             return
         if request is None:
             return
-        self._busy = True
+        self._busy, self._last = True, request.last
         try:
             self._answer = self._handle(request)
         except Exception as error:  # of the server's user, whose scorer runs here: told when the server ends
@@ -130,7 +132,7 @@ class Connection(asyncio.Protocol):
         self._head = None
         body = bytes(self._buffer[:length])
         del self._buffer[:length]
-        return Request(request.method, request.path, request.query, request.headers, body)
+        return replace(request, body=body)
 
     def _finish(self) -> None:
         answer = self._answer
@@ -142,10 +144,12 @@ class Connection(asyncio.Protocol):
             self._transport.write(_head(answer, length=100_000))
             self._trickle()
             return
+        self._release()  # first: who has the answer may look at the counts
         self._send(answer)
-        self._release()
         self._busy = False
-        if self._buffer and not self._transport.is_closing():
+        if self._last:
+            self._transport.close()
+        elif self._buffer and not self._transport.is_closing():
             asyncio.get_running_loop().call_soon(self._advance)
 
     def _send(self, answer: Answer) -> None:
@@ -185,7 +189,8 @@ def _read_head(head: bytes) -> tuple[Request, int]:
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > _MAX_BODY_BYTES:
         raise ValueError(f"Content-Length {length[:20]!r}")
-    return Request(parts[0], path, dict(parse_qsl(query)), headers, b""), int(length)
+    last = parts[2] == "HTTP/1.0" or headers.get("connection", "").lower() == "close"
+    return Request(parts[0], path, dict(parse_qsl(query)), headers, last=last), int(length)
 
 
 def _head(answer: Answer, *, length: int | None = None) -> bytes:

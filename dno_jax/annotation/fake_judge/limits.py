@@ -23,7 +23,7 @@ class Bucket:
         self.level = self.capacity
         self._updated = now
 
-    def wait(self, amount: float, *, now: float) -> float:
+    def wait(self, amount: int, *, now: float) -> float:
         """Seconds until this much may be taken; inf for more than it ever holds."""
         self.level = min(self.capacity, self.level + (now - self._updated) * self.a_minute / 60.0)
         self._updated = now
@@ -31,7 +31,7 @@ class Bucket:
             return math.inf
         return max(0.0, (amount - self.level) * 60.0 / self.a_minute)
 
-    def take(self, amount: float) -> None:
+    def take(self, amount: int) -> None:
         self.level -= amount
 
     @property

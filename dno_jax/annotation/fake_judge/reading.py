@@ -37,16 +37,16 @@ class Asked:
 
 def read_request(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]] | None:
     """Take prompt text and candidates out of a judge's request; None if it is none."""
-    found = _read_fences("\n".join(_text(message) for message in messages))
+    found = _read_fences("\n".join(message_text(message) for message in messages))
     return None if found is None else (found[0], list(found[1].values()))
 
 
 def read_body(body: Mapping[str, Any]) -> Asked:
     """Tell what a chat.completions request asks for."""
     messages = body["messages"]
-    found = _read_fences("\n".join(_text(message) for message in messages))
+    found = _read_fences("\n".join(message_text(message) for message in messages))
     if found is None or not found[1]:
-        last = _text(messages[-1])
+        last = message_text(messages[-1])
         word = _ONE_WORD.match(last)
         return Asked("probe", word[1]) if word else Asked("chat", last)
     prompt, candidates, instructions = found
@@ -82,7 +82,8 @@ def _read_fences(text: str) -> tuple[str, dict[str, str], str] | None:
     return prompt, candidates, "\n".join(outside)
 
 
-def _text(message: Mapping[str, Any]) -> str:
+def message_text(message: Mapping[str, Any]) -> str:
+    """The words of a message, in one part or several."""
     content = message.get("content")
     if isinstance(content, list):
         return "\n".join(str(part.get("text", "")) for part in content)
