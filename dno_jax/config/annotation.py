@@ -132,7 +132,7 @@ class QualitySection(Section):
     calibration_pairs: Count = Field(default=100, description="of the file, each iteration the same, drawn by seed")
     max_flip_rate: Fraction | None = 0.25
     max_tie_rate: Fraction | None = 0.5
-    max_first_rate_error: Fraction | None = Field(default=0.1, description="of P(first shown wins) from 1/2")
+    max_first_rate_error: Fraction | None = Field(default=0.05, description="of P(first shown wins) from 1/2")
     max_longer_wins: Fraction | None = 0.75
     min_repeat_agreement: Fraction | None = 0.8
     min_calibration_agreement: Fraction | None = 0.6

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-_Z95 = 1.959963984540054
+from dno_jax.preferences import share_interval
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class WinRate:
 def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate:
     """Return the mean preference with a Wilson interval at the effective number of comparisons.
 
-    The variance of the mean is estimated from per-prompt sums (cluster-robust); the effective number is the one at
-    which independent comparisons would have that variance, at most their real number. Where all agree, so that no
-    variance can be seen, it is the number of prompts: many samples of one prompt are one witness.
+    The variance of the mean is estimated from per-prompt sums (cluster-robust); see `share_interval`.
 
     Args:
         preferences: P(policy preferred) of each comparison, in [0, 1]; 1/2 is a tie.
@@ -51,20 +49,8 @@ def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate
     sums = np.bincount(cluster, weights=values - rate)
     correction = clusters / (clusters - 1) if clusters > 1 else 1.0
     variance = correction * float(np.sum(sums**2)) / count**2
-    binomial = rate * (1.0 - rate)
-    if variance > 1e-12 and binomial > 1e-12:
-        effective = min(binomial / variance, float(count))
-    else:
-        effective = float(clusters)
-    low, high = _wilson(rate, effective)
+    low, high = share_interval(rate, variance=variance, count=count, clusters=clusters)
     return WinRate(rate=rate, low=low, high=high, comparisons=count, prompts=clusters)
-
-
-def _wilson(rate: float, count: float) -> tuple[float, float]:
-    square = _Z95**2
-    centre = (rate + square / (2 * count)) / (1 + square / count)
-    half = _Z95 / (1 + square / count) * np.sqrt(rate * (1 - rate) / count + square / (4 * count**2))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
 
 
 def best_policy(wins: Float[np.ndarray, "T T"]) -> int:

@@ -5,6 +5,7 @@ from dno_jax.preferences.estimates import (
     check_preference_matrix,
     condorcet_winner,
     count_cycles,
+    count_decided_triples,
     ranking,
     scores_to_wins,
     soft_target,
@@ -12,6 +13,7 @@ from dno_jax.preferences.estimates import (
     win_matrix,
     win_rates,
 )
+from dno_jax.preferences.intervals import Z95, share_interval
 from dno_jax.preferences.pairs import (
     PairChoice,
     ScoredCandidate,
@@ -27,6 +29,7 @@ from dno_jax.preferences.pairs import (
 )
 
 __all__ = [
+    "Z95",
     "PairChoice",
     "ScoredCandidate",
     "WinRates",
@@ -35,6 +38,7 @@ __all__ = [
     "check_preference_matrix",
     "condorcet_winner",
     "count_cycles",
+    "count_decided_triples",
     "large_margin_pairs",
     "matched_pairs",
     "pooled_pairs",
@@ -42,6 +46,7 @@ __all__ = [
     "repeated_ngram_share",
     "replay_counts",
     "scores_to_wins",
+    "share_interval",
     "soft_target",
     "soft_target_bias_bound",
     "spin_pairs",

@@ -184,6 +184,13 @@ def count_cycles(wins: Float[np.ndarray, "C C"]) -> int:
     return round(float(((beats @ beats) * beats.T).sum())) // 3
 
 
+def count_decided_triples(wins: Float[np.ndarray, "C C"]) -> int:
+    """Return the number of triples that could be cyclic: none of their three pairs stands at 1/2."""
+    beats = _majority(wins)
+    decided = (beats | beats.T).astype(np.float64)
+    return round(float(((decided @ decided) * decided).sum())) // 6
+
+
 def condorcet_winner(wins: Float[np.ndarray, "C C"]) -> int | None:
     """Return the candidate that beats every other one with P > 1/2, if there is one."""
     beats = _majority(wins)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
+from dno_jax.report.annotation import quality_lines
 from dno_jax.run_dir import Manifest, RunDir, stage_names
 
 PAIR_KINDS = get_args(PairKind)
@@ -72,8 +74,8 @@ def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
     return table
 
 
-def iteration_table(run_dir: RunDir, config: RunConfig) -> Table:
-    """One row an iteration: pairs by kind (S student, G gold, D data), replayed ones, and seconds by stage."""
+def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
+    """One row an iteration: pairs by kind (S student, G gold, D data), replayed ones, seconds by stage; its judge."""
     evaluated = _evaluated(run_dir, config.iterations)
     stages = stage_names(config, 0)
     manifests = {t: {name: run_dir.stage(name, t).require() for name in stage_names(config, t)} for t in evaluated}
@@ -90,7 +92,12 @@ def iteration_table(run_dir: RunDir, config: RunConfig) -> Table:
             str(paired["replayed"]),
             *(f"{done[name].seconds:.1f}" if name in done else "" for name in stages),
         )
-    return table
+    return Group(table, quality_lines(_judge_figures(run_dir, config.iterations), config.annotation.quality))
+
+
+def _judge_figures(run_dir: RunDir, iterations: int) -> dict[int, dict[str, Any]]:
+    manifests = {t: run_dir.stage("annotate", t).manifest() for t in range(iterations)}
+    return {t: found.details["quality"] for t, found in manifests.items() if found and found.details.get("quality")}
 
 
 def _short(kind: str) -> str:

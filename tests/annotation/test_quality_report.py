@@ -1,0 +1,95 @@
+"""A judge's figures in tables, and in the summary of a run."""
+
+from __future__ import annotations
+
+import pytest
+from rich.console import Console
+
+from dno_jax.annotation.quality import Quality, Response, scalars
+from dno_jax.config import QualitySection, RunConfig
+from dno_jax.records import Answer, Judgement
+from dno_jax.report.annotation import quality_lines, quality_table
+from dno_jax.report.summary import iteration_table
+from dno_jax.run_dir import RunDir
+
+
+def shown(what):
+    console = Console(width=110, highlight=False)
+    with console.capture() as captured:
+        console.print(what)
+    return captured.get()
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """60 lists of three in which the first shown, a student's every second time, gets the 6 and gold a 4 or a 1."""
+    quality = Quality()
+    for i in range(60):
+        order = ((0, 1, 2), (1, 0, 2))[i % 2]
+        points = (6.0, 4.0, 1.0) if i % 2 else (6.0, 1.0, 4.0)
+        by_candidate = tuple(points[order.index(j)] for j in range(3))
+        judgement = Judgement(
+            prompt_id=str(i),
+            candidate_ids=("a", "b", "c"),
+            judge="j",
+            state="ok",
+            scores=by_candidate,
+            answers=(Answer(order=order, state="ok", scores=points, judge="j"),),
+        )
+        told = {"a": Response(5, "policy"), "b": Response(6, "policy"), "c": Response(7, "gold")}
+        quality.add(judgement, responses=told)
+    return quality.figures()
+
+
+def test_one_iteration_in_full(figures):
+    text = shown(quality_table(figures, QualitySection(), iteration=3))
+    assert "judge of iteration 3" in text
+    lines = {line.strip().split("  ")[0]: line for line in text.splitlines()}
+    assert lines["P(first shown wins)"].split()[3:] == ["1.000", "0.940", "to", "1.000", "120", "0.5", "+-", "0.05"]
+    assert lines["P(first shown on top)"].split()[-2:] == ["chance", "0.333"]
+    assert lines["tie rate"].split()[-2:] == ["<=", "0.5"]
+    assert "order-flip rate" not in lines  # each list was shown in one order
+    assert lines["points of gold"].split()[3:] == ["2.500", "1", "██", "6", "60"]  # ones and fours, no six
+    assert lines["points of student"].split()[3:] == ["4.250", "1", "▄▄█", "6", "120"]
+    assert "by place shown: +2.33 -1.17 -1.17" in text
+    assert "warning: P(first shown wins) is 1.00" in text
+
+
+def test_iterations_in_a_line_each(figures):
+    fair = {name: figure for name, figure in figures.items() if name == "tie_rate"}
+    text = shown(quality_lines({0: figures, 1: fair}, QualitySection()))
+    lines = [line.split() for line in text.splitlines()]
+    assert lines[1] == ["ties", "first", "longer", "gold"]
+    assert lines[2][:4] == ["0", "0", "[0,", "6]"]
+    assert lines[3] == ["1", "0", "[0,", "6]"]  # what was not measured is left blank
+    assert "warning" not in text  # the last iteration's, which has none
+    assert "warning: P(first shown wins)" in shown(quality_lines({0: figures}, QualitySection()))
+    assert shown(quality_lines({}, QualitySection())).strip() == ""
+
+
+def test_the_summary_of_a_run_tells_of_its_judge(tmp_path, figures):
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(tmp_path),
+            "iterations": 2,
+            "model": {"path": "m"},
+            "prompts": {"path": "p"},
+            "annotation": {"kind": "openai"},
+        }
+    )
+    run_dir = RunDir(tmp_path)
+    assert "judge" not in shown(iteration_table(run_dir, config))
+    stage = run_dir.stage("annotate", 0)
+    stage.finish(config_digest="", inputs={}, rows=0, seconds=0.0, details={"judge": "j", "quality": figures})
+    text = shown(iteration_table(run_dir, config))
+    assert "judge: % with 95 % intervals" in text
+    assert "100 [94, 100]" in text
+    assert "warning: P(first shown wins) is 1.00" in text
+
+
+def test_scalars_for_metrics(figures):
+    found = scalars(figures)
+    assert found["first_wins"] == 1.0
+    assert (found["score_gold"], found["score_student"]) == (2.5, 4.25)
+    assert all(isinstance(number, float) for number in found.values())
+    assert scalars({}) == {}
