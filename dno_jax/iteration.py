@@ -80,7 +80,7 @@ def sample_and_annotate(config: RunConfig, iteration: int) -> None:
         judge = self_judge if config.annotation.kind == "self" else reward_model
         judge.run(config, iteration)
         return
-    if not is_primary():
+    if not is_primary() or config.annotation.apart:
         sample.run(config, iteration)
         wait_until(RunDir(config.run_dir).stage("annotate", iteration).manifest_path.exists)
         return

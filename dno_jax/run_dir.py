@@ -206,6 +206,7 @@ class RunDir:
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
         self.annotations_path = self.path / "annotations.sqlite"
+        self.receipts_path = self.path / "receipts.json"
         self.tensorboard_path = self.path / "tensorboard"
         self.template_path = self.path / "template.txt"
         self.export_path = self.path / "export"

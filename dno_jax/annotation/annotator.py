@@ -56,7 +56,7 @@ class Annotator(Protocol):
         """How many pools it is worth to have judged side by side."""
         ...
 
-    def recall(self, pool: Pool) -> Judgement | None:
+    def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         """Return the answer where it is already paid for, else None."""
         ...
 
@@ -68,8 +68,11 @@ class Annotator(Protocol):
         """
         ...
 
-    async def judge(self, pool: Pool) -> Judgement:
+    async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         """Return the judgement of one pool; no answer is a state of it, never a number.
+
+        Args:
+            repeat: 0, or which repetition of the same questions this is; what is embedded always answers the same.
 
         Raises:
             DnoError: no pool can be judged (a dead endpoint, a refused key): the run had better stop.

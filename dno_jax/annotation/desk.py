@@ -67,6 +67,11 @@ class Desk:
         self._broken: DnoError | None = None
         self._jitter = random.Random()  # spreads retries over time; decides no result
 
+    @property
+    def width(self) -> int:
+        """How many requests may be in flight, of all models together."""
+        return sum(section.max_concurrency for section in self._clients)
+
     def recall(self, question: Question) -> Verdict | None:
         """Return the answer where it is already paid for, else None."""
         return self._store.get(question.key)
@@ -208,6 +213,10 @@ class EndpointAnnotator:
     @property
     def identity(self) -> str:
         return self._function.identity
+
+    @property
+    def width(self) -> int:
+        return self.desk.width
 
     def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         """Return the judgement if all that it asks is already paid for, else None."""

@@ -30,14 +30,14 @@ class _Embedded(ABC):
     def width(self) -> int:
         return 1  # nothing is waited for
 
-    def recall(self, pool: Pool) -> Judgement | None:
+    def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         judgement = self._judge(pool)
         return judgement if judgement.state == "ok" else None
 
     async def probe(self) -> None:
         return None
 
-    async def judge(self, pool: Pool) -> Judgement:
+    async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         return self._judge(pool)
 
     async def close(self) -> None:

@@ -207,6 +207,11 @@ class AnnotationSection(Section):
         json_schema_extra=MAY_CHANGE,
     )
     quality: QualitySection = QualitySection()
+    apart: bool = Field(
+        default=False,
+        description="`dno annotate` runs on a machine of its own with the same run directory; this one waits for it",
+        json_schema_extra=MAY_CHANGE,
+    )
     max_failed: Fraction = Field(
         default=0.0,
         description="share of pools that may stay without a verdict (dropped and counted)",

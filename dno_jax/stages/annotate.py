@@ -7,18 +7,24 @@ and prompts it holds those in work alone.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
+from dno_jax.annotation.calibration import read_calibration
+from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.quality import Quality, Response
 from dno_jax.config import RunConfig, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Rollout
-from dno_jax.report.console import Meter
-from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.report.annotation import quality_table
+from dno_jax.report.console import Meter, console
+from dno_jax.run_dir import Manifest, RunDir, StageDir, write_atomically
 from dno_jax.stages.pools import PromptFile, pools_of
+from dno_jax.stages.prompts import name_bits
 
 _POLL_SECONDS = 0.2
 # Pools in work for each request that may be in flight: enough to keep the judge busy over the slow end of a shard.
@@ -38,6 +44,7 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
     start = time.perf_counter()
     run_dir = RunDir(config.run_dir)
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
+    run_dir.path.mkdir(parents=True, exist_ok=True)  # on a machine of its own it may be there before sampling
     digest = config_digest(config)
     if sampled.manifest() is not None:
         inputs = stage.reference_of(sampled.manifest_path)
@@ -46,13 +53,15 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
     work = _Work(config, stage, sampled, annotator, run_dir)
     found = asyncio.run(work.run(abandoned=abandoned))
+    if config.annotation.judges:
+        console.print(quality_table(found.quality.figures(), config.annotation.quality, iteration=iteration))
     return stage.finish(
         config_digest=digest,
         inputs=stage.reference_of(sampled.manifest_path),
         rows=sum(found.states.values()),
         dropped=found.dropped,
         seconds=time.perf_counter() - start,
-        details={"judge": annotator.identity, "states": dict(found.states)},
+        details={"judge": annotator.identity, "states": dict(found.states), "quality": found.quality.figures()},
     )
 
 
@@ -62,6 +71,7 @@ class _Survey:
 
     states: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    quality: Quality = field(default_factory=Quality)
 
 
 class _Work:
@@ -72,6 +82,9 @@ class _Work:
         self._stage = stage
         self._sampled = sampled
         self._annotator = annotator
+        self._desk: Desk | None = annotator.desk if isinstance(annotator, EndpointAnnotator) else None
+        self._labelled = self._read_labels()
+        self._run_dir = run_dir
         self._prompts_path = run_dir.prompts_path(stage.iteration)
         self._prompts: PromptFile | None = None
         self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
@@ -85,12 +98,22 @@ class _Work:
         try:
             with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools") as meter:
                 await self._follow(meter, abandoned=abandoned)
+                await judge_pools(self._annotator, [pool for pool, _ in self._labelled], meter=None)
             if self._sampled.manifest() is None:
                 raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
             self._settle()
             return self._survey()
         finally:
+            if self._desk is not None:
+                save_receipts(self._run_dir, self._desk)
             await self._annotator.close()
+
+    def _read_labels(self) -> list[tuple[Pool, float]]:
+        """Pairs that people have judged; only a judge that is asked is asked about them."""
+        section = self._config.annotation.quality
+        if self._desk is None or section.calibration is None:
+            return []
+        return read_calibration(section.calibration, limit=section.calibration_pairs, seed=self._config.seed)
 
     async def _follow(self, meter: Meter, *, abandoned: Callable[[], bool]) -> None:
         """Judge shards as they close, a few at once; after an error those in work go on: they are paid for."""
@@ -133,7 +156,9 @@ class _Work:
 
     def _pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
         """The pools of one shard of rollouts; what is in none of them is counted by reason."""
-        rollouts = self._sampled.read_shard(Rollout, shard)
+        return self._pools_of(self._sampled.read_shard(Rollout, shard), dropped=dropped)
+
+    def _pools_of(self, rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> list[Pool]:
         if self._prompts is None:
             self._prompts = PromptFile(self._prompts_path)
         prompts = self._prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
@@ -143,7 +168,11 @@ class _Work:
         pools = self._pools(shard, dropped=Counter())
         meter.expect(len(self._prompts or ()))
         await self._probe_once(pools)
-        judgements = await judge_pools(self._annotator, pools, meter=meter)
+        again = [pool for pool in pools if self._is_repeated(pool)]
+        judgements, _ = await asyncio.gather(
+            judge_pools(self._annotator, pools, meter=meter),
+            judge_pools(self._annotator, again, meter=None, repeat=1),
+        )
         self._judged += len(judgements)
         missing = {row.prompt_id: row for row in judgements if row.state != "ok"}
         if not missing:
@@ -153,6 +182,11 @@ class _Work:
         self._states.update(row.state for row in missing.values())
         if self._states.total() <= self._config.annotation.max_failed * len(self._prompts or ()):
             self._missing[shard] = missing  # else this call cannot settle, and what fails is not held
+
+    def _is_repeated(self, pool: Pool) -> bool:
+        """Whether a pool is asked about a second time: by its prompt's name, the same after a restart."""
+        share = self._config.annotation.quality.repeat
+        return self._desk is not None and name_bits(f"repeat {pool.prompt.prompt_id}") < share * 2**32
 
     async def _probe_once(self, pools: Sequence[Pool]) -> None:
         """Ask the endpoint for a sign of life before the first pool that has to be paid for."""
@@ -167,15 +201,14 @@ class _Work:
         Raises:
             DnoError: naming how many are missing, and why.
         """
-        missing, broke = self._states.total(), self._states["over budget"]
-        if missing > self._config.annotation.max_failed * self._judged or broke:
+        missing = self._states.total()
+        if self._desk is not None and self._states["over budget"]:
+            raise self._desk.budget.stop(missing=missing)
+        if missing > self._config.annotation.max_failed * self._judged:
             shown = "; ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(3))
-            remedy = "raise annotation.max_failed to go on without them"
-            if broke:
-                remedy = "first raise annotation.max_usd"
             raise DnoError(
                 f"{self._stage.path}: {missing} of {self._judged} pools have no verdict ({shown}). Nothing paid for is "
-                f"lost: run again and only these are asked anew, or {remedy}"
+                "lost: run again and only these are asked anew, or raise annotation.max_failed to go on without them"
             )
         for shard, rows in self._missing.items():
             judgements = [
@@ -188,18 +221,36 @@ class _Work:
         """Go once over all rollouts and judgements, those of earlier calls too."""
         found = _Survey()
         for shard in self._sampled.shard_names():
-            self._pools(shard, dropped=found.dropped)
-            found.states.update(row.state for row in self._stage.read_shard(Judgement, shard))
+            rollouts = self._sampled.read_shard(Rollout, shard)
+            pools = {pool.prompt.prompt_id: pool for pool in self._pools_of(rollouts, dropped=found.dropped)}
+            responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
+            for judgement in self._stage.read_shard(Judgement, shard):
+                found.states[judgement.state] += 1
+                found.quality.add(judgement, responses=responses)
+                pool = pools[judgement.prompt_id]
+                if self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
+                    found.quality.add_repeat(judgement, again)
+        for pool, preference in self._labelled:
+            if judgement := self._annotator.recall(pool):
+                found.quality.add_label(judgement, preference)
         found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
         return found
 
 
-async def judge_pools(annotator: Annotator, pools: Sequence[Pool], *, meter: Meter) -> list[Judgement]:
+def save_receipts(run_dir: RunDir, desk: Desk) -> None:
+    """Write what the run has paid so far, by model, where a person finds it."""
+    write_atomically(run_dir.receipts_path, json.dumps(desk.budget.receipt(), indent=2) + "\n")
+
+
+async def judge_pools(
+    annotator: Annotator, pools: Sequence[Pool], *, meter: Meter | None, repeat: int = 0
+) -> list[Judgement]:
     """Judge pools side by side. After an error the others still finish: they are paid for, and the store keeps them."""
 
     async def one(pool: Pool) -> Judgement:
-        judgement = await annotator.judge(pool)
-        meter.advance(1)
+        judgement = await annotator.judge(pool, repeat=repeat)
+        if meter is not None:
+            meter.advance(1)
         return judgement
 
     outcomes = await asyncio.gather(*(one(pool) for pool in pools), return_exceptions=True)

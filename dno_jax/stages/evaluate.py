@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dno_jax.annotation.annotator import Candidate, Pool, build_annotator
+from dno_jax.annotation.desk import EndpointAnnotator
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
@@ -22,7 +23,7 @@ from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
-from dno_jax.stages.annotate import judge_pools
+from dno_jax.stages.annotate import judge_pools, save_receipts
 from dno_jax.stages.policies import pool_member
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.rollouts import sample_to_shards
@@ -158,6 +159,8 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
                 return await judge_pools(annotator, list(pools.values()), meter=meter)
         finally:
+            if isinstance(annotator, EndpointAnnotator):
+                save_receipts(run_dir, annotator.desk)
             await annotator.close()
 
     judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))

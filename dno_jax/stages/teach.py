@@ -19,6 +19,7 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Prompt, TaughtResponse
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.stages.annotate import save_receipts
 from dno_jax.stages.prompts import split_prompts
 
 _SHARD_PROMPTS = 256
@@ -48,7 +49,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
         return manifest
     stage.path.mkdir(parents=True, exist_ok=True)
     desk = open_desk(config.annotation, store_path=str(run_dir.annotations_path))
-    teacher = _Teacher(section, desk, seed=config.seed, max_failed=config.annotation.max_failed)
+    teacher = _Teacher(section, desk, run_dir, seed=config.seed, max_failed=config.annotation.max_failed)
     asyncio.run(teacher.write_all(wanted, description=f"teach     {iteration}"))
     rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
     states = Counter(row.state for row in rows)
@@ -92,9 +93,10 @@ def _held_out(run_dir: RunDir) -> StageDir:
 class _Teacher:
     """Asks for responses, shard by shard of prompts."""
 
-    def __init__(self, section: TeacherSection, desk: Desk, *, seed: int, max_failed: float):
+    def __init__(self, section: TeacherSection, desk: Desk, run_dir: RunDir, *, seed: int, max_failed: float):
         self._section = section
         self._desk = desk
+        self._run_dir = run_dir
         self._seed = seed
         self._max_failed = max_failed
         self._failed: dict[str, TaughtResponse] = {}  # by prompt: no word of the teacher's came back
@@ -127,6 +129,7 @@ class _Teacher:
             for folder, name, part in open_shards:
                 folder.write_shard(name, await self._responses(part))
         finally:
+            save_receipts(self._run_dir, self._desk)
             await self._desk.close()
 
     async def _close(self, folder: StageDir, name: str, prompts: Sequence[Prompt]) -> bool:
@@ -147,7 +150,7 @@ class _Teacher:
         return rows
 
     def _refuse_if_too_many(self, total: int) -> None:
-        broke = any(row.state == "over budget" for row in self._failed.values())
+        broke = sum(row.state == "over budget" for row in self._failed.values())
         if not broke and len(self._failed) <= self._max_failed * total:
             return
         reasons = Counter(f"{row.state}: {row.detail}" for row in self._failed.values())
