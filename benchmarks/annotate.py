@@ -1,0 +1,270 @@
+"""What the host costs beside the judge: `python benchmarks/annotate.py rate|memory|overlap`.
+
+rate     requests a second of the annotate stage (shards, prompts, limits, parsing, store, judgements and the figures of
+         the judge's quality included) and of the bare AsyncOpenAI client, in turn, against the same `dno fake-judge`
+memory   the stage's peak memory over ever more candidates, in a process of its own each
+overlap  wall time of sampling and annotating side by side against the longer of the two alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from dno_jax.annotation.functions import build_function
+from dno_jax.config import RunConfig, parse_config
+from dno_jax.records import Prompt, Rollout
+from dno_jax.run_dir import RunDir, write_atomically
+from dno_jax.stages import annotate
+from dno_jax.stages.pools import by_prompt, pools_of
+
+_TALE = "a tale of the small red fox who went over the hill to find what lay there and came home late"
+_SHARD = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rate", "memory", "overlap"))
+    parser.add_argument("--pools", type=int, default=2000)
+    parser.add_argument("--candidates", type=int, default=6)
+    parser.add_argument("--words", type=int, default=100, help="of a candidate")
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--stage-alone", metavar="DIR", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.stage_alone:
+            stage_alone(Path(options.stage_alone), options)
+        elif options.what == "rate":
+            rate(Path(folder), options)
+        elif options.what == "memory":
+            memory(Path(folder), options)
+        else:
+            overlap(Path(folder))
+
+
+def rate(folder: Path, options: argparse.Namespace) -> None:
+    bare_rates, stage_rates = [], []
+    with fake_judge() as url:
+        for repeat in range(options.repeats):
+            config = sampled(folder / str(repeat), options, url=url)
+            bodies = bodies_of(config)
+            start = time.perf_counter()
+            asyncio.run(ask_bare(url, bodies, in_flight=options.in_flight))
+            bare_rates.append(len(bodies) / (time.perf_counter() - start))
+            del bodies
+            start = time.perf_counter()
+            manifest = annotate.run(config, 0)
+            stage_rates.append(manifest.details["states"]["ok"] / (time.perf_counter() - start))
+            assert manifest.details["states"] == {"ok": options.pools}
+    ratios = [own / bare for own, bare in zip(stage_rates, bare_rates, strict=True)]
+    report(
+        "annotate rate",
+        pools=options.pools,
+        candidates=options.candidates,
+        in_flight=options.in_flight,
+        bare_requests_a_second=[round(found, 1) for found in bare_rates],
+        stage_requests_a_second=[round(found, 1) for found in stage_rates],
+        candidates_a_second=round(max(stage_rates) * options.candidates, 1),
+        ratios=[round(ratio, 3) for ratio in ratios],
+    )
+
+
+def memory(folder: Path, options: argparse.Namespace) -> None:
+    with fake_judge() as url:
+        for factor in (1, 4, 16):
+            pools = options.pools * factor // 4
+            config = sampled(folder / str(factor), argparse.Namespace(**vars(options) | {"pools": pools}), url=url)
+            write_atomically(folder / str(factor) / "config.json", config.model_dump_json())
+            command = [sys.executable, __file__, "memory", "--stage-alone", str(folder / str(factor))]
+            subprocess.run(command, check=True)
+
+
+def stage_alone(folder: Path, options: argparse.Namespace) -> None:
+    config = RunConfig.model_validate_json((folder / "config.json").read_text())
+    before = peak_mib()
+    start = time.perf_counter()
+    manifest = annotate.run(config, 0)
+    report(
+        "annotate memory",
+        pools=manifest.rows,
+        seconds=round(time.perf_counter() - start, 1),
+        peak_before_mib=before,
+        peak_mib=peak_mib(),
+    )
+
+
+def overlap(folder: Path) -> None:
+    """A judge whose answers take half of what sampling takes: then both together are nearly free."""
+    from dno_jax.iteration import prepare, sample_and_annotate
+    from dno_jax.stages import sample
+    from tests.small import small_tree
+
+    def config_of(name: str, **openai: Any) -> RunConfig:
+        tree = small_tree(folder, run_dir=name, prompts=960)
+        tree["annotation"] = {"kind": "openai", "openai": {"model": "fake", "api_key_env": None, **openai}}
+        tree["pairing"] = {"reward": "score", "positive_floor": 3, "margin": 1, "student_margin": 1}
+        tree["sampling"] |= {"shard_prompts": 16, "slots": 4}
+        return parse_config(RunConfig, tree, place="the benchmark")
+
+    warm = config_of("warm", base_url="http://127.0.0.1:9/v1")
+    prepare(warm)
+    sample.run(warm, 0)  # compiles
+    alone = config_of("alone", base_url="http://127.0.0.1:9/v1")
+    prepare(alone)
+    start = time.perf_counter()
+    rows = sample.run(alone, 0).rows
+    sampling = time.perf_counter() - start
+    pools = len(by_prompt(list(RunDir(alone.run_dir).stage("sample", 0).read(Rollout))))
+    latency = 0.5 * sampling * 8 / pools  # eight at a time
+    with fake_judge(f"delay={latency:.4f}") as url:
+        judged = config_of("alone", base_url=url, max_concurrency=8)
+        start = time.perf_counter()
+        annotate.run(judged, 0)
+        annotating = time.perf_counter() - start
+        both = config_of("both", base_url=url, max_concurrency=8)
+        prepare(both)
+        start = time.perf_counter()
+        sample_and_annotate(both, 0)
+        together = time.perf_counter() - start
+    report(
+        "annotate overlap",
+        rollouts=rows,
+        judge_latency=latency,
+        sampling_seconds=round(sampling, 2),
+        annotating_seconds=round(annotating, 2),
+        together_seconds=round(together, 2),
+        over_the_longer=round(together / max(sampling, annotating), 3),
+    )
+
+
+@contextmanager
+def fake_judge(*settings: str) -> Iterator[str]:
+    """Serve a judge in a process of its own, and yield its URL."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dno_jax", "fake-judge", "prefers=longest", *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def sampled(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig:
+    """Write a run directory whose sampling is finished; return its configuration, with the fake judge as its judge."""
+    config = RunConfig.model_validate(
+        {
+            "run_dir": str(folder / "run"),
+            "model": {"path": str(folder)},
+            "prompts": {"path": str(folder / "prompts.jsonl")},
+            "sampling": {"shard_prompts": _SHARD},
+            "annotation": {
+                "kind": "openai",
+                "openai": {
+                    "model": "fake",
+                    "base_url": url,
+                    "api_key_env": None,
+                    "max_concurrency": options.in_flight,
+                },
+            },
+        }
+    )
+    run_dir = RunDir(config.run_dir)
+    stage = run_dir.stage("sample", 0)
+    lines: list[str] = []
+    for first in range(0, options.pools, _SHARD):
+        names = [f"p{number:07d}" for number in range(first, min(first + _SHARD, options.pools))]
+        for name in names:
+            messages = ({"role": "user", "content": f"Question {name}: {_text(name, 30)}?"},)
+            lines.append(Prompt.model_validate({"prompt_id": name, "messages": messages}).model_dump_json() + "\n")
+        stage.write_shard(
+            f"{first:07d}", [_rollout(name, k, options.words) for name in names for k in range(options.candidates)]
+        )
+    write_atomically(run_dir.prompts_path(0), "".join(lines))
+    stage.finish(config_digest="benchmark", inputs={}, rows=options.pools * options.candidates, seconds=0.0)
+    return config
+
+
+def _rollout(name: str, sample: int, words: int) -> Rollout:
+    return Rollout(
+        rollout_id=f"000/{name}/{sample}",
+        prompt_id=name,
+        sample=sample,
+        source="policy",
+        policy=0,
+        text=_text(f"{name} {sample}", words - 2 * sample),
+        token_ids=tuple(range(words)),
+        prompt_token_ids=tuple(range(40)),
+        logprob=-1.0,
+        finish="stop",
+    )
+
+
+def _text(name: str, words: int) -> str:
+    start, tale = sum(map(ord, name)), _TALE.split()
+    return f"{name} " + " ".join(tale[(start + place) % len(tale)] for place in range(words))
+
+
+def bodies_of(config: RunConfig) -> list[Mapping[str, Any]]:
+    """The very requests that the stage sends, made beforehand."""
+    function = build_function(config.annotation, seed=config.seed)
+    run_dir = RunDir(config.run_dir)
+    prompts = {
+        prompt.prompt_id: prompt
+        for prompt in map(Prompt.model_validate_json, run_dir.prompts_path(0).read_text().splitlines())
+    }
+    bodies: list[Mapping[str, Any]] = []
+    for shard in run_dir.stage("sample", 0).shard_names():
+        rollouts = run_dir.stage("sample", 0).read_shard(Rollout, shard)
+        for pool in pools_of(rollouts, prompts, dropped=Counter()):
+            bodies += [question.body for question in next(function.rounds(pool))]
+    return bodies
+
+
+async def ask_bare(url: str, bodies: Sequence[Mapping[str, Any]], *, in_flight: int) -> None:
+    """What anyone would write: the client, a semaphore's worth of tasks, the reply's text."""
+    import openai
+
+    left = iter(bodies)
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
+
+        async def work() -> None:
+            for body in left:
+                reply = await client.chat.completions.create(**body)
+                assert reply.choices[0].message.content
+
+        await asyncio.gather(*(work() for _ in range(in_flight)))
+
+
+def peak_mib() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def report(bench: str, **figures: Any) -> None:
+    """Print one JSON line with the figures and the versions."""
+    versions = {name: metadata.version(name) for name in ("openai", "pydantic")}
+    line = {"bench": bench, **figures, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
