@@ -137,7 +137,7 @@ def judgement(
 def no_judgement(pool: Pool, asked: Asked, *, judge: str) -> Judgement:
     """Say why there is none: in the words of the first question without an answer, of those in the worst state."""
     states = {verdict.state for _, verdict in asked}
-    worst = next(state for state in _WORST_FIRST if state in states)
+    worst: JudgementState = next(state for state in _WORST_FIRST if state in states)
     detail = next(verdict.detail for _, verdict in asked if verdict.state == worst)
     return judgement(pool, asked, judge=judge, state=worst, detail=detail)
 
