@@ -20,8 +20,8 @@ def list_(place: Place, judge: Judge = None, state: State = None) -> None:
     from contextlib import closing
 
     from dno_jax.annotation.store import VerdictStore
-    from dno_jax.report.verdicts import receipt_table, verdict_table
     from dno_jax.report.console import console
+    from dno_jax.report.verdicts import receipt_table, verdict_table
 
     with closing(VerdictStore(_file(place))) as store:
         console.print(verdict_table(store.tallies(judge=judge, state=_state(state))))
@@ -62,8 +62,8 @@ def purge(
 
     from dno_jax.annotation.store import VerdictStore
     from dno_jax.errors import DnoError
-    from dno_jax.report.verdicts import verdict_table
     from dno_jax.report.console import console, say
+    from dno_jax.report.verdicts import verdict_table
 
     if judge is None and state is None:
         raise DnoError("say which: --judge, --state or both; to delete all verdicts, delete the file")
