@@ -181,13 +181,25 @@ def plan(
     overrides: Overrides = None,
     memory: Annotated[str | None, typer.Option(help="of one device, such as 16GiB; by default what is here")] = None,
     devices: Annotated[int | None, typer.Option(help="how many; none need be here, then say --memory too")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a response that a judge reads; by default the longest there can be")
+    ] = None,
+    reply_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a judge's reply; by default the longest there can be")
+    ] = None,
 ) -> None:
-    """Say what a run takes and whether it fits, before it starts; reads no weights and needs no accelerator."""
+    """Say what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
     from dno_jax import plan as planning
     from dno_jax.report.console import console
 
     capacity = None if memory is None else _bytes(memory, option="--memory")
-    found = planning.plan_run(_load(config, overrides), memory=capacity, num_devices=devices)
+    found = planning.plan_run(
+        _load(config, overrides),
+        memory=capacity,
+        num_devices=devices,
+        response_tokens=response_tokens,
+        reply_tokens=reply_tokens,
+    )
     console.print(planning.render(found))
 
 

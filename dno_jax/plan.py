@@ -5,7 +5,9 @@ Each part of a run that devices hold in memory has its plan here, and `render` s
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dno_jax.annotation_plan import AnnotationPlan, plan_annotation
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
@@ -24,11 +27,14 @@ from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import AnyMesh, num_row_shards
 from dno_jax.records import Prompt
+from dno_jax.report.costs import cost_tables
 from dno_jax.sampling.memory import Capacity, SlotPlan, show_bytes
 from dno_jax.stages.capacity import device_capacity
-from dno_jax.stages.prompts import split_prompts, tokenize_prompts
+from dno_jax.stages.prompts import PromptSplit, TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import check_fit, load_tokenizer, read_shape
 from dno_jax.stages.slots import plan_on, wanted_by_stage
+
+Tokenize = Callable[[tuple[Prompt, ...]], tuple[list[TokenizedPrompt], Counter[str]]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class RunPlan:
     Attributes:
         counts: by "iteration 0" and so on, and "held out".
         sampling: slots of every stage that samples, by its name.
+        annotation: what judges and teachers cost; None where nobody is paid.
     """
 
     config: RunConfig
@@ -64,14 +71,23 @@ class RunPlan:
     mesh: AnyMesh
     counts: dict[str, PromptCount]
     sampling: dict[str, SlotPlan]
+    annotation: AnnotationPlan | None
 
 
-def plan_run(config: RunConfig, *, memory: int | None = None, num_devices: int | None = None) -> RunPlan:
+def plan_run(
+    config: RunConfig,
+    *,
+    memory: int | None = None,
+    num_devices: int | None = None,
+    response_tokens: int | None = None,
+    reply_tokens: int | None = None,
+) -> RunPlan:
     """Plan a run on the devices that are here, or on others.
 
     Args:
         memory: bytes of one device; None asks the devices that are here.
         num_devices: of the machine that is planned for; None takes the devices that are here.
+        response_tokens, reply_tokens: of a response that a judge reads, and of what it replies; None takes the longest.
 
     Raises:
         DnoError: whatever does not fit, together or into memory.
@@ -83,33 +99,40 @@ def plan_run(config: RunConfig, *, memory: int | None = None, num_devices: int |
     mesh = make_mesh(config.mesh) if num_devices is None else abstract_mesh(config.mesh, num_devices)
     model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
     check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(mesh))
-    counts = _prompt_counts(config, tokenizer)
+    split = split_prompts(config)
+    tokenize = functools.cache(functools.partial(tokenize_prompts, tokenizer=tokenizer, section=config.prompts))
+    counts = _prompt_counts(config, split, tokenize)
     return RunPlan(
         config=config,
         model_config=model_config,
         mesh=mesh,
         counts=counts,
         sampling=_plan_sampling(config, model_config=model_config, mesh=mesh, counts=counts, memory=memory),
+        annotation=plan_annotation(
+            config,
+            split=split,
+            tokenize=lambda part: tokenize(part)[0],
+            count=tokenizer.num_tokens,
+            response_tokens=response_tokens,
+            reply_tokens=reply_tokens,
+        ),
     )
 
 
-def _prompt_counts(config: RunConfig, tokenizer: ChatTokenizer) -> dict[str, PromptCount]:
-    section, split = config.sampling, split_prompts(config)
+def _prompt_counts(config: RunConfig, split: PromptSplit, tokenize: Tokenize) -> dict[str, PromptCount]:
+    section = config.sampling
     own = 0 if section.source == "data" else section.num_samples + section.num_opponents
-    seen: dict[tuple[tuple[Prompt, ...], int], PromptCount] = {}  # iterations may share their prompts
 
     def count(part: tuple[Prompt, ...], num_samples: int) -> PromptCount:
-        if (part, num_samples) not in seen:
-            kept, dropped = tokenize_prompts(part, tokenizer=tokenizer, section=config.prompts)
-            seen[part, num_samples] = PromptCount(
-                prompts=len(kept),
-                prompt_tokens=sum(len(item.token_ids) for item in kept),
-                dropped=dropped.total(),
-                responses=len(kept) * num_samples,
-                response_tokens=len(kept) * num_samples * section.max_new_tokens,
-                shards=math.ceil(len(kept) / section.shard_prompts),
-            )
-        return seen[part, num_samples]
+        kept, dropped = tokenize(part)
+        return PromptCount(
+            prompts=len(kept),
+            prompt_tokens=sum(len(item.token_ids) for item in kept),
+            dropped=dropped.total(),
+            responses=len(kept) * num_samples,
+            response_tokens=len(kept) * num_samples * section.max_new_tokens,
+            shards=math.ceil(len(kept) / section.shard_prompts),
+        )
 
     counts = {f"iteration {iteration}": count(part, own) for iteration, part in enumerate(split.training)}
     if split.held_out:
@@ -153,7 +176,8 @@ def render(plan: RunPlan) -> RenderableType:
     tables = [_count_table(plan.counts)]
     if plan.sampling:
         tables.append(_sampling_table(plan))
-    return Group(Text(shape), *tables)
+    costs = [] if plan.annotation is None else cost_tables(plan.annotation)
+    return Group(Text(shape), *tables, *costs)
 
 
 def _count_table(counts: dict[str, PromptCount]) -> Table:

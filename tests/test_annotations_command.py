@@ -17,11 +17,11 @@ from dno_jax.run_dir import RunDir
 from tests.small import small_tree
 
 VERDICTS = {
-    "a": ("openai gpt-1", Verdict("ok", (6.0, 1.0), raw='{"1": "日本"}', tries=1, tokens_in=1200, tokens_out=30, usd=0.5)),
+    "a": ("openai gpt-1", Verdict("ok", (6.0, 1.0), raw="日本", tries=1, tokens_in=1200, tokens_out=30, usd=0.5)),
     "b": ("openai gpt-1", Verdict("refused", detail="no", tries=2, tokens_in=10, usd=0.25)),
     "c": ("openai gpt-2", Verdict("tie", (0.5, 0.5), tries=1)),
     "d": ("openai gpt-2", Verdict("refused", detail="no", tries=1)),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

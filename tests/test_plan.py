@@ -16,14 +16,21 @@ import pytest
 import yaml
 
 from dno_jax import cli
+from dno_jax.annotation import Candidate, Pool
+from dno_jax.annotation.desk import advance
+from dno_jax.annotation.functions import build_function
+from dno_jax.annotation.question import Verdict
+from dno_jax.annotation.schedules import num_questions
+from dno_jax.annotation_plan import Demand
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.plan import plan_run
+from dno_jax.records import Judgement
 from dno_jax.sampling.memory import show_bytes
 from dno_jax.stages.capacity import device_capacity
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import load_tokenizer
-from tests.small import small_tree, write_prompts
+from tests.small import WORDS, small_tree, write_prompts
 
 # Mistral-7B-v0.1's config.json.
 MISTRAL = {
@@ -294,3 +301,113 @@ def test_sizes_are_read_in_decimal_and_binary_units():
     for text in ("", "GiB", "1", "1 gib", "1GiBs", "1e3GB", "1iB", "nan GiB"):
         with pytest.raises(DnoError, match="--memory is"):
             cli._bytes(text, option="--memory")
+
+
+JUDGE = {"model": "m", "api_key_env": None, "max_tokens": 200, "requests_per_minute": 60, "tokens_per_minute": 10**6}
+PRICES = {"m": {"input": 10.0, "output": 20.0, "batch": 0.5}}
+
+
+def judged(small, **changes):
+    """The small configuration with a judge that is paid for."""
+    annotation = {"kind": "openai", "openai": {**JUDGE, **changes.pop("openai", {})}, "prices": PRICES, **changes}
+    return {**small, "annotation": annotation}
+
+
+def recorded_demand(tree, section):
+    """What a run would ask about pools of responses of 16 words: by every question itself, not by a plan."""
+    config = parse_config(RunConfig, tree, place="test")
+    tokenizer = load_tokenizer(config.model)
+    function = build_function(section, seed=config.seed)
+    requests = tokens = 0
+    for part in split_prompts(config).training:
+        for prompt in part:
+            texts = [*[" ".join(WORDS[n : n + 16]) for n in range(4)], prompt.gold]
+            pool = Pool(prompt, tuple(Candidate(str(n), text) for n, text in enumerate(texts)))
+            rounds, verdicts = function.rounds(pool), None
+            while not isinstance(questions := advance(rounds, verdicts), Judgement):
+                verdicts = [Verdict("ok", (0.9, 0.1) if len(q.order) == 2 else (1.0,) * 5) for q in questions]
+                requests += len(questions)
+                for question in questions:
+                    shown = [message["content"] for message in question.body["messages"]]
+                    shown += [json.dumps(question.schema)] if question.schema else []
+                    tokens += sum(map(tokenizer.num_tokens, shown))
+    return requests, tokens
+
+
+@pytest.mark.parametrize("form", ["listwise", "pairwise", "logprob"])
+@pytest.mark.parametrize("schedule", ["all_pairs", "tournament"])
+@pytest.mark.parametrize("more", [{}, {"both_orders": False}, {"num_orders": 3}])
+def test_a_plan_counts_what_is_really_asked(small, form, schedule, more):
+    tree = judged(small, openai={"form": form, "schedule": schedule, **more})
+    tree["pairing"] = {**small["pairing"], "reward": "win_rate"}
+    section = parse_config(RunConfig, tree, place="test").annotation
+    parts = planned(tree).annotation.parts
+    found = sum((parts[f"iteration {t}"].total for t in (0, 1)), Demand())
+    requests, tokens = recorded_demand(tree, section)
+    assert found.requests == requests == 12 * num_questions(section.openai, num_candidates=5)
+    # The gold response of 9 words is shown as often as others only on average, and words at a text's ends may merge.
+    assert found.tokens_in == pytest.approx(tokens, rel=0.02 if schedule == "tournament" else 0.002)
+    assert found.tokens_out == requests * (1 if form == "logprob" else 200)
+
+
+def test_dollars_and_hours_are_those_of_the_tokens_at_the_given_prices_and_limits(small):
+    plan = planned(judged(small)).annotation
+    one = plan.parts["iteration 0"]
+    assert one.total.requests == 6
+    assert one.usd == pytest.approx((one.total.tokens_in * 10.0 + one.total.tokens_out * 20.0) / 1e6)
+    assert one.batch_usd == pytest.approx(0.5 * one.usd)
+    assert one.hours == pytest.approx(6 / 60 / 60)
+    slow = planned(judged(small, openai={"tokens_per_minute": 100})).annotation.parts["iteration 0"]
+    assert slow.hours == pytest.approx((slow.total.tokens_in + slow.total.tokens_out) / 100 / 60)
+    # two held-out samples of four prompts, every iteration
+    assert plan.parts["held out"].total.requests == 2 * 4 * 2
+    pairs = plan.others["pairwise, all pairs"].total
+    assert pairs.requests == 12 * 10 * 2
+    assert plan.others["pairwise, tournament"].total.requests == 12 * 4 * 2
+    assert plan.others["list-wise"].total.requests == 12
+    assert plan.others["logprob, all pairs"].total.tokens_out == pairs.requests
+
+
+def test_lengths_that_are_known_better_make_a_nearer_plan(small):
+    config = parse_config(RunConfig, judged(small), place="test")
+    most = plan_run(config).annotation.parts["iteration 0"].total
+    near = plan_run(config, response_tokens=6, reply_tokens=50).annotation.parts["iteration 0"].total
+    assert most.tokens_in - near.tokens_in == 6 * 4 * (16 - 6)
+    assert (most.tokens_out, near.tokens_out) == (6 * 200, 6 * 50)
+
+
+def test_everyone_who_is_paid_is_in_the_plan(small, folder):
+    bare = write_prompts(folder / "bare.jsonl", 12, gold=False)
+    judges = [{**JUDGE, "form": "pairwise"}, {**JUDGE, "model": "n", "form": "pairwise", "requests_per_minute": 6}]
+    annotation = {
+        "kind": "ensemble",
+        "ensemble": judges,
+        "teacher": {"model": "t", "api_key_env": None, "max_tokens": 30},
+        "prices": {**PRICES, "n": {"input": 1.0, "output": 1.0}, "t": {"input": 0.0, "output": 1e6}},
+        "quality": {"repeat": 0.5},
+    }
+    tree = {**small, "annotation": annotation, "prompts": {**small["prompts"], "path": str(bare)}}
+    parts = planned(tree).annotation.parts
+    assert list(parts) == ["iteration 0", "iteration 1", "asked again", "held out", "teacher"]
+    # four samples, six pairs, two orders, two judges
+    assert parts["iteration 0"].total.requests == 6 * 6 * 2 * 2
+    assert parts["asked again"].total.requests == parts["iteration 0"].total.requests
+    assert parts["iteration 0"].hours == pytest.approx(6 * 6 * 2 / 6 / 60)
+    assert parts["teacher"].total.requests == 12
+    assert parts["teacher"].usd == 12 * 30
+
+
+def test_the_command_shows_what_judges_cost(small, dno_plan):
+    code, said = dno_plan(judged(small, max_usd=3.0), "--response-tokens", "10")
+    assert code == 0
+    found = plan_run(parse_config(RunConfig, judged(small), place="test"), response_tokens=10).annotation
+    total = found.parts["iteration 0"].total
+    assert f"iteration 0 6 {total.tokens_in:,} 1,200 {found.parts['iteration 0'].usd:,.2f}" in said
+    assert "pairwise, all pairs 240 " in said
+    assert "annotation.max_usd is 3 dollars" in said
+    unpriced = dno_plan(judged(small, prices={}))[1]
+    assert "No price of m: give annotation.prices" in unpriced
+    tokens = planned(judged(small)).annotation.parts["iteration 0"].total.tokens_in
+    assert f"iteration 0 6 {tokens:,} 1,200 - -" in unpriced
+    assert "dollars by batch" not in dno_plan(small)[1]
+    assert dno_plan(small, "--reply-tokens", "0")[0] == 2

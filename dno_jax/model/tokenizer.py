@@ -204,6 +204,10 @@ class ChatTokenizer:
         """Return what the tokenizer makes of a text of its own accord: with its begin token, if it has one."""
         return self._raw_ids(text)
 
+    def num_tokens(self, text: str) -> int:
+        """Return how many tokens a text has by itself, however long it is: it need not be one for this model."""
+        return len(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     def has_token(self, text: str) -> bool:
         """Return whether the vocabulary holds a text as one token."""
         return self._tokenizer.convert_tokens_to_ids(text) not in (None, self._tokenizer.unk_token_id)
