@@ -134,8 +134,7 @@ def _say(
     if asked.form == "token":
         first = first_probability(points, behaviour=behaviour, name=name)
         top = _first_tokens(asked.names, first, outcome=outcome, count=body.get("top_logprobs") or 0)
-        text = "".join(asked.names) if outcome == "too_many" else top[0][0]
-        return text, () if outcome == "too_few" else top
+        return top[0][0], () if outcome == "too_few" else top
     if asked.form == "pairwise":
         verdict = _pair_verdict(first_wins(points, behaviour=behaviour, name=name), outcome)
     else:
@@ -171,8 +170,10 @@ def _pair_verdict(first_wins: float, outcome: str) -> dict[str, Any]:
 
 def _first_tokens(names: Sequence[str], first: float, *, outcome: str, count: int) -> list[tuple[str, float]]:
     """Token and log-probability, the likeliest first; a thousandth is left to the tokens that nobody asked for."""
-    named = [] if outcome == "wrong_ids" else zip(names, (first, 1.0 - first), strict=True)
-    found = {token: math.log(0.999 * p) if p > 0.0 else _UNLIKELY for token, p in named}
+    named = dict(zip(names, (first, 1.0 - first), strict=True))
+    if outcome in ("wrong_ids", "too_many"):
+        named = {"".join(names): 1.0} if outcome == "too_many" else {}
+    found = {token: math.log(0.999 * p) if p > 0.0 else _UNLIKELY for token, p in named.items()}
     for number, token in enumerate(_OTHER_TOKENS):
         found.setdefault(token, math.log(0.001 * 0.5 ** (number + 1)))
     top = sorted(found.items(), key=lambda item: -item[1])[: max(1, count)]
@@ -181,8 +182,7 @@ def _first_tokens(names: Sequence[str], first: float, *, outcome: str, count: in
 
 def _logprobs(text: str, top: _Top) -> list[dict[str, Any]]:
     """Log-probabilities of a text: of each token its own, of the first the likeliest ones as well."""
-    length = 1 if top else _CHARACTERS_A_TOKEN
-    tokens = [text[start : start + length] for start in range(0, len(text), length)]
+    tokens = [text[start : start + _CHARACTERS_A_TOKEN] for start in range(0, len(text), _CHARACTERS_A_TOKEN)]
     entries = [{**_entry(token, -0.01), "top_logprobs": [_entry(token, -0.01)]} for token in tokens]
     if top and entries:
         entries[0] = {**_entry(*top[0]), "top_logprobs": [_entry(*one) for one in top]}
@@ -200,5 +200,11 @@ def settle(asked: Asked, body: Mapping[str, Any], *, digest: str, attempt: int, 
     if not behaviour.fraction or uniform(behaviour.seed, "fault", digest, attempt) >= behaviour.fraction:
         return "ok"
     faults = behaviour.faults
-    fault = faults[int(len(faults) * uniform(behaviour.seed, "which", digest, attempt))]
-    return "ok" if asked.form == "chat" and fault in MISJUDGED else fault
+    return faults[int(len(faults) * uniform(behaviour.seed, "which", digest, attempt))]
+
+
+def is_possible(outcome: str, asked: Asked) -> bool:
+    """Whether such a thing can become of such a request: a chat has no verdict to spoil, a token cannot be cut."""
+    if asked.form == "chat":
+        return outcome not in MISJUDGED
+    return (outcome, asked.form) != ("length", "token")
