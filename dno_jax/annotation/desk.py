@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+from dno_jax.annotation import batch
 from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.budget import Budget, Usage, most_usage
 from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Rounds, Unparsable, Verdict
@@ -104,6 +105,22 @@ class Desk:
             task.add_done_callback(lambda done: self._settled(question.key, done))
         # One caller's end is not another's: what is asked for, and may be paid for, comes back all the same.
         return await asyncio.shield(task)
+
+    async def ask_by_batch(self, questions: Sequence[Question]) -> None:
+        """Have the Batch API answer what it can, and commit it; what it leaves is to be asked live.
+
+        Raises:
+            DnoError: the endpoint has no Batch API, refuses it, or has not answered for long; or the store fails.
+        """
+        by_key = {question.key: question for question in questions if self.recall(question) is None}
+        for section in {question.asked: None for question in by_key.values()}:
+            own = [question for question in by_key.values() if question.asked == section]
+            await self.probe(own[0])
+            client = self._clients[section]
+            with self.budget.rooms(own) as granted:
+                async for key, result in batch.run(granted, client=client, store=self._store):
+                    if isinstance(result, Reply):
+                        await self.settle(by_key[key], result, batch=True)
 
     async def settle(self, question: Question, result: Reply | Trouble, *, batch: bool = False) -> Verdict:
         """Read what came back of one try, commit it with what it cost, and return what stands.
@@ -263,8 +280,37 @@ class EndpointAnnotator:
                 verdicts.append(outcome)
         return found
 
+    async def ask_by_batch(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
+        """Ask what the pools need by the Batch API, round after round, where the configuration says so.
+
+        What comes back is in the store, where `judge` finds it; the rest it asks live.
+        """
+        tried: set[str] = set()
+        while True:
+            missing = [question for pool in pools for question in self._missing(pool, repeat=repeat)]
+            wanted = [item for item in missing if _by_batch(item) and item.key not in tried]
+            if not wanted:
+                return
+            tried.update(question.key for question in wanted)
+            await self.desk.ask_by_batch(wanted)
+
+    def _missing(self, pool: Pool, *, repeat: int) -> Sequence[Question]:
+        """What a pool asks next that the store cannot answer."""
+        rounds = self._function.rounds(pool, repeat=repeat)
+        verdicts: list[Verdict] | None = None
+        while not isinstance(found := advance(rounds, verdicts), Judgement):
+            known = [self.desk.recall(question) for question in found]
+            if missing := [item for item, verdict in zip(found, known, strict=True) if verdict is None]:
+                return missing
+            verdicts = [verdict for verdict in known if verdict is not None]
+        return ()
+
     async def close(self) -> None:
         await self.desk.close()
+
+
+def _by_batch(question: Question) -> bool:
+    return isinstance(question.asked, OpenAISection) and question.asked.batch
 
 
 def advance(rounds: Rounds, verdicts: Sequence[Verdict] | None) -> Sequence[Question] | Judgement:

@@ -267,6 +267,11 @@ class AnnotationSection(Section):
         return self.kind in ("self", "given")
 
     @property
+    def infers_preferences(self) -> bool:
+        """Whether some pairs are never asked about."""
+        return any(judge.form != "listwise" and judge.schedule == "tournament" for judge in self.judges)
+
+    @property
     def is_judge(self) -> bool:
         """Whether it can compare any responses, of held-out prompts too."""
         return self.kind in ("oracle", "openai", "ensemble", "table")

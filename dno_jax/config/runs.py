@@ -50,13 +50,18 @@ class RunConfig(Section):
                 f"annotation.kind={self.annotation.kind} gives pairwise verdicts, no scores: "
                 "set pairing.reward=win_rate"
             )
+        if self.loss.target == "soft" and self.annotation.infers_preferences:
+            raise ValueError(
+                "loss.target=soft with schedule=tournament: pairs that never met would be trained on as ties; set "
+                "schedule=all_pairs, or loss.target=hard"
+            )
         if self.prompts.held_out and self.prompts.held_out_path:
             raise ValueError("prompts.held_out and prompts.held_out_path are both given: choose one")
         has_held_out = self.prompts.held_out or self.prompts.held_out_path
         if has_held_out and not self.evaluation_judge.is_judge:
             raise ValueError(
                 f"annotation.kind={self.evaluation_judge.kind} cannot judge held-out responses: give "
-                "evaluation.annotation a judge (oracle, openai, table), or no held-out prompts"
+                "evaluation.annotation a judge (oracle, openai, ensemble, table), or no held-out prompts"
             )
         return self
 

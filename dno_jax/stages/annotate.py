@@ -29,6 +29,7 @@ from dno_jax.stages.prompts import name_bits
 _POLL_SECONDS = 0.2
 # Pools in work for each request that may be in flight: enough to keep the judge busy over the slow end of a shard.
 _POOLS_A_REQUEST = 2
+_BATCH_POOLS = 4096  # that one batch asks about: few batches, whose questions still fit into memory
 
 
 def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = lambda: False) -> Manifest:
@@ -83,6 +84,7 @@ class _Work:
         self._sampled = sampled
         self._annotator = annotator
         self._desk: Desk | None = annotator.desk if isinstance(annotator, EndpointAnnotator) else None
+        self._by_batch = any(judge.batch for judge in config.annotation.judges)
         self._labelled = self._read_labels()
         self._run_dir = run_dir
         self._prompts_path = run_dir.prompts_path(stage.iteration)
@@ -129,8 +131,10 @@ class _Work:
             seen.update(new)
             waiting.extend(new)
             while waiting or running:
-                while waiting and len(running) < at_once and failure is None:
-                    running.add(asyncio.create_task(self._judge_shard(waiting.popleft(), meter)))
+                while len(running) < at_once and failure is None and (group := self._group(waiting, last_round)):
+                    running.add(asyncio.create_task(self._judge_group(group, meter)))
+                if not running:
+                    break  # a batch is still to grow
                 done, running = await asyncio.wait(
                     running, timeout=None if last_round else _POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -143,6 +147,21 @@ class _Work:
                 return
             if not running:
                 await asyncio.sleep(_POLL_SECONDS)
+
+    def _group(self, waiting: deque[str], last_round: bool) -> list[str]:
+        """Take the shards that are judged next: one, or as many as make a batch; none while a batch is to grow."""
+        size = max(1, _BATCH_POOLS // self._config.sampling.shard_prompts) if self._by_batch else 1
+        if len(waiting) < size and not last_round:
+            return []
+        return [waiting.popleft() for _ in range(min(size, len(waiting)))]
+
+    async def _judge_group(self, shards: Sequence[str], meter: Meter) -> None:
+        if self._by_batch and isinstance(self._annotator, EndpointAnnotator):
+            pools = [pool for shard in shards for pool in self._pools(shard, dropped=Counter())]
+            await self._annotator.ask_by_batch(pools)
+            await self._annotator.ask_by_batch([pool for pool in pools if self._is_repeated(pool)], repeat=1)
+        for shard in shards:
+            await self._judge_shard(shard, meter)
 
     def _closed(self) -> set[str]:
         """Shards that need no judge. One that another judge closed (an edited rubric) is judged anew."""

@@ -20,11 +20,14 @@ from pathlib import Path
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
+from dno_jax.annotation.budget import Budget
 from dno_jax.annotation.client import Unreachable
-from dno_jax.annotation.desk import EndpointAnnotator
+from dno_jax.annotation.desk import Desk, EndpointAnnotator
 from dno_jax.annotation.fake_judge import FAULTS, FakeJudge
+from dno_jax.annotation.question import Question, Verdict
 from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
+from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
 from tests.annotation.paid_judge import SECTION, FakeClient, question, said
@@ -226,7 +229,7 @@ def test_an_unreachable_endpoint_is_no_per_pool_failure(store_path, dead_url):
     ],
 )
 def test_what_no_pool_can_survive_stops_the_run_at_once(store_path, status, remedy):
-from tests.annotation.paid_judge import SECTION, FakeClient, question, said
+    with FakeJudge(scorer=read_worth, schedule=[status]) as server:
         with pytest.raises(DnoError, match=remedy) as caught:
             judge_one(section(server), store_path)
         assert [entry.outcome for entry in server.log if entry.outcome != "probe"] == [status]
