@@ -23,7 +23,6 @@ from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_params
-from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import AnyMesh, num_row_shards
 from dno_jax.records import Prompt
