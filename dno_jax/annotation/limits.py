@@ -40,11 +40,11 @@ class AdaptiveConcurrency:
         return self.in_flight < self.limit
 
     def start(self) -> int:
-        """Count a request in, and return the ticket that its end is told with."""
+        """Count a request in, and return the ticket that its failure would be told with."""
         self.in_flight += 1
         return self._round
 
-    def succeed(self, ticket: int) -> None:
+    def succeed(self) -> None:
         self.in_flight -= 1
         self._limit = min(float(self._maximum), self._limit + 1.0 / self._limit)
 
@@ -55,7 +55,7 @@ class AdaptiveConcurrency:
             self._limit = max(1.0, self._limit / 2.0)
             self._round += 1
 
-    def abandon(self, ticket: int) -> None:
+    def abandon(self) -> None:
         """Count a request out that says nothing about the endpoint."""
         self.in_flight -= 1
 
@@ -80,13 +80,13 @@ class Bucket:
         self._capacity = max(1.0, self._rate)
         self._level = self._capacity
 
-    def delay(self, amount: float) -> float:
+    def delay(self, amount: int) -> float:
         """Return the seconds until `amount` may be used."""
         self._refill()
         missing = min(amount, self._capacity) - self._level
         return missing / self._rate if missing > 0.0 else 0.0
 
-    def take(self, amount: float) -> None:
+    def take(self, amount: int) -> None:
         """Use up an amount; a negative one gives back what was taken too much."""
         self._refill()
         self._level = min(self._capacity, self._level - amount)

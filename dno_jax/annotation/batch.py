@@ -1,0 +1,341 @@
+"""Questions through the OpenAI Batch API: half the price, within a day, and never paid for twice.
+
+A batch is noted in the store before it is made, with a token that stands in its metadata, and again with its id. A run
+that starts anew finds the batches it left and collects them; where it was killed while one was being made, the list of
+batches says by the token whether it was. What a batch leaves unanswered is the caller's to ask live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+from urllib.parse import quote
+
+from dno_jax.annotation.client import Client
+from dno_jax.annotation.completion import completion_reply
+from dno_jax.annotation.question import Question, Reply
+from dno_jax.annotation.routes import Unreachable, asks_for_a_pause
+from dno_jax.endpoint import EndpointError, Response, Trouble, wait_seconds
+from dno_jax.errors import DnoError
+
+_LOG = logging.getLogger(__name__)
+
+MAX_REQUESTS = 50_000  # of one batch, as OpenAI has it
+MAX_BYTES = 200_000_000
+FIRST_POLL_SECONDS = 5.0
+MAX_POLL_SECONDS = 60.0
+_TRANSFER_SECONDS = 1800.0  # at least, for a file of that size
+_PATH = "/v1/chat/completions"
+_TOKEN = "dno_jax"
+_ENDED = ("completed", "failed", "expired", "cancelled")
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+@dataclass(frozen=True)
+class OpenBatch:
+    """A batch that is or may be under way.
+
+    Attributes:
+        token: names it, here and in its metadata.
+        url: of the endpoint that has it.
+        keys: of the questions whose answers are still to be collected.
+        batch_id: None while it is not known whether it was made.
+    """
+
+    token: str
+    url: str
+    keys: tuple[str, ...]
+    batch_id: str | None = None
+
+
+@runtime_checkable
+class BatchStore(Protocol):
+    """Where batches are remembered; each call is on the disk when it returns."""
+
+    def remember_batch(self, batch: OpenBatch) -> None:
+        """Note a batch, in place of what is noted under its token."""
+        ...
+
+    def open_batches(self) -> Sequence[OpenBatch]:
+        """Return all that are noted."""
+        ...
+
+    def close_batch(self, token: str) -> None:
+        """Forget a batch."""
+        ...
+
+
+async def run(
+    questions: Iterable[Question], *, client: Client, store: BatchStore
+) -> AsyncIterator[tuple[str, Reply | Trouble]]:
+    """Yield each question's key with what the Batch API made of it.
+
+    What is yielded has to be committed before the next is asked for: a batch is forgotten when all of it was yielded.
+    Batches that an earlier run left are collected in place of being paid for again; of their answers, those that were
+    not asked for now stay where they are.
+
+    Args:
+        client: its preferred endpoint is used, and it is probed by then.
+
+    Yields:
+        A `Reply` as a live one is. A `Trouble` that says "retry" is a question to ask live.
+
+    Raises:
+        Unreachable: the endpoint has not answered for `max_outage` seconds.
+        DnoError: it has no Batch API, or refuses this batch.
+    """
+    wanted = {question.key: question for question in questions}
+    batches = _Batches(client, store)
+    under_way = [batch async for batch in batches.resumed(wanted.keys())]
+    left = dict(wanted)
+    for batch in under_way:
+        for key in batch.keys:
+            left.pop(key, None)
+    for keys, data in _parts(left.values(), client):
+        under_way.append(await batches.make(keys, data))
+    pause = FIRST_POLL_SECONDS
+    while under_way:
+        for batch in list(under_way):
+            state = await batches.state(batch)
+            if state["status"] not in _ENDED:
+                continue
+            under_way.remove(batch)
+            answered: set[str] = set()
+            async for key, result in batches.answers(batch, state):
+                if key in wanted and key not in answered:
+                    yield key, result
+                answered.add(key)
+            for key in batch.keys:
+                if key in wanted and key not in answered:
+                    yield key, Trouble(f"batch {batch.batch_id} {state['status']} without an answer")
+            later = tuple(key for key in batch.keys if key not in wanted)
+            if later:
+                store.remember_batch(replace(batch, keys=later))
+            else:
+                store.close_batch(batch.token)
+        if under_way:
+            await _pause(pause)
+            pause = min(MAX_POLL_SECONDS, 1.5 * pause)
+
+
+def _parts(questions: Iterable[Question], client: Client) -> Iterator[tuple[tuple[str, ...], bytes]]:
+    """Yield keys and JSONL of batches within the limits."""
+    keys: list[str] = []
+    lines: list[bytes] = []
+    size = 0
+    for question in questions:
+        body = client.composed(question.body, question.schema, offers=client.offers)
+        request = {"custom_id": question.key, "method": "POST", "url": _PATH, "body": body}
+        line = json.dumps(request, separators=(",", ":")).encode() + b"\n"
+        if keys and (len(keys) >= MAX_REQUESTS or size + len(line) > MAX_BYTES):
+            yield tuple(keys), b"".join(lines)
+            keys, lines, size = [], [], 0
+        keys.append(question.key)
+        lines.append(line)
+        size += len(line)
+    if keys:
+        yield tuple(keys), b"".join(lines)
+
+
+class _Batches:
+    """The Batch API of an endpoint, and what is noted of it."""
+
+    def __init__(self, client: Client, store: BatchStore):
+        self._client = client
+        self._endpoint = client.endpoint
+        self._store = store
+        self._told: dict[str, str] = {}
+        self._timeout = max(_TRANSFER_SECONDS, client.section.timeout)
+
+    async def resumed(self, wanted: Iterable[str]) -> AsyncIterator[OpenBatch]:
+        """Yield the batches of this endpoint that have something of what is wanted."""
+        wanted = set(wanted)
+        for batch in self._store.open_batches():
+            if batch.url != self._endpoint.url or wanted.isdisjoint(batch.keys):
+                continue
+            if batch.batch_id is None:
+                batch_id = await self._persist(lambda batch=batch: self._find(batch.token))
+                if batch_id is None:  # killed before it was made
+                    self._store.close_batch(batch.token)
+                    continue
+                batch = replace(batch, batch_id=batch_id)
+                self._store.remember_batch(batch)
+            _LOG.info("%s: resuming batch %s, %d requests", self._client.who, batch.batch_id, len(batch.keys))
+            yield batch
+
+    async def make(self, keys: tuple[str, ...], data: bytes) -> OpenBatch:
+        """Upload requests and make a batch of them."""
+        file = await self._persist(
+            lambda: self._object(
+                self._endpoint.post(
+                    "/files", {"purpose": "batch"}, file=("requests.jsonl", data), timeout=self._timeout
+                )
+            )
+        )
+        batch = OpenBatch(token=uuid.uuid4().hex, url=self._endpoint.url, keys=keys)
+        self._store.remember_batch(batch)
+        request = {
+            "input_file_id": file["id"],
+            "endpoint": _PATH,
+            "completion_window": "24h",
+            "metadata": {_TOKEN: batch.token},
+        }
+        tries = 0
+
+        async def create() -> str | Trouble:
+            nonlocal tries
+            tries += 1
+            if tries > 1:  # the try before may have made it, though its answer was lost
+                found = await self._find(batch.token)
+                if found is not None:
+                    return found
+            made = await self._object(self._endpoint.post("/batches", request))
+            return made if isinstance(made, Trouble) else made["id"]
+
+        try:
+            batch_id = await self._persist(create)
+        except DnoError as error:
+            if not isinstance(error, Unreachable):
+                self._store.close_batch(batch.token)
+            raise
+        batch = replace(batch, batch_id=batch_id)
+        self._store.remember_batch(batch)
+        _LOG.info("%s: batch %s of %d requests", self._client.who, batch_id, len(keys))
+        return batch
+
+    async def state(self, batch: OpenBatch) -> Mapping[str, Any]:
+        """Return what the endpoint says of a batch; one that it has forgotten has failed."""
+        assert batch.batch_id is not None
+        path = f"/batches/{quote(batch.batch_id, safe='')}"
+        state = await self._persist(lambda: _unless_gone(self._object(self._endpoint.get(path)), {"status": "failed"}))
+        status = state["status"] = str(state.get("status"))
+        if self._told.get(batch.token) != status:
+            self._told[batch.token] = status
+            said = f", {self._client.words(json.dumps(state['errors']))}" if state.get("errors") else ""
+            level = logging.INFO if status not in _ENDED or status == "completed" else logging.WARNING
+            _LOG.log(level, "%s: batch %s: %s%s", self._client.who, batch.batch_id, self._client.words(status), said)
+        return state
+
+    async def answers(self, batch: OpenBatch, state: Mapping[str, Any]) -> AsyncIterator[tuple[str, Reply | Trouble]]:
+        """Yield what stands in the files of a batch that has ended."""
+        known = set(batch.keys)
+        for name in ("output_file_id", "error_file_id"):
+            if not isinstance(state.get(name), str):
+                continue
+            path = f"/files/{quote(state[name], safe='')}/content"
+            file = await self._persist(
+                lambda path=path: _unless_gone(self._endpoint.get(path, timeout=self._timeout), None)
+            )
+            odd = 0
+            for line in re.finditer(r"[^\n]*\S[^\n]*", file.text if file else ""):
+                read = _read_line(line[0], client=self._client)
+                if read is None or read[0] not in known:
+                    odd += 1
+                else:
+                    yield read
+            if odd or file is None:
+                _LOG.warning("%s: batch %s: %s", self._client.who, batch.batch_id,
+                             f"{odd} odd lines are passed over" if odd else "a file of results is gone")  # fmt: skip
+
+    async def _find(self, token: str) -> str | Trouble | None:
+        """Look for the batch that has this token in its metadata."""
+        after: str | None = None
+        while True:
+            query = {"limit": "100", **({"after": after} if after else {})}
+            page = await self._object(self._endpoint.get("/batches", query=query), id_needed=False)
+            if isinstance(page, Trouble):
+                return page
+            found = [entry for entry in page.get("data") or () if isinstance(entry, dict)]
+            for entry in found:
+                if isinstance(entry.get("metadata"), dict) and entry["metadata"].get(_TOKEN) == token:
+                    return str(entry["id"])
+            last = str(found[-1].get("id")) if found else None
+            if not page.get("has_more") or last in (None, after):
+                return None
+            after = last
+
+    async def _object(
+        self, request: Awaitable[Response | Trouble], *, id_needed: bool = True
+    ) -> dict[str, Any] | Trouble:
+        """Read the JSON object of an answer."""
+        response = await request
+        if isinstance(response, Trouble):
+            return response
+        try:
+            found = json.loads(response.text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict) or (id_needed and not isinstance(found.get("id"), str)):
+            return Trouble(f"HTTP 200 without what was asked for: {self._client.words(response.text)}")
+        return found
+
+    async def _persist(self, attempt: Callable[[], Awaitable[T | Trouble]]) -> T:
+        """Try until it succeeds, or nothing has answered for `max_outage`."""
+        section, failures, since = self._client.section, 0, time.monotonic()
+        while True:
+            try:
+                result = await attempt()
+            except EndpointError as error:
+                result = Trouble(str(error), then="raise")
+            if not isinstance(result, Trouble):
+                return result
+            if result.then != "retry" and not asks_for_a_pause(result):
+                raise DnoError(
+                    f"{self._client.who}: the Batch API of {self._endpoint.url} refuses: {result.detail}; "
+                    f"set {self._client.place}.batch=false to ask live"
+                )
+            failures += 1
+            waited = time.monotonic() - since
+            if failures >= section.max_tries and waited >= section.max_outage:
+                raise Unreachable(
+                    f"{self._client.who}: the Batch API of {self._endpoint.url} has not answered for {waited:.0f} s "
+                    f"({result.detail}); start again when it does: its batches go on and are remembered"
+                )
+            await _pause(wait_seconds(failures, retry_after=result.retry_after, jitter=random.random()))
+
+
+async def _unless_gone(request: Awaitable[T], otherwise: U) -> T | U:
+    """Return what is asked for, or something else where there is no such thing."""
+    try:
+        return await request
+    except EndpointError as error:
+        if error.status != 404:
+            raise
+        return otherwise
+
+
+def _read_line(line: str, *, client: Client) -> tuple[str, Reply | Trouble] | None:
+    """Read one line of an output or error file; None if it is none."""
+    try:
+        entry = json.loads(line)
+        key, response, error = entry["custom_id"], entry.get("response"), entry.get("error")
+        status = response["status_code"] if response else None
+        body = response["body"] if response else error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if not isinstance(key, str):
+        return None
+    if status == 200:
+        reply = completion_reply(body)
+        if reply is not None:
+            return key, client.without_keys(reply)
+        return key, Trouble(f"a line of a batch without a chat completion: {client.words(json.dumps(body))}")
+    if not isinstance(status, int) or isinstance(status, bool):
+        return key, Trouble(f"a line of a batch failed: {client.words(json.dumps(body))}")
+    trouble = client.endpoint.trouble(status, body, headers={})
+    # Where no request at all could succeed, the live one says so.
+    return key, replace(trouble, then="retry") if trouble.then == "raise" else trouble
+
+
+async def _pause(seconds: float) -> None:
+    await asyncio.sleep(seconds)

@@ -1,0 +1,225 @@
+"""Whom to ask, and when: the endpoints of one model in order of preference, and a queue for their turns.
+
+A request waits for a slot (fewer while an endpoint fails), for the requests and tokens a minute, and for the end of a
+pause that the endpoint asked for, which all requests keep. An endpoint that fails again and again is passed over until
+a trial request succeeds; if all do, everybody waits, up to `max_outage`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from dno_jax.annotation.limits import AdaptiveConcurrency, Breaker, Bucket
+from dno_jax.annotation.probe import Capabilities
+from dno_jax.annotation.question import Reply
+from dno_jax.config import ChatSection
+from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
+from dno_jax.errors import DnoError
+
+_LOG = logging.getLogger(__name__)
+
+FAILURES_OPEN = 8  # in a row; with a third of all requests failing by chance, one in 10,000 sees so many
+FIRST_PAUSE_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 30.0
+# An endpoint that wants a longer pause is as good as dead, and the next one is asked.
+LONG_PAUSE_SECONDS = 60.0
+LONG_WAIT_SECONDS = 10.0  # that people are told of
+
+
+class Unreachable(DnoError):
+    """No endpoint answers: true of every request, not of one."""
+
+
+class Route:
+    """An endpoint, and what is known of how much it takes."""
+
+    def __init__(self, endpoint: Endpoint, section: ChatSection):
+        clock = time.monotonic
+        self.endpoint = endpoint
+        self.offers: Capabilities | None = None
+        self.slots = AdaptiveConcurrency(section.max_concurrency)
+        self.requests = Bucket(section.requests_per_minute, kind="requests", clock=clock)
+        self.tokens = Bucket(section.tokens_per_minute, kind="tokens", clock=clock)
+        self.breaker = Breaker(
+            failures=FAILURES_OPEN, pause=FIRST_PAUSE_SECONDS, max_pause=MAX_PAUSE_SECONDS, clock=clock
+        )
+        self.paused_until = 0.0
+        self.told_to_wait = 0
+        """Answers in a row that asked for a pause."""
+        self.last_trouble = ""
+
+    def delay(self, tokens: int) -> float:
+        """Return the seconds until a request may go, infinity for until something happens."""
+        if not self.slots.has_room:
+            return math.inf
+        return max(
+            self.breaker.delay(),
+            self.paused_until - time.monotonic(),
+            self.requests.delay(1),
+            self.tokens.delay(tokens),
+        )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Leave to send one request, already counted."""
+
+    route: Route
+    slot: int
+    trial: bool
+    tokens: int
+
+
+class Routes:
+    """The endpoints of one model, the preferred one first.
+
+    Args:
+        who, place: as messages name them.
+    """
+
+    def __init__(self, endpoints: Sequence[Endpoint], section: ChatSection, *, who: str, place: str):
+        self.all = [Route(endpoint, section) for endpoint in endpoints]
+        self._max_outage = section.max_outage
+        self._who = who
+        self._place = place
+        self.queue = asyncio.Lock()
+        self._news = asyncio.Event()
+        self._jitter = random.Random()  # spreads requests over time; decides no result
+
+    async def turn(self, tokens: int, *, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> Turn:
+        """Wait for leave to send a request; what comes of it is to be told to `settle`.
+
+        Args:
+            tokens: what it is expected to use.
+            introduce: probes an endpoint at its first use, and says where it does not answer.
+
+        Raises:
+            Unreachable: no endpoint has answered for `max_outage` seconds.
+        """
+        async with self.queue:  # fair; only the first in the queue looks at anything
+            while True:
+                self._news.clear()
+                wait = math.inf
+                for route in self.all:
+                    delay = route.delay(tokens)
+                    if delay <= 0.0:
+                        turn = self._take(route, tokens)
+                        if route.offers is not None or await self._introduced(turn, introduce):
+                            return turn
+                        delay = route.delay(tokens)
+                    wait = min(wait, delay)
+                    if not route.breaker.is_open:
+                        break  # busy, not dead
+                await self._wait(min(wait, self._patience()))
+
+    def settle(self, turn: Turn, result: Reply | Trouble | None) -> None:
+        """Make of an outcome what follows for the requests to come; None is a request that was given up."""
+        route = turn.route
+        if isinstance(result, Reply):
+            route.told_to_wait = 0
+            if used := result.tokens_in + result.tokens_out:
+                route.tokens.take(used - turn.tokens)
+            route.slots.succeed()
+            self._answered(route)
+        elif result is None:
+            route.slots.abandon()
+            route.breaker.abandon(trial=turn.trial)
+        elif result.unreachable:
+            route.tokens.take(-turn.tokens)
+            route.slots.abandon()
+            self._failed(turn, result)
+        elif asks_for_a_pause(result):
+            route.slots.fail(turn.slot)
+            route.told_to_wait += 1
+            pause = wait_seconds(route.told_to_wait, retry_after=result.retry_after, jitter=self._jitter.random())
+            route.paused_until = max(route.paused_until, time.monotonic() + pause)
+            if pause > LONG_PAUSE_SECONDS:
+                self._failed(turn, result, pause=pause)
+            elif result.status == 429:
+                self._answered(route)
+            else:
+                self._failed(turn, result)
+        elif result.status is None or result.status >= 500:
+            route.slots.fail(turn.slot)
+            self._failed(turn, result)
+        else:
+            route.slots.abandon()
+            self._answered(route)
+        self._news.set()
+
+    def no_answer(self, how_long: str) -> str:
+        """Say that nobody answers, and what to do about it."""
+        tried = ", ".join(f"{route.endpoint.url} ({route.last_trouble})" for route in self.all)
+        return (
+            f"{self._who}: no endpoint answered {how_long}: {tried}; start it, or mend {self._place}.base_url, or name "
+            f"another in {self._place}.more_endpoints, then start again: what is already paid for is kept"
+        )
+
+    def _take(self, route: Route, tokens: int) -> Turn:
+        route.requests.take(1)
+        route.tokens.take(tokens)
+        return Turn(route, slot=route.slots.start(), trial=route.breaker.start(), tokens=tokens)
+
+    async def _introduced(self, turn: Turn, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> bool:
+        try:
+            trouble = await introduce(turn.route)
+        except BaseException:
+            self.settle(turn, None)
+            raise
+        if trouble is not None:
+            turn.route.slots.abandon()
+            turn.route.tokens.take(-turn.tokens)
+            self._failed(turn, trouble, pause=max(FIRST_PAUSE_SECONDS, trouble.retry_after or 0.0))
+        return trouble is None
+
+    def _answered(self, route: Route) -> None:
+        since = route.breaker.since
+        if route.breaker.succeed():
+            _LOG.warning(
+                "%s at %s answers again, after %.0f s", self._who, route.endpoint.url, time.monotonic() - since
+            )
+
+    def _failed(self, turn: Turn, trouble: Trouble, *, pause: float | None = None) -> None:
+        route = turn.route
+        route.last_trouble = trouble.detail
+        if not route.breaker.fail(trial=turn.trial, pause=pause):
+            return
+        others = [other.endpoint.url for other in self.all if not other.breaker.is_open]
+        meanwhile = f"{others[0]} is asked" if others else f"waiting up to max_outage={self._max_outage:g} s"
+        _LOG.warning("%s at %s does not answer (%s): %s until it does",
+                     self._who, route.endpoint.url, trouble.detail, meanwhile)  # fmt: skip
+
+    def _patience(self) -> float:
+        """Return how long to wait for an endpoint, seconds; infinity while there is one.
+
+        Raises:
+            Unreachable: long enough.
+        """
+        if not all(route.breaker.is_open for route in self.all):
+            return math.inf
+        waited = time.monotonic() - max(route.breaker.since for route in self.all)
+        if waited >= self._max_outage:
+            raise Unreachable(self.no_answer(f"for {waited:.0f} s, max_outage={self._max_outage:g} s"))
+        return self._max_outage - waited
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait until something happens, or so long."""
+        if math.isinf(seconds):
+            await self._news.wait()
+            return
+        if seconds > LONG_WAIT_SECONDS:
+            _LOG.info("%s: waiting %.0f s, as its limits demand", self._who, seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news.wait()
+
+
+def asks_for_a_pause(trouble: Trouble) -> bool:
+    return trouble.status == 429 or (trouble.retry_after is not None and (trouble.status or 0) >= 500)

@@ -1,0 +1,608 @@
+"""The client over real HTTP: every fault ends as a `Trouble` or an error, and no key leaves it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from itertools import count
+from typing import Any, TypeVar
+
+import pytest
+
+from dno_jax.annotation import routes
+from dno_jax.annotation.client import Client, Unreachable
+from dno_jax.annotation.completion import read_completion
+from dno_jax.annotation.probe import Capabilities
+from dno_jax.annotation.question import Reply
+from dno_jax.config import EndpointSection, OpenAISection, TeacherSection
+from dno_jax.endpoint import EndpointError, Trouble
+from dno_jax.errors import DnoError
+from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault, is_probe
+
+T = TypeVar("T")
+KEY = "planted.0123456789.do-not-leak"
+BODY = {
+    "model": "judge-1",
+    "messages": [{"role": "user", "content": "Which is better?"}],
+    "max_tokens": 16,
+    "temperature": 0.0,
+    "seed": 5,
+}
+SCHEMA = {"type": "object", "properties": {"score": {"type": "integer"}}, "required": ["score"]}
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(routes, "FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "MAX_PAUSE_SECONDS", 0.05)
+
+
+def section(*servers: Scripted | str, **fields: Any) -> OpenAISection:
+    first, *more = [server if isinstance(server, str) else server.url for server in servers]
+    fields = {"model": "judge-1", "api_key_env": None, "timeout": 20.0, "max_outage": 20.0, **fields}
+    return OpenAISection(base_url=first, more_endpoints=tuple(EndpointSection(base_url=url) for url in more), **fields)
+
+
+def with_client(config: OpenAISection | TeacherSection, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        client = Client(config, who="the judge 'judge-1'", place="annotation.openai")
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def send_all(config: OpenAISection, number: int, **arguments: Any) -> list[Reply | Trouble]:
+    async def work(client: Client) -> list[Reply | Trouble]:
+        bodies = [{**BODY, "seed": n} for n in range(number)]
+        return await asyncio.gather(*(client.send(body, **arguments) for body in bodies))
+
+    return with_client(config, work)
+
+
+def send_one(config: OpenAISection, **arguments: Any) -> Reply | Trouble:
+    return send_all(config, 1, **arguments)[0]
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def first_then(*first: Answer, then: Answer | None = None) -> Callable[[Asked], Answer]:
+    """Answer the first requests so, and all others well."""
+    numbers = count()
+    return after_probe(lambda _: first[n] if (n := next(numbers)) < len(first) else then or completion("fine"))
+
+
+# What arrives
+
+
+def test_a_reply_is_read_and_the_request_is_sent_as_it_is():
+    with Scripted(after_probe(lambda _: completion("6/6"))) as server:
+        reply = send_one(section(server))
+        assert reply == Reply("6/6", finish="stop", model="served-1", tokens_in=7, tokens_out=3)
+        (asked,) = server.chats
+    assert asked.body == {**BODY, "seed": 0}
+
+
+def test_the_first_tokens_log_probs_are_read():
+    listed = [{"token": "m", "logprob": -0.25, "bytes": [109]}, {"token": "M", "logprob": -1.5}]
+    later = {"token": "x", "logprob": -9.0, "top_logprobs": [{"token": "y", "logprob": -8.0}]}
+    logprobs = {"content": [{**listed[0], "top_logprobs": listed}, later]}
+    reply = read_completion(json.dumps(completion("m", logprobs=logprobs).body))
+    assert reply is not None
+    assert reply.first_logprobs == {"m": -0.25, "M": -1.5}
+
+
+HALF = {"token": "?", "logprob": -0.1}  # of a character of several tokens; its other half looks the same
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"token": "z", "logprob": -4.0, "top_logprobs": [{"token": "m", "logprob": -0.1}]}], {"m": -0.1, "z": -4.0}),
+        ([{"token": "m", "logprob": -0.1, "top_logprobs": []}], {"m": -0.1}),
+        ([{"token": "m", "logprob": -0.1}], {"m": -0.1}),
+        ([{**HALF, "top_logprobs": [HALF, {**HALF, "logprob": -7.0}]}], {"?": -0.1}),
+        ([{"token": "m", "logprob": float("nan")}], None),
+        ([{"token": "m", "logprob": "-0.1"}], None),
+        ([{"token": "m", "logprob": True}], None),
+        ([{"token": 7, "logprob": -0.1}], None),
+        ([{"logprob": -0.1}], None),
+        ([], None),
+        (None, None),
+        ("m", None),
+    ],
+)  # fmt: skip
+def test_odd_log_probs_are_no_log_probs(content, expected):
+    reply = read_completion(json.dumps(completion("m", logprobs={"content": content}).body))
+    assert reply is not None
+    assert reply.first_logprobs == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "[]", "7", "{", '{"choices": []}', '{"choices": [null]}', '{"choices": [{"message": null}]}',
+        '{"choices": [{"message": {"content": 5}}]}', '{"choices": [{"message": {"content": ["6"]}}]}',
+        '{"choices": [{"message": {"content": "x", "refusal": 1}}]}',
+        '{"choices": [{"message": {"content": "x"}, "finish_reason": 3}]}',
+        "<html>", "[" * 100_000, '{"choices": {"0": {"message": {"content": "x"}}}}',
+    ],
+)  # fmt: skip
+def test_what_is_no_completion_is_none(text):
+    assert read_completion(text) is None
+
+
+def test_counts_that_are_none_are_zero_and_halved_surrogates_are_replaced():
+    body = {
+        "choices": [{"message": {"content": "a\ud800b é"}}],
+        "usage": {"prompt_tokens": -5, "completion_tokens": 10**30},
+    }
+    reply = read_completion(json.dumps(body))
+    assert reply == Reply("a?b é")
+    reply.text.encode()
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("answer", "said", "then"),
+    [
+        (fault(500), "HTTP 500: planted", "retry"),
+        (fault(429, "slow down", headers={"Retry-After": "0"}), "HTTP 429: slow down", "retry"),
+        (fault(400, "too long", code="context_length_exceeded"), "HTTP 400: too long", "give up"),
+        (fault(400, "policy", code="content_filter"), "HTTP 400: policy", "refused"),
+        (fault(413), "HTTP 413: planted", "give up"),
+        (Answer(fault="reset"), "no connection (ReadError)", "retry"),
+        (Answer(body={"choices": [1, 2, 3]}, fault="truncated"), "no connection (RemoteProtocolError)", "retry"),
+        (Answer(body=b'{"choices": [{"message": {"content": "6'), "HTTP 200 without a chat completion", "retry"),
+        (Answer(body=b"<html>a proxy's front page</html>"), "HTTP 200 without a chat completion: <html>", "retry"),
+        (Answer(fault="hang"), "no answer within 1 s", "retry"),
+    ],
+    ids=["500", "429", "long", "filter", "413", "reset", "cut", "truncated", "html", "hang"],
+)
+def test_each_fault_is_one_try_and_says_what_follows(answer, said, then):
+    with Scripted(after_probe(lambda _: answer)) as server:
+        trouble = send_one(section(server, timeout=1.0 if answer.fault == "hang" else 20.0))
+        assert len(server.chats) == 1
+    assert isinstance(trouble, Trouble)
+    assert trouble.detail.startswith(said)
+    assert trouble.then == then
+    assert not trouble.unreachable
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (fault(401, "bad key"), "put a key|name the environment variable"),
+        (fault(403, "not yours"), "name the environment variable"),
+        (fault(404, "no such model"), "mend annotation.openai.model, or base_url"),
+        (fault(402, "pay"), "the account is used up"),
+        (fault(429, "quota", code="insufficient_quota"), "the account is used up"),
+    ],
+    ids=["401", "403", "404", "402", "quota"],
+)
+def test_what_no_request_can_mend_raises_at_once(answer, expected):
+    with Scripted(first_then(answer)) as server:
+        with pytest.raises(EndpointError, match=expected):
+            send_one(section(server))
+        assert len(server.chats) == 1
+
+
+def test_a_429_pauses_every_request_and_not_only_its_own():
+    with Scripted(first_then(fault(429, headers={"Retry-After": "0.4"}))) as server:
+
+        async def work(client: Client) -> None:
+            await client.probe(BODY)
+            assert isinstance(await client.send(BODY), Trouble)
+            replies = await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(6)))
+            assert all(isinstance(reply, Reply) for reply in replies)
+
+        with_client(section(server), work)
+        refused, *later = server.chats
+    assert len(later) == 6
+    assert min(asked.at for asked in later) - refused.at >= 0.4
+
+
+def test_remaining_requests_are_read_from_any_answer():
+    headers = {
+        "x-ratelimit-limit-requests": "600",
+        "x-ratelimit-remaining-requests": "3",
+        "x-ratelimit-reset-requests": "59.7s",
+    }
+    with Scripted(first_then(Answer(status=400, body={"error": {"message": "odd"}}, headers=headers))) as server:
+
+        async def work(client: Client) -> None:
+            await client.send(BODY)
+            await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(6)))
+
+        with_client(section(server), work)
+        at = [asked.at for asked in server.chats]
+    assert at[6] - at[0] >= 0.25  # three were left, and three come at ten a second
+
+
+def test_tokens_a_minute_hold_requests_back_and_usage_corrects_the_estimate():
+    with Scripted(after_probe(lambda _: completion())) as server:  # which uses 10
+
+        async def work(client: Client) -> None:
+            tokens = client._routes.all[0].tokens  # 100 a second
+            for _ in range(4):
+                assert isinstance(await client.send(BODY, tokens=100), Reply)
+                assert tokens.delay(100) <= 0.1
+            server.script = lambda asked: fault(500)
+            await client.send(BODY, tokens=100)  # may have been charged for
+            await client.send(BODY, tokens=100)
+
+        with_client(section(server, tokens_per_minute=6000), work)
+        at = [asked.at for asked in server.chats]
+    assert at[4] - at[0] >= 0.35
+    assert at[5] - at[4] >= 0.8
+
+
+def together(number: int, answer: Answer) -> Callable[[Asked], Answer]:
+    """Answer only when so many requests are in flight at once."""
+    barrier = threading.Barrier(number, timeout=10.0)
+
+    def script(_: Asked) -> Answer:
+        barrier.wait()
+        return answer
+
+    return after_probe(script)
+
+
+def test_never_more_in_flight_than_configured_and_fewer_after_failures():
+    with Scripted(together(4, completion())) as server:
+
+        async def work(client: Client) -> None:
+            async def send(number: int) -> None:
+                server.max_in_flight = 0
+                await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(number)))
+
+            await send(16)
+            assert server.max_in_flight == 4
+            server.script = together(4, fault(500))
+            await send(4)
+            server.script = together(2, completion())
+            await send(4)
+            assert server.max_in_flight == 2
+
+        with_client(section(server, max_concurrency=4), work)
+
+
+def test_turns_come_in_the_order_of_asking():
+    with Scripted(after_probe(lambda _: completion())) as server:
+        send_all(section(server, max_concurrency=1), 20)
+        assert [asked.body["seed"] for asked in server.chats] == list(range(20))
+
+
+def test_a_cancelled_request_gives_its_slot_back():
+    with Scripted(after_probe(lambda _: Answer(fault="hang"))) as server:
+
+        async def work(client: Client) -> Reply | Trouble:
+            await client.probe(BODY)
+            hanging = asyncio.create_task(client.send(BODY))
+            waiting = asyncio.create_task(client.send(BODY))
+            while not server.chats:
+                await asyncio.sleep(0.01)
+            for task in (waiting, hanging):
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            server.script = lambda asked: completion("fine")
+            return await client.send(BODY)
+
+        reply = with_client(section(server, max_concurrency=1), work)
+    assert isinstance(reply, Reply)
+
+
+# Several endpoints, and none
+
+
+def test_a_dead_endpoint_is_passed_over_and_returned_to(caplog):
+    caplog.set_level(logging.WARNING, logger="dno_jax")
+    port = free_port()
+    with Scripted(after_probe(lambda _: completion("second"))) as second, contextlib.ExitStack() as stack:
+
+        async def work(client: Client) -> None:
+            for _ in range(12):
+                assert (await client.send(BODY)).text == "second"
+            first = stack.enter_context(Scripted(after_probe(lambda _: completion("first")), port=port))
+            await asyncio.sleep(0.1)
+            assert (await client.send(BODY)).text == "first"
+            before = len(second.asked)
+            assert [(await client.send(BODY)).text for _ in range(5)] == ["first"] * 5
+            assert len(second.asked) == before
+            assert [asked for asked in first.asked if is_probe(asked)]  # probed when it is first used
+
+        with_client(section(f"http://127.0.0.1:{port}/v1", second), work)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2, said
+    assert f"127.0.0.1:{port}/v1 does not answer (no connection (ConnectError)): {second.url} is asked" in said[0]
+    assert f"127.0.0.1:{port}/v1 answers again, after" in said[1]
+
+
+def test_an_endpoint_that_dies_amid_the_run_costs_at_most_what_opens_the_breaker():
+    first_dead = threading.Event()
+
+    def script(asked: Asked) -> Answer:
+        return fault(503) if first_dead.is_set() else completion("first")
+
+    with Scripted(after_probe(script)) as first, Scripted(after_probe(lambda _: completion("second"))) as second:
+
+        async def work(client: Client) -> None:
+            assert (await client.send(BODY)).text == "first"
+            first_dead.set()
+            results = [await client.send(BODY) for _ in range(20)]
+            failed = [result for result in results if isinstance(result, Trouble)]
+            assert routes.FAILURES_OPEN <= len(failed) <= routes.FAILURES_OPEN + 3
+            assert all(isinstance(result, Reply) and result.text == "second" for result in results[-3:])
+
+        with_client(section(first, second), work)
+
+
+def test_a_long_retry_after_sends_to_the_next_endpoint():
+    with Scripted(first_then(fault(429, headers={"Retry-After": "3600"}))) as first, Scripted() as second:
+
+        async def work(client: Client) -> None:
+            trouble = await client.send(BODY)
+            assert isinstance(trouble, Trouble)
+            assert trouble.then == "retry"  # elsewhere, or later: the request is not to blame
+            assert isinstance(await client.send(BODY), Reply)
+
+        with_client(section(first, second), work)
+        assert (len(first.chats), len(second.chats)) == (1, 1)
+
+
+def test_the_run_goes_on_when_an_endpoint_comes_back(caplog):
+    caplog.set_level(logging.WARNING, logger="dno_jax")
+    down = threading.Event()
+
+    def script(asked: Asked) -> Answer:
+        return Answer(fault="reset") if down.is_set() else completion("back")
+
+    with Scripted(after_probe(script)) as server:
+
+        async def work(client: Client) -> list[Reply | Trouble]:
+            await client.probe(BODY)
+            down.set()
+            await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(routes.FAILURES_OPEN)))
+            server.max_in_flight = 0
+            waiting = [asyncio.create_task(client.send({**BODY, "seed": 100 + n})) for n in range(20)]
+            while len(server.chats) < routes.FAILURES_OPEN + 2:
+                await asyncio.sleep(0.01)
+            assert server.max_in_flight == 1  # one trial at a time
+            down.clear()
+            return await asyncio.gather(*waiting)
+
+        results = with_client(section(server), work)
+    failed = [result for result in results if isinstance(result, Trouble)]
+    assert 2 <= len(failed) < len(results)
+    assert isinstance(results[-1], Reply)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2, said
+    assert "does not answer (no connection (ReadError)): waiting up to max_outage=20 s until it does" in said[0]
+    assert "answers again" in said[1]
+
+
+def test_no_endpoint_for_max_outage_ends_the_run_and_names_the_remedy():
+    dead = [f"http://127.0.0.1:{free_port()}/v1" for _ in range(2)]
+    began = time.monotonic()
+    with pytest.raises(Unreachable) as caught:
+        send_all(section(*dead, max_outage=0.4), 20)
+    assert time.monotonic() - began >= 0.4
+    for part in (*dead, "max_outage=0.4 s", "mend annotation.openai.base_url", "ConnectError", "is kept"):
+        assert part in str(caught.value)
+
+
+def test_an_attempt_that_reached_nobody_is_no_try():
+    port = free_port()
+
+    async def work(client: Client) -> Reply | Trouble:
+        task = asyncio.create_task(client.send(BODY))
+        await asyncio.sleep(0.2)
+        with Scripted(after_probe(lambda _: completion("fine")), port=port):
+            return await task
+
+    reply = with_client(section(f"http://127.0.0.1:{port}/v1"), work)
+    assert isinstance(reply, Reply)
+
+
+# What the endpoint offers
+
+
+def offers(script: Callable[[Asked], Answer], **fields: Any) -> tuple[Capabilities, list[Asked]]:
+    with Scripted(script) as server:
+        body = {**BODY, **fields.pop("body", {})}
+        found = with_client(section(server, **fields), lambda client: client.probe(body))
+        return found, server.asked
+
+
+def test_the_probe_uses_the_real_parameters_and_small_messages():
+    found, asked = offers(after_probe(lambda _: fault(500)))
+    assert found == Capabilities(seed=True, json_schema=True, logprobs=True, several=False, tokens_in=28, tokens_out=12)
+    plain, schema, logprobs, several = (request.body for request in asked)
+    assert {name: value for name, value in plain.items() if name != "messages"} == {
+        name: value for name, value in BODY.items() if name != "messages"
+    }
+    assert schema["response_format"]["type"] == "json_schema"
+    assert logprobs["logprobs"] is True
+    assert several["n"] == 2
+
+
+def test_what_an_endpoint_does_not_take_is_not_sent(caplog):
+    caplog.set_level(logging.WARNING, logger="dno_jax")
+
+    def script(asked: Asked) -> Answer:
+        if "seed" in asked.body:
+            return fault(422, "[{'type': 'extra_forbidden', 'loc': ['body', 'seed']}]")
+        if "response_format" in asked.body or "logprobs" in asked.body:
+            return fault(400, "unknown field")
+        if asked.body.get("n", 1) > 1:
+            return fault(404, "nobody offers that")
+        return completion("fine")
+
+    with Scripted(script) as server:
+
+        async def work(client: Client) -> Capabilities:
+            found = await client.probe(BODY)
+            assert isinstance(await client.send(BODY, schema=SCHEMA), Reply)
+            return found
+
+        found = with_client(section(server), work)
+        (asked,) = server.chats
+    assert (found.seed, found.json_schema, found.logprobs, found.several) == (False, False, False, False)
+    assert set(asked.body) == {"model", "messages", "max_tokens", "temperature"}
+    assert [record.getMessage() for record in caplog.records if "takes no seed" in record.getMessage()]
+
+
+@pytest.mark.parametrize(("structured", "sent"), [("auto", True), ("json_schema", True), ("none", False)])
+def test_a_schema_is_sent_where_it_is_taken_and_wanted(structured, sent):
+    with Scripted(after_probe(lambda _: completion("{}"))) as server:
+        send_one(section(server, structured=structured), schema=SCHEMA)
+        (asked,) = server.chats
+    if not sent:
+        assert "response_format" not in asked.body
+        return
+    form = asked.body["response_format"]["json_schema"]
+    assert (form["schema"], form["strict"]) == (SCHEMA, True)
+
+
+def test_several_choices_are_noted():
+    def script(asked: Asked) -> Answer:
+        body = completion().body
+        return Answer(body={**body, "choices": body["choices"] * asked.body.get("n", 1)})
+
+    found, _ = offers(script)
+    assert found.several
+    assert not found.logprobs  # taken, and not given
+
+
+@pytest.mark.parametrize(
+    ("refused", "fields", "remedy"),
+    [
+        ("temperature", {}, "set annotation.openai.temperature=null"),
+        ("max_tokens", {}, "set annotation.openai.max_tokens_field=max_completion_tokens"),
+        ("logprobs", {"body": {"logprobs": True, "top_logprobs": 5}}, "set annotation.openai.form=pairwise"),
+        ("response_format", {"structured": "json_schema"}, "set annotation.openai.structured=none"),
+        ("top_p", {"body": {"top_p": 0.9}}, "set annotation.openai.top_p=null"),
+    ],
+)
+@pytest.mark.parametrize("names_it", ["param", "message"])
+def test_a_parameter_that_is_refused_is_named_with_its_remedy(refused, fields, remedy, names_it):
+    def script(asked: Asked) -> Answer:
+        if refused not in asked.body:
+            return completion()
+        said = f"Unsupported parameter: '{refused}' is not supported with this model. Use 'temperature' or 'seed'."
+        return fault(400, "no", param=refused) if names_it == "param" else fault(400, said)
+
+    with pytest.raises(DnoError, match=remedy) as caught:
+        offers(script, **fields)
+    assert "does not take a request: HTTP 400" in str(caught.value)
+
+
+def test_log_probs_that_are_needed_and_not_given_end_the_run():
+    with pytest.raises(DnoError, match="gives no log-probabilities; choose a model"):
+        offers(lambda asked: completion("m"), body={"logprobs": True, "top_logprobs": 5}, form="logprob")
+
+
+def test_a_probe_outlasts_faults_of_the_moment():
+    faults = [fault(500), Answer(fault="reset"), fault(429, headers={"Retry-After": "0"}), Answer(body=b"<html>")]
+    numbers = count()
+    found, _ = offers(lambda asked: faults[n // 2] if (n := next(numbers)) % 2 == 0 and n < 8 else completion())
+    assert found.json_schema
+
+
+def test_a_probe_does_not_wait_for_an_endpoint_that_is_not_there():
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    with pytest.raises(Unreachable, match="no endpoint answered in 3 tries"):
+        with_client(section(url, max_tries=3, max_outage=600.0), lambda client: client.probe(BODY))
+
+
+def test_a_teacher_is_not_asked_for_schemas():
+    with Scripted(after_probe(lambda _: completion())) as server:
+        config = TeacherSection(base_url=server.url, api_key_env=None)
+        found = with_client(config, lambda client: client.probe(BODY))
+        assert not [asked for asked in server.asked if "response_format" in asked.body]
+    assert not found.json_schema
+
+
+# Keys
+
+
+def test_the_key_is_sent_and_appears_nowhere_else(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("PLANTED_KEY", f"{KEY}\n")
+    echoes = [
+        fault(500, f"Authorization: Bearer {KEY}"),
+        fault(400, f"your key {KEY} is fine", param=KEY),
+        Answer(status=503, body=f"<html>{KEY}</html>".encode()),
+        Answer(body=f'{{"not a completion": "{KEY}"}}'.encode()),
+        completion(f"the key was {KEY}, and a sk-learning model"),
+        fault(401, f"Incorrect API key provided: {KEY}"),
+    ]
+    with Scripted(first_then(*echoes)) as server:
+
+        async def work(client: Client) -> list[Any]:
+            await client.probe(BODY)
+            seen: list[Any] = [repr(client)]
+            for _ in echoes[:-1]:
+                seen.append(await client.send(BODY))
+            with pytest.raises(DnoError) as caught:
+                await client.send(BODY)
+            seen.append("".join(traceback.format_exception(caught.value)))
+            assert caught.value.__context__ is None
+            assert client.scrub(f"a {KEY} b") == "a [key] b"
+            assert KEY not in client.words(f"{'x' * 280} {KEY}")
+            return seen
+
+        seen = with_client(section(server, api_key_env="PLANTED_KEY"), work)
+        assert all(asked.headers["authorization"] == f"Bearer {KEY}" for asked in server.asked)
+    assert KEY not in "\n".join(map(repr, seen))
+    assert KEY not in caplog.text
+    assert "[key]" in repr(seen[1])
+    # A reply is kept as it is but for the key itself.
+    assert seen[5].text == "the key was [key], and a sk-learning model"
+
+
+def test_each_endpoint_gets_its_own_key_and_no_other(monkeypatch):
+    monkeypatch.setenv("SECOND_KEY", KEY)
+    monkeypatch.setenv("FIRST_KEY", f"{KEY}.of-the-first")
+    port = free_port()
+    with Scripted() as second:
+        config = OpenAISection(
+            base_url=f"http://127.0.0.1:{port}/v1",
+            api_key_env="FIRST_KEY",
+            more_endpoints=(EndpointSection(base_url=second.url, api_key_env="SECOND_KEY"),),
+        )
+        assert isinstance(send_one(config), Reply)
+        assert {asked.headers["authorization"] for asked in second.asked} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (EndpointSection(base_url="ftp://x"), "annotation.openai.more_endpoints.0.base_url"),
+        (
+            EndpointSection(base_url="http://x/v1", api_key_env="NO_SUCH_KEY"),
+            "more_endpoints.0: the environment variable",
+        ),
+    ],
+)
+def test_another_endpoint_that_is_wrong_is_named_before_anything_is_sent(more, expected):
+    config = OpenAISection(base_url="http://127.0.0.1:1/v1", api_key_env=None, more_endpoints=(more,))
+    with pytest.raises(DnoError, match=expected):
+        Client(config, who="the judge", place="annotation.openai")
