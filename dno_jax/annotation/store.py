@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from dno_jax.annotation.batch import OpenBatch
 from dno_jax.annotation.database import Database, transaction
 from dno_jax.annotation.question import Verdict
 from dno_jax.errors import DnoError
@@ -48,6 +49,14 @@ _RECEIPTS = """
         usd        REAL NOT NULL,
         unmetered  INTEGER NOT NULL,  -- requests whose usage nobody stated: they count as the most they can have cost
         PRIMARY KEY (run, model)
+    )
+"""
+_BATCHES = """
+    CREATE TABLE IF NOT EXISTS batches (
+        token    TEXT PRIMARY KEY,  -- names a batch here and in its metadata
+        url      TEXT NOT NULL,     -- of the endpoint that has it
+        keys     TEXT NOT NULL,     -- JSON list of the questions whose answers are still to be collected
+        batch_id TEXT               -- NULL while it is not known whether it was made
     )
 """
 # An answer stays: neither a later failure nor a second answer (two processes asking at once) replaces it.
@@ -200,11 +209,21 @@ class VerdictStore:
     def purge(self, *, judge: str | None = None, state: str | None = None) -> int:
         """Delete verdicts, and return how many; receipts stay, since the money is spent."""
         where, values = _matching(judge, state)
+        return self._execute(f"DELETE FROM verdicts {where}", values)
 
-        def job(connection: sqlite3.Connection) -> int:
-            return connection.execute(f"DELETE FROM verdicts {where}", values).rowcount
+    def remember_batch(self, batch: OpenBatch) -> None:
+        """Note a batch, in place of what is noted under its token; it is on the disk when this returns."""
+        row = (batch.token, batch.url, json.dumps(batch.keys), batch.batch_id)
+        self._execute("REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
 
-        return self._database.write(job).result()
+    def open_batches(self) -> list[OpenBatch]:
+        """Return the batches whose answers are still to be collected."""
+        rows = self._database.read("SELECT token, url, keys, batch_id FROM batches ORDER BY rowid")
+        return [OpenBatch(token, url, tuple(json.loads(keys)), batch_id) for token, url, keys, batch_id in rows]
+
+    def close_batch(self, token: str) -> None:
+        """Forget a batch; on the disk when this returns."""
+        self._execute("DELETE FROM batches WHERE token = ?", (token,))
 
     def restore(self, verdicts: Iterable[Mapping[str, Any]], receipts: Iterable[Mapping[str, Any]]) -> int:
         """Take over rows of another file as they are, and return how many verdicts there were."""
@@ -224,6 +243,10 @@ class VerdictStore:
     def close(self) -> None:
         """Commit what was given, then let go of the file."""
         self._database.close()
+
+    def _execute(self, sql: str, values: tuple[Any, ...]) -> int:
+        """Have one statement on the disk, and return how many rows it changed."""
+        return self._database.write(lambda connection: connection.execute(sql, values).rowcount).result()
 
     def _verdict(self, row: tuple[Any, ...]) -> Verdict:
         state, scores, *others = row
@@ -251,6 +274,7 @@ def _prepare(path: str, connection: sqlite3.Connection) -> None:
         with transaction(connection):
             connection.execute(_VERDICTS)
             connection.execute(_RECEIPTS)
+            connection.execute(_BATCHES)
             # By shape, not by number: another process may have been here, and a salvaged file has no number.
             if "usd" not in {column[1] for column in connection.execute("PRAGMA table_info(verdicts)")}:
                 connection.execute("ALTER TABLE verdicts ADD COLUMN usd REAL NOT NULL DEFAULT 0")

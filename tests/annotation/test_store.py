@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from dno_jax.annotation import database
+from dno_jax.annotation.batch import BatchStore, OpenBatch
 from dno_jax.annotation.question import Verdict
 from dno_jax.annotation.salvage import salvage
 from dno_jax.annotation.store import Receipt, VerdictStore
@@ -362,6 +363,21 @@ def test_a_path_that_cannot_be_opened(tmp_path, where):
 def test_an_object_store_is_refused():
     with pytest.raises(DnoError, match="object store"):
         VerdictStore("gs://bucket/annotations.sqlite")
+
+
+def test_batches_are_remembered_until_they_are_closed(store, path):
+    assert isinstance(store, BatchStore)
+    noted = OpenBatch(token="t", url="http://here/v1", keys=("a", "b"))
+    other = OpenBatch(token="u", url="http://here/v1", keys=("c",), batch_id="batch-2")
+    store.remember_batch(noted)
+    store.remember_batch(other)
+    made = replace(noted, batch_id="batch-1", keys=("b",))
+    store.remember_batch(made)
+    with closing(VerdictStore(path)) as again:
+        assert sorted(again.open_batches(), key=lambda batch: batch.token) == [made, other]
+        again.close_batch("t")
+        again.close_batch("unheard of")
+    assert store.open_batches() == [other]
 
 
 def test_verdicts_are_counted_listed_and_purged_by_judge_and_state(store):
