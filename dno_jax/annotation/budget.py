@@ -87,17 +87,22 @@ class Budget:
         return f"annotation.max_usd={self._limit:g} might be passed"
 
     @asynccontextmanager
-    async def room(self, question: Question, *, batch: bool = False) -> AsyncIterator[bool]:
+    async def room(self, question: Question, *, batch: bool = False, wait: bool = True) -> AsyncIterator[bool]:
         """Hold what a call can cost at most for as long as it takes to send it and to commit what came of it.
 
+        Args:
+            batch: it goes by the Batch API, whose price is another.
+            wait: for other calls to come back cheaper than feared; a batch, which holds room for many at once, would
+                wait for itself.
+
         Yields:
-            Whether the call may be sent. Once one may not, none may: the run is about to stop.
+            Whether the call may be sent. Once one that waited may not, none may: the run is about to stop.
         """
         usd = 0.0 if self._limit is None else self._usd(question, most_usage(question), batch=batch)
         if usd == 0.0:
             yield True
             return
-        if not await self._hold(usd):
+        if not (await self._hold(usd) if wait else self._take(usd)):
             yield False
             return
         try:
@@ -186,6 +191,13 @@ class Budget:
         # Read each time: another process may spend for the same run.
         return self._limit is not None and self.spent + self._held + usd <= self._limit + _ROUNDING
 
+    def _take(self, usd: float) -> bool:
+        fits = not self._over and self._fits(usd)
+        if fits:
+            self._held += usd
+            self._holders += 1
+        return fits
+
     async def _hold(self, usd: float) -> bool:
         future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append((usd, future))
@@ -207,9 +219,7 @@ class Budget:
         while self._waiting:
             usd, future = self._waiting[0]
             if not future.done():  # else its caller was cancelled
-                if not self._over and self._fits(usd):
-                    self._held += usd
-                    self._holders += 1
+                if self._take(usd):
                     future.set_result(True)
                 elif self._holders and not self._over:
                     return

@@ -9,10 +9,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from dno_jax.annotation.store import COLUMNS, RECEIPT_COLUMNS, VerdictStore
+from dno_jax.annotation.store import TABLES, VerdictStore
 from dno_jax.errors import DnoError
 
-_LEAST_BYTES = 100  # of a row: its key alone takes 64
+_LEAST_BYTES = 100  # of a verdict: its key alone takes 64
 
 
 def salvage(path: str | os.PathLike[str]) -> tuple[int, Path]:
@@ -32,13 +32,12 @@ def salvage(path: str | os.PathLike[str]) -> tuple[int, Path]:
             raise DnoError(f"{taken} exists: an earlier attempt left it; move it away first")
     with closing(sqlite3.connect(old, check_same_thread=False)) as connection:  # the new store's thread reads it
         try:
-            tables = {name: _columns(connection, name) for name in ("verdicts", "receipts")}
+            tables = {name: _columns(connection, name) for name in TABLES}
         except sqlite3.Error as error:
             raise DnoError(f"{old}: nothing can be read of it ({error}); move it away, its verdicts are lost") from None
-        most = {"verdicts": os.path.getsize(old) // _LEAST_BYTES, "receipts": 1000}
-        found = {name: _rows(connection, name, columns, most=most[name]) for name, columns in tables.items()}
+        most = os.path.getsize(old) // _LEAST_BYTES
         with closing(VerdictStore(new)) as store:
-            count = store.restore(**found)
+            count = store.restore({name: _rows(connection, name, own, most=most) for name, own in tables.items()})
     for suffix in ("", "-wal", "-shm"):  # a journal belongs to its own file
         if os.path.exists(f"{old}{suffix}"):
             os.replace(f"{old}{suffix}", f"{aside}{suffix}")
@@ -47,9 +46,8 @@ def salvage(path: str | os.PathLike[str]) -> tuple[int, Path]:
 
 
 def _columns(connection: sqlite3.Connection, table: str) -> list[str]:
-    known = {"verdicts": COLUMNS, "receipts": RECEIPT_COLUMNS}[table].split(", ")
     present = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}  # an earlier version had fewer
-    return [name for name in known if name in present]
+    return [name for name in TABLES[table].split(", ") if name in present]
 
 
 def _rows(connection: sqlite3.Connection, table: str, names: list[str], *, most: int) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from dno_jax.annotation.batch import OpenBatch
 from dno_jax.annotation.database import Database, transaction
 from dno_jax.annotation.question import Verdict
 from dno_jax.errors import DnoError
@@ -50,6 +51,14 @@ _RECEIPTS = """
         PRIMARY KEY (run, model)
     )
 """
+_BATCHES = """
+    CREATE TABLE IF NOT EXISTS batches (
+        token    TEXT PRIMARY KEY,  -- names a batch here and in its metadata
+        url      TEXT NOT NULL,     -- of the endpoint that has it
+        keys     TEXT NOT NULL,     -- JSON list of the questions whose answers are still to be collected
+        batch_id TEXT               -- NULL while it is not known whether it was made
+    )
+"""
 # An answer stays: neither a later failure nor a second answer (two processes asking at once) replaces it.
 _PUT = """
     INSERT INTO verdicts (key, judge, prompt_id, state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd,
@@ -69,8 +78,10 @@ _PAY = """
         unmetered = unmetered + excluded.unmetered
 """
 _COLUMNS = "state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd"
-COLUMNS = f"key, judge, prompt_id, {_COLUMNS}, created_at"
-RECEIPT_COLUMNS = "run, model, requests, tokens_in, tokens_out, usd, unmetered"
+_ROW = f"key, judge, prompt_id, {_COLUMNS}, created_at"
+_RECEIPT = "run, model, requests, tokens_in, tokens_out, usd, unmetered"
+_BATCH = "token, url, keys, batch_id"
+TABLES = {"verdicts": _ROW, "receipts": _RECEIPT, "batches": _BATCH}
 
 
 @dataclass(frozen=True)
@@ -171,7 +182,7 @@ class VerdictStore:
 
     def receipts(self) -> list[Receipt]:
         """Return what every run paid, by run and model."""
-        rows = self._database.read(f"SELECT {RECEIPT_COLUMNS} FROM receipts ORDER BY run, model")
+        rows = self._database.read(f"SELECT {_RECEIPT} FROM receipts ORDER BY run, model")
         return [Receipt(*row) for row in rows]
 
     def tallies(self, *, judge: str | None = None, state: str | None = None) -> list[Tally]:
@@ -192,38 +203,50 @@ class VerdictStore:
     def rows(self, *, judge: str | None = None, state: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield every verdict with all that is known of it, in the order in which they were first asked for."""
         where, values = _matching(judge, state)
-        names = COLUMNS.split(", ")
-        for row in self._database.stream(f"SELECT {COLUMNS} FROM verdicts {where} ORDER BY rowid", values):
+        names = _ROW.split(", ")
+        for row in self._database.stream(f"SELECT {_ROW} FROM verdicts {where} ORDER BY rowid", values):
             found = dict(zip(names, row, strict=True))
             yield found | {"scores": None if found["scores"] is None else json.loads(found["scores"])}
 
     def purge(self, *, judge: str | None = None, state: str | None = None) -> int:
         """Delete verdicts, and return how many; receipts stay, since the money is spent."""
         where, values = _matching(judge, state)
+        return self._execute(f"DELETE FROM verdicts {where}", values)
 
-        def job(connection: sqlite3.Connection) -> int:
-            return connection.execute(f"DELETE FROM verdicts {where}", values).rowcount
+    def remember_batch(self, batch: OpenBatch) -> None:
+        """Note a batch, in place of what is noted under its token; it is on the disk when this returns."""
+        row = (batch.token, batch.url, json.dumps(batch.keys), batch.batch_id)
+        self._execute("REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
 
-        return self._database.write(job).result()
+    def open_batches(self) -> list[OpenBatch]:
+        """Return the batches whose answers are still to be collected."""
+        rows = self._database.read(f"SELECT {_BATCH} FROM batches ORDER BY rowid")
+        return [OpenBatch(token, url, tuple(json.loads(keys)), batch_id) for token, url, keys, batch_id in rows]
 
-    def restore(self, verdicts: Iterable[Mapping[str, Any]], receipts: Iterable[Mapping[str, Any]]) -> int:
-        """Take over rows of another file as they are, and return how many verdicts there were."""
+    def close_batch(self, token: str) -> None:
+        """Forget a batch; on the disk when this returns."""
+        self._execute("DELETE FROM batches WHERE token = ?", (token,))
+
+    def restore(self, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> int:
+        """Take over rows of another file as they are, by table, and return how many verdicts there were."""
 
         def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
             names, places = ", ".join(row), ", ".join("?" * len(row))
             command = f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({places})"
             return connection.execute(command, tuple(row.values())).rowcount
 
-        def job(connection: sqlite3.Connection) -> int:
-            for row in receipts:
-                insert(connection, "receipts", row)
-            return sum(insert(connection, "verdicts", row) for row in verdicts)
+        def job(connection: sqlite3.Connection) -> dict[str, int]:
+            return {table: sum(insert(connection, table, row) for row in rows) for table, rows in tables.items()}
 
-        return self._database.write(job).result()
+        return self._database.write(job).result()["verdicts"]
 
     def close(self) -> None:
         """Commit what was given, then let go of the file."""
         self._database.close()
+
+    def _execute(self, sql: str, values: tuple[Any, ...]) -> int:
+        """Have one statement on the disk, and return how many rows it changed."""
+        return self._database.write(lambda connection: connection.execute(sql, values).rowcount).result()
 
     def _verdict(self, row: tuple[Any, ...]) -> Verdict:
         state, scores, *others = row
@@ -251,8 +274,9 @@ def _prepare(path: str, connection: sqlite3.Connection) -> None:
         with transaction(connection):
             connection.execute(_VERDICTS)
             connection.execute(_RECEIPTS)
+            connection.execute(_BATCHES)
             # By shape, not by number: another process may have been here, and a salvaged file has no number.
             if "usd" not in {column[1] for column in connection.execute("PRAGMA table_info(verdicts)")}:
                 connection.execute("ALTER TABLE verdicts ADD COLUMN usd REAL NOT NULL DEFAULT 0")
             connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-    connection.execute(f"SELECT {COLUMNS} FROM verdicts LIMIT 1").fetchone()
+    connection.execute(f"SELECT {_ROW} FROM verdicts LIMIT 1").fetchone()

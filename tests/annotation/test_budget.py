@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import random
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 
 import pytest
 
@@ -216,6 +216,35 @@ def test_money_set_aside_comes_back_when_calls_fail_or_are_cancelled(path):
         store.close()
 
     asyncio.run(work())
+
+
+def test_a_batch_takes_the_room_there_is_at_its_own_price_and_stops_nobody(path):
+    async def work() -> tuple[list[bool], list[bool]]:
+        with closing(VerdictStore(path)) as store:
+            budget = Budget(section(max_usd=1.75 * MOST), store=store, run=".")
+            async with AsyncExitStack() as stack:
+                rooms = [budget.room(asked, batch=True, wait=False) for asked in names(5)]
+                batch = [await stack.enter_async_context(room) for room in rooms]
+            live = []
+            for asked in names(2):
+                async with budget.room(asked) as granted:
+                    live.append(granted)
+            return batch, live
+
+    # at half the price three fit into what holds one live call; given back, it holds a live one again
+    assert asyncio.run(work()) == ([True, True, True, False, False], [True, True])
+
+
+def test_what_a_batch_answers_is_billed_at_its_price(path):
+    async def work() -> Verdict:
+        store = VerdictStore(path)
+        desk = Desk({SECTION: FakeClient()}, store=store, budget=Budget(section(), store=store, run="."))
+        try:
+            return await desk.settle(names(1)[0], said("1"), batch=True)
+        finally:
+            await desk.close()
+
+    assert asyncio.run(work()).usd == pytest.approx(0.5 * REAL)
 
 
 def test_no_order_of_events_passes_the_limit(path, monkeypatch):

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 
 from dno_jax.annotation import database
+from dno_jax.annotation.batch import BatchStore, OpenBatch
 from dno_jax.annotation.question import Verdict
 from dno_jax.annotation.salvage import salvage
 from dno_jax.annotation.store import Receipt, VerdictStore
@@ -255,8 +256,12 @@ def test_a_file_that_is_no_database_is_refused_with_the_fix(path):
     assert path.read_text().startswith("these")
 
 
+BATCH = OpenBatch(token="t", url="http://here/v1", keys=("a", "b"))
+
+
 def damaged(path) -> None:
     with closing(VerdictStore(path)) as store:
+        store.remember_batch(BATCH)
         put_all(store, {str(number): replace(OK, raw="x" * 500) for number in range(200)})
     data = bytearray(path.read_bytes())
     data[65536:73728] = b"\xff" * 8192
@@ -278,6 +283,7 @@ def test_what_is_whole_of_a_damaged_file_is_salvaged(path):
         assert 100 < count == 200 - found.count(None) < 200
         assert {verdict for verdict in found if verdict} == {replace(OK, raw="x" * 500)}
         assert store.spent(".") == 200 * OK.usd
+        assert store.open_batches() == [BATCH]
         put(store, "new", OK)
     with pytest.raises(DnoError, match=r"damaged exists"):
         salvage(path)
@@ -362,6 +368,20 @@ def test_a_path_that_cannot_be_opened(tmp_path, where):
 def test_an_object_store_is_refused():
     with pytest.raises(DnoError, match="object store"):
         VerdictStore("gs://bucket/annotations.sqlite")
+
+
+def test_batches_are_remembered_until_they_are_closed(store, path):
+    assert isinstance(store, BatchStore)
+    other = OpenBatch(token="u", url="http://here/v1", keys=("c",), batch_id="batch-2")
+    store.remember_batch(BATCH)
+    store.remember_batch(other)
+    made = replace(BATCH, batch_id="batch-1", keys=("b",))
+    store.remember_batch(made)
+    with closing(VerdictStore(path)) as again:
+        assert sorted(again.open_batches(), key=lambda batch: batch.token) == [made, other]
+        again.close_batch("t")
+        again.close_batch("unheard of")
+    assert store.open_batches() == [other]
 
 
 def test_verdicts_are_counted_listed_and_purged_by_judge_and_state(store):
