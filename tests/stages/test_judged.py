@@ -1,0 +1,196 @@
+"""The annotate stage with a judge behind real HTTP: what is bought, what is found out about the judge, what is lost."""
+
+import contextlib
+import json
+import os
+from collections import Counter
+
+import pytest
+
+from dno_jax.annotation.fake_judge import FakeJudge
+from dno_jax.annotation.quality_warnings import warnings
+from dno_jax.errors import DnoError
+from dno_jax.records import Judgement, Rollout
+from dno_jax.run_dir import RunDir
+from dno_jax.stages import annotate, pair
+from tests.stages.judged import sampled_run, worth
+
+PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
+
+
+def with_annotation(config, **changes):
+    return config.model_copy(update={"annotation": config.annotation.model_copy(update=changes)})
+
+
+def texts_of(config):
+    return {row.rollout_id: row.text for row in RunDir(config.run_dir).stage("sample", 0).read(Rollout)}
+
+
+def made_pairs(config):
+    run_dir = RunDir(config.run_dir)
+    rollouts = list(run_dir.stage("sample", 0).read(Rollout))
+    return pair.new_pairs(run_dir.stage("annotate", 0).read(Judgement), rollouts, config, iteration=0)
+
+
+@pytest.mark.parametrize("form", ["listwise", "pairwise", "logprob"])
+def test_every_pair_follows_the_planted_worth(tmp_path, form):
+    reward = {"reward": "score"} if form == "listwise" else {}
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(
+            tmp_path, server.url, prompts=12, annotation={"openai": {"form": form}}, pairing=reward | {"margin": 0.0}
+        )
+        manifest = annotate.run(config, 0)
+        assert server.duplicates == 0
+        assert server.requests == 12 * (1 if form == "listwise" else 2 * 6)
+    assert manifest.details["states"] == {"ok": 12}
+    texts, made = texts_of(config), made_pairs(config)
+    assert len(made.pairs) == 12 * 6
+    for found in made.pairs:
+        assert worth(texts[found.chosen_id]) > worth(texts[found.rejected_id])
+
+
+def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path):
+    with FakeJudge(prefers="marker", first_bias=1.0) as server:
+        config = sampled_run(tmp_path, server.url, prompts=12, **PAIRWISE)
+        figures = annotate.run(config, 0).details["quality"]
+    assert figures["first_wins"]["value"] == figures["flip_rate"]["value"] == figures["tie_rate"]["value"] == 1.0
+    assert made_pairs(config).pairs == []
+    named = " ".join(warnings(figures, config.annotation.quality))
+    assert "max_flip_rate" in named
+    assert "max_first_rate_error" in named
+
+
+def test_repeats_and_labelled_pairs_measure_the_judge(tmp_path):
+    labels = tmp_path / "labels.jsonl"
+    rows = [{"prompt": f"q{i}", "first": "good q=0.9", "second": "bad q=0.1", "preference": 1.0} for i in range(9)]
+    rows.append({"prompt": "wrong", "first": "good q=0.9", "second": "bad q=0.1", "preference": 0.0})
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    quality = {"repeat": 0.5, "calibration": str(labels)}
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path, server.url, prompts=24, annotation={"quality": quality} | PAIRWISE["annotation"])
+        figures = annotate.run(config, 0).details["quality"]
+        assert figures["repeat_agreement"]["value"] == 1.0
+        again = figures["repeat_agreement"]["prompts"]
+        assert 4 <= again <= 20
+        assert server.requests == (24 + again) * 12 + 10 * 2
+        assert server.duplicates == 0  # a repetition has a seed of its own
+    assert figures["calibration_agreement"]["value"] == pytest.approx(0.9)
+    assert figures["scores"]["mean"].keys() == {"student", "gold"}
+
+
+def test_the_run_stops_before_the_call_that_would_pass_the_limit_and_goes_on_when_it_is_raised(tmp_path):
+    prices = {"judge": {"input": 1000.0, "output": 1000.0}}
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(
+            tmp_path,
+            server.url,
+            prompts=16,
+            annotation={"prices": prices, "max_usd": 6.0, "openai": {"max_tokens": 256}},
+            pairing={"reward": "score"},
+        )
+        with pytest.raises(DnoError, match=r"max_usd=6 leaves no room.*Raise annotation.max_usd"):
+            annotate.run(config, 0)
+        receipt = json.loads(RunDir(config.run_dir).receipts_path.read_text())
+        bought = server.requests
+        assert 0 < bought < 16
+        assert receipt["usd"] <= 6.0
+        assert receipt["models"]["judge"]["requests"] == bought
+        assert RunDir(config.run_dir).stage("annotate", 0).manifest() is None
+        manifest = annotate.run(with_annotation(config, max_usd=1000.0), 0)
+        assert manifest.details["states"] == {"ok": 16}
+        assert (server.requests, server.duplicates) == (16, 0)
+
+
+@pytest.mark.parametrize("expired", [0.0, 0.3])
+def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_path, monkeypatch, expired):
+    monkeypatch.setattr("dno_jax.annotation.batch.FIRST_POLL_SECONDS", 0.05)
+    openai = {"batch": True, "form": "pairwise"}
+    prices = {"judge": {"input": 100.0, "output": 100.0}}
+    with FakeJudge(prefers="marker", batch_delay=0.1, batch_expired=expired) as server:
+        config = sampled_run(tmp_path, server.url, prompts=12, annotation={"openai": openai, "prices": prices})
+        manifest = annotate.run(config, 0)
+        assert manifest.details["states"] == {"ok": 12}
+        assert server.counts.batches == 1
+        assert (server.requests, server.duplicates) == (144, 0)
+        live = 144 - server.counts.batch_lines
+        assert (live == 0) if expired == 0.0 else (10 < live < 100)
+    receipt = json.loads(RunDir(config.run_dir).receipts_path.read_text())["models"]["judge"]
+    full = (receipt["tokens_in"] + receipt["tokens_out"]) * 100.0 / 1e6
+    assert receipt["requests"] == 144
+    if expired == 0.0:
+        assert receipt["usd"] == pytest.approx(full / 2, rel=2e-3)  # what the probe said was asked live
+    else:
+        assert full / 2 < receipt["usd"] < full
+
+
+def test_a_third_of_faults_ends_in_the_labels_of_a_faultless_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
+    faults = ("429", "500", "reset", "truncated", "cut_json", "garbage", "malformed", "too_few", "refusal", "echo")
+    found = []
+    for name, fraction in (("faultless", 0.0), ("faulty", 0.3)):
+        with FakeJudge(prefers="marker", fraction=fraction, faults=faults) as server:
+            config = sampled_run(tmp_path / name, server.url, prompts=40, pairing={"reward": "score", "margin": 0.0})
+            runs = 0
+            while RunDir(config.run_dir).stage("annotate", 0).manifest() is None:
+                runs += 1
+                with contextlib.suppress(DnoError):
+                    annotate.run(config, 0)
+                assert runs <= 3
+            assert server.duplicates == 0
+            if fraction:
+                assert server.requests > 40
+        rows = list(RunDir(config.run_dir).stage("annotate", 0).read(Judgement))
+        assert {row.state for row in rows} == {"ok"}
+        found.append([(row.prompt_id, row.scores) for row in rows])
+    assert found[0] == found[1]
+
+
+def test_the_key_reaches_no_file_though_the_server_says_it(tmp_path, monkeypatch, capfd, caplog):
+    key = "sk-planted-0123456789abcdef"
+    monkeypatch.setenv("DNO_TEST_KEY", key)
+    with FakeJudge(prefers="marker", api_key=key, fraction=0.4, faults=("500", "garbage")) as server:
+        openai = {"api_key_env": "DNO_TEST_KEY", "max_tries": 8}
+        config = sampled_run(
+            tmp_path, server.url, prompts=12, annotation={"openai": openai}, pairing={"reward": "score"}
+        )
+        annotate.run(config, 0)
+    with FakeJudge(api_key="another") as server:
+        refused = config.annotation.openai.model_copy(update={"base_url": server.url, "model": "other"})
+        with pytest.raises(DnoError, match="HTTP 401") as caught:
+            annotate.run(with_annotation(sampled_run(tmp_path / "other", server.url, prompts=4), openai=refused), 0)
+    said = capfd.readouterr()
+    assert key not in str(caught.value) + said.out + said.err + caplog.text
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(tmp_path) for name in names]
+    assert any(path.endswith(".sqlite") for path in files)
+    for path in files:
+        with open(path, "rb") as file:
+            assert key.encode() not in file.read(), path
+
+
+def test_runs_share_a_store_by_its_path(tmp_path):
+    shared = str(tmp_path / "verdicts.sqlite")
+    with FakeJudge(prefers="marker") as server:
+        for name in ("one", "two"):
+            config = sampled_run(
+                tmp_path / name, server.url, prompts=8, annotation={"store": shared}, pairing={"reward": "score"}
+            )
+            annotate.run(config, 0)
+        assert server.requests == 8
+    receipts = json.loads(RunDir(config.run_dir).receipts_path.read_text())
+    assert receipts["models"] == {}  # the second run paid nothing
+
+
+def test_pools_held_are_those_in_work(tmp_path, monkeypatch):
+    """Prompts and rollouts of a shard are read when it is judged, and let go of."""
+    read = Counter()
+    original = annotate.PromptFile.read
+
+    def counted(self, prompt_ids):
+        read.update(prompt_ids)
+        return original(self, prompt_ids)
+
+    monkeypatch.setattr(annotate.PromptFile, "read", counted)
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path, server.url, prompts=12, pairing={"reward": "score"})
+        annotate.run(config, 0)
+    assert set(read.values()) == {2}  # to judge, and to count what was dropped
