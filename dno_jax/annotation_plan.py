@@ -315,7 +315,7 @@ def _teacher_demand(
             if not _gold_tokens(item.prompt, count):
                 tokens = sum(count(text) for text in item.prompt.texts)
                 demand += Demand(1, tokens, teacher.max_tokens)
-    return {teacher: demand}
+    return dict.fromkeys([teacher], demand)
 
 
 def _sum(loads: Sequence[Loads]) -> Loads:

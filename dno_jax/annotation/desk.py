@@ -63,6 +63,8 @@ class Desk:
         self.budget = budget
         self._clients = clients
         self._store = store
+        # As many as a client may have in flight: who waits here holds no money, and is spared what stops the others.
+        self._slots = {section: asyncio.Semaphore(section.max_concurrency) for section in clients}
         self._under_way: dict[str, asyncio.Task[Verdict]] = {}
         self._probes: dict[ChatSection, asyncio.Task[None]] = {}
         self._broken: DnoError | None = None
@@ -171,7 +173,7 @@ class Desk:
         tokens = usage.tokens_in // _BYTES_A_TOKEN + usage.tokens_out
         tries = 0
         while True:
-            async with self.budget.room(question) as granted:
+            async with self._slots[section], self.budget.room(question) as granted:
                 if self._broken is not None:
                     raise self._broken
                 if not granted:

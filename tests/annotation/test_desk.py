@@ -248,6 +248,32 @@ def test_a_wrong_key_or_path_costs_one_request_however_many_pools_wait(store_pat
         assert len(server.log) == (1 if "api_key_env" in fields else 0)  # a wrong path is no judge's
 
 
+def test_a_key_that_is_revoked_costs_no_more_requests_than_were_in_flight(store_path, monkeypatch):
+    monkeypatch.setenv("DNO_TEST_KEY", KEY)
+
+    async def work(server: JudgeServer) -> list[Judgement | BaseException | None]:
+        annotator = build(section(server, api_key_env="DNO_TEST_KEY", max_concurrency=3), store_path)
+
+        async def revoke() -> None:
+            while server.requests < 10:
+                await asyncio.sleep(0.001)
+            server.api_key = "another"
+
+        try:
+            judged = (annotator.judge(planted(number)[0]) for number in range(60))
+            return await asyncio.gather(revoke(), *judged, return_exceptions=True)
+        finally:
+            await annotator.close()
+
+    with JudgeServer(scorer=read_worth, api_key=KEY, delay=0.005) as server:
+        found = asyncio.run(work(server))
+        assert 1 <= [entry.outcome for entry in server.log].count("401") <= 3
+        answers = [judgement for judgement in found if isinstance(judgement, Judgement)]
+        assert {judgement.state for judgement in answers} == {"ok"}
+        assert len(answers) == server.requests == tries_of(store_path)
+        assert sum(isinstance(outcome, DnoError) for outcome in found) == 60 - len(answers)
+
+
 def test_the_probe_finds_a_good_endpoint_and_costs_no_verdict(store_path):
     with FakeJudge() as server:
         probe(section(server), store_path)
