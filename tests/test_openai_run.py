@@ -7,11 +7,11 @@ import pytest
 
 from dno_jax import iteration
 from dno_jax.annotation.fake_judge import FakeJudge
-from dno_jax.config import RunConfig, parse_config
+from dno_jax.config import RunConfig, TeacherSection, parse_config
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Pair
+from dno_jax.records import Judgement, Pair, Rollout
 from dno_jax.run_dir import RunDir
-from tests.small import small_tree
+from tests.small import small_tree, write_prompts
 from tests.stages.conftest import deep_merge
 
 
@@ -134,3 +134,18 @@ def _files(folder):
     from pathlib import Path
 
     return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+def test_a_teacher_writes_the_gold_that_students_are_compared_with(folder):
+    with FakeJudge() as server:
+        config = config_for(folder, server.url, "taught")
+        write_prompts(folder / "without_gold.jsonl", 12, gold=False)
+        prompts = config.prompts.model_copy(update={"path": str(folder / "without_gold.jsonl")})
+        teacher = TeacherSection(model="teacher", base_url=server.url, api_key_env=None)
+        annotation = config.annotation.model_copy(update={"teacher": teacher})
+        config = config.model_copy(update={"prompts": prompts, "annotation": annotation})
+        iteration.run(config)
+    run_dir = RunDir(config.run_dir)
+    gold = [row for row in run_dir.stage("sample", 0).read(Rollout) if row.source == "gold"]
+    assert len(gold) == run_dir.stage("teach", 0).require().rows == 12
+    assert any("gold" in row.kind for row in run_dir.stage("pair", 0).read(Pair))

@@ -251,7 +251,7 @@ def test_a_wrong_key_or_path_costs_one_request_however_many_pools_wait(store_pat
 def test_a_key_that_is_revoked_costs_no_more_requests_than_were_in_flight(store_path, monkeypatch):
     monkeypatch.setenv("DNO_TEST_KEY", KEY)
 
-    async def work(server: JudgeServer) -> list[Judgement | BaseException | None]:
+    async def work(server: FakeJudge) -> list[Judgement | BaseException | None]:
         annotator = build(section(server, api_key_env="DNO_TEST_KEY", max_concurrency=3), store_path)
 
         async def revoke() -> None:
@@ -265,7 +265,7 @@ def test_a_key_that_is_revoked_costs_no_more_requests_than_were_in_flight(store_
         finally:
             await annotator.close()
 
-    with JudgeServer(scorer=read_worth, api_key=KEY, delay=0.005) as server:
+    with FakeJudge(scorer=read_worth, api_key=KEY, delay=0.005) as server:
         found = asyncio.run(work(server))
         assert 1 <= [entry.outcome for entry in server.log].count("401") <= 3
         answers = [judgement for judgement in found if isinstance(judgement, Judgement)]

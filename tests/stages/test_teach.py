@@ -1,0 +1,101 @@
+"""Gold responses from a teacher behind real HTTP: bought once, refused ones dropped and counted."""
+
+import contextlib
+import json
+
+import pytest
+
+from dno_jax.annotation.fake_judge import FakeJudge
+from dno_jax.config import RunConfig, parse_config
+from dno_jax.errors import DnoError
+from dno_jax.records import TaughtResponse
+from dno_jax.run_dir import RunDir, stage_names
+from dno_jax.stages import teach
+from dno_jax.stages.prompts import split_prompts
+from tests.stages.judged import judged_tree
+
+
+def taught(folder, url, *, prompts=20, **teacher):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt_id": f"p{i:02d}", "prompt": f"Question {i}?"} for i in range(prompts)]
+    rows[3]["gold"] = "The data's own."
+    rows[4]["gold"] = ""
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    section = {"model": "teacher", "base_url": url, "api_key_env": None, "timeout": 5.0, "max_outage": 5.0, **teacher}
+    tree = judged_tree(folder, url, prompts={"held_out": 4}, annotation={"teacher": section})
+    return parse_config(RunConfig, tree, place="test")
+
+
+def gold_of(config):
+    split = split_prompts(config)
+    training = teach.with_gold(config, split.training[0], iteration=0)
+    held_out = teach.with_gold(config, split.held_out, iteration=None)
+    return {prompt.prompt_id: prompt.gold for prompt in (*training, *held_out)}
+
+
+def test_prompts_without_gold_get_it_once(tmp_path):
+    with FakeJudge() as server:
+        config = taught(tmp_path, server.url)
+        assert stage_names(config, 0)[0] == "teach"
+        with pytest.raises(DnoError, match="dno teach"):
+            gold_of(config)
+        manifest = teach.run(config, 0)
+        asked = server.counts.answered.total()
+        assert asked == manifest.rows == 18
+        assert teach.run(config, 0) == manifest
+        assert server.counts.answered.total() == asked
+    found = gold_of(config)
+    assert found.pop("p03") == "The data's own."
+    assert found.pop("p04") == ""
+    assert len(found) == 18
+    assert all(text.strip() for text in found.values())
+    assert len(set(found.values())) > 1
+    receipt = json.loads(RunDir(config.run_dir).receipts_path.read_text())
+    assert receipt["models"]["teacher"]["requests"] == 18
+
+
+def test_refused_empty_and_cut_responses_are_dropped_and_counted(tmp_path):
+    with FakeJudge(fraction=0.5, faults=("refusal", "empty", "length")) as server:
+        config = taught(tmp_path, server.url, prompts=40, max_tries=1)
+        manifest = teach.run(config, 0)
+    rows = list(RunDir(config.run_dir).stage("teach", 0).read(TaughtResponse))
+    assert manifest.dropped.keys() == {"gold response refused", "gold response unparsable"}
+    lost = sum(manifest.dropped.values())
+    assert 8 < lost < 30
+    assert all((row.text != "") == (row.state == "ok") for row in rows)
+    assert sum(not gold for gold in gold_of(config).values()) == lost + 1  # the data's own empty one
+
+
+def test_failures_stop_the_stage_and_only_they_are_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
+    with FakeJudge(fraction=0.5, faults=("500",)) as server:
+        config = taught(tmp_path, server.url, max_tries=1)
+        with pytest.raises(DnoError, match=r"of 18 prompts have no response \(\d+ x failed: HTTP 500"):
+            teach.run(config, 0)
+        runs = 1
+        while RunDir(config.run_dir).stage("teach", 0).manifest() is None:
+            runs += 1
+            assert runs < 12
+            with contextlib.suppress(DnoError):
+                teach.run(config, 0)
+        assert server.duplicates == 0
+    assert all(gold_of(config)[f"p{i:02d}"] for i in range(20) if i != 4)
+
+
+def test_a_tolerated_share_of_failures_goes_on_without_gold(tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
+    with FakeJudge(fraction=0.3, faults=("500",)) as server:
+        config = taught(tmp_path, server.url, max_tries=1)
+        annotation = config.annotation.model_copy(update={"max_failed": 0.9})
+        manifest = teach.run(config.model_copy(update={"annotation": annotation}), 0)
+    lost = manifest.dropped["gold response failed"]
+    assert 0 < lost < 18
+    assert sum(gold is None for gold in gold_of(config).values()) == lost
+
+
+def test_the_prefix_that_a_turn_began_with_is_no_part_of_the_gold(tmp_path):
+    reader = teach._reader("Sure, ")
+    assert reader(teach.Reply("Sure, it is blue.", finish="stop")) == ()
+    for reply in (teach.Reply("It is blue.", finish="stop"), teach.Reply("Sure, ", finish="stop")):
+        with pytest.raises(teach.Unparsable):
+            reader(reply)
