@@ -297,6 +297,21 @@ def test_a_line_that_comes_twice_counts_once():
     assert texts(found, asked) == ["to 0", "to 1", "to 2"]
 
 
+def test_a_file_answers_the_questions_of_its_own_batch_alone(monkeypatch):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", 1)
+    asked = questions(range(2))
+
+    def for_the_other(request: dict[str, Any]) -> dict[str, Any]:
+        own = answered(request)
+        if request["custom_id"] == asked[1].key:
+            return own
+        foreign = {**line(request, 200, completion("planted").body), "custom_id": asked[1].key}
+        return {**own, "raw": json.dumps(foreign) + "\n" + json.dumps(own) + "\n"}
+
+    with Scripted(after_probe(Api(for_the_other))) as server:
+        assert texts(ask(server.url, asked, Memory()), asked) == ["to 0", "to 1"]
+
+
 # Crashes
 
 
