@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,27 +109,6 @@ class Budget:
             yield True
         finally:
             self._release(usd)
-
-    @contextmanager
-    def rooms(self, questions: Sequence[Question]) -> Iterator[list[Question]]:
-        """Hold what a batch can cost at most, until all of it is committed.
-
-        Yields:
-            The questions that there is room for now: nobody waits here, as a batch takes hours.
-        """
-        granted: list[Question] = []
-        held = 0.0
-        for question in questions:
-            usd = 0.0 if self._limit is None else self._usd(question, most_usage(question), batch=True)
-            if usd == 0.0 or (not self._over and self._fits(held + usd)):
-                granted.append(question)
-                held += usd
-        self._held += held
-        self._holders += 1
-        try:
-            yield granted
-        finally:
-            self._release(held)
 
     def bill(self, question: Question, usage: Usage | None, *, batch: bool = False) -> Receipt:
         """Return what one call cost.

@@ -12,9 +12,9 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from dno_jax.annotation import batch
 from dno_jax.annotation.annotator import Candidate, Pool
@@ -25,6 +25,9 @@ from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, wait_seconds
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
+
+if TYPE_CHECKING:
+    from dno_jax.annotation.client import Client
 
 _LOG = logging.getLogger(__name__)
 _BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
@@ -118,8 +121,13 @@ class Desk:
         for section in {question.asked: None for question in by_key.values()}:
             own = [question for question in by_key.values() if question.asked == section]
             await self.probe(own[0])
-            client = self._clients[section]
-            with self.budget.rooms(own) as granted:
+            client = cast("Client", self._clients[section])  # nothing else has a Batch API
+            async with AsyncExitStack() as rooms:  # held until all of it is committed
+                granted = [
+                    question
+                    for question in own
+                    if await rooms.enter_async_context(self.budget.room(question, batch=True, wait=False))
+                ]
                 async for key, result in batch.run(granted, client=client, store=self._store):
                     if isinstance(result, Reply):
                         await self.settle(by_key[key], result, batch=True)
