@@ -12,8 +12,11 @@ import pytest
 import yaml
 
 from dno_jax.annotation.fake_judge import FakeJudge
+from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
+from dno_jax.stages import annotate
 from tests.small import small_tree
+from tests.stages.judged import sampled_run
 from tests.test_resume import contents, environment, finish, write_config
 
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,49 @@ def test_kills_under_a_faulty_judge_lose_no_verdict(folder, capsys):
         with capsys.disabled():
             print(f"\n[soak: {kills} kills, {server.requests} requests, {server.duplicates} verdicts bought twice]")
         assert server.duplicates <= concurrency * kills
+
+
+def test_fifty_kills_of_annotation_in_a_row_lose_nothing(folder, capsys):
+    """Thirty in a hundred requests meet a fault; what is bought twice is at most what was in flight at a kill."""
+    concurrency, kills, rng = 8, 0, random.Random(5)
+    faults = ("429", "500", "reset", "truncated", "cut_json", "garbage", "malformed", "too_few", "close")
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(folder / "unkilled", server.url, prompts=200, pairing={"reward": "score"})
+        annotate.run(config, 0)
+        wanted = {row.prompt_id: row.scores for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
+    with FakeJudge(prefers="marker", delay=0.2, fraction=0.3, faults=faults) as server:
+        openai = {"max_concurrency": concurrency, "timeout": 20.0, "max_tries": 8}
+        config = sampled_run(
+            folder / "killed", server.url, prompts=600, annotation={"openai": openai}, pairing={"reward": "score"}
+        )
+        path = folder / "killed.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        command = [sys.executable, "-m", "dno_jax", "annotate", str(path)]
+        start = time.monotonic()
+        while kills < 50:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+            seen = server.counts.answered.total()
+            deadline = time.monotonic() + 60  # a start takes as long as it takes; the kill comes amid the work
+            while server.counts.answered.total() == seen and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0.0, 0.3))
+            assert process.poll() is None, "it ended before the fiftieth kill: give it more prompts"
+            process.kill()
+            process.wait()
+            kills += 1
+        bought = server.counts.answered.total()
+        seconds = time.monotonic() - start
+        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        with capsys.disabled():
+            print(
+                f"\n[soak: {kills} kills of annotation in {seconds:.0f} s, {bought} verdicts by then, "
+                f"{server.duplicates} bought twice]"
+            )
+        assert server.duplicates <= concurrency * kills
+    found = {row.prompt_id: row.scores for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
+    assert len(found) == 600
+    assert found | wanted == found  # the faultless run's labels, for every prompt of it
 
 
 def test_two_processes_survive_a_kill_of_either(folder):

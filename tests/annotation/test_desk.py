@@ -130,7 +130,7 @@ def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path
     # Every fifth request to arrive meets a fault, each kind twice: which pools they hit is left to the scheduler.
     schedule = [name for fault in FAULTS * 2 for name in ("ok", "ok", "ok", "ok", fault)]
     with FakeJudge(scorer=read_worth, schedule=schedule) as server:
-        config = section(server, timeout=0.7, max_tries=3, max_concurrency=16)
+        config = section(server, timeout=3.0, max_tries=3, max_concurrency=16)
         passes = 0
         while True:
             passes += 1
