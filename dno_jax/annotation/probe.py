@@ -144,7 +144,7 @@ def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:
         return trouble.parameter
     # Endpoints other than OpenAI's have no `param`, but name the field in their message, the culprit first.
     fields = [name for name in body if name in _REMEDIES or name == "seed"]
-    found = re.search(rf"\b({'|'.join(sorted(fields, key=len, reverse=True))})\b", trouble.detail) if fields else None
+    found = re.search(rf"\b({'|'.join(fields)})\b", trouble.detail) if fields else None
     return found[1] if found else None
 
 

@@ -314,6 +314,38 @@ def test_a_cancelled_request_gives_its_slot_back():
 # Several endpoints, and none
 
 
+def test_a_busy_endpoint_is_waited_for_and_not_passed_over():
+    with Scripted(together(2, completion("first"))) as first, Scripted() as second:
+        results = send_all(section(first, second, max_concurrency=2), 6)
+        assert [result.text for result in results if isinstance(result, Reply)] == ["first"] * 6
+        assert not second.asked
+
+
+def test_a_trial_that_is_cancelled_makes_room_for_the_next():
+    with Scripted(after_probe(lambda _: fault(500))) as server:
+
+        async def work(client: Client) -> Reply | Trouble:
+            for _ in range(routes.FAILURES_OPEN):
+                await client.send(BODY)
+            server.script = lambda asked: Answer(fault="hang")
+            trial = asyncio.create_task(client.send(BODY))
+            while len(server.chats) <= routes.FAILURES_OPEN:
+                await asyncio.sleep(0.01)
+            trial.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await trial
+            server.script = lambda asked: completion("fine")
+            return await asyncio.wait_for(client.send(BODY), 20.0)
+
+        assert isinstance(with_client(section(server), work), Reply)
+
+
+def test_an_endpoint_is_probed_once_however_many_are_waiting():
+    with Scripted(after_probe(lambda _: completion())) as server:
+        send_all(section(server), 10)
+        assert len(server.asked) == 10 + 4
+
+
 def test_a_dead_endpoint_is_passed_over_and_returned_to(caplog):
     caplog.set_level(logging.WARNING, logger="dno_jax")
     port = free_port()
