@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import socket
 import time
 from collections import Counter
@@ -117,7 +116,7 @@ def verdicts(server: FakeJudge, bodies: Sequence[dict[str, Any]]) -> Counter[str
 
 
 def address_of(server: FakeJudge) -> tuple[str, int]:
-    host, port = re.fullmatch(r"http://(.*):(\d+)/v1", server.url).groups()
+    host, _, port = server.url.removeprefix("http://").removesuffix("/v1").partition(":")
     return host, int(port)
 
 
