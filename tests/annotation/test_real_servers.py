@@ -44,7 +44,7 @@ def python_of(variable: str) -> Path:
     found = os.environ.get(variable)
     if not found:
         pytest.skip(f"{variable} names no Python that has the server")
-    return Path(found)
+    return Path(found).absolute()  # the server runs in a folder of its own
 
 
 def free_port() -> int:
@@ -100,9 +100,7 @@ def test_litellms_limits_delay_verdicts_and_lose_none(tmp_path, monkeypatch, cap
     model = {"model": "openai/planted", "api_key": "none", "mock_response": graded((5, 3, 1)), "rpm": REQUESTS_A_MINUTE}
     limited = {"optional_pre_call_checks": ["enforce_model_rate_limits"], "num_retries": 0, "disable_cooldowns": True}
     (tmp_path / "litellm.yaml").write_text(
-        yaml.safe_dump(
-            {"model_list": [{"model_name": "planted", "litellm_params": model}], "router_settings": limited}
-        )
+        yaml.safe_dump({"model_list": [{"model_name": "planted", "litellm_params": model}], "router_settings": limited})
     )
     section = OpenAISection(
         model="planted", base_url=f"http://127.0.0.1:{port}/v1", api_key_env=KEY_ENV, max_concurrency=NUM_POOLS
