@@ -27,9 +27,11 @@ from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.chat_judge import ChatJudge
 from dno_jax.annotation.client import Client
 from dno_jax.annotation.functions import PairWise
+from dno_jax.annotation.probe import Capabilities
 from dno_jax.annotation.question import Reply
 from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection
+from dno_jax.endpoint import Trouble
 from dno_jax.records import Judgement
 from tests.annotation.planted import graded, pool_of
 
@@ -57,7 +59,7 @@ def served(command: Sequence[str], *, sign_of_life: str, log: Path, env: Mapping
     """Run a server, from when it answers."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=log.parent, env=clean | env, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=log.parent, env={**clean, **env}, stdout=output, stderr=output)
         try:
             deadline = time.monotonic() + 300.0
             while not answers(sign_of_life):
@@ -119,7 +121,7 @@ def test_litellms_limits_delay_verdicts_and_lose_none(tmp_path, monkeypatch, cap
     with closing(VerdictStore(store_path)) as store:
         tally, receipts = store.tallies(), store.receipts()
     assert [row.state for row in judgements] == ["ok"] * NUM_POOLS, judgements
-    assert {tuple(row.scores[row.answers[0].order[place]] for place in range(3)) for row in judgements} == {(5, 3, 1)}
+    assert {row.answers[0].scores for row in judgements} == {(5, 3, 1)}  # in the order in which they were shown
     assert again == judgements
     # The server's own count: what was refused, one reply a verdict, and those by which it was probed.
     assert set(statuses) == {"200", "429"}
@@ -154,13 +156,13 @@ def test_llama_cpps_server_answers_with_log_probabilities(tmp_path, shared_data,
     assert len(reply.first_logprobs) >= 5
     assert reply.tokens_in > 100
     assert reply.tokens_out <= 1
-    # A model of 260,000 parameters need not know what is asked; whatever it says is read, or said to be no verdict.
+    # What so small a model says is no verdict, and is not taken for one.
     assert judgement.state == "ok" or "among the first tokens" in judgement.detail, judgement
     with capsys.disabled():
         print(f"\n[llama.cpp: {offers}, first tokens {reply.first_logprobs}, {judgement.state}: {judgement.detail}]")
 
 
-async def ask_once(section: OpenAISection, judge: ChatJudge, pool: Pool):
+async def ask_once(section: OpenAISection, judge: ChatJudge, pool: Pool) -> tuple[Capabilities, Reply | Trouble]:
     client = Client(section, who="the judge", place="annotation.openai")
     question = judge.question(pool, order=(0, 1))
     try:
