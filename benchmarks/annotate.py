@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from dno_jax.annotation.functions import build_function
+from dno_jax.annotation.judges.functions import build_function
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.records import Prompt, Rollout
 from dno_jax.run_dir import RunDir, write_atomically

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.budget import Usage, cost, most_usage
 from dno_jax.annotation.desk import advance
-from dno_jax.annotation.functions import build_function
+from dno_jax.annotation.judges.functions import build_function
+from dno_jax.annotation.ledger.budget import Usage, cost, most_usage
 from dno_jax.annotation.question import Verdict
 from dno_jax.config import AnnotationSection, ChatSection, RunConfig
 from dno_jax.records import Judgement, Message, Prompt, Role

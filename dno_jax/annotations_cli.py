@@ -10,7 +10,7 @@ import typer
 annotations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Place = Annotated[Path, typer.Argument(help="a file of verdicts, or a run directory", show_default=False)]
-Judge = Annotated[str | None, typer.Option(help="only of judges whose identity contains this")]
+Judge = Annotated[str | None, typer.Option(help="only of judges whose identity has these words, as a model's name")]
 State = Annotated[str | None, typer.Option(help="only ok, tie, refused, unparsable or failed ones")]
 
 
@@ -19,7 +19,7 @@ def list_(place: Place, judge: Judge = None, state: State = None) -> None:
     """Count verdicts by judge and state, with what they took, and what each run paid."""
     from contextlib import closing
 
-    from dno_jax.annotation.store import VerdictStore
+    from dno_jax.annotation.ledger.store import VerdictStore
     from dno_jax.report.console import console
     from dno_jax.report.verdicts import receipt_table, verdict_table
 
@@ -40,7 +40,7 @@ def export(
     import json
     from contextlib import closing
 
-    from dno_jax.annotation.store import VerdictStore
+    from dno_jax.annotation.ledger.store import VerdictStore
     from dno_jax.report.console import say
     from dno_jax.run_dir import write_lines_atomically
 
@@ -60,7 +60,7 @@ def purge(
     """Delete verdicts, which are then asked for and paid for again; receipts stay."""
     from contextlib import closing
 
-    from dno_jax.annotation.store import VerdictStore
+    from dno_jax.annotation.ledger.store import VerdictStore
     from dno_jax.errors import DnoError
     from dno_jax.report.console import console, say
     from dno_jax.report.verdicts import verdict_table
@@ -79,7 +79,7 @@ def purge(
 @annotations.command()
 def salvage(place: Place) -> None:
     """Put all that can still be read of a damaged file in its place; the damaged one is kept beside it."""
-    from dno_jax.annotation.salvage import salvage as work
+    from dno_jax.annotation.ledger.salvage import salvage as work
     from dno_jax.report.console import say
 
     file = _file(place)

@@ -10,8 +10,8 @@ from contextlib import closing
 import pytest
 
 from dno_jax import cli
+from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Verdict
-from dno_jax.annotation.store import Receipt, VerdictStore
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.run_dir import RunDir
 from tests.small import small_tree

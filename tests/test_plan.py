@@ -18,9 +18,9 @@ import yaml
 from dno_jax import cli
 from dno_jax.annotation import Candidate, Pool
 from dno_jax.annotation.desk import advance
-from dno_jax.annotation.functions import build_function
+from dno_jax.annotation.judges.functions import build_function
+from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.question import Verdict
-from dno_jax.annotation.schedules import num_questions
 from dno_jax.annotation_plan import Demand
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError

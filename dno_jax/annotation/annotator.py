@@ -132,7 +132,7 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
             return embedded.GivenAnnotator()
         case "openai" | "ensemble":
             from dno_jax.annotation.desk import EndpointAnnotator, open_desk
-            from dno_jax.annotation.functions import build_function
+            from dno_jax.annotation.judges.functions import build_function
 
             function = build_function(config, seed=seed)
             return EndpointAnnotator(function, open_desk(config, store_path=store_path))

@@ -16,18 +16,18 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from dno_jax.annotation import batch
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.budget import Budget, Usage, most_usage
+from dno_jax.annotation.ledger.budget import Budget, Usage, most_usage
+from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Rounds, Unparsable, Verdict
-from dno_jax.annotation.store import VerdictStore
+from dno_jax.annotation.transport import batch
 from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, wait_seconds
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt
 
 if TYPE_CHECKING:
-    from dno_jax.annotation.client import Client
+    from dno_jax.annotation.transport.client import Client
 
 _LOG = logging.getLogger(__name__)
 _BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
@@ -340,7 +340,7 @@ def open_desk(section: AnnotationSection, *, store_path: str | os.PathLike[str])
     Raises:
         DnoError: a missing key, an unusable URL, a store that cannot be opened.
     """
-    from dno_jax.annotation.client import Client  # openai's HTTP client takes long to load
+    from dno_jax.annotation.transport.client import Client  # openai's HTTP client takes long to load
 
     clients: dict[ChatSection, Asked] = {}
     for place, chat in _places(section).items():

@@ -128,6 +128,8 @@ def _deciding(config: Section) -> dict[str, Any]:
         if isinstance(extra, dict) and extra.get("may_change"):
             continue
         value = getattr(config, name)
+        if isinstance(value, tuple):
+            value = [_deciding(item) if isinstance(item, Section) else item for item in value]
         tree[name] = _deciding(value) if isinstance(value, Section) else value
     return json.loads(json.dumps(tree))
 

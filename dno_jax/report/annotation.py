@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dno_jax.annotation.quality_warnings import CHECKS, warnings
+from dno_jax.annotation.quality.warnings import CHECKS, warnings
 from dno_jax.config import QualitySection
 
 # Figure -> what stands beside it, and over its column where it has one.

@@ -31,9 +31,9 @@ def cost_tables(plan: AnnotationPlan) -> list[RenderableType]:
 
 def _table(title: str, estimates: Mapping[str, Estimate]) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for column in ("requests", "tokens in", "tokens out", "dollars", "dollars by batch", "hours at the limits"):
-        table.add_column(column, justify="right")
+    table.add_column("")
+    for column in ("requests", "tokens in", "tokens out", "dollars", "dollars\nby batch", "hours at\nthe limits"):
+        table.add_column(column, justify="right", no_wrap=True)  # a number is shown whole, or misread
     for name, estimate in estimates.items():
         total = estimate.total
         counts = (total.requests, total.tokens_in, total.tokens_out)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dno_jax.annotation.store import Receipt, Tally
+from dno_jax.annotation.ledger.store import Receipt, Tally
 
 
 def verdict_table(tallies: Sequence[Tally]) -> Table:

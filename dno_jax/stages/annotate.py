@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
-from dno_jax.annotation.calibration import read_calibration
 from dno_jax.annotation.desk import Desk, EndpointAnnotator
-from dno_jax.annotation.quality import Quality, Response
+from dno_jax.annotation.quality.calibration import read_calibration
+from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.config import RunConfig, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Rollout
@@ -268,7 +268,7 @@ async def judge_pools(
 
     async def one(pool: Pool) -> Judgement:
         judgement = await annotator.judge(pool, repeat=repeat)
-        if meter is not None:
+        if meter is not None and judgement.state == "ok":
             meter.advance(1)
         return judgement
 

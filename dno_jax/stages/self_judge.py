@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from dno_jax.annotation.annotator import Pool
-from dno_jax.annotation.rubric import PointRubric, Unparsable, load_point_rubric
+from dno_jax.annotation.judges.rubric import PointRubric, Unparsable, load_point_rubric
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from dno_jax.annotation import batch as batch_module
-from dno_jax.annotation.batch import OpenBatch, run
-from dno_jax.annotation.client import Client, Unreachable
 from dno_jax.annotation.question import Question, Reply
+from dno_jax.annotation.transport import batch as batch_module
+from dno_jax.annotation.transport.batch import OpenBatch, run
+from dno_jax.annotation.transport.client import Client, Unreachable
 from dno_jax.config import OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError

@@ -10,10 +10,10 @@ from contextlib import AsyncExitStack, closing
 
 import pytest
 
-from dno_jax.annotation.budget import Budget, Usage, cost, most_usage
 from dno_jax.annotation.desk import Desk, run_name
+from dno_jax.annotation.ledger.budget import Budget, Usage, cost, most_usage
+from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Verdict
-from dno_jax.annotation.store import VerdictStore
 from dno_jax.config import AnnotationSection, OpenAISection, PriceSection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError

@@ -7,11 +7,11 @@ import gzip
 import json
 
 import pytest
+from dno_jax.annotation.quality.figures import Quality
 
 from dno_jax.annotation.annotator import build_annotator
-from dno_jax.annotation.calibration import read_calibration
-from dno_jax.annotation.quality import Quality
-from dno_jax.annotation.quality_warnings import warnings
+from dno_jax.annotation.quality.calibration import read_calibration
+from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.config import AnnotationSection, QualitySection
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement

@@ -20,12 +20,12 @@ from pathlib import Path
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
-from dno_jax.annotation.budget import Budget
-from dno_jax.annotation.client import Unreachable
 from dno_jax.annotation.desk import Desk, EndpointAnnotator
 from dno_jax.annotation.fake_judge import FAULTS, FakeJudge
+from dno_jax.annotation.ledger.budget import Budget
+from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Verdict
-from dno_jax.annotation.store import VerdictStore
+from dno_jax.annotation.transport.client import Unreachable
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import pytest
 
-from dno_jax.annotation import routes
-from dno_jax.annotation.client import Client, Unreachable
-from dno_jax.annotation.completion import read_completion
-from dno_jax.annotation.probe import Capabilities
 from dno_jax.annotation.question import Reply
+from dno_jax.annotation.transport import routes
+from dno_jax.annotation.transport.client import Client, Unreachable
+from dno_jax.annotation.transport.completion import read_completion
+from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import EndpointSection, OpenAISection, TeacherSection
 from dno_jax.endpoint import EndpointError, Trouble
 from dno_jax.errors import DnoError

@@ -19,7 +19,7 @@ import pytest
 
 from dno_jax.annotation.fake_judge import FAULTS, OUTCOMES, Behaviour, FakeJudge
 from dno_jax.annotation.fake_judge.behaviour import draw_delay
-from dno_jax.annotation.rubric import Unparsable
+from dno_jax.annotation.judges.rubric import Unparsable
 from tests.annotation.asking import (
     address_of,
     ask,

@@ -24,12 +24,12 @@ import yaml
 
 from dno_jax.annotation import build_annotator
 from dno_jax.annotation.annotator import Pool
-from dno_jax.annotation.chat_judge import ChatJudge
-from dno_jax.annotation.client import Client
-from dno_jax.annotation.functions import PairWise
-from dno_jax.annotation.probe import Capabilities
+from dno_jax.annotation.judges.chat_judge import ChatJudge
+from dno_jax.annotation.judges.functions import PairWise
+from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Reply
-from dno_jax.annotation.store import VerdictStore
+from dno_jax.annotation.transport.client import Client
+from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.records import Judgement

@@ -8,9 +8,8 @@ import re
 
 import pytest
 
-from dno_jax.annotation.pair_rubric import PairRubric, TokenRubric
-from dno_jax.annotation.question import Reply, Unparsable
-from dno_jax.annotation.rubric import (
+from dno_jax.annotation.judges.pair_rubric import PairRubric, TokenRubric
+from dno_jax.annotation.judges.rubric import (
     PointRubric,
     Rubric,
     load_pair_rubric,
@@ -18,6 +17,7 @@ from dno_jax.annotation.rubric import (
     load_rubric,
     load_token_rubric,
 )
+from dno_jax.annotation.question import Reply, Unparsable
 from dno_jax.errors import DnoError
 from dno_jax.records import Message
 from tests.annotation.planted import careful_reader, decided

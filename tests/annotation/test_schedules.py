@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from dno_jax.annotation.schedules import all_pairs, known_wins, num_questions, tournament
+from dno_jax.annotation.judges.schedules import all_pairs, known_wins, num_questions, tournament
 from dno_jax.config import OpenAISection
 
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 
 import pytest
 
-from dno_jax.annotation import database
-from dno_jax.annotation.batch import BatchStore, OpenBatch
+from dno_jax.annotation.ledger import database
+from dno_jax.annotation.ledger.salvage import salvage
+from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Verdict
-from dno_jax.annotation.salvage import salvage
-from dno_jax.annotation.store import Receipt, VerdictStore
+from dno_jax.annotation.transport.batch import BatchStore, OpenBatch
 from dno_jax.errors import DnoError
 
 OK = Verdict("ok", (1.0, 6.0), raw="{...}", model="m-1", tries=2, tokens_in=10, tokens_out=5, usd=0.25)
@@ -162,8 +162,8 @@ def test_what_arrived_is_committed_though_its_caller_is_gone(store):
 
 WRITER = """
 import asyncio, sys
-from dno_jax.annotation.salvage import salvage
-from dno_jax.annotation.store import Receipt, VerdictStore
+from dno_jax.annotation.ledger.salvage import salvage
+from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Verdict
 
 async def work(store):
@@ -238,7 +238,7 @@ def test_a_file_of_the_first_version_is_brought_up_to_date_with_all_its_answers(
 def test_bringing_a_file_up_to_date_is_all_or_nothing(path, monkeypatch):
     with closing(sqlite3.connect(path)) as old:
         old.executescript(V1 + "PRAGMA user_version = 1;")
-    monkeypatch.setattr("dno_jax.annotation.store._RECEIPTS", "CREATE TABLE receipts (nonsense")
+    monkeypatch.setattr("dno_jax.annotation.ledger.store._RECEIPTS", "CREATE TABLE receipts (nonsense")
     with pytest.raises(DnoError):
         VerdictStore(path)
     with closing(sqlite3.connect(path)) as old:

@@ -1,6 +1,7 @@
 """The annotate stage with a judge behind real HTTP: what is bought, what is found out about the judge, what is lost."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -8,7 +9,7 @@ from collections import Counter
 import pytest
 
 from dno_jax.annotation.fake_judge import FakeJudge
-from dno_jax.annotation.quality_warnings import warnings
+from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
@@ -103,7 +104,7 @@ def test_the_run_stops_before_the_call_that_would_pass_the_limit_and_goes_on_whe
 
 @pytest.mark.parametrize("expired", [0.0, 0.3])
 def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_path, monkeypatch, expired):
-    monkeypatch.setattr("dno_jax.annotation.batch.FIRST_POLL_SECONDS", 0.05)
+    monkeypatch.setattr("dno_jax.annotation.transport.batch.FIRST_POLL_SECONDS", 0.05)
     openai = {"batch": True, "form": "pairwise"}
     prices = {"judge": {"input": 100.0, "output": 100.0}}
     with FakeJudge(prefers="marker", batch_delay=0.1, batch_expired=expired) as server:
@@ -165,6 +166,26 @@ def test_the_key_reaches_no_file_though_the_server_says_it(tmp_path, monkeypatch
     for path in files:
         with open(path, "rb") as file:
             assert key.encode() not in file.read(), path
+
+
+def test_an_ensemble_averages_the_preferences_of_its_judges(tmp_path):
+    with FakeJudge(prefers="marker") as server, FakeJudge(prefers="longest") as other:
+        reached = {"api_key_env": None, "timeout": 5.0}
+        members = [
+            {"model": "points", "base_url": server.url, **reached},
+            {"model": "pairs", "form": "pairwise", "base_url": other.url, **reached},
+        ]
+        config = sampled_run(tmp_path, server.url, prompts=8, annotation={"kind": "ensemble", "ensemble": members})
+        manifest = annotate.run(config, 0)
+        assert annotate.run(config, 0) == manifest
+        assert (server.requests, other.requests) == (8, 8 * 12)
+    texts = texts_of(config)
+    for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement):
+        own = [texts[name] for name in row.candidate_ids]
+        for i, j in itertools.permutations(range(4), 2):
+            by_worth = (worth(own[i]) > worth(own[j])) + 0.5 * (worth(own[i]) == worth(own[j]))
+            by_length = (len(own[i]) > len(own[j])) + 0.5 * (len(own[i]) == len(own[j]))
+            assert row.wins[i][j] == pytest.approx((by_worth + by_length) / 2)
 
 
 def test_runs_share_a_store_by_its_path(tmp_path):

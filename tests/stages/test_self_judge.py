@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from dno_jax.annotation.rubric import load_point_rubric
+from dno_jax.annotation.judges.rubric import load_point_rubric
 from dno_jax.config import RunConfig, SftConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.model import hf

@@ -16,9 +16,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from dno_jax.annotation.limits import AdaptiveConcurrency, Breaker, Bucket
-from dno_jax.annotation.probe import Capabilities
 from dno_jax.annotation.question import Reply
+from dno_jax.annotation.transport.limits import AdaptiveConcurrency, Breaker, Bucket
+from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import ChatSection
 from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
 from dno_jax.errors import DnoError
@@ -140,7 +140,7 @@ class Routes:
             route.told_to_wait += 1
             pause = wait_seconds(route.told_to_wait, retry_after=result.retry_after, jitter=self._jitter.random())
             route.paused_until = max(route.paused_until, time.monotonic() + pause)
-            if pause > LONG_PAUSE_SECONDS:
+            if (result.retry_after or 0.0) > LONG_PAUSE_SECONDS:
                 self._failed(turn, result, pause=pause)
             elif result.status == 429:
                 self._answered(route)

@@ -16,7 +16,7 @@ import jinja2.sandbox
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from dno_jax.annotation.fences import count_fences, fence, fence_code, fence_rule, fenced_conversation
+from dno_jax.annotation.judges.fences import count_fences, fence, fence_code, fence_rule, fenced_conversation
 from dno_jax.annotation.question import Reply
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, explain

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dno_jax.annotation.tallies import Histogram, Tally
+from dno_jax.annotation.quality.tallies import Histogram, Tally
 from dno_jax.preferences import count_cycles, count_decided_triples, win_matrix
 from dno_jax.records import Answer, Judgement, Source
 

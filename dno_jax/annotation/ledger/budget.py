@@ -16,8 +16,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Question
-from dno_jax.annotation.store import Receipt, VerdictStore
 from dno_jax.config import AnnotationSection, PriceSection
 from dno_jax.errors import DnoError
 

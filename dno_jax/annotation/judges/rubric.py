@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from pydantic import model_validator
 
-from dno_jax.annotation.pair_rubric import PairRubric, TokenRubric
+from dno_jax.annotation.judges.pair_rubric import PairRubric, TokenRubric
+from dno_jax.annotation.judges.replies import few, object_schema, read_object, read_whole
+from dno_jax.annotation.judges.rubric_file import JudgeRubric, RubricFile, RubricT, read_rubric
 from dno_jax.annotation.question import Reply, Unparsable
-from dno_jax.annotation.replies import few, object_schema, read_object, read_whole
-from dno_jax.annotation.rubric_file import JudgeRubric, RubricFile, RubricT, read_rubric
 from dno_jax.errors import DnoError
 from dno_jax.records import Message
 

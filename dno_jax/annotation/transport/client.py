@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from dno_jax.annotation.completion import read_completion, with_schema
-from dno_jax.annotation.probe import Capabilities, probe
 from dno_jax.annotation.question import Reply
-from dno_jax.annotation.routes import Route, Routes, Unreachable, asks_for_a_pause
+from dno_jax.annotation.transport.completion import read_completion, with_schema
+from dno_jax.annotation.transport.probe import Capabilities, probe
+from dno_jax.annotation.transport.routes import Route, Routes, Unreachable, asks_for_a_pause
 from dno_jax.config import ChatSection
 from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
 

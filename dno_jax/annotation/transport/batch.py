@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from urllib.parse import quote
 
-from dno_jax.annotation.client import Client
-from dno_jax.annotation.completion import completion_reply
 from dno_jax.annotation.question import Question, Reply
-from dno_jax.annotation.routes import Unreachable, asks_for_a_pause
+from dno_jax.annotation.transport.client import Client
+from dno_jax.annotation.transport.completion import completion_reply
+from dno_jax.annotation.transport.routes import Unreachable, asks_for_a_pause
 from dno_jax.endpoint import EndpointError, Response, Trouble, wait_seconds
 from dno_jax.errors import DnoError
 

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from dno_jax.annotation.batch import OpenBatch
-from dno_jax.annotation.database import Database, transaction
+from dno_jax.annotation.ledger.database import Database, transaction
 from dno_jax.annotation.question import Verdict
+from dno_jax.annotation.transport.batch import OpenBatch
 from dno_jax.errors import DnoError
 
 _SCHEMA_VERSION = 2
@@ -189,7 +189,7 @@ class VerdictStore:
         """Count verdicts by judge and state.
 
         Args:
-            judge: only judges whose identity contains this.
+            judge: only judges whose identity has these words, as a model's name.
             state: only verdicts in this state.
         """
         where, values = _matching(judge, state)
@@ -258,7 +258,8 @@ class VerdictStore:
 
 
 def _matching(judge: str | None, state: str | None) -> tuple[str, tuple[str, ...]]:
-    wanted = {"instr(judge, ?) > 0": judge, "state = ?": state}
+    # Whole words: gpt-4.1 is not gpt-4.1-mini.
+    wanted = {"instr(' ' || judge || ' ', ' ' || ? || ' ') > 0": judge, "state = ?": state}
     given = {condition: value for condition, value in wanted.items() if value is not None}
     return (f"WHERE {' AND '.join(given)}" if given else ""), tuple(given.values())
 

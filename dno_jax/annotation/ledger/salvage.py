@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from dno_jax.annotation.store import TABLES, VerdictStore
+from dno_jax.annotation.ledger.store import TABLES, VerdictStore
 from dno_jax.errors import DnoError
 
 _LEAST_BYTES = 100  # of a verdict: its key alone takes 64

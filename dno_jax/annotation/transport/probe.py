@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dno_jax.annotation.completion import read_completion, with_schema
 from dno_jax.annotation.question import Reply
+from dno_jax.annotation.transport.completion import read_completion, with_schema
 from dno_jax.config import ChatSection, OpenAISection
 from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
 from dno_jax.errors import DnoError

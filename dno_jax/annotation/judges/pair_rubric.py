@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from dno_jax.annotation.judges.replies import few, object_schema, read_object, read_whole
+from dno_jax.annotation.judges.rubric_file import JudgeRubric
 from dno_jax.annotation.question import Reply, Unparsable
-from dno_jax.annotation.replies import few, object_schema, read_object, read_whole
-from dno_jax.annotation.rubric_file import JudgeRubric
 
 _PREFERENCES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
 _TOKEN = r"^[^\s<>]{1,16}$"

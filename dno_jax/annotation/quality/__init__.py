@@ -1,0 +1,1 @@
+"""How good a judge is: figures of its own answers, what they warn of, and pairs that people have labelled."""

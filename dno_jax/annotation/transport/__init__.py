@@ -1,0 +1,1 @@
+"""How questions reach endpoints: turns, limits, failover, probes, and the Batch API."""
