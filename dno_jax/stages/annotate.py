@@ -11,19 +11,18 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
 from dno_jax.annotation.desk import Desk, EndpointAnnotator
 from dno_jax.annotation.quality.calibration import read_calibration
-from dno_jax.annotation.quality.figures import Quality, Response
+from dno_jax.annotation.quality.figures import Quality
 from dno_jax.config import RunConfig, config_digest
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Rollout
+from dno_jax.records import Judgement
 from dno_jax.report.annotation import quality_table
 from dno_jax.report.console import Meter, console
 from dno_jax.run_dir import Manifest, RunDir, StageDir, write_atomically
-from dno_jax.stages.pools import PromptFile, pools_of
+from dno_jax.stages.pools import Pools, Survey, survey
 from dno_jax.stages.prompts import name_bits
 
 _POLL_SECONDS = 0.2
@@ -66,15 +65,6 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
     )
 
 
-@dataclass
-class _Survey:
-    """What was judged, over all shards, in whichever call each was closed."""
-
-    states: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-    quality: Quality = field(default_factory=Quality)
-
-
 class _Work:
     """One iteration's pools on their way to judgements."""
 
@@ -87,8 +77,7 @@ class _Work:
         self._by_batch = any(judge.batch for judge in config.annotation.judges)
         self._labelled = self._read_labels()
         self._run_dir = run_dir
-        self._prompts_path = run_dir.prompts_path(stage.iteration)
-        self._prompts: PromptFile | None = None
+        self._pools = Pools(sampled, run_dir.prompts_path(stage.iteration))
         self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
         self._states: Counter[str] = Counter()  # of pools without a verdict
         self._reasons: Counter[str] = Counter()
@@ -96,7 +85,7 @@ class _Work:
         self._probing = asyncio.Lock()
         self._probed = False
 
-    async def run(self, *, abandoned: Callable[[], bool]) -> _Survey:
+    async def run(self, *, abandoned: Callable[[], bool]) -> Survey:
         try:
             with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools") as meter:
                 await self._follow(meter, abandoned=abandoned)
@@ -157,7 +146,7 @@ class _Work:
 
     async def _judge_group(self, shards: Sequence[str], meter: Meter) -> None:
         if self._by_batch and isinstance(self._annotator, EndpointAnnotator):
-            pools = [pool for shard in shards for pool in self._pools(shard, dropped=Counter())]
+            pools = [pool for shard in shards for pool in self._pools.read(shard, dropped=Counter())]
             await self._annotator.ask_by_batch(pools)
             await self._annotator.ask_by_batch([pool for pool in pools if self._is_repeated(pool)], repeat=1)
         for shard in shards:
@@ -173,19 +162,9 @@ class _Work:
                 self._judged += len(rows)
         return closed
 
-    def _pools(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
-        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
-        return self._pools_of(self._sampled.read_shard(Rollout, shard), dropped=dropped)
-
-    def _pools_of(self, rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> list[Pool]:
-        if self._prompts is None:
-            self._prompts = PromptFile(self._prompts_path)
-        prompts = self._prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
-        return pools_of(rollouts, prompts, dropped=dropped)
-
     async def _judge_shard(self, shard: str, meter: Meter) -> None:
-        pools = self._pools(shard, dropped=Counter())
-        meter.expect(len(self._prompts or ()))
+        pools = self._pools.read(shard, dropped=Counter())
+        meter.expect(len(self._pools.prompts))
         await self._probe_once(pools)
         again = [pool for pool in pools if self._is_repeated(pool)]
         judgements, _ = await asyncio.gather(
@@ -199,7 +178,7 @@ class _Work:
             return
         self._reasons.update(f"{row.state}: {row.detail}" for row in missing.values())
         self._states.update(row.state for row in missing.values())
-        if self._states.total() <= self._config.annotation.max_failed * len(self._prompts or ()):
+        if self._states.total() <= self._config.annotation.max_failed * len(self._pools.prompts):
             self._missing[shard] = missing  # else this call cannot settle, and what fails is not held
 
     def _is_repeated(self, pool: Pool) -> bool:
@@ -232,28 +211,20 @@ class _Work:
         for shard, rows in self._missing.items():
             judgements = [
                 rows.get(pool.prompt.prompt_id) or self._annotator.recall(pool)
-                for pool in self._pools(shard, dropped=Counter())
+                for pool in self._pools.read(shard, dropped=Counter())
             ]
             self._stage.write_shard(shard, [row for row in judgements if row is not None])
 
-    def _survey(self) -> _Survey:
-        """Go once over all rollouts and judgements, those of earlier calls too."""
-        found = _Survey()
-        for shard in self._sampled.shard_names():
-            rollouts = self._sampled.read_shard(Rollout, shard)
-            pools = {pool.prompt.prompt_id: pool for pool in self._pools_of(rollouts, dropped=found.dropped)}
-            responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
-            for judgement in self._stage.read_shard(Judgement, shard):
-                found.states[judgement.state] += 1
-                found.quality.add(judgement, responses=responses)
-                pool = pools[judgement.prompt_id]
-                if self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
-                    found.quality.add_repeat(judgement, again)
+    def _survey(self) -> Survey:
+        found = survey(self._pools, self._stage, also=self._add_repeat)
         for pool, preference in self._labelled:
             if judgement := self._annotator.recall(pool):
                 found.quality.add_label(judgement, preference)
-        found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
         return found
+
+    def _add_repeat(self, pool: Pool, judgement: Judgement, quality: Quality) -> None:
+        if self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
+            quality.add_repeat(judgement, again)
 
 
 def save_receipts(run_dir: RunDir, desk: Desk) -> None:

@@ -9,33 +9,17 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from dno_jax.annotation.annotator import Pool
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
-from dno_jax.records import Judgement, Rollout
+from dno_jax.records import Judgement
 from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.stages.pools import PromptFile, pools_of
+from dno_jax.stages.pools import Pools, survey
 from dno_jax.stages.runtime import Runtime
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Where the pools of an iteration come from."""
-
-    sampled: StageDir
-    prompts: PromptFile
-
-    def read(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
-        """The pools of one shard of rollouts; what is in none of them is counted by reason."""
-        rollouts = self.sampled.read_shard(Rollout, shard)
-        prompts = self.prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
-        return pools_of(rollouts, prompts, dropped=dropped)
 
 
 @runtime_checkable
@@ -74,7 +58,7 @@ def judge_on_devices(
     inputs = {**stage.reference_of(sampled.manifest_path), **inputs}
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
-    pools = Pools(sampled, PromptFile(run_dir.prompts_path(iteration)))
+    pools = Pools(sampled, run_dir.prompts_path(iteration))
     if pending := _unfinished(stage, shards, identity=identity):
         judge_shards(pools, pending, out=stage)
         barrier(f"judged {stage.path}")
@@ -97,16 +81,19 @@ def judge_on_devices(
             f"call {remedy}, or raise annotation.max_failed to go on without these pools"
         )
     if is_primary():
-        dropped = Counter({f"verdict {state}": count for state, count in states.items() if state != "ok"})
-        for shard in shards:  # over all of them: an earlier call may have closed some
-            pools.read(shard, dropped=dropped)
+        found = survey(pools, stage)
         stage.finish(
             config_digest=runtime.config_digest,
             inputs=inputs,
             rows=states.total(),
-            dropped=dropped,
+            dropped=found.dropped,
             seconds=time.perf_counter() - start,
-            details={"judge": identity, "states": dict(states), **figures(judgements())},
+            details={
+                "judge": identity,
+                "states": dict(states),
+                "quality": found.quality.figures(),
+                **figures(judgements()),
+            },
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()

@@ -7,6 +7,7 @@ import os
 import tempfile
 
 from dno_jax.annotation.annotator import build_annotator
+from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
@@ -48,6 +49,8 @@ def check(config: RunConfig) -> Runtime[RunConfig]:
         with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
             store = os.path.join(folder, "annotations.sqlite")
             for section in (config.annotation, config.evaluation_judge):
+                if section.judges and section.quality.calibration:
+                    read_calibration(section.quality.calibration, limit=1, seed=0)
                 if not section.on_devices:
                     asyncio.run(build_annotator(section, store_path=store, seed=config.seed).close())
     return runtime

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from etils import epath
 
 from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.errors import DnoError
-from dno_jax.records import Prompt, Rollout, parse_lines
+from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
+from dno_jax.run_dir import StageDir
 
 
 class PromptFile:
@@ -52,6 +55,66 @@ class PromptFile:
                 line = file.read(length).decode()
                 found[prompt_id] = next(parse_lines(Prompt, [line], place=f"{self.path} at byte {first}"))
         return found
+
+
+class Pools:
+    """The pools of an iteration, shard by shard of its rollouts.
+
+    Args:
+        sampled: the stage that writes the rollouts; it may still be at work.
+        prompts_path: the iteration's prompts; there when the first shard is.
+    """
+
+    def __init__(self, sampled: StageDir, prompts_path: epath.Path):
+        self.sampled = sampled
+        self._prompts_path = prompts_path
+
+    @cached_property
+    def prompts(self) -> PromptFile:
+        return PromptFile(self._prompts_path)
+
+    def read(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
+        """The pools of one shard; what is in none of them is counted by reason."""
+        return self.of(self.sampled.read_shard(Rollout, shard), dropped=dropped)
+
+    def of(self, rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> list[Pool]:
+        prompts = self.prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
+        return pools_of(rollouts, prompts, dropped=dropped)
+
+
+@dataclass
+class Survey:
+    """What was judged, over all shards, in whichever call each was closed.
+
+    Attributes:
+        states: judgements by state.
+        dropped: what went in and has no verdict, by reason.
+        quality: figures of the judge's own answers.
+    """
+
+    states: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    quality: Quality = field(default_factory=Quality)
+
+
+def survey(pools: Pools, judged: StageDir, *, also: Callable[[Pool, Judgement, Quality], None] | None = None) -> Survey:
+    """Go once over all rollouts and their judgements.
+
+    Args:
+        also: adds to the quality what more is known of a pool than its judgement.
+    """
+    found = Survey()
+    for shard in pools.sampled.shard_names():
+        rollouts = pools.sampled.read_shard(Rollout, shard)
+        own = {pool.prompt.prompt_id: pool for pool in pools.of(rollouts, dropped=found.dropped)}
+        responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
+        for judgement in judged.read_shard(Judgement, shard):
+            found.states[judgement.state] += 1
+            found.quality.add(judgement, responses=responses)
+            if also is not None:
+                also(own[judgement.prompt_id], judgement, found.quality)
+    found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
+    return found
 
 
 def by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:

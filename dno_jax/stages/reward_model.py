@@ -38,8 +38,9 @@ from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message
 from dno_jax.report.console import Meter, say
 from dno_jax.run_dir import Manifest, StageDir, digest_of
-from dno_jax.stages.device_judge import Pools, judge_on_devices
+from dno_jax.stages.device_judge import judge_on_devices
 from dno_jax.stages.policies import read_checkpoint
+from dno_jax.stages.pools import Pools
 from dno_jax.stages.runtime import Runtime, check_ids
 from dno_jax.training.batches import length_bucket
 from dno_jax.training.state import param_shardings

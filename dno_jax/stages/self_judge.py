@@ -30,7 +30,8 @@ from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Generation, Request, Response
 from dno_jax.sampling.state import Sizes
 from dno_jax.sampling.transforms import Truncation
-from dno_jax.stages.device_judge import Pools, judge_on_devices
+from dno_jax.stages.device_judge import judge_on_devices
+from dno_jax.stages.pools import Pools
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.slots import Wanted, plan

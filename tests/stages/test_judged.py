@@ -14,6 +14,7 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
+from dno_jax.stages.pools import PromptFile
 from tests.stages.judged import sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
@@ -204,13 +205,13 @@ def test_runs_share_a_store_by_its_path(tmp_path):
 def test_pools_held_are_those_in_work(tmp_path, monkeypatch):
     """Prompts and rollouts of a shard are read when it is judged, and let go of."""
     read = Counter()
-    original = annotate.PromptFile.read
+    original = PromptFile.read
 
     def counted(self, prompt_ids):
         read.update(prompt_ids)
         return original(self, prompt_ids)
 
-    monkeypatch.setattr(annotate.PromptFile, "read", counted)
+    monkeypatch.setattr(PromptFile, "read", counted)
     with FakeJudge(prefers="marker") as server:
         config = sampled_run(tmp_path, server.url, prompts=12, pairing={"reward": "score"})
         annotate.run(config, 0)

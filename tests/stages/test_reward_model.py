@@ -23,8 +23,7 @@ from dno_jax.parallel.mesh import make_mesh
 from dno_jax.records import Judgement, Message, Pair, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import pair, policies, reward_model, sample
-from dno_jax.stages.device_judge import Pools
-from dno_jax.stages.pools import PromptFile
+from dno_jax.stages.pools import Pools, PromptFile
 from dno_jax.stages.runtime import Runtime
 from tests.model.checkpoints import edit_config, edit_tensors
 from tests.small import WORDS, write_checkpoint
@@ -107,7 +106,7 @@ def files(run_dir: RunDir) -> dict[str, tuple[int, str]]:
 
 
 def pools_of_run(run_dir: RunDir) -> list[Pool]:
-    source = Pools(run_dir.stage("sample", 0), PromptFile(run_dir.prompts_path(0)))
+    source = Pools(run_dir.stage("sample", 0), run_dir.prompts_path(0))
     return [pool for shard in source.sampled.shard_names() for pool in source.read(shard, dropped=Counter())]
 
 
@@ -287,7 +286,7 @@ def test_each_part_of_the_mesh_closes_shards_of_its_own(make, sampled):
     config = make()
     run_dir = sampled(config)
     stage, source = run_dir.stage("annotate", 0), run_dir.stage("sample", 0)
-    pools = Pools(source, PromptFile(run_dir.prompts_path(0)))
+    pools = Pools(source, run_dir.prompts_path(0))
     closed = []
     for index in (1, 0):
         runtime = Runtime.start(config)
