@@ -285,6 +285,28 @@ def test_never_more_in_flight_than_configured_and_fewer_after_failures():
         with_client(section(server, max_concurrency=4), work)
 
 
+def test_connections_are_used_again_however_the_requests_ended():
+    with Scripted() as server:
+
+        async def work(client: Client) -> None:
+            endpoint = client.endpoint
+            numbers = count()
+            answers = [completion(), fault(500), Answer(fault="reset"), Answer(body=b"<html>")]
+            for _ in range(3):
+                server.script = together(20, completion())
+                await asyncio.gather(*(endpoint.post("/chat/completions", BODY) for _ in range(20)))
+                server.script = lambda asked: answers[next(numbers) % 4]
+                for _ in range(8):
+                    await endpoint.post("/chat/completions", BODY)
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.0):
+                        await endpoint.post("/chat/completions", BODY)
+            assert len(endpoint._clients) == 4  # of six connections each
+            assert len(endpoint._seats) == 24
+
+        with_client(section(server), work)
+
+
 def test_turns_come_in_the_order_of_asking():
     with Scripted(after_probe(lambda _: completion())) as server:
         send_all(section(server, max_concurrency=1), 20)
