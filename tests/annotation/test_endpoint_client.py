@@ -298,9 +298,13 @@ def test_connections_are_used_again_however_the_requests_ended():
                 server.script = lambda asked: answers[next(numbers) % 4]
                 for _ in range(8):
                     await endpoint.post("/chat/completions", BODY)
-                with pytest.raises(TimeoutError):
-                    async with asyncio.timeout(0.0):
-                        await endpoint.post("/chat/completions", BODY)
+                server.script, before = (lambda asked: Answer(fault="hang")), len(server.asked)
+                hanging = asyncio.create_task(endpoint.post("/chat/completions", BODY))
+                while len(server.asked) == before:
+                    await asyncio.sleep(0.01)
+                hanging.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await hanging
             assert len(endpoint._clients) == 4  # of six connections each
             assert len(endpoint._seats) == 24
 
