@@ -257,7 +257,7 @@ def test_tokens_a_minute_hold_requests_back_and_usage_corrects_the_estimate():
 
 def together(number: int, answer: Answer) -> Callable[[Asked], Answer]:
     """Answer only when so many requests are in flight at once."""
-    barrier = threading.Barrier(number, timeout=10.0)
+    barrier = threading.Barrier(number, timeout=30.0)
 
     def script(_: Asked) -> Answer:
         barrier.wait()

@@ -447,7 +447,7 @@ def test_another_policy_another_path_and_another_tokenizer_are_found_before_the_
 
 def test_no_more_requests_are_in_flight_than_allowed_and_prompts_come_as_they_are_done():
     last = [BEGIN, 2, 2]  # the first prompt's
-    with CompletionServer(delay=lambda body: 0.3 if body["prompt"] == last else 0.01) as server:
+    with CompletionServer(delay=lambda body: 2.0 if body["prompt"] == last else 0.01) as server:
         config, what = section(server, max_concurrency=5), generation(num_samples=2)
         order = [
             item.index for item in complete(prompts(12), section=config, generation=what, codec=CODEC, iteration=0)
