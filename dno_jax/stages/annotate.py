@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
 from dno_jax.annotation.desk import Desk, EndpointAnnotator
 from dno_jax.annotation.quality.calibration import read_calibration
-from dno_jax.annotation.quality.figures import Quality
+from dno_jax.annotation.quality.figures import Quality, scalars
 from dno_jax.config import RunConfig, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
@@ -53,15 +53,18 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
     work = _Work(config, stage, sampled, annotator, run_dir)
     found = asyncio.run(work.run(abandoned=abandoned))
+    figures = found.quality.figures()
     if config.annotation.judges:
-        console.print(quality_table(found.quality.figures(), config.annotation.quality, iteration=iteration))
+        console.print(quality_table(figures, config.annotation.quality, iteration=iteration))
+        run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
+        run_dir.append_metrics({"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)})
     return stage.finish(
         config_digest=digest,
         inputs=stage.reference_of(sampled.manifest_path),
         rows=sum(found.states.values()),
         dropped=found.dropped,
         seconds=time.perf_counter() - start,
-        details={"judge": annotator.identity, "states": dict(found.states), "quality": found.quality.figures()},
+        details={"judge": annotator.identity, "states": dict(found.states), "quality": figures},
     )
 
 

@@ -57,6 +57,8 @@ def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path):
         figures = annotate.run(config, 0).details["quality"]
     assert figures["first_wins"]["value"] == figures["flip_rate"]["value"] == figures["tie_rate"]["value"] == 1.0
     assert made_pairs(config).pairs == []
+    (row,) = RunDir(config.run_dir).read_metrics()
+    assert (row["stage"], row["iteration"], row["first_wins"]) == ("annotate", 0, 1.0)
     named = " ".join(warnings(figures, config.annotation.quality))
     assert "max_flip_rate" in named
     assert "max_first_rate_error" in named
