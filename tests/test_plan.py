@@ -403,7 +403,7 @@ def test_the_command_shows_what_judges_cost(small, dno_plan):
     found = plan_run(parse_config(RunConfig, judged(small), place="test"), response_tokens=10).annotation
     total = found.parts["iteration 0"].total
     assert f"iteration 0 6 {total.tokens_in:,} 1,200 {found.parts['iteration 0'].usd:,.2f}" in said
-    assert "pairwise, all pairs 240 " in said
+    assert "pairwise, 240 " in said
     assert "annotation.max_usd is 3 dollars" in said
     unpriced = dno_plan(judged(small, prices={}))[1]
     assert "No price of m: give annotation.prices" in unpriced

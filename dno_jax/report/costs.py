@@ -30,14 +30,19 @@ def cost_tables(plan: AnnotationPlan) -> list[RenderableType]:
 
 
 def _table(title: str, estimates: Mapping[str, Estimate]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("")
-    for column in ("requests", "tokens in", "tokens out", "dollars", "dollars\nby batch", "hours at\nthe limits"):
-        table.add_column(column, justify="right", no_wrap=True)  # a number is shown whole, or misread
+    # Names and numbers are shown whole, or misread: what 80 columns hold decides where headings and names break.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("", no_wrap=True)
+    for column in ("requests", "tokens\nin", "tokens\nout", "dollars", "dollars\nby batch", "hours at\nlimits"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, estimate in estimates.items():
         total = estimate.total
         counts = (total.requests, total.tokens_in, total.tokens_out)
         amounts = (estimate.usd, estimate.batch_usd, estimate.hours)
-        shown = ("-" if amount is None else f"{amount:,.2f}" for amount in amounts)
-        table.add_row(name, *(f"{count:,}" for count in counts), *shown)
+        shown = ("-" if amount is None else _amount(amount) for amount in amounts)
+        table.add_row(name.replace(", ", ",\n"), *(f"{count:,}" for count in counts), *shown)
     return table
+
+
+def _amount(amount: float) -> str:
+    return f"{amount:,.2f}" if amount < 1_000 else f"{amount:,.0f}"

@@ -7,10 +7,10 @@ import gzip
 import json
 
 import pytest
-from dno_jax.annotation.quality.figures import Quality
 
 from dno_jax.annotation.annotator import build_annotator
 from dno_jax.annotation.quality.calibration import read_calibration
+from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.config import AnnotationSection, QualitySection
 from dno_jax.errors import DnoError

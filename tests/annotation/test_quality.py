@@ -8,8 +8,8 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from dno_jax.annotation.quality.figures import Quality, Response
 
+from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.annotation.quality.tallies import Histogram, Tally
 from dno_jax.annotation.quality.warnings import CHECKS, warnings
 from dno_jax.config import QualitySection

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from dno_jax.annotation.quality.figures import Quality, Response, scalars
 from rich.console import Console
 
+from dno_jax.annotation.quality.figures import Quality, Response, scalars
 from dno_jax.config import QualitySection, RunConfig
 from dno_jax.records import Answer, Judgement
 from dno_jax.report.annotation import quality_lines, quality_table
