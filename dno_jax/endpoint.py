@@ -29,11 +29,9 @@ MAX_BACKOFF_SECONDS = 30.0
 # An endpoint that wants a longer pause is not waited for while accelerators idle.
 MAX_RETRY_AFTER_SECONDS = 300.0
 
-# Requests of one client, whose pool looks at all its connections for each: with 48 in flight and more waiting, eight
-# clients of six took 1.3 ms of CPU a request, one of 48 took 2.2 (measured, httpcore2 2.16).
-_SEATS = 6
+# How long an idle connection is kept: less than the 5 s after which many servers close it, maybe below a request.
+_KEPT_SECONDS = 4.0
 _RETRIED = {408, 409, 425, 429}
-_NO_CONNECTION = {"ConnectError", "ConnectTimeout", "ProxyError"}
 _SHORTEST_SECRET = 8  # "EMPTY", "none": placeholders for servers without keys; scrubbing them would garble words
 _KEY_LIKE = re.compile(r"\b(sk-|Bearer )[\w*.-]{6,}")
 
@@ -101,9 +99,7 @@ class Endpoint:
         self._api_key_env = api_key_env
         self._timeout = timeout
         self._key = _read_key(api_key_env, url=self.url, place=self.address)
-        self._clients: list[openai.AsyncOpenAI] = []
-        self._seats: list[openai.AsyncOpenAI] = []
-        self._seats.append(self._open())  # what is wrong with its surroundings shows now
+        self._client = self._open()
 
     async def post(
         self, path: str, body: Mapping[str, Any], *, file: tuple[str, bytes] | None = None, timeout: float | None = None
@@ -154,32 +150,25 @@ class Endpoint:
     ) -> Response | Trouble:
         import openai
 
-        client = self._seats.pop() if self._seats else self._open()
         try:
             # The client's own timeout counts silence only; a server that trickles would hold the slot for ever.
             async with asyncio.timeout(timeout):
-                response = (await request(client)).response
+                response = (await request(self._client)).response
                 return Response(response.text, response.headers)
         except openai.APIStatusError as error:
             trouble = self.trouble(error.status_code, error.body or error.message, headers=error.response.headers)
         except openai.APIConnectionError as error:
-            cause = type(error.__cause__).__name__
-            trouble = Trouble(f"no connection ({cause})", unreachable=cause in _NO_CONNECTION)
-            if isinstance(error, openai.APITimeoutError) and not trouble.unreachable:
-                trouble = Trouble(f"no answer within {timeout:g} s")
+            trouble = _broken_connection(error, timeout=timeout)
         except TimeoutError:
             trouble = Trouble(f"no answer within {timeout:g} s")
         except openai.OpenAIError as error:
             trouble = Trouble(f"the client failed: {type(error).__name__}")
-        finally:
-            self._seats.append(client)
         if trouble.then == "raise":
             raise EndpointError(trouble.detail, status=trouble.status or 0)
         return trouble
 
     async def close(self) -> None:
-        for client in self._clients:
-            await client.close()
+        await self._client.close()
 
     def without_key(self, text: str) -> str:
         """Take the key out of a text that is to be kept as it is."""
@@ -187,14 +176,20 @@ class Endpoint:
         return text.replace(self._key, "[key]") if secret else text
 
     def _open(self) -> openai.AsyncOpenAI:
-        """Make one more client; return one seat of it, and leave the others free."""
+        """Make the client. It sends by aiohttp: httpx's own pool looks at all its connections for each request.
+
+        With 64 in flight a judgement took 1.9 ms of CPU with it and 2.6 with httpcore2 (docs/benchmarks.md).
+        """
+        import httpx2
         import openai
 
-        limits = openai.Timeout(self._timeout, connect=min(10.0, self._timeout / 2))
-        client = openai.AsyncOpenAI(api_key=self._key, base_url=self.url, max_retries=0, timeout=limits)
-        self._clients.append(client)
-        self._seats.extend([client] * (_SEATS - 1))
-        return client
+        timeout = openai.Timeout(self._timeout, connect=min(10.0, self._timeout / 2))
+        # Zero is no limit: how many are in flight is counted by who sends.
+        limits = httpx2.Limits(max_connections=0, keepalive_expiry=_KEPT_SECONDS)
+        http = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
+        return openai.AsyncOpenAI(
+            api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout, http_client=http
+        )
 
     def scrub(self, text: str) -> str:
         """Take the key, and what looks like one, out of a text that others wrote."""
@@ -269,6 +264,24 @@ def parse_retry_after(headers: Mapping[str, str], *, now: float) -> float | None
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _broken_connection(error: BaseException, *, timeout: float) -> Trouble:
+    """Tell a connection that was never made, over which nothing was sent, from one that broke or fell silent.
+
+    The classes between aiohttp's errors and ours do not: a server that hangs up is a ConnectTimeout to them.
+    """
+    import aiohttp
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, aiohttp.ClientError):
+        cause = cause.__cause__
+    unmade = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError, aiohttp.ClientHttpProxyError)
+    name = type(cause or error.__cause__).__name__
+    if isinstance(cause, unmade):
+        return Trouble(f"no connection ({name})", unreachable=True)
+    silent = isinstance(cause, aiohttp.ServerTimeoutError)
+    return Trouble(f"no answer within {timeout:g} s" if silent else f"the connection broke ({name})")
 
 
 def _number(text: str | None) -> float | None:

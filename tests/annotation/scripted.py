@@ -56,7 +56,7 @@ class Scripted:
     def __init__(self, script: Script | None = None, *, port: int = 0):
         self.script: Script = script or (lambda asked: completion())
         self.asked: list[Asked] = []
-        self.max_in_flight = self.in_flight = 0
+        self.max_in_flight = self.in_flight = self.connections = 0
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self._http = _Server(("127.0.0.1", port), _Handler)
@@ -114,6 +114,7 @@ class _Server(ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
+        self.scripted.connections += 1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

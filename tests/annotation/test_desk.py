@@ -162,7 +162,7 @@ def test_with_a_fifth_of_faults_the_labels_are_those_of_a_faultless_run(tmp_path
         (["length", "408", "503"], "ok", 4, ""),
         (["500"] * 4, "failed", 4, "HTTP 500: planted fault 500"),
         (["429"] * 4, "failed", 4, "HTTP 429: slow down"),
-        (["close"] * 4, "failed", 4, "no connection"),
+        (["close"] * 4, "failed", 4, "the connection broke"),
         (["html"] * 4, "failed", 4, "without a chat completion: <html>"),
         (["garbage"] * 4, "unparsable", 4, "not one JSON object"),
         (["wrong_ids"] * 4, "unparsable", 4, "expected the candidates 1, 2, 3, got 0, 1, 2"),

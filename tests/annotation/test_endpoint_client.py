@@ -22,7 +22,7 @@ from dno_jax.annotation.transport.client import Client, Unreachable
 from dno_jax.annotation.transport.completion import read_completion
 from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import EndpointSection, OpenAISection, TeacherSection
-from dno_jax.endpoint import EndpointError, Trouble
+from dno_jax.endpoint import EndpointError, Response, Trouble
 from dno_jax.errors import DnoError
 from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault, is_probe
 
@@ -72,6 +72,10 @@ def send_all(config: OpenAISection, number: int, **arguments: Any) -> list[Reply
 
 def send_one(config: OpenAISection, **arguments: Any) -> Reply | Trouble:
     return send_all(config, 1, **arguments)[0]
+
+
+def post_one(config: OpenAISection) -> Response | Trouble:
+    return with_client(config, lambda client: client.endpoint.post("/chat/completions", BODY))
 
 
 def free_port() -> int:
@@ -167,8 +171,8 @@ def test_counts_that_are_none_are_zero_and_halved_surrogates_are_replaced():
         (fault(400, "too long", code="context_length_exceeded"), "HTTP 400: too long", "give up"),
         (fault(400, "policy", code="content_filter"), "HTTP 400: policy", "refused"),
         (fault(413), "HTTP 413: planted", "give up"),
-        (Answer(fault="reset"), "no connection (ReadError)", "retry"),
-        (Answer(body={"choices": [1, 2, 3]}, fault="truncated"), "no connection (RemoteProtocolError)", "retry"),
+        (Answer(fault="reset"), "the connection broke (ClientOSError)", "retry"),
+        (Answer(body={"choices": [1, 2, 3]}, fault="truncated"), "the connection broke (ClientPayloadError)", "retry"),
         (Answer(body=b'{"choices": [{"message": {"content": "6'), "HTTP 200 without a chat completion", "retry"),
         (Answer(body=b"<html>a proxy's front page</html>"), "HTTP 200 without a chat completion: <html>", "retry"),
         (Answer(fault="hang"), "no answer within 1 s", "retry"),
@@ -183,6 +187,37 @@ def test_each_fault_is_one_try_and_says_what_follows(answer, said, then):
     assert trouble.detail.startswith(said)
     assert trouble.then == then
     assert not trouble.unreachable
+
+
+def test_over_a_connection_that_was_never_made_nothing_was_sent(monkeypatch):
+    config = section(f"http://127.0.0.1:{free_port()}/v1", timeout=20.0)
+    with Scripted() as server:
+        cases = {
+            "ClientConnectorError": config,
+            "ClientConnectorDNSError": config.model_copy(update={"base_url": "http://nowhere.invalid/v1"}),
+            "ClientConnectorSSLError": config.model_copy(update={"base_url": server.url.replace("http", "https")}),
+        }
+        for name, case in cases.items():
+            assert post_one(case) == Trouble(f"no connection ({name})", unreachable=True)
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+        proxied = config.model_copy(update={"base_url": "http://judge.invalid/v1"})
+        assert post_one(proxied) == Trouble("no connection (ClientProxyConnectionError)", unreachable=True)
+        assert not server.asked
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.port}")
+        assert isinstance(post_one(proxied), Response)  # proxies of the environment are used
+        assert server.asked[0].headers["host"] == "judge.invalid"
+
+
+def test_a_connection_that_takes_too_long_was_never_made():
+    with contextlib.closing(socket.socket()) as full, contextlib.ExitStack() as stack:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for _ in range(4):  # whom nobody accepts, until no more are let in
+            waiting = stack.enter_context(contextlib.closing(socket.socket()))
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        found = post_one(section(f"http://127.0.0.1:{full.getsockname()[1]}/v1", timeout=1.0))
+    assert found == Trouble("no connection (ConnectionTimeoutError)", unreachable=True)
 
 
 @pytest.mark.parametrize(
@@ -305,8 +340,8 @@ def test_connections_are_used_again_however_the_requests_ended():
                 hanging.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await hanging
-            assert len(endpoint._clients) == 4  # of six connections each
-            assert len(endpoint._seats) == 24
+            # Each round breaks two, and hangs up on a third.
+            assert server.connections <= 20 + 3 * 3
 
         with_client(section(server), work)
 
@@ -391,7 +426,9 @@ def test_a_dead_endpoint_is_passed_over_and_returned_to(caplog):
         with_client(section(f"http://127.0.0.1:{port}/v1", second), work)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2, said
-    assert f"127.0.0.1:{port}/v1 does not answer (no connection (ConnectError)): {second.url} is asked" in said[0]
+    assert (
+        f"127.0.0.1:{port}/v1 does not answer (no connection (ClientConnectorError)): {second.url} is asked" in said[0]
+    )
     assert f"127.0.0.1:{port}/v1 answers again, after" in said[1]
 
 
@@ -454,7 +491,9 @@ def test_the_run_goes_on_when_an_endpoint_comes_back(caplog):
     assert isinstance(results[-1], Reply)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2, said
-    assert "does not answer (no connection (ReadError)): waiting up to max_outage=20 s until it does" in said[0]
+    assert (
+        "does not answer (the connection broke (ClientOSError)): waiting up to max_outage=20 s until it does" in said[0]
+    )
     assert "answers again" in said[1]
 
 
@@ -464,7 +503,7 @@ def test_no_endpoint_for_max_outage_ends_the_run_and_names_the_remedy():
     with pytest.raises(Unreachable) as caught:
         send_all(section(*dead, max_outage=0.4), 20)
     assert time.monotonic() - began >= 0.4
-    for part in (*dead, "max_outage=0.4 s", "mend annotation.openai.base_url", "ConnectError", "is kept"):
+    for part in (*dead, "max_outage=0.4 s", "mend annotation.openai.base_url", "ClientConnectorError", "is kept"):
         assert part in str(caught.value)
 
 

@@ -383,7 +383,7 @@ def test_an_answer_that_is_no_sample_is_drawn_anew(fault):
         ([None, *["500"] * 4], "no answer in 4 tries: HTTP 500: planted fault 500"),
         ([None, *["html"] * 4], "no answer in 4 tries: HTTP 200 without one completion: <html>a proxy"),
         ([None, *["abort"] * 4], "no answer in 4 tries: the response ended by 'abort'"),
-        ([None, *["close"] * 4], "no answer in 4 tries: no connection"),
+        ([None, *["close"] * 4], "no answer in 4 tries: the connection broke"),
         ([None, "400"], "no answer in 1 try: HTTP 400: planted fault 400"),
         ([None, "422"], "no answer in 1 try: HTTP 422: planted fault 422"),
         ([None, "401"], "sampling.server.api_key_env"),
