@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from dno_jax.annotation.judges.functions import build_function
-from dno_jax.config import RunConfig, parse_config
+from dno_jax.config import RunConfig, load_config, parse_config
 from dno_jax.records import Prompt, Rollout
 from dno_jax.run_dir import RunDir, write_atomically
 from dno_jax.stages import annotate
@@ -44,6 +44,9 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=100, help="of a candidate")
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--config", default="configs/demo.yaml", help="of overlap: model, prompts and sampling")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="of overlap: over the config")
+    parser.add_argument("--copies", type=int, default=8, help="of overlap: each prompt so often")
     parser.add_argument("--stage-alone", metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +57,7 @@ def main() -> None:
         elif options.what == "memory":
             memory(Path(folder), options)
         else:
-            overlap(Path(folder))
+            overlap(Path(folder), options)
 
 
 def rate(folder: Path, options: argparse.Namespace) -> None:
@@ -108,48 +111,64 @@ def stage_alone(folder: Path, options: argparse.Namespace) -> None:
     )
 
 
-def overlap(folder: Path) -> None:
+def overlap(folder: Path, options: argparse.Namespace) -> None:
     """A judge whose answers take half of what sampling takes: then both together are nearly free."""
     from dno_jax.iteration import prepare, sample_and_annotate
     from dno_jax.stages import sample
-    from tests.small import small_tree
 
     def config_of(name: str, **openai: Any) -> RunConfig:
-        tree = small_tree(folder, run_dir=name, prompts=960)
+        config = load_config(RunConfig, options.config, options.set)
+        tree = config.model_dump(mode="json", exclude_unset=True)
+        prompts = folder / "prompts.jsonl"
+        if not prompts.exists():
+            write_atomically(prompts, _copied(Path(config.prompts.path), options.copies))
+        tree["run_dir"] = str(folder / name)
+        tree["prompts"] |= {"path": str(prompts), "split": "shared"}
+        tree["sampling"] |= {"shard_prompts": _SHARD}
         tree["annotation"] = {"kind": "openai", "openai": {"model": "fake", "api_key_env": None, **openai}}
         tree["pairing"] = {"reward": "score", "positive_floor": 3, "margin": 1, "student_margin": 1}
-        tree["sampling"] |= {"shard_prompts": 16, "slots": 4}
         return parse_config(RunConfig, tree, place="the benchmark")
 
-    warm = config_of("warm", base_url="http://127.0.0.1:9/v1")
+    nobody = "http://127.0.0.1:9/v1"
+    warm = config_of("warm", base_url=nobody)
     prepare(warm)
     sample.run(warm, 0)  # compiles
-    alone = config_of("alone", base_url="http://127.0.0.1:9/v1")
-    prepare(alone)
-    start = time.perf_counter()
-    rows = sample.run(alone, 0).rows
-    sampling = time.perf_counter() - start
-    pools = len(by_prompt(list(RunDir(alone.run_dir).stage("sample", 0).read(Rollout))))
-    latency = 0.5 * sampling * 8 / pools  # eight at a time
-    with fake_judge(f"delay={latency:.4f}") as url:
-        judged = config_of("alone", base_url=url, max_concurrency=8)
+    for repeat in range(options.repeats):
+        alone = config_of(f"alone-{repeat}", base_url=nobody)
+        prepare(alone)
         start = time.perf_counter()
-        annotate.run(judged, 0)
-        annotating = time.perf_counter() - start
-        both = config_of("both", base_url=url, max_concurrency=8)
-        prepare(both)
-        start = time.perf_counter()
-        sample_and_annotate(both, 0)
-        together = time.perf_counter() - start
-    report(
-        "annotate overlap",
-        rollouts=rows,
-        judge_latency=latency,
-        sampling_seconds=round(sampling, 2),
-        annotating_seconds=round(annotating, 2),
-        together_seconds=round(together, 2),
-        over_the_longer=round(together / max(sampling, annotating), 3),
-    )
+        rows = sample.run(alone, 0).rows
+        sampling = time.perf_counter() - start
+        pools = len(by_prompt(list(RunDir(alone.run_dir).stage("sample", 0).read(Rollout))))
+        latency = 0.5 * sampling * options.in_flight / pools
+        with fake_judge(f"delay={latency:.4f}") as url:
+            judged = config_of(f"alone-{repeat}", base_url=url, max_concurrency=options.in_flight)
+            start = time.perf_counter()
+            annotate.run(judged, 0)
+            annotating = time.perf_counter() - start
+            both = config_of(f"both-{repeat}", base_url=url, max_concurrency=options.in_flight)
+            prepare(both)
+            start = time.perf_counter()
+            sample_and_annotate(both, 0)
+            together = time.perf_counter() - start
+        report(
+            "annotate overlap",
+            rollouts=rows,
+            pools=pools,
+            in_flight=options.in_flight,
+            judge_latency=round(latency, 3),
+            sampling_seconds=round(sampling, 2),
+            annotating_seconds=round(annotating, 2),
+            together_seconds=round(together, 2),
+            over_the_longer=round(together / max(sampling, annotating), 3),
+        )
+
+
+def _copied(path: Path, copies: int) -> str:
+    """Every prompt of a file several times, under names of its own."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    named = [row | {"prompt_id": f"{row['prompt_id']}-{copy}"} for copy in range(copies) for row in rows]
+    return "".join(json.dumps(row) + "\n" for row in named)
 
 
 @contextmanager
