@@ -70,14 +70,14 @@ def visible(query: Int[Array, "B T"], key: Int[Array, "#B S"], window: Any = NO_
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BKHS: Array,
-    v_BKHS: Array,
+    keys: Sequence[Array],
+    values: Sequence[Array],
     mask_BTS: Bool[Array, "B T S"],
     *,
     scale: float,
     softcap: float | None = None,
-    k_scale_BKS: Float[Array, "B K S"] | None = None,
-    v_scale_BKS: Float[Array, "B K S"] | None = None,
+    key_scales: Sequence[Array] | None = None,
+    value_scales: Sequence[Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Mix values by scaled dot products, each group of N/K query heads over one key head; softmax in float32.
 
@@ -85,28 +85,38 @@ def attend(
     they lie in memory. A query that sees no key gives a finite value that means nothing.
 
     Args:
-        k_scale_BKS, v_scale_BKS: what the columns of a quantised cache are multiplied by; they multiply scores and
-            weights instead, a number a column in place of H.
+        keys, values: blocks of slots side by side, [B, K, H, S_i], with S the sum of S_i.
+        key_scales, value_scales: [B, K, S_i], what the columns of a quantised cache are multiplied by; they multiply
+            scores and weights instead, a number a column in place of H.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = k_BKHS.shape[1], k_BKHS.shape[3]
+    K, S = keys[0].shape[1], mask_BTS.shape[2]
     # One matrix a key head, the queries of its group below each other: a plain batched product on every platform. With
     # group and length as two axes a decode step on a CPU took four to ten times as long.
     q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    if k_scale_BKS is not None:
-        k_BKHS, v_BKHS = k_BKHS.astype(q_BTNH.dtype), v_BKHS.astype(q_BTNH.dtype)
-    scores = einsum_float32("bkmh,bkhs->bkms", q_BKMH, k_BKHS)
-    if k_scale_BKS is not None:
-        scores = scores * k_scale_BKS[:, :, None]
+    if key_scales is not None:
+        keys, values = ([block.astype(q_BTNH.dtype) for block in blocks] for blocks in (keys, values))
+    scores = _joined([einsum_float32("bkmh,bkhs->bkms", q_BKMH, k_BKHS) for k_BKHS in keys])
+    if key_scales is not None:
+        scores = scores * _joined(key_scales)[:, :, None]
     scores = scores.reshape(B, K, N // K, T, S) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, _UNSEEN)
     weight = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, S)
-    if v_scale_BKS is not None:
-        weight = weight * v_scale_BKS[:, :, None]
-    mixed = einsum_float32("bkms,bkhs->bkmh", weight.astype(v_BKHS.dtype), v_BKHS).reshape(B, K, N // K, T, H)
+    if value_scales is not None:
+        weight = weight * _joined(value_scales)[:, :, None]
+    mixed, first = jnp.zeros((), jnp.float32), 0
+    for v_BKHS in values:
+        own = weight[..., first : first + v_BKHS.shape[3]].astype(v_BKHS.dtype)
+        mixed = mixed + einsum_float32("bkms,bkhs->bkmh", own, v_BKHS)
+        first += v_BKHS.shape[3]
+    mixed = mixed.reshape(B, K, N // K, T, H)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
+def _joined(blocks: Sequence[Array]) -> Array:
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-1)
 
 
 def xla_attention(
@@ -131,7 +141,7 @@ def xla_attention(
         end = min(start + block, length)
         mask = visible(position_BT[:, start:end], position_BT[:, :end], window)
         mixed.append(
-            attend(q_BTNH[:, start:end], k_BKHS[..., :end], v_BKHS[..., :end], mask, scale=scale, softcap=softcap)
+            attend(q_BTNH[:, start:end], [k_BKHS[..., :end]], [v_BKHS[..., :end]], mask, scale=scale, softcap=softcap)
         )
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
 

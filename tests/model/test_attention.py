@@ -25,7 +25,7 @@ def test_attention_equals_jax():
     """
     q, k, v = qkv()
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[:, :, 0].set(True)
-    ours = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5)
+    ours = attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_blocks_of_queries_change_nothing(length):
     weight = jnp.asarray(kept, jnp.float32)[:, :, None, None]
 
     def ours(q, k, v):
-        return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5) * weight
+        return attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5) * weight
 
     def theirs(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]) * weight
@@ -63,10 +63,10 @@ def test_a_query_that_sees_nothing_is_finite_also_in_the_gradient():
     mask = jnp.zeros((2, 5, 7), bool).at[0].set(True)
 
     def total(q, k, v):
-        out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5)
+        out = attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5)
         return jnp.sum(out[0])  # the blind row is masked away by the caller
 
-    out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5)
+    out = attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5)
     assert np.isfinite(out).all()
     for gradient in jax.grad(total, argnums=(0, 1, 2))(q, k, v):
         assert np.isfinite(gradient).all()
