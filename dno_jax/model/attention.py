@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import jax
@@ -28,6 +28,9 @@ _UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 # Measured on a CPU at T = 256 and 512: blocks of 32 to 128 queries are within 15 % of each other,
 # all twice as fast as none.
 _QUERY_BLOCKS, _SHORTEST_BLOCK = 8, 64
+
+# Columns of a cache that are summed side by side: some vectors of any CPU, and what `reaches` are multiples of.
+_RUN = 64
 
 # The window of a layer without one: wider than any text.
 NO_WINDOW = int(np.iinfo(np.int32).max)
@@ -70,14 +73,14 @@ def visible(query: Int[Array, "B T"], key: Int[Array, "#B S"], window: Any = NO_
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    keys: Sequence[Array],
-    values: Sequence[Array],
+    k_BKHS: Array,
+    v_BKHS: Array,
     mask_BTS: Bool[Array, "B T S"],
     *,
     scale: float,
     softcap: float | None = None,
-    key_scales: Sequence[Array] | None = None,
-    value_scales: Sequence[Array] | None = None,
+    k_scale_BKS: Float[Array, "B K S"] | None = None,
+    v_scale_BKS: Float[Array, "B K S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Mix values by scaled dot products, each group of N/K query heads over one key head; softmax in float32.
 
@@ -85,38 +88,70 @@ def attend(
     they lie in memory. A query that sees no key gives a finite value that means nothing.
 
     Args:
-        keys, values: blocks of slots side by side, [B, K, H, S_i], with S the sum of S_i.
-        key_scales, value_scales: [B, K, S_i], what the columns of a quantised cache are multiplied by; they multiply
-            scores and weights instead, a number a column in place of H.
+        k_scale_BKS, v_scale_BKS: what the columns of a quantised cache are multiplied by; they multiply scores and
+            weights instead, a number a column in place of H.
     """
     B, T, N, H = q_BTNH.shape
-    K, S = keys[0].shape[1], mask_BTS.shape[2]
+    K, S = k_BKHS.shape[1], k_BKHS.shape[3]
     # One matrix a key head, the queries of its group below each other: a plain batched product on every platform. With
     # group and length as two axes a decode step on a CPU took four to ten times as long.
     q_BKMH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
-    if key_scales is not None:
-        keys, values = ([block.astype(q_BTNH.dtype) for block in blocks] for blocks in (keys, values))
-    scores = _joined([einsum_float32("bkmh,bkhs->bkms", q_BKMH, k_BKHS) for k_BKHS in keys])
-    if key_scales is not None:
-        scores = scores * _joined(key_scales)[:, :, None]
+    scores = _by_platform(_scores, _scores_in_place, T)(q_BKMH, k_BKHS)
+    if k_scale_BKS is not None:
+        scores = scores * k_scale_BKS[:, :, None]
     scores = scores.reshape(B, K, N // K, T, S) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, _UNSEEN)
     weight = jax.nn.softmax(scores, axis=-1).reshape(B, K, -1, S)
-    if value_scales is not None:
-        weight = weight * _joined(value_scales)[:, :, None]
-    mixed, first = jnp.zeros((), jnp.float32), 0
-    for v_BKHS in values:
-        own = weight[..., first : first + v_BKHS.shape[3]].astype(v_BKHS.dtype)
-        mixed = mixed + einsum_float32("bkms,bkhs->bkmh", own, v_BKHS)
-        first += v_BKHS.shape[3]
-    mixed = mixed.reshape(B, K, N // K, T, H)
+    if v_scale_BKS is not None:
+        weight = weight * v_scale_BKS[:, :, None]
+    mixed = _by_platform(_mixed, _mixed_in_place, T)(weight.astype(q_BTNH.dtype), v_BKHS).reshape(B, K, N // K, T, H)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H).astype(q_BTNH.dtype)
 
 
-def _joined(blocks: Sequence[Array]) -> Array:
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-1)
+def _by_platform(products: Callable[..., Array], sums: Callable[..., Array], length: int) -> Callable[..., Array]:
+    """Choose how queries meet a cache: one query a row by sums on a CPU, all else by products.
+
+    XLA's CPU products take whole arrays, so that the part of a cache that is read would be copied for each. Elementwise
+    sums read it where it lies, and take a third to a fifth of the time (docs/benchmarks.md).
+    """
+
+    def chosen(*operands: Array) -> Array:
+        return jax.lax.platform_dependent(*operands, cpu=sums, default=products)
+
+    return products if length > 1 else chosen
+
+
+def _scores(q_BKMH: Array, k_BKHS: Array) -> Array:
+    return einsum_float32("bkmh,bkhs->bkms", q_BKMH, k_BKHS.astype(q_BKMH.dtype))
+
+
+def _mixed(weight_BKMS: Array, v_BKHS: Array) -> Array:
+    return einsum_float32("bkms,bkhs->bkmh", weight_BKMS, v_BKHS.astype(weight_BKMS.dtype))
+
+
+# The sums are written out term by term: XLA's CPU reductions go number by number, or by way of a copy. Jitted, so that
+# layers share one trace.
+@jax.jit
+def _scores_in_place(q_BKMH: Array, k_BKHS: Array) -> Array:
+    q, terms = q_BKMH.astype(jnp.float32), range(q_BKMH.shape[3])
+    return reduce(jnp.add, (q[..., h, None] * k_BKHS[:, :, None, h].astype(jnp.float32) for h in terms))
+
+
+@jax.jit
+def _mixed_in_place(weight_BKMS: Array, v_BKHS: Array) -> Array:
+    """Add runs of columns one onto the other, then what lies side by side: many sums at a time fill a CPU's vectors."""
+
+    def term(first: int) -> Array:
+        run = slice(first, min(first + _RUN, v_BKHS.shape[3]))
+        product = weight_BKMS[:, :, :, None, run].astype(jnp.float32) * v_BKHS[:, :, None, :, run].astype(jnp.float32)
+        return jnp.pad(product, [(0, 0)] * 4 + [(0, _RUN - (run.stop - run.start))])
+
+    mixed = reduce(jnp.add, map(term, range(0, v_BKHS.shape[3], _RUN)))
+    while (half := mixed.shape[-1] // 2) > 0:
+        mixed = mixed[..., :half] + mixed[..., half:]
+    return mixed[..., 0]
 
 
 def xla_attention(
@@ -141,7 +176,7 @@ def xla_attention(
         end = min(start + block, length)
         mask = visible(position_BT[:, start:end], position_BT[:, :end], window)
         mixed.append(
-            attend(q_BTNH[:, start:end], [k_BKHS[..., :end]], [v_BKHS[..., :end]], mask, scale=scale, softcap=softcap)
+            attend(q_BTNH[:, start:end], k_BKHS[..., :end], v_BKHS[..., :end], mask, scale=scale, softcap=softcap)
         )
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
 

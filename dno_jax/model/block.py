@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
-from dno_jax.model.cache import LayerCache, WriteCache, num_slots, read_layer, write_layer
+from dno_jax.model.cache import KVCache, WriteCache, reaches, read_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
@@ -88,8 +88,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Any, LayerCache | None], numbers: LayerNumbers, cos: Any, sin: Any, position: Any, reach: Any
-    ) -> tuple[tuple[Any, LayerCache | None], None]:
+        self, carry: tuple[Any, KVCache | None], numbers: LayerNumbers, cos: Any, sin: Any, position: Any, reach: Any
+    ) -> tuple[tuple[Any, KVCache | None], None]:
         """Run one layer.
 
         Args:
@@ -97,7 +97,7 @@ class Block(nn.Module):
             numbers: this layer's.
             cos, sin: [R, B, T, 1, H/2], of every rotation.
             position: [B, T] int32; -1 is padding.
-            reach: scalar int32, the cache's block that holds the farthest token of the call; None without a cache.
+            reach: scalar int32, which of the cache's `reaches` holds every token of the call; None without a cache.
         """
         x, cache = carry
         config = self.config
@@ -145,13 +145,13 @@ class Block(nn.Module):
     def _attention(
         self,
         y: jax.Array,
-        cache: LayerCache | None,
+        cache: KVCache | None,
         *,
         numbers: LayerNumbers,
         angles: tuple[jax.Array, jax.Array],
         position: Any,
         reach: Any,
-    ) -> tuple[jax.Array, LayerCache | None]:
+    ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
         D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
@@ -176,8 +176,8 @@ class Block(nn.Module):
         scale = H**-0.5 if config.attention_scale is None else config.attention_scale
         softcap = config.attention_softcap
         if cache is not None:
-            cache = write_layer(cache, self.write, k_BTKH=k, v_BTKH=v, position_BT=position)
-        if cache is None or num_slots(cache) == y.shape[1]:
+            cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
+        if cache is None or cache.num_slots == y.shape[1]:
             # Without a cache, or with one that this very call fills: every key is among this call's tokens.
             y = self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)
         else:
@@ -223,26 +223,25 @@ class Block(nn.Module):
 
 
 def _attend_cache(
-    q: jax.Array, cache: LayerCache, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
+    q: jax.Array, cache: KVCache, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
 ) -> jax.Array:
-    """Mix what a layer's cache holds, reading no further than the block that the longest row has reached."""
+    """Mix what a layer's cache holds, reading no further than the longest row makes it."""
 
-    def up_to(blocks: int) -> Callable[[jax.Array, LayerCache], jax.Array]:
-        def mix(q: jax.Array, cache: LayerCache) -> jax.Array:
-            own = read_layer(cache, blocks=blocks)
-            mask = visible(position, jnp.arange(num_slots(own), dtype=jnp.int32)[None], window)
-            scaled = own[0].key_scale is not None
+    def up_to(num_slots: int) -> Callable[[jax.Array, KVCache], jax.Array]:
+        def mix(q: jax.Array, cache: KVCache) -> jax.Array:
+            own = read_layer(cache, num_slots=num_slots)
+            mask = visible(position, jnp.arange(num_slots, dtype=jnp.int32)[None], window)
             return attend(
                 q,
-                [block.key for block in own],
-                [block.value for block in own],
+                own.key,
+                own.value,
                 mask,
                 scale=scale,
                 softcap=softcap,
-                key_scales=[block.key_scale for block in own] if scaled else None,
-                value_scales=[block.value_scale for block in own] if scaled else None,
+                k_scale_BKS=own.key_scale,
+                v_scale_BKS=own.value_scale,
             )
 
         return mix
 
-    return jax.lax.switch(reach, [up_to(blocks + 1) for blocks in range(len(cache))], q, cache)
+    return jax.lax.switch(reach, [up_to(num_slots) for num_slots in reaches(cache.num_slots)], q, cache)

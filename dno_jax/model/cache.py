@@ -3,10 +3,8 @@
 So every row has a length of its own, and what a row's query sees needs no bookkeeping: the columns up to its own
 position. What a former text left behind it is overwritten before anybody can see it.
 
-A layer's keys are arrays of their own, each of a run of columns. Products take their operands whole: of a stack of
-layers, or of the columns that texts have reached so far, a copy would be made before it is read, which for the small
-products of a decoding step costs as much as the products and more. So columns that no row has reached are whole blocks,
-which are left alone.
+A layer's keys are an array of their own. Products take their operands whole: of a stack of layers, each would be copied
+out before it is read, which for the small products of a decoding step costs as much as the products.
 """
 
 from __future__ import annotations
@@ -23,17 +21,14 @@ from dno_jax.model.config import ModelConfig
 
 # The largest magnitude of a stored key or value, by the dtypes that need a scale.
 _QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
-# What the columns of a block are a multiple of, and the most blocks that a layer has. Each is two products more, in
-# every program that reads it; joined, they are read by two.
-_COLUMNS, _NUM_BLOCKS, _NUM_JOINED_BLOCKS = 64, 4, 8
-# Numbers of a column, K * H, below which blocks are joined into a copy to be read: products as small as theirs cost
-# more than it (docs/benchmarks.md). No matter of the number of rows: another order of sums is another rounding.
-_SMALL_COLUMN = 128
+# Attention reads the cache up to one of so many ends, in multiples of so many columns: the rest, which no row has
+# reached, may be most of it.
+_NUM_REACHES, _REACH_STEP = 8, 64
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys and values of one block of a layer: column s holds the token at the block's s-th position.
+    """Keys and values of one layer, of the tokens seen so far; column s holds the token at position s.
 
     The fields are annotated loosely because the same structure carries axis names, shapes and shardings.
 
@@ -53,63 +48,38 @@ class KVCache:
         return self.key.shape[-1]
 
 
-# Blocks of one layer, side by side.
-LayerCache = tuple[KVCache, ...]
-Cache = tuple[LayerCache, ...]
+# One a layer.
+Cache = tuple[KVCache, ...]
 
 
 @runtime_checkable
 class WriteCache(Protocol):
-    """Puts the keys and values of a call into a block, each in the column of its position."""
+    """Puts the keys and values of a call into a layer's cache, each in the column of its position."""
 
     def __call__(self, cache: KVCache, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
-        """Return the block with tokens [B, T] written; what lies outside it (as padding does) is written nowhere.
-
-        Args:
-            position_BT: as the block counts them: 0 is its first column.
-        """
+        """Return the cache with tokens [B, T] written; padding (position -1) is written nowhere."""
         ...
 
 
-def block_size(config: ModelConfig, num_slots: int) -> int:
-    """Return how many columns a block has of a cache that is to have so many."""
-    small = config.num_key_value_heads * config.head_dim < _SMALL_COLUMN
-    return _COLUMNS * -(-num_slots // (_COLUMNS * (_NUM_JOINED_BLOCKS if small else _NUM_BLOCKS)))
-
-
-def init_cache(
-    config: ModelConfig, *, batch_size: int, num_slots: int, dtype: Any = jnp.float32, block: int | None = None
-) -> Cache:
-    """Return an empty cache of float32, bfloat16, int8 or float8_e4m3fn.
-
-    Args:
-        block: columns of a block, of which the last may have fewer; None leaves it to `block_size`.
-    """
+def init_cache(config: ModelConfig, *, batch_size: int, num_slots: int, dtype: Any = jnp.float32) -> Cache:
+    """Return an empty cache of float32, bfloat16, int8 or float8_e4m3fn."""
     K, H = config.num_key_value_heads, config.head_dim
-    block = block or block_size(config, num_slots)
+    shape = (batch_size, K, H, num_slots)
+    scale = (batch_size, K, num_slots) if jnp.dtype(dtype).name in _QUANTISED else None
 
-    def empty(columns: int) -> KVCache:
-        shape, scaled = (batch_size, K, H, columns), jnp.dtype(dtype).name in _QUANTISED
+    def layer() -> KVCache:
         return KVCache(
             key=jnp.zeros(shape, dtype),
             value=jnp.zeros(shape, dtype),
-            key_scale=jnp.zeros((batch_size, K, columns), jnp.float32) if scaled else None,
-            value_scale=jnp.zeros((batch_size, K, columns), jnp.float32) if scaled else None,
+            key_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
+            value_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
         )
 
-    return tuple(
-        tuple(empty(min(block, num_slots - first)) for first in range(0, num_slots, block))
-        for _ in range(config.num_hidden_layers)
-    )
-
-
-def num_slots(cache: LayerCache) -> int:
-    """Return the columns of a layer's blocks together."""
-    return sum(block.num_slots for block in cache)
+    return tuple(layer() for _ in range(config.num_hidden_layers))
 
 
 def cache_axes(cache: KVCache) -> KVCache:
-    """Return the axis names of every field of a block, in a KVCache of tuples."""
+    """Return the axis names of every field of a layer's cache, in a KVCache of tuples."""
     wide, scale = ("batch", "kv_heads", "head_dim", "slots"), ("batch", "kv_heads", "slots")
     return KVCache(
         key=wide,
@@ -120,40 +90,25 @@ def cache_axes(cache: KVCache) -> KVCache:
 
 
 def grow_cache(cache: Cache, num_slots: int) -> Cache:
-    """Return the cache with a block of empty slots added to every layer, `num_slots` in all.
+    """Return the cache with empty slots added at the end, `num_slots` in all.
 
     Raises:
         ValueError: the cache has more slots already.
     """
-    had = sum(block.num_slots for block in cache[0])
-    if num_slots < had:
-        raise ValueError(f"the cache has {had} slots; it cannot grow to {num_slots}")
-    if num_slots == had:
-        return cache
-
-    def empty(field: Array) -> Array:
-        return jnp.zeros((*field.shape[:-1], num_slots - had), field.dtype)
-
-    return tuple((*layer, jax.tree.map(empty, layer[0])) for layer in cache)
+    more = num_slots - cache[0].num_slots
+    if more < 0:
+        raise ValueError(f"the cache has {cache[0].num_slots} slots; it cannot grow to {num_slots}")
+    return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), cache)
 
 
-def write_layer(cache: LayerCache, write: WriteCache, **tokens: Any) -> LayerCache:
-    """Return a layer's blocks with the tokens of a call, `k_BTKH`, `v_BTKH` and their `position_BT`."""
-    position, first, written = tokens.pop("position_BT"), 0, []
-    for block in cache:
-        written.append(write(block, **tokens, position_BT=position - first))
-        first += block.num_slots
-    return tuple(written)
-
-
-def write_block(
+def write_layer(
     cache: KVCache,
     *,
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     position_BT: Int[Array, "B T"],
 ) -> KVCache:
-    """The `WriteCache` of one device."""
+    """Return a layer's cache with the tokens of a call; padding (position -1) is written nowhere."""
     # A column that does not exist drops what is written there; -1 itself would count from the end.
     column = jnp.where(position_BT >= 0, position_BT, cache.num_slots)
 
@@ -185,16 +140,18 @@ def _quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Arr
     return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
 
 
-def read_layer(cache: LayerCache, *, blocks: int) -> LayerCache:
-    """Return the first blocks as they are to be read: as they lie, or as one."""
-    own = cache[:blocks]
-    _, heads, size, _ = own[0].key.shape
-    if len(own) == 1 or heads * size >= _SMALL_COLUMN:
-        return own
-    return (jax.tree.map(lambda *fields: jnp.concatenate(fields, axis=-1), *own),)
+def read_layer(cache: KVCache, *, num_slots: int) -> KVCache:
+    """Return the first columns of a layer's cache."""
+    return cache if num_slots == cache.num_slots else jax.tree.map(lambda field: field[..., :num_slots], cache)
 
 
-def reach(position_BT: Int[Array, "B T"], cache: LayerCache) -> Int[Array, ""]:
-    """Return the number of blocks, less one, that hold every token of a call."""
-    ends = jnp.cumsum(jnp.asarray([block.num_slots for block in cache], jnp.int32))[:-1]
+def reaches(num_slots: int) -> tuple[int, ...]:
+    """Return the numbers of columns that attention may read, ascending, the last of them all of them."""
+    step = _REACH_STEP * -(-num_slots // (_REACH_STEP * _NUM_REACHES))
+    return (*range(step, num_slots, step), num_slots)
+
+
+def reach_index(position_BT: Int[Array, "B T"], num_slots: int) -> Int[Array, ""]:
+    """Return which of `reaches` is the first that holds every token of a call."""
+    ends = jnp.asarray(reaches(num_slots)[:-1], jnp.int32)
     return jnp.sum(jnp.max(position_BT) >= ends).astype(jnp.int32)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from dno_jax.logprobs import einsum_float32, head_token_logprobs, softcapped
 from dno_jax.model.attention import Attention, xla_attention
 from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
-from dno_jax.model.cache import Cache, WriteCache, num_slots, reach, write_block
+from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.moe import Experts, dense_experts
 from dno_jax.model.rope import rope_angles
@@ -52,7 +52,7 @@ class Decoder(nn.Module):
     constrain: Constrain = identity
     attention: Attention = xla_attention
     experts: Experts = dense_experts
-    write: WriteCache = write_block
+    write: WriteCache = write_layer
 
     @nn.compact
     def __call__(
@@ -76,8 +76,8 @@ class Decoder(nn.Module):
         config = self.config
         if token.shape != position.shape:
             raise ValueError(f"token {token.shape} and position {position.shape} differ in shape")
-        if cache is not None and token.shape[1] > num_slots(cache[0]):
-            raise ValueError(f"{token.shape[1]} tokens do not fit a cache of {num_slots(cache[0])} slots")
+        if cache is not None and token.shape[1] > cache[0].num_slots:
+            raise ValueError(f"{token.shape[1]} tokens do not fit a cache of {cache[0].num_slots} slots")
         table_shape = (config.vocab_size, config.hidden_size)
         table = declare(self, "embed", init=NORMAL, shape=table_shape, axes=("vocab", "embed"))
         # Declared here so that it belongs to the tree; used by logits and head_logprobs, or by rewards.
@@ -106,13 +106,15 @@ class Decoder(nn.Module):
             (x, _), _ = stack((x, None), layer_numbers(config), cos, sin, position, None)
         else:
             # Layer by layer, each on arrays of its own; see model/cache.py.
-            farthest = reach(position, cache[0])  # once for all: on a mesh it takes a word from every device
+            reach = reach_index(
+                position, cache[0].num_slots
+            )  # once for all: on a mesh it takes a word from every device
             layers, written = self.variables["params"]["layers"], []
             for index, own in enumerate(cache):
                 params = layers[index] if isinstance(layers, tuple) else _layer(layers, index)
                 numbers = _layer(layer_numbers(config), index)
                 block = Block(*parts, parent=None)
-                (x, own), _ = block.apply({"params": params}, (x, own), numbers, cos, sin, position, farthest)
+                (x, own), _ = block.apply({"params": params}, (x, own), numbers, cos, sin, position, reach)
                 written.append(own)
             cache = tuple(written)
 

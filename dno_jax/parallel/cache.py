@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dno_jax.model.cache import KVCache, cache_axes, write_block
+from dno_jax.model.cache import KVCache, cache_axes, write_layer
 from dno_jax.parallel.sharding import Layout
 
 
@@ -23,10 +23,10 @@ class ShardedWrite:
     layout: Layout
 
     def __call__(self, cache: KVCache, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
-        """Return what `write_block` would return on one device that holds everything."""
+        """Return what `write_layer` would return on one device that holds everything."""
 
         def shard(cache: KVCache, k: Any, v: Any, position: Any) -> KVCache:
-            return write_block(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
+            return write_layer(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
 
         new, rows = ("batch", "length", "kv_heads", "head_dim"), ("batch", "length")
         place = self.layout.activation_spec
@@ -41,5 +41,5 @@ class ShardedWrite:
 
 
 def cache_specs(cache: KVCache, layout: Layout) -> KVCache:
-    """Return where each field of a block lies, in a KVCache of PartitionSpecs."""
+    """Return where each field of a cache lies, in a KVCache of PartitionSpecs."""
     return jax.tree.map(layout.activation_spec, cache_axes(cache), is_leaf=lambda axes: isinstance(axes, tuple))

@@ -56,7 +56,7 @@ def fill(
     def read(params: Any) -> tuple[Array, Cache]:
         """Put whole prompts through the model, piece after piece; return the state after the last token of each."""
         dtype = jnp.dtype(program.sizes.kv_dtype)
-        cache = init_cache(model.config, batch_size=rows, num_slots=width, dtype=dtype, block=program.block)
+        cache = init_cache(model.config, batch_size=rows, num_slots=width, dtype=dtype)
 
         def one(start: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
             cache, last = carry

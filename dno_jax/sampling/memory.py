@@ -160,12 +160,11 @@ def _decode_temporaries(program: Program, state: State) -> int:
     """Logits of all slots, and one layer of their keys and values where those are converted to be read."""
     config, slots = program.model.config, program.sizes.slots
     logits = LOGITS_COPIES * slots * config.vocab_size * 4  # the whole vocabulary, also where the head is split
-    layer = state.slots.text.cache[0][0]
-    stored = layer[0].key.dtype
-    if stored == program.model.dtype:
+    cache = state.slots.text.cache[0][0]
+    if cache.key.dtype == program.model.dtype:
         return logits
-    width = jnp.dtype(program.model.dtype).itemsize / stored.itemsize
-    return logits + int(width * _local_bytes([(block.key, block.value) for block in layer]))
+    width = jnp.dtype(program.model.dtype).itemsize / cache.key.dtype.itemsize
+    return logits + int(width * _local_bytes((cache.key, cache.value)))
 
 
 def _fill_temporaries(program: Program, state: State) -> int:

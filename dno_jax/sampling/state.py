@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from dno_jax.model.cache import Cache, KVCache, LayerCache, block_size, init_cache
+from dno_jax.model.cache import Cache, KVCache, init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.cache import cache_specs
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, AnyMesh, num_row_shards
@@ -76,11 +76,6 @@ class Program:
         whole = self.sizes.prompt_length + self.generation.max_new_tokens
         total = self.generation.max_total_tokens
         return whole if total is None else min(whole, total)
-
-    @property
-    def block(self) -> int:
-        """Columns of a block of every cache, so that texts move from one to another block by block."""
-        return block_size(self.model.config, self.num_slots)
 
 
 @flax.struct.dataclass
@@ -194,16 +189,15 @@ def abstract_start(program: Program, *, policies: int) -> tuple[State, Outputs]:
 
 def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
     sizes, generation = program.sizes, program.generation
-    config = program.model.config
+    config, dtype = program.model.config, program.model.dtype
     shards = num_row_shards(program.mesh)
 
     def text(rows: int, num_slots: int) -> Text:
-        dtype = jnp.dtype(sizes.kv_dtype)
-        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=dtype, block=program.block)
+        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(sizes.kv_dtype))
         penalised = generation.truncation.repetition_penalty != 1.0
         return Text(
             cache=(cache,) * policies,
-            hidden=(jnp.zeros((rows, config.hidden_size), program.model.dtype),) * policies,
+            hidden=(jnp.zeros((rows, config.hidden_size), dtype),) * policies,
             length=jnp.zeros(rows, jnp.int32),
             seen=jnp.zeros((rows, config.vocab_size), bool) if penalised else None,
         )
@@ -368,10 +362,4 @@ def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
             own = own[..., : target.shape[-1]]
         return jax.lax.dynamic_update_slice(target, own, (to, *(0,) * (target.ndim - 1)))
 
-    def blocks(target: LayerCache, source: LayerCache) -> LayerCache:
-        copied = jax.tree.map(copy, target[: len(source)], source[: len(target)])
-        return (*copied, *target[len(source) :])
-
-    cache = tuple(tuple(map(blocks, target, source)) for target, source in zip(into.cache, text.cache, strict=True))
-    others = jax.tree.map(copy, replace(into, cache=()), replace(text, cache=()))
-    return replace(others, cache=cache)
+    return jax.tree.map(copy, into, text)

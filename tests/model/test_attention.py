@@ -25,9 +25,50 @@ def test_attention_equals_jax():
     """
     q, k, v = qkv()
     mask = jax.random.bernoulli(jax.random.key(3), 0.6, (2, 5, 7)).at[:, :, 0].set(True)
-    ours = attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5)
+    ours = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5)
     theirs = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def _step(columns, *, rows=3, key_heads=2, group=2, head_dim=8, dtype=jnp.float32):
+    """One query a row over a cache of so many columns, of which each row sees some."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(rows, 1, key_heads * group, head_dim)), jnp.float32)
+    k, v = jnp.asarray(rng.normal(size=(2, rows, key_heads, head_dim, columns)), dtype)
+    length = jnp.asarray(rng.integers(1, min(columns, 60), size=(rows, 1)))
+    return q, k, v, length
+
+
+def _by_columns(q, k, v, length, columns):
+    mask = visible(length, jnp.arange(columns)[None])
+    return attend(q, k[..., :columns], v[..., :columns], mask, scale=q.shape[-1] ** -0.5)
+
+
+@pytest.mark.parametrize("columns", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_query_a_row_equals_jax(columns, dtype):
+    """Of an unquantised cache, also one that is narrower than the model: nothing is rounded that was not stored so."""
+    q, k, v, length = _step(max(columns, 2), dtype=dtype)
+    k, v = (array[..., :columns] for array in (k, v))
+    mask = visible(length, jnp.arange(columns)[None])
+    wide = [array.transpose(0, 3, 1, 2).astype(jnp.float32) for array in (k, v)]
+    expected = jax.nn.dot_product_attention(q, *wide, mask=mask[:, None])
+    np.testing.assert_allclose(_by_columns(q, k, v, length, columns), expected, atol=2e-6)
+
+
+def test_how_far_attention_reads_changes_rounding_at_most():
+    """A row's own columns count, whatever those of longer rows hold; other widths may be rounded otherwise."""
+    step = _step(512)
+    read = [jax.jit(_by_columns, static_argnums=4)(*step, columns) for columns in (64, 128, 200, 256, 512)]
+    for other in read[1:]:
+        np.testing.assert_allclose(read[0], other, atol=5e-7)
+
+
+def test_one_query_a_row_reads_the_cache_where_it_lies():
+    """The part that is read is not copied; scores are smaller than it by the head's size."""
+    q, k, v, length = _step(1024, rows=8, key_heads=4, head_dim=64)
+    compiled = jax.jit(_by_columns, static_argnums=4).lower(q, k, v, length, 512).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < k[..., :512].nbytes / 4
 
 
 @pytest.mark.parametrize("length", [64, 65, 200, 700])
@@ -44,7 +85,7 @@ def test_blocks_of_queries_change_nothing(length):
     weight = jnp.asarray(kept, jnp.float32)[:, :, None, None]
 
     def ours(q, k, v):
-        return attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5) * weight
+        return attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5) * weight
 
     def theirs(q, k, v):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]) * weight
@@ -63,10 +104,10 @@ def test_a_query_that_sees_nothing_is_finite_also_in_the_gradient():
     mask = jnp.zeros((2, 5, 7), bool).at[0].set(True)
 
     def total(q, k, v):
-        out = attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5)
+        out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5)
         return jnp.sum(out[0])  # the blind row is masked away by the caller
 
-    out = attend(q, [k.transpose(0, 2, 3, 1)], [v.transpose(0, 2, 3, 1)], mask, scale=q.shape[-1] ** -0.5)
+    out = attend(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), mask, scale=q.shape[-1] ** -0.5)
     assert np.isfinite(out).all()
     for gradient in jax.grad(total, argnums=(0, 1, 2))(q, k, v):
         assert np.isfinite(gradient).all()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from dno_jax.model.attention import NO_WINDOW
-from dno_jax.model.cache import cache_axes, grow_cache, init_cache, write_block, write_layer
+from dno_jax.model.cache import cache_axes, grow_cache, init_cache
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
 from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
 from tests.model.conftest import random_params, run
@@ -147,26 +146,17 @@ def test_layers_taken_apart_compute_the_same(config, params):
     assert not given["embed"].is_deleted()
 
 
-@pytest.mark.parametrize("small", [1, 1000], ids=["in place", "joined"])
-@pytest.mark.parametrize("block", [64, 200])
 @pytest.mark.parametrize("length", [40, 70, 140, 500])
-def test_reading_a_part_of_the_cache_changes_nothing(config, params, length, block, small, monkeypatch):
-    """Blocks that no row has reached may be left out, whichever part that leaves, and however it is read."""
-    monkeypatch.setattr("dno_jax.model.cache._SMALL_COLUMN", small)
+def test_reading_a_part_of_the_cache_changes_nothing(config, params, length):
+    """Columns that no row has reached may be left out, whichever part that leaves."""
     token = text(config, rows=1, length=1)
     model = Decoder(config)
     rng = np.random.default_rng(length)
-    whole = jax.tree.map(
+    cache = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype),
-        init_cache(config, batch_size=1, num_slots=512, block=512),
+        init_cache(config, batch_size=1, num_slots=512),
     )
-
-    def columns(first: int, end: int):
-        return tuple(jax.tree.map(lambda leaf: leaf[..., first:end], layer[0]) for layer in whole)
-
-    cache = tuple(zip(*(columns(first, first + block) for first in range(0, 512, block)), strict=True))
-    assert [own.num_slots for own in cache[0]] == {64: [64] * 8, 200: [200, 200, 112]}[block]
-    short = tuple((layer,) for layer in columns(0, length))
+    short = jax.tree.map(lambda leaf: leaf[..., :length], cache)
     position = jnp.full((1, 1), length - 1, jnp.int32)
     found, expected = (
         model.apply({"params": params}, jnp.asarray(token, jnp.int32), position, own)[0] for own in (cache, short)
@@ -190,37 +180,6 @@ def test_what_a_former_text_left_is_not_seen(config, params):
         np.testing.assert_array_equal(used, new)
 
 
-def test_tokens_go_to_their_blocks(config):
-    """Two rows at once, across borders of blocks of 3, 3 and 2 columns; padding and what lies beyond, nowhere."""
-    K, H = config.num_key_value_heads, config.head_dim
-    layer = init_cache(config, batch_size=2, num_slots=8, block=3)[0]
-    k, v = np.random.default_rng(0).normal(size=(2, 2, 4, K, H)).astype(np.float32)
-    position = np.array([[1, 2, 3, 4], [-1, 6, 7, 8]])
-    tokens = {"k_BTKH": jnp.asarray(k), "v_BTKH": jnp.asarray(v), "position_BT": jnp.asarray(position)}
-    written = write_layer(layer, write_block, **tokens)
-    for name, new in (("key", k), ("value", v)):
-        found = np.concatenate([getattr(block, name) for block in written], axis=-1)
-        expected = np.zeros((2, K, H, 8), np.float32)
-        for row, t in zip(*np.nonzero((position >= 0) & (position < 8)), strict=True):
-            expected[row, :, :, position[row, t]] = new[row, t]
-        np.testing.assert_array_equal(found, expected)
-
-
-def test_few_blocks_hold_any_cache(config):
-    """At most 8 that are joined, at most 4 that are not, of whole multiples of 64 columns but for the last."""
-    assert config.num_key_value_heads * config.head_dim < 128
-    wide = dataclasses.replace(config, num_key_value_heads=config.num_key_value_heads, head_dim=128)
-    for own, most in ((config, 8), (wide, 4)):
-        for slots in (1, 64, 65, 300, 512, 4096, 5000):
-            widths = [
-                block.num_slots for block in jax.eval_shape(partial(init_cache, own, batch_size=1, num_slots=slots))[0]
-            ]
-            assert sum(widths) == slots
-            assert len(widths) <= most
-            assert all(width % 64 == 0 and width == widths[0] for width in widths[:-1])
-            assert widths[-1] <= max(widths[0], 64)
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.05), ("float8_e4m3fn", 0.3), ("bfloat16", 0.05)])
 def test_smaller_caches_keep_their_precision(config, params, dtype, bound):
     """Of the logits' spread: int8 has 127 steps to the largest number of a column, float8 and bfloat16 4 and 8 bits."""
@@ -228,7 +187,7 @@ def test_smaller_caches_keep_their_precision(config, params, dtype, bound):
     exact = run(config, params, token)
     model, position = Decoder(config), jnp.broadcast_to(jnp.arange(20, dtype=jnp.int32), (2, 20))
     cache = init_cache(config, batch_size=2, num_slots=24, dtype=jnp.dtype(dtype))
-    assert (cache[0][0].key_scale is None) == (dtype == "bfloat16")
+    assert (cache[0].key_scale is None) == (dtype == "bfloat16")
     hidden, _ = model.apply({"params": params}, jnp.asarray(token, jnp.int32), position, cache)
     error = np.abs(np.asarray(logits(config, params, hidden)) - exact).mean() / exact.std()
     assert 1e-4 < error < bound
@@ -238,7 +197,7 @@ def test_cache_axes_have_the_cache_structure(config):
     for dtype in (jnp.bfloat16, jnp.int8):
         whole = init_cache(config, batch_size=2, num_slots=4, dtype=dtype)
         assert len(whole) == config.num_hidden_layers
-        (cache,) = whole[0]
+        cache = whole[0]
         axes = jax.tree.leaves(cache_axes(cache), is_leaf=lambda leaf: isinstance(leaf, tuple))
         assert [leaf.ndim for leaf in jax.tree.leaves(cache)] == [len(names) for names in axes]
         assert cache.key.dtype == cache.value.dtype == dtype
