@@ -3,7 +3,8 @@
 rate     requests a second of the annotate stage (shards, prompts, limits, parsing, store, judgements and the figures of
          the judge's quality included) and of the bare AsyncOpenAI client, in turn, against the same `dno fake-judge`
 memory   the stage's peak memory over ever more candidates, in a process of its own each
-overlap  wall time of sampling and annotating side by side against the longer of the two alone
+overlap  wall time of sampling and annotating side by side against the longer of the two alone, with a judge that takes
+         half as long as sampling: of a sampler on this machine's cores, and of one that waits as for an accelerator
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/demo.yaml", help="of overlap: model, prompts and sampling")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="of overlap: over the config")
     parser.add_argument("--copies", type=int, default=8, help="of overlap: each prompt so often")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of overlap: that the sampler on a clock takes")
     parser.add_argument("--stage-alone", metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -58,6 +60,7 @@ def main() -> None:
             memory(Path(folder), options)
         else:
             overlap(Path(folder), options)
+            overlap_on_a_clock(Path(folder), options)
 
 
 def rate(folder: Path, options: argparse.Namespace) -> None:
@@ -164,6 +167,52 @@ def overlap(folder: Path, options: argparse.Namespace) -> None:
         )
 
 
+def overlap_on_a_clock(folder: Path, options: argparse.Namespace) -> None:
+    """What overlap itself costs: a sampler that writes its shards on time, and needs the host for nothing else."""
+    latency = 0.5 * options.seconds * options.in_flight / options.pools
+    for repeat in range(options.repeats):
+        with fake_judge(f"delay={latency:.4f}") as url:
+            config = sampled(folder / f"clock-alone-{repeat}", options, url=url)
+            start = time.perf_counter()
+            annotate.run(config, 0)
+            annotating = time.perf_counter() - start
+        with fake_judge(f"delay={latency:.4f}") as url:
+            together = _together_on_a_clock(folder / f"clock-{repeat}", options, url=url)
+        report(
+            "annotate overlap on a clock",
+            pools=options.pools,
+            in_flight=options.in_flight,
+            judge_latency=round(latency, 3),
+            sampling_seconds=options.seconds,
+            annotating_seconds=round(annotating, 2),
+            together_seconds=round(together, 2),
+            over_the_longer=round(together / max(options.seconds, annotating), 3),
+        )
+
+
+def _together_on_a_clock(folder: Path, options: argparse.Namespace, *, url: str) -> float:
+    """Seconds of sampling and annotating side by side, where sampling is waiting for the time of the next shard."""
+    from unittest import mock
+
+    from dno_jax.iteration import sample_and_annotate
+    from dno_jax.stages import sample
+
+    config = to_sample(folder, options, url=url)
+    shards = list(shards_of(options))
+
+    def on_a_clock(*_: Any) -> None:
+        stage = RunDir(config.run_dir).stage("sample", 0)
+        for number, (name, rollouts) in enumerate(shards, start=1):
+            time.sleep(max(0.0, start + options.seconds * number / len(shards) - time.perf_counter()))
+            stage.write_shard(name, rollouts)
+        stage.finish(config_digest="benchmark", inputs={}, rows=options.pools * options.candidates, seconds=0.0)
+
+    with mock.patch.object(sample, "run", on_a_clock):
+        start = time.perf_counter()
+        sample_and_annotate(config, 0)
+        return time.perf_counter() - start
+
+
 def _copied(path: Path, copies: int) -> str:
     """Every prompt of a file several times, under names of its own."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -190,6 +239,16 @@ def fake_judge(*settings: str) -> Iterator[str]:
 
 def sampled(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig:
     """Write a run directory whose sampling is finished; return its configuration, with the fake judge as its judge."""
+    config = to_sample(folder, options, url=url)
+    stage = RunDir(config.run_dir).stage("sample", 0)
+    for name, rollouts in shards_of(options):
+        stage.write_shard(name, rollouts)
+    stage.finish(config_digest="benchmark", inputs={}, rows=options.pools * options.candidates, seconds=0.0)
+    return config
+
+
+def to_sample(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig:
+    """Write a run directory with prompts that are still to be sampled."""
     config = RunConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
@@ -207,20 +266,26 @@ def sampled(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig
             },
         }
     )
-    run_dir = RunDir(config.run_dir)
-    stage = run_dir.stage("sample", 0)
     lines: list[str] = []
-    for first in range(0, options.pools, _SHARD):
-        names = [f"p{number:07d}" for number in range(first, min(first + _SHARD, options.pools))]
+    for names in _prompt_names(options):
         for name in names:
             messages = ({"role": "user", "content": f"Question {name}: {_text(name, 30)}?"},)
             lines.append(Prompt.model_validate({"prompt_id": name, "messages": messages}).model_dump_json() + "\n")
-        stage.write_shard(
-            f"{first:07d}", [_rollout(name, k, options.words) for name in names for k in range(options.candidates)]
-        )
-    write_atomically(run_dir.prompts_path(0), "".join(lines))
-    stage.finish(config_digest="benchmark", inputs={}, rows=options.pools * options.candidates, seconds=0.0)
+    write_atomically(RunDir(config.run_dir).prompts_path(0), "".join(lines))
     return config
+
+
+def shards_of(options: argparse.Namespace) -> Iterator[tuple[str, list[Rollout]]]:
+    """Yield shards by name."""
+    for number, names in enumerate(_prompt_names(options)):
+        rollouts = [_rollout(name, k, options.words) for name in names for k in range(options.candidates)]
+        yield f"{number * _SHARD:07d}", rollouts
+
+
+def _prompt_names(options: argparse.Namespace) -> Iterator[list[str]]:
+    """Yield the prompts of each shard."""
+    for first in range(0, options.pools, _SHARD):
+        yield [f"p{number:07d}" for number in range(first, min(first + _SHARD, options.pools))]
 
 
 def _rollout(name: str, sample: int, words: int) -> Rollout:

@@ -1,5 +1,7 @@
 """`make soak`: what takes longer than CI allows. Figures go into docs/."""
 
+import contextlib
+import math
 import os
 import random
 import signal
@@ -12,14 +14,16 @@ import pytest
 import yaml
 
 from dno_jax.annotation.fake_judge import FakeJudge
-from dno_jax.records import Judgement
+from dno_jax.annotation.ledger.store import VerdictStore
+from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import annotate
 from tests.small import small_tree
-from tests.stages.judged import sampled_run
+from tests.stages.judged import sampled_run, worth
 from tests.test_resume import contents, environment, finish, write_config
 
 ROOT = Path(__file__).parents[1]
+KILLS = 50  # of annotation
+POOLS_A_KILL = 12  # more than are judged between two of them
 pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(3600)]
 
 
@@ -101,45 +105,58 @@ def test_kills_under_a_faulty_judge_lose_no_verdict(folder, capsys):
 
 def test_fifty_kills_of_annotation_in_a_row_lose_nothing(folder, capsys):
     """Thirty in a hundred requests meet a fault; what is bought twice is at most what was in flight at a kill."""
-    concurrency, kills, rng = 8, 0, random.Random(5)
+    concurrency, rng, lost = 8, random.Random(5), []
     faults = ("429", "500", "reset", "truncated", "cut_json", "garbage", "malformed", "too_few", "close")
-    with FakeJudge(prefers="marker") as server:
-        config = sampled_run(folder / "unkilled", server.url, prompts=200, pairing={"reward": "score"})
-        annotate.run(config, 0)
-        wanted = {row.prompt_id: row.scores for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
     with FakeJudge(prefers="marker", delay=0.2, fraction=0.3, faults=faults) as server:
         openai = {"max_concurrency": concurrency, "timeout": 20.0, "max_tries": 8}
         config = sampled_run(
-            folder / "killed", server.url, prompts=600, annotation={"openai": openai}, pairing={"reward": "score"}
+            folder / "killed",
+            server.url,
+            prompts=POOLS_A_KILL * KILLS,
+            annotation={"openai": openai},
+            pairing={"reward": "score"},
         )
+        run_dir = RunDir(config.run_dir)
         path = folder / "killed.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
         command = [sys.executable, "-m", "dno_jax", "annotate", str(path)]
         start = time.monotonic()
-        while kills < 50:
+        answers = {}
+        for _ in range(KILLS):
             process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
             seen = server.counts.answered.total()
             deadline = time.monotonic() + 60  # a start takes as long as it takes; the kill comes amid the work
             while server.counts.answered.total() == seen and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0.0, 0.3))
-            assert process.poll() is None, "it ended before the fiftieth kill: give it more prompts"
+            assert process.poll() is None, "it ended before the last kill: give it more prompts"
             process.kill()
             process.wait()
-            kills += 1
+            while server.counts.in_flight:  # until it has seen them all end
+                time.sleep(0.01)
+            with contextlib.closing(VerdictStore(run_dir.annotations_path)) as store:
+                rows = list(store.rows())
+            kept = {row["key"]: row["scores"] for row in rows if row["state"] == "ok"}
+            assert answers.items() <= kept.items()  # what was committed stays
+            answers = kept
+            # In flight, as the one who died saw it: what the server was asked, and no row says what came of it.
+            lost.append(server.requests - sum(row["tries"] for row in rows) - sum(lost))
+            assert 0 <= lost[-1] <= concurrency
         bought = server.counts.answered.total()
         seconds = time.monotonic() - start
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         with capsys.disabled():
             print(
-                f"\n[soak: {kills} kills of annotation in {seconds:.0f} s, {bought} verdicts by then, "
-                f"{server.duplicates} bought twice]"
+                f"\n[soak: {KILLS} kills of annotation in {seconds:.0f} s, {bought} verdicts by then, "
+                f"{sum(lost)} requests in flight at a kill, {server.duplicates} verdicts bought twice]"
             )
-        assert server.duplicates <= concurrency * kills
-    found = {row.prompt_id: row.scores for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
-    assert len(found) == 600
-    assert found | wanted == found  # the faultless run's labels, for every prompt of it
+        assert server.duplicates <= sum(lost)
+    texts = {row.rollout_id: row.text for row in run_dir.stage("sample", 0).read(Rollout)}
+    rows = list(run_dir.stage("annotate", 0).read(Judgement))
+    assert len(rows) == POOLS_A_KILL * KILLS
+    for row in rows:  # a faultless judge's points, 1 to 6, of every candidate
+        assert list(row.scores) == [math.floor(1.5 + 5.0 * worth(texts[name])) for name in row.candidate_ids]
 
 
 def test_two_processes_survive_a_kill_of_either(folder):

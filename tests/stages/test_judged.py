@@ -3,11 +3,14 @@
 import itertools
 import json
 import os
+import shutil
 import statistics
+import time
 from collections import Counter, defaultdict
 
 import pytest
 
+from dno_jax import iteration
 from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.errors import DnoError
@@ -227,6 +230,30 @@ def test_runs_share_a_store_by_its_path(tmp_path):
         assert server.requests == 8
     receipts = json.loads(RunDir(config.run_dir).receipts_path.read_text())
     assert receipts["models"] == {}  # the second run paid nothing
+
+
+def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):
+    """A sampler that closes a shard only when the judge has been asked about all that are closed."""
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path, server.url, prompts=16, pairing={"reward": "score"})
+        stage = RunDir(config.run_dir).stage("sample", 0)
+        shards = {name: list(stage.read_shard(Rollout, name)) for name in stage.shard_names()}
+        shutil.rmtree(stage.path)
+        asked = []
+
+        def sample_slowly(*_):
+            for number, (name, rollouts) in enumerate(shards.items(), start=1):
+                stage.write_shard(name, rollouts)
+                deadline = time.monotonic() + 60.0
+                while server.requests < 4 * number and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                asked.append(server.requests)
+            stage.finish(config_digest="planted", inputs={}, rows=64, seconds=0.0)
+
+        monkeypatch.setattr(iteration.sample, "run", sample_slowly)
+        iteration.sample_and_annotate(config, 0)
+    assert asked == [4, 8, 12, 16]
+    assert RunDir(config.run_dir).stage("annotate", 0).require().details["states"] == {"ok": 16}
 
 
 def test_pools_held_are_those_in_work(tmp_path, monkeypatch):
