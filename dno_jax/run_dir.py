@@ -10,6 +10,7 @@ imports jax.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -303,17 +304,25 @@ def write_lines_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -
 
 def _write_atomically(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
     path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     count = 0
-    with temporary.open("w") as file:
-        for text in texts:
-            file.write(text)
-            count += 1
-        file.flush()
-        if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            for text in texts:
+                file.write(text)
+                count += 1
+            file.flush()
+            if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # it takes room that may be wanted
+            temporary.unlink()
+        raise DnoError(
+            f"{path}: cannot be written ({error.strerror or error}); see to the disk (full, or failing), then start "
+            "again: what is finished is kept"
+        ) from None
     return count
 
 

@@ -1,5 +1,5 @@
 import json
-import os
+import resource
 
 import pytest
 
@@ -79,19 +79,6 @@ def test_metrics_forget_the_steps_that_are_taken_again(tmp_path):
     assert [(row["iteration"], row["step"]) for row in run_dir.read_metrics()] == [(0, 0), (0, 1), (1, 0)]
 
 
-def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "a" / "b.json"
-    write_atomically(path, "old")
-
-    def crash(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", crash)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-
-
 def test_malformed_rows_are_named_by_file_and_line():
     good = Prompt(prompt_id="p", messages=(Message(role="user", content="hi"),)).model_dump_json()
     assert len(list(parse_lines(Prompt, [good, "", good], place="f"))) == 2
@@ -105,3 +92,16 @@ def test_malformed_rows_are_named_by_file_and_line():
     ]:
         with pytest.raises(DnoError, match=message):
             list(parse_lines(Prompt, [good, bad], place="f"))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path):
+    write_atomically(tmp_path / "there.jsonl", "before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(DnoError, match=r"there.jsonl: cannot be written \(File too large\); see to the disk"):
+            write_atomically(tmp_path / "there.jsonl", "x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.jsonl"]
+    assert (tmp_path / "there.jsonl").read_text() == "before"

@@ -98,9 +98,11 @@ class _Work:
             self._settle()
             return self._survey()
         finally:
-            if self._desk is not None:
-                save_receipts(self._run_dir, self._desk)
-            await self._annotator.close()
+            try:
+                if self._desk is not None:
+                    save_receipts(self._run_dir, self._desk)
+            finally:
+                await self._annotator.close()
 
     def _read_labels(self) -> list[tuple[Pool, float]]:
         """Pairs that people have judged; only a judge that is asked is asked about them."""
@@ -130,7 +132,8 @@ class _Work:
                 done, running = await asyncio.wait(
                     running, timeout=None if last_round else _POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )
-                failure = failure or next((error for task in done if (error := task.exception())), None)
+                errors = [error for task in done if (error := task.exception())]  # all seen: no one else tells of them
+                failure = failure or next(iter(errors), None)
                 if not done or (failure and not running):
                     break  # look for new shards
             if failure and not running:
