@@ -2,6 +2,7 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
@@ -120,20 +121,19 @@ def test_an_unreachable_judge_is_named_and_the_samples_are_kept(folder, monkeypa
         assert server.duplicates == 0
 
 
-def test_the_key_reaches_no_file(folder, monkeypatch):
+def test_the_key_reaches_no_file_though_the_server_tells_it(folder, monkeypatch, capfd):
     secret = "sk-test-0123456789abcdef-do-not-keep"
     monkeypatch.setenv("DNO_TEST_KEY", secret)
-    with FakeJudge(api_key=secret) as server:
+    with FakeJudge(api_key=secret, echoes_key=True) as server:
         config = config_for(folder, server.url, "keyed", api_key_env="DNO_TEST_KEY")
+        config = config.model_copy(update={"report": config.report.model_copy(update={"tensorboard": True})})
         iteration.run(config)
-    found = [path for path in _files(config.run_dir) if secret.encode() in path.read_bytes()]
-    assert not found
-
-
-def _files(folder):
-    from pathlib import Path
-
-    return [path for path in Path(folder).rglob("*") if path.is_file()]
+    files = [path for path in Path(config.run_dir).rglob("*") if path.is_file()]
+    assert {"annotations.sqlite", "receipts.json", "tensorboard"} <= {
+        path.relative_to(config.run_dir).parts[0] for path in files
+    }
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in "".join(capfd.readouterr())
 
 
 def test_a_teacher_writes_the_gold_that_students_are_compared_with(folder):

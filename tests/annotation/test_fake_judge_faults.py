@@ -178,6 +178,21 @@ def test_every_outcome_has_its_test():
     assert tested == set(OUTCOMES)
 
 
+def test_a_key_is_told_in_all_that_is_said():
+    key = "sk-planted-0123456789abcdef"
+    with FakeJudge(echoes_key=True, schedule=["ok", "garbage", "refusal", "html", "400"]) as server:
+        with client_of(server, key=key) as client:
+            create = client.chat.completions.with_raw_response.create
+            for _ in range(4):
+                answer = create(**listwise("a", "b"))
+                assert key in answer.text
+                assert answer.headers["x-key"] == key
+            with pytest.raises(openai.BadRequestError, match=key):
+                create(**listwise("a", "b"))
+            (verdict,) = client.chat.completions.create(**listwise("a", "b")).choices
+        assert set(json.loads(verdict.message.content)) == {"1", "2"}
+
+
 def test_refusals_last_and_faults_pass():
     bodies = [pairwise(f"{n} q=0.9", "q=0.1") for n in range(60)]
     faulty = FakeJudge(fraction=0.5, faults=["refusal"], batch_delay=0.0)

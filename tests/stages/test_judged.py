@@ -2,10 +2,10 @@
 
 import itertools
 import json
-import os
 import shutil
 import statistics
 import time
+import traceback
 from collections import Counter, defaultdict
 
 import pytest
@@ -177,26 +177,51 @@ def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_pat
         assert full / 2 < receipt["usd"] < full
 
 
-def test_the_key_reaches_no_file_though_the_server_says_it(tmp_path, monkeypatch, capfd, caplog):
+def test_the_key_is_told_nowhere_though_the_server_tells_it(tmp_path, monkeypatch, capfd, caplog):
     key = "sk-planted-0123456789abcdef"
     monkeypatch.setenv("DNO_TEST_KEY", key)
-    with FakeJudge(prefers="marker", api_key=key, fraction=0.4, faults=("500", "garbage")) as server:
-        openai = {"api_key_env": "DNO_TEST_KEY", "max_tries": 8}
-        config = sampled_run(
-            tmp_path, server.url, prompts=12, annotation={"openai": openai}, pairing={"reward": "score"}
-        )
-        annotate.run(config, 0)
-    with FakeJudge(api_key="another") as server:
-        refused = config.annotation.openai.model_copy(update={"base_url": server.url, "model": "other"})
-        with pytest.raises(DnoError, match="HTTP 401") as caught:
-            annotate.run(with_annotation(sampled_run(tmp_path / "other", server.url, prompts=4), openai=refused), 0)
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("dno_jax.annotation.transport.batch.FIRST_POLL_SECONDS", 0.05)
+    caplog.set_level("DEBUG")
+    errors = []
+
+    def judged(name, *, raises, max_tries=8, prompts=12, batch=False, **server_fields):
+        with FakeJudge(prefers="marker", echoes_key=True, batch_delay=0.0, **server_fields) as server:
+            openai = {"api_key_env": "DNO_TEST_KEY", "max_tries": max_tries, "batch": batch}
+            config = sampled_run(
+                tmp_path / name, server.url, prompts=prompts, annotation={"openai": openai}, pairing={"reward": "score"}
+            )
+            if raises is None:
+                annotate.run(config, 0)
+                return
+            with pytest.raises(DnoError, match=raises) as caught:
+                annotate.run(config, 0)
+            errors.append(caught.value)
+
+    retried = ("500", "garbage", "malformed", "too_few", "html", "no_choices", "cut_json", "truncated")
+    judged("finished", api_key=key, fraction=0.4, faults=retried, raises=None)
+    judged("batch", batch=True, raises=None)
+    judged("refused", refusals=0.5, raises="pools have no verdict")
+    judged("unread", fraction=1.0, faults=("garbage",), max_tries=1, prompts=4, raises="unparsable")
+    judged("failed", fraction=1.0, faults=("400",), max_tries=1, prompts=4, raises="HTTP 400")
+    judged("keyless", api_key="another", prompts=4, raises="HTTP 401")
+    judged("unknown", models=("another",), prompts=4, raises="HTTP 404")
+
     said = capfd.readouterr()
-    assert key not in str(caught.value) + said.out + said.err + caplog.text
-    files = [os.path.join(folder, name) for folder, _, names in os.walk(tmp_path) for name in names]
-    assert any(path.endswith(".sqlite") for path in files)
+    assert key not in said.out + said.err + caplog.text
+    for error in errors:
+        assert key not in "".join(traceback.format_exception(error))  # with what it came of
+        while error is not None:
+            assert key not in repr(error) + repr(vars(error))
+            error = error.__cause__ or error.__context__
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".sqlite" for path in files) == 7
+    stored = b""
     for path in files:
-        with open(path, "rb") as file:
-            assert key.encode() not in file.read(), path
+        content = path.read_bytes()
+        assert key.encode() not in content, path
+        stored += content
+    assert b"as planted by [key]" in stored  # it was told
 
 
 def test_an_ensemble_averages_the_preferences_of_its_judges(tmp_path):

@@ -90,6 +90,7 @@ class Behaviour(Section):
     tokens_per_minute: Count | None = Field(default=None, description="prompts and max_tokens, as above")
     burst_seconds: float = Field(default=60.0, gt=0.0, description="of those rates that may come at once")
     api_key: str | None = Field(default=None, description="demanded; errors quote the one that came")
+    echoes_key: bool = Field(default=False, description="all that it says tells that key: replies, errors, headers")
     models: tuple[str, ...] = Field(default=(), description="any other is a 404; none listed: every name is one")
     refused_fields: tuple[str, ...] = Field(default=(), description="of a request: a 400 says so")
     ignored_fields: tuple[str, ...] = Field(default=(), description="of a request: logprobs, n, max_tokens, ...")

@@ -84,10 +84,14 @@ class Service:
 
     def handle(self, request: Request) -> Answer:
         """Answer a request; nothing here waits."""
-        route = (request.method, request.path)
-        if route == ("GET", "/counts"):
+        if (request.method, request.path) == ("GET", "/counts"):
             return json_answer(200, self.counts.as_json())
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        answer = self._answer(request, given=given)
+        return _with_key(answer, given) if self.behaviour.echoes_key else answer
+
+    def _answer(self, request: Request, *, given: str) -> Answer:
+        route = (request.method, request.path)
         refused = self.api_key is not None and given != self.api_key
         if route == ("POST", "/v1/chat/completions"):
             return self._chat(request, given=given, refused=refused)
@@ -216,6 +220,25 @@ class Service:
 
     def _done(self) -> None:
         self.counts.in_flight -= 1
+
+
+def _with_key(answer: Answer, key: str) -> Answer:
+    """Have an answer tell a key wherever an endpoint may: in a header, an error, the model's name, what it says."""
+    answer = replace(answer, headers={**answer.headers, "x-key": key})
+    try:
+        content = json.loads(answer.body)
+    except ValueError:
+        return replace(answer, body=answer.body + key.encode())
+    if "error" in content:
+        content["error"]["message"] += f" (a request with the key {key})"
+    if "model" in content:
+        content["model"] += f"-{key}"
+    for choice in content.get("choices", ()):
+        for name, text in choice["message"].items():
+            if text and " " in text:  # a sentence, or a verdict with its reasons
+                told = text.replace("as planted", f"as planted by {key}")
+                choice["message"][name] = told if told != text else f"{text} ({key})"
+    return replace(answer, body=json.dumps(content).encode())
 
 
 def _wrong_key(given: str) -> dict[str, Any]:
