@@ -49,7 +49,7 @@ class Response:
     """The answer to a request that succeeded."""
 
     text: str
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # as they came: they may hold a key
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Trouble:
         retry_after: seconds the endpoint asks to be left alone; a try before that is wasted.
         status: of the HTTP response, None if none came.
         parameter: the request's field that the endpoint names as the culprit.
-        headers: of the response.
+        headers: of the response, as they came: they may hold a key.
     """
 
     detail: str
@@ -71,7 +71,12 @@ class Trouble:
     retry_after: float | None = None
     status: int | None = None
     parameter: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def asks_for_a_pause(self) -> bool:
+        """Whether it speaks of the endpoint's limits, and not of the request."""
+        return self.status == 429 or (self.retry_after is not None and (self.status or 0) >= 500)
 
 
 class Endpoint:
@@ -219,6 +224,8 @@ class Endpoint:
             pause = parse_retry_after(headers, now=time.time())
             return Trouble(detail, then, status=status, parameter=named, headers=headers, retry_after=pause)
 
+        if status == 403 and _was_flagged(fault.get("metadata")):
+            return found(said, "refused")
         if status in (401, 403):
             remedy = f"name the environment variable of its key in {self.address}.api_key_env"
             if self._api_key_env is not None:
@@ -282,6 +289,11 @@ def _broken_connection(error: BaseException, *, timeout: float) -> Trouble:
         return Trouble(f"no connection ({name})", unreachable=True)
     silent = isinstance(cause, aiohttp.ServerTimeoutError)
     return Trouble(f"no answer within {timeout:g} s" if silent else f"the connection broke ({name})")
+
+
+def _was_flagged(metadata: object) -> bool:
+    """Whether this is what OpenRouter says of an input that the moderation of a model's provider objects to."""
+    return isinstance(metadata, dict) and bool(metadata.get("reasons") or metadata.get("flagged_input"))
 
 
 def _number(text: str | None) -> float | None:

@@ -194,8 +194,9 @@ class Desk:
             if verdict.is_answer or verdict.state == "refused" or gone or tries >= section.max_tries:
                 return verdict
             _LOG.info("%s: try %d of %d: %s", section.model, tries, section.max_tries, verdict.detail)
-            if isinstance(result, Trouble):  # a reply that does not parse is no reason to wait
-                await _pause(wait_seconds(tries, retry_after=result.retry_after, jitter=self._jitter.random()))
+            # A reply that does not parse is no reason to wait; Retry-After is one endpoint's, and the client keeps it.
+            if isinstance(result, Trouble):
+                await _pause(wait_seconds(tries, retry_after=None, jitter=self._jitter.random()))
 
     def _read(self, question: Question, reply: Reply) -> Verdict:
         client = self._clients[question.asked]

@@ -6,23 +6,26 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import socket
 import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
 from itertools import count
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 
 from dno_jax.annotation.question import Reply
+from dno_jax.annotation.transport import client as client_module
 from dno_jax.annotation.transport import routes
 from dno_jax.annotation.transport.client import Client, Unreachable
 from dno_jax.annotation.transport.completion import read_completion
 from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import EndpointSection, OpenAISection, TeacherSection
-from dno_jax.endpoint import EndpointError, Response, Trouble
+from dno_jax.endpoint import Endpoint, EndpointError, Response, Trouble
 from dno_jax.errors import DnoError
 from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault, is_probe
 
@@ -462,6 +465,195 @@ def test_a_long_retry_after_sends_to_the_next_endpoint():
 
         with_client(section(first, second), work)
         assert (len(first.chats), len(second.chats)) == (1, 1)
+
+
+class Clock:
+    """Time that passes when somebody waits."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 1000.0
+        self.waits: list[float] = []
+        for module in (client_module, routes):
+            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    async def pause(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+def test_a_probe_waits_no_longer_than_an_outage_may_last(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(client_module, "_pause", clock.pause)
+    with Scripted(lambda _: fault(429, headers={"Retry-After": "400"})) as server:
+        with pytest.raises(Unreachable, match="HTTP 429"):
+            with_client(section(server, max_outage=600.0), lambda client: client.probe(BODY))
+        assert clock.waits == [pytest.approx(400.0, abs=0.1), pytest.approx(200.0, abs=0.1)]
+        assert len(server.asked) == 3
+
+
+def test_a_probe_waits_for_the_endpoint_that_is_back_first(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(client_module, "_pause", clock.pause)
+    numbers = count()
+    soon = lambda _: completion() if next(numbers) else fault(503, headers={"Retry-After": "7"})  # noqa: E731
+    with Scripted(lambda _: fault(429, headers={"Retry-After": "3600"})) as first, Scripted(soon) as second:
+        with_client(section(first, second, max_outage=600.0), lambda client: client.probe(BODY))
+    assert clock.waits == [pytest.approx(7.0, abs=0.1)]
+
+
+@pytest.fixture
+def fake_wait(monkeypatch) -> Clock:
+    """Routes that wait on a clock of their own, by whom nobody else is held up."""
+    clock = Clock(monkeypatch)
+
+    async def wait(self: routes.Routes, seconds: float, *, patience: float) -> None:
+        await clock.pause(min(seconds, patience))
+
+    monkeypatch.setattr(routes.Routes, "_wait", wait)
+    return clock
+
+
+def known_routes(**fields: Any) -> routes.Routes:
+    config = section("http://a/v1", **fields)
+    endpoint = Endpoint(who="the judge", place="p", url="http://a/v1", api_key_env=None, timeout=20.0)
+    found = routes.Routes([endpoint], config, who="the judge", place="annotation.openai")
+    found.all[0].offers = Capabilities()
+    return found
+
+
+async def nobody(route: routes.Route) -> None:
+    raise AssertionError("all are known")
+
+
+def test_one_endpoints_retry_after_is_kept_to_within_max_outage_and_beyond_it_ends_the_run(fake_wait):
+    async def work() -> None:
+        found = known_routes(max_outage=600.0)
+        found.settle(await found.turn(0, introduce=nobody), Trouble("slow", status=429, retry_after=400.0))
+        began = fake_wait.now
+        found.settle(await found.turn(0, introduce=nobody), Reply("fine"))
+        assert fake_wait.now - began >= 400.0
+        found.settle(await found.turn(0, introduce=nobody), Trouble("slow", status=429, retry_after=3600.0))
+        with pytest.raises(Unreachable, match="for 600 s"):
+            await found.turn(0, introduce=nobody)
+
+    asyncio.run(work())
+
+
+def test_a_burst_of_429_is_one_piece_of_news(fake_wait, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.5)
+
+    async def work() -> None:
+        found = known_routes(max_concurrency=32)
+        (route,) = found.all
+        for most in (0.5, 1.0, 2.0):  # a round each
+            turns = [await found.turn(0, introduce=nobody) for _ in range(route.slots.limit)]
+            for turn in turns:
+                found.settle(turn, Trouble("slow down", status=429))
+            assert most / 2 <= route.paused_until - fake_wait.now <= most
+            fake_wait.now = route.paused_until
+
+    asyncio.run(work())
+
+
+def test_old_failures_do_not_age_an_outage(fake_wait):
+    async def work() -> None:
+        found = known_routes(max_outage=600.0)
+        for number in range(routes.FAILURES_OPEN):
+            if number == 5:
+                fake_wait.now += 900.0  # between two shards
+            found.settle(await found.turn(0, introduce=nobody), Trouble("HTTP 500", status=500))
+        assert (await found.turn(0, introduce=nobody)).trial
+
+    asyncio.run(work())
+
+
+def test_a_long_wait_is_said_once_and_again_when_it_is_twice_as_long(caplog, monkeypatch):
+    monkeypatch.setattr(routes, "LONG_WAIT_SECONDS", 0.01)
+
+    async def work() -> None:
+        found = known_routes()
+        for seconds in (0.02, 0.02, 0.03, 0.05):
+            await found._wait(seconds, patience=math.inf)
+        await found._wait(0.2, patience=0.01)  # nobody answers, which was said
+
+    asyncio.run(work())
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(said) == 2, said
+    assert "the judge: waiting" in said[0]
+
+
+# An endpoint that refuses
+
+
+REFUSALS = [
+    fault(401, "bad key"), fault(403, "not yours"), fault(404, "no such model"), fault(402, "pay"),
+    fault(429, "quota", code="insufficient_quota"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=["401", "403", "404", "402", "quota"])
+def test_an_endpoint_that_refuses_is_asked_no_more_and_the_others_are(refusal, caplog):
+    with Scripted(together(4, refusal)) as first, Scripted(after_probe(lambda _: completion("second"))) as second:
+        results = send_all(section(first, second, max_concurrency=4), 8)
+        assert [result.text for result in results if isinstance(result, Reply)] == ["second"] * 8
+        assert len(first.chats) == 4
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert refusal.body["error"]["message"] in said
+    assert said.endswith(f"; {first.url} is asked no more in this run, but {second.url}")
+
+
+def test_when_all_endpoints_refuse_the_run_stops_at_once():
+    with Scripted(lambda _: fault(401, "bad key")) as first, Scripted(first_then(fault(402, "pay"))) as second:
+
+        async def work(client: Client) -> None:
+            await client.probe(BODY)
+            assert client.endpoint.url == second.url
+            assert client.offers is not None
+            with pytest.raises(EndpointError, match="the account is used up"):
+                await client.send(BODY)
+
+        with_client(section(first, second), work)
+        assert (len(first.asked), len(second.chats)) == (1, 1)
+
+
+def no_logprobs(asked: Asked) -> Answer:
+    return completion("m")
+
+
+@pytest.mark.parametrize(
+    ("backup", "said"),
+    [(lambda _: fault(401, "bad key"), "HTTP 401"), (lambda _: fault(404, "no model"), "HTTP 404"),
+     (no_logprobs, "gives no log-probabilities")],
+    ids=["401", "404", "logprobs"],
+)  # fmt: skip
+def test_a_backup_that_will_not_do_leaves_a_run_whose_first_is_briefly_away(backup, said, caplog):
+    body = {**BODY, "logprobs": True, "top_logprobs": 1}
+    with Scripted(after_probe(lambda _: completion("first"))) as first, Scripted(backup) as second:
+
+        async def work(client: Client) -> Reply | Trouble:
+            await client.probe(body)
+            first.script = after_probe(lambda _: fault(503))
+            for _ in range(routes.FAILURES_OPEN):
+                await client.send(body)
+            waiting = asyncio.create_task(client.send(body))
+            while not second.asked:
+                await asyncio.sleep(0.01)
+            first.script = after_probe(lambda _: completion("first"))
+            return await waiting
+
+        result = with_client(section(first, second, form="logprob"), work)
+        assert len(second.asked) == 1
+    assert isinstance(result, Reply) or result.status == 503  # a trial that came too early
+    assert [record for record in caplog.records if said in record.getMessage()]
+
+
+def test_an_input_that_was_flagged_is_refused_and_stops_nothing():
+    flagged = {"reasons": ["violence"], "flagged_input": "Which is", "provider_name": "OpenAI", "model_slug": "o/m"}
+    with Scripted(first_then(fault(403, "flagged for violence", code=403, metadata=flagged))) as server:
+        first, second = send_all(section(server, max_concurrency=1), 2)
+    assert isinstance(first, Trouble)
+    assert (first.then, first.status, first.detail) == ("refused", 403, "HTTP 403: flagged for violence")
+    assert isinstance(second, Reply)
 
 
 def test_the_run_goes_on_when_an_endpoint_comes_back(caplog):

@@ -61,8 +61,7 @@ def test_concurrency_starts_at_the_maximum_and_never_passes_it():
 def test_failures_of_one_round_halve_the_limit_once():
     slots = AdaptiveConcurrency(32)
     tickets = [slots.start() for _ in range(32)]
-    for ticket in tickets[:20]:
-        slots.fail(ticket)
+    assert [slots.fail(ticket) for ticket in tickets[:20]] == [True] + [False] * 19
     assert slots.limit == 16
     assert slots.in_flight == 12
     assert slots.has_room
@@ -276,12 +275,24 @@ def test_a_pause_that_is_asked_for_opens_at_once_and_is_kept_in_full(clock):
     assert it.delay() == 0.0
 
 
-def test_since_is_the_first_failure_in_the_row(clock):
+def test_an_outage_begins_when_it_opens_however_old_the_failures_before_are(clock):
     it = breaker(clock)
-    it.fail(trial=False)
-    it.succeed()
-    clock.now += 10.0
-    it.fail(trial=False)
-    clock.now += 5.0
-    it.fail(trial=False)
-    assert it.since == clock.now - 5.0
+    for _ in range(2):
+        it.fail(trial=it.start())
+    clock.now += 900.0  # in which nobody asked
+    assert it.fail(trial=it.start()) is True
+    assert it.since == clock.now
+
+
+def test_time_in_which_nobody_asks_is_no_outage(clock):
+    it = opened(clock)
+    clock.now += 1.0  # the pause
+    clock.now += 900.0  # in which nobody asked
+    it.fail(trial=it.start())
+    assert clock.now - it.since == pytest.approx(1.0)
+    clock.now += 2.0
+    it.start()
+    assert it.delay() == math.inf
+    clock.now += 30.0  # the trial's own
+    it.fail(trial=True)
+    assert clock.now - it.since == pytest.approx(33.0)

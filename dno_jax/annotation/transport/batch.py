@@ -22,7 +22,7 @@ from urllib.parse import quote
 from dno_jax.annotation.question import Question, Reply
 from dno_jax.annotation.transport.client import Client
 from dno_jax.annotation.transport.completion import completion_reply
-from dno_jax.annotation.transport.routes import Unreachable, asks_for_a_pause
+from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.endpoint import EndpointError, Response, Trouble, wait_seconds
 from dno_jax.errors import DnoError
 
@@ -289,19 +289,24 @@ class _Batches:
                 result = Trouble(str(error), then="raise")
             if not isinstance(result, Trouble):
                 return result
-            if result.then != "retry" and not asks_for_a_pause(result):
+            if result.then != "retry" and not result.asks_for_a_pause:
                 raise DnoError(
                     f"{self._client.who}: the Batch API of {self._endpoint.url} refuses: {result.detail}; "
                     f"set {self._client.place}.batch=false to ask live"
                 )
             failures += 1
             waited = time.monotonic() - since
-            if failures >= section.max_tries and waited >= section.max_outage:
+            left = section.max_outage - waited
+            if failures >= section.max_tries and left <= 0.0:
                 raise Unreachable(
                     f"{self._client.who}: the Batch API of {self._endpoint.url} has not answered for {waited:.0f} s "
                     f"({result.detail}); start again when it does: its batches go on and are remembered"
                 )
-            await _pause(wait_seconds(failures, retry_after=result.retry_after, jitter=random.random()))
+            if left > 0.0:
+                pause = min(left, wait_seconds(failures, retry_after=result.retry_after, jitter=random.random()))
+            else:
+                pause = wait_seconds(failures, retry_after=None, jitter=random.random())
+            await _pause(pause)
 
 
 async def _unless_gone(request: Awaitable[T], otherwise: U) -> T | U:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import random
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport.completion import read_completion, with_schema
 from dno_jax.annotation.transport.probe import Capabilities, probe
-from dno_jax.annotation.transport.routes import Route, Routes, Unreachable, asks_for_a_pause
+from dno_jax.annotation.transport.routes import Route, Routes, Unreachable
 from dno_jax.config import ChatSection
-from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
+from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
+from dno_jax.errors import DnoError
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,13 +55,13 @@ class Client:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The preferred one."""
-        return self._routes.all[0].endpoint
+        """The preferred one of those that are in service."""
+        return self._routes.in_service[0].endpoint
 
     @property
     def offers(self) -> Capabilities | None:
         """What the preferred endpoint offers; None until it has been asked."""
-        return self._routes.all[0].offers
+        return self._routes.in_service[0].offers
 
     async def probe(self, body: Mapping[str, Any]) -> Capabilities:
         """Send small requests with the very parameters of the real ones, and note what the endpoint offers.
@@ -71,18 +73,29 @@ class Client:
             What the first endpoint that answers offers. The others are probed when they are first used.
 
         Raises:
-            Unreachable: no endpoint answers, in `max_tries` rounds.
-            DnoError: an endpoint refuses the key, the model or a parameter, or lacks what the configuration needs.
+            Unreachable: no endpoint answers, in `max_tries` rounds or for `max_outage` seconds.
+            DnoError: each endpoint refuses the key, the model or a parameter, or lacks what the configuration needs.
         """
         async with self._routes.queue:
+            deadline = time.monotonic() + self.section.max_outage
             for tries in range(1, self.section.max_tries + 1):
-                for route in self._routes.all:
-                    if (trouble := await self._introduce(route, body)) is None:
+                waits: list[float] = []
+                for route in self._routes.in_service:
+                    try:
+                        trouble = await self._introduce(route, body)
+                    except DnoError as error:
+                        self._routes.dismiss(route, error)
+                        continue
+                    if trouble is None:
                         assert route.offers is not None
                         return route.offers
                     _LOG.info("%s at %s: try %d: %s", self.who, route.endpoint.url, tries, trouble.detail)
-                if tries < self.section.max_tries:
-                    await _pause(wait_seconds(tries, retry_after=trouble.retry_after, jitter=self._jitter.random()))
+                    waits.append(trouble.retry_after or 0.0)
+                left = deadline - time.monotonic()
+                if tries == self.section.max_tries or left <= 0.0:
+                    break
+                pause = wait_seconds(tries, retry_after=min(waits) or None, jitter=self._jitter.random())
+                await _pause(min(pause, left))
         raise Unreachable(self._routes.no_answer(f"in {tries} tries"))
 
     async def send(
@@ -100,21 +113,24 @@ class Client:
 
         Raises:
             Unreachable: no endpoint has answered for `max_outage` seconds.
-            DnoError: no request of this configuration can succeed.
+            DnoError: no request of this configuration can succeed, at any endpoint.
         """
         while True:
             turn = await self._routes.turn(tokens, introduce=lambda route: self._introduce(route, body))
             try:
                 result = await self._request(turn.route, self.composed(body, schema, offers=turn.route.offers))
-            except BaseException:
+            except BaseException as error:
                 self._routes.settle(turn, None)
-                raise
+                if not isinstance(error, EndpointError):
+                    raise
+                self._routes.dismiss(turn.route, error)
+                continue
             self._routes.settle(turn, result)
             if isinstance(result, Reply):
                 return result
             if not result.unreachable:
                 # A pause, however long, is kept before the next turn; it says nothing about this request.
-                return replace(result, then="retry") if asks_for_a_pause(result) else result
+                return replace(result, then="retry") if result.asks_for_a_pause else result
 
     def composed(
         self, body: Mapping[str, Any], schema: Mapping[str, Any] | None, *, offers: Capabilities | None

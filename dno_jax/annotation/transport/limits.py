@@ -48,12 +48,14 @@ class AdaptiveConcurrency:
         self.in_flight -= 1
         self._limit = min(float(self._maximum), self._limit + 1.0 / self._limit)
 
-    def fail(self, ticket: int) -> None:
-        """Halve the limit, once for all requests that were in flight together: theirs is one piece of news."""
+    def fail(self, ticket: int) -> bool:
+        """Halve the limit, once for all requests that were in flight together: return whether this is their news."""
         self.in_flight -= 1
-        if ticket == self._round:
-            self._limit = max(1.0, self._limit / 2.0)
-            self._round += 1
+        if ticket != self._round:
+            return False
+        self._limit = max(1.0, self._limit / 2.0)
+        self._round += 1
+        return True
 
     def abandon(self) -> None:
         """Count a request out that says nothing about the endpoint."""
@@ -137,7 +139,7 @@ class Breaker:
         self._until = 0.0
         self.is_open = False
         self.since = 0.0
-        """When the failures in a row began."""
+        """When it opened, put off by the time in which a trial might have been sent and nobody had anything to ask."""
 
     def delay(self) -> float:
         """Return the seconds until a request may be sent; infinity while a trial is under way."""
@@ -147,7 +149,9 @@ class Breaker:
 
     def start(self) -> bool:
         """Let a request go; return whether it is the trial, which its end is told with."""
-        self._trial = self._trial or self.is_open
+        if self.is_open and not self._trial:
+            self._trial = True
+            self.since += max(0.0, self._clock() - self._until)
         return self.is_open
 
     def succeed(self) -> bool:
@@ -164,14 +168,14 @@ class Breaker:
             trial: what `start` returned.
             pause: seconds the endpoint itself asks to be left alone: opens at once, for so long.
         """
-        if self._in_a_row == 0:
-            self.since = self._clock()
         self._in_a_row += 1
         trial = trial and self._trial  # another request's success has closed it since
         opens = not self.is_open and (pause is not None or self._in_a_row >= self._failures)
         if trial:
             self._trial = False
             self._pause = min(self._max_pause, self._pause * 2.0)
+        if opens:
+            self.since = self._clock()
         if opens or trial:
             self.is_open = True
             self._until = self._clock() + self._pause

@@ -77,7 +77,7 @@ async def probe(
         del body["seed"]
         plain = await asked.once(body)
     if isinstance(plain, Trouble):
-        if plain.then == "give up":
+        if plain.then == "give up" and not plain.asks_for_a_pause:
             raise DnoError(_explained(endpoint, plain, body, place=place))
         return plain
     if body.get("logprobs") and not plain.first_logprobs:

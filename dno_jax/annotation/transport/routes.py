@@ -30,7 +30,7 @@ FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
 # An endpoint that wants a longer pause is as good as dead, and the next one is asked.
 LONG_PAUSE_SECONDS = 60.0
-LONG_WAIT_SECONDS = 10.0  # that people are told of
+LONG_WAIT_SECONDS = 10.0  # that people are told of: the first, and what is twice as long
 
 
 class Unreachable(DnoError):
@@ -52,8 +52,10 @@ class Route:
         )
         self.paused_until = 0.0
         self.told_to_wait = 0
-        """Answers in a row that asked for a pause."""
+        """Rounds of requests in a row that were answered by asking for a pause."""
         self.last_trouble = ""
+        self.refusal: DnoError | None = None
+        """Why it is asked no more: its key, its account, or what it offers will not do."""
 
     def delay(self, tokens: int) -> float:
         """Return the seconds until a request may go, infinity for until something happens."""
@@ -92,6 +94,12 @@ class Routes:
         self.queue = asyncio.Lock()
         self._news = asyncio.Event()
         self._jitter = random.Random()  # spreads requests over time; decides no result
+        self._longest_told = 0.0
+
+    @property
+    def in_service(self) -> list[Route]:
+        """Those that no answer has ruled out; there is always one."""
+        return [route for route in self.all if route.refusal is None]
 
     async def turn(self, tokens: int, *, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> Turn:
         """Wait for leave to send a request; what comes of it is to be told to `settle`.
@@ -102,22 +110,25 @@ class Routes:
 
         Raises:
             Unreachable: no endpoint has answered for `max_outage` seconds.
+            DnoError: the last one that is left refuses.
         """
         async with self.queue:  # fair; only the first in the queue looks at anything
             while True:
                 self._news.clear()
                 wait = math.inf
-                for route in self.all:
+                for route in self.in_service:
                     delay = route.delay(tokens)
                     if delay <= 0.0:
                         turn = self._take(route, tokens)
                         if route.offers is not None or await self._introduced(turn, introduce):
                             return turn
+                        if route.refusal is not None:
+                            continue
                         delay = route.delay(tokens)
                     wait = min(wait, delay)
                     if not route.breaker.is_open:
                         break  # busy, not dead
-                await self._wait(min(wait, self._patience()))
+                await self._wait(wait, patience=self._patience())
 
     def settle(self, turn: Turn, result: Reply | Trouble | None) -> None:
         """Make of an outcome what follows for the requests to come; None is a request that was given up."""
@@ -135,9 +146,8 @@ class Routes:
             route.tokens.take(-turn.tokens)
             route.slots.abandon()
             self._failed(turn, result)
-        elif asks_for_a_pause(result):
-            route.slots.fail(turn.slot)
-            route.told_to_wait += 1
+        elif result.asks_for_a_pause:
+            route.told_to_wait = max(1, route.told_to_wait + route.slots.fail(turn.slot))
             pause = wait_seconds(route.told_to_wait, retry_after=result.retry_after, jitter=self._jitter.random())
             route.paused_until = max(route.paused_until, time.monotonic() + pause)
             if (result.retry_after or 0.0) > LONG_PAUSE_SECONDS:
@@ -153,6 +163,21 @@ class Routes:
             route.slots.abandon()
             self._answered(route)
         self._news.set()
+
+    def dismiss(self, route: Route, refusal: DnoError) -> None:
+        """Ask an endpoint no more, and say so; the others may have another account, model or server.
+
+        Raises:
+            DnoError: the refusal, where there is no other.
+        """
+        others = [other for other in self.in_service if other is not route]
+        if not others:
+            raise refusal
+        if route.refusal is None:
+            route.refusal, route.last_trouble = refusal, str(refusal)
+            _LOG.warning("%s; %s is asked no more in this run, but %s",
+                         refusal, route.endpoint.url, " and ".join(other.endpoint.url for other in others))  # fmt: skip
+            self._news.set()
 
     def no_answer(self, how_long: str) -> str:
         """Say that nobody answers, and what to do about it."""
@@ -170,9 +195,12 @@ class Routes:
     async def _introduced(self, turn: Turn, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> bool:
         try:
             trouble = await introduce(turn.route)
-        except BaseException:
+        except BaseException as error:
             self.settle(turn, None)
-            raise
+            if not isinstance(error, DnoError):
+                raise
+            self.dismiss(turn.route, error)
+            return False
         if trouble is not None:
             turn.route.slots.abandon()
             turn.route.tokens.take(-turn.tokens)
@@ -191,7 +219,7 @@ class Routes:
         route.last_trouble = trouble.detail
         if not route.breaker.fail(trial=turn.trial, pause=pause):
             return
-        others = [other.endpoint.url for other in self.all if not other.breaker.is_open]
+        others = [other.endpoint.url for other in self.in_service if not other.breaker.is_open]
         meanwhile = f"{others[0]} is asked" if others else f"waiting up to max_outage={self._max_outage:g} s"
         _LOG.warning("%s at %s does not answer (%s): %s until it does",
                      self._who, route.endpoint.url, trouble.detail, meanwhile)  # fmt: skip
@@ -202,24 +230,23 @@ class Routes:
         Raises:
             Unreachable: long enough.
         """
-        if not all(route.breaker.is_open for route in self.all):
+        if not all(route.breaker.is_open for route in self.in_service):
             return math.inf
-        waited = time.monotonic() - max(route.breaker.since for route in self.all)
+        waited = time.monotonic() - max(route.breaker.since for route in self.in_service)
         if waited >= self._max_outage:
             raise Unreachable(self.no_answer(f"for {waited:.0f} s, max_outage={self._max_outage:g} s"))
         return self._max_outage - waited
 
-    async def _wait(self, seconds: float) -> None:
+    async def _wait(self, seconds: float, *, patience: float) -> None:
         """Wait until something happens, or so long."""
+        if math.isinf(patience) and LONG_WAIT_SECONDS < seconds < math.inf and seconds > 2.0 * self._longest_told:
+            self._longest_told = seconds  # of an endpoint that does not answer, something else was said
+            _LOG.warning("%s: waiting %.0f s, as its limits (requests or tokens a minute, Retry-After) demand",
+                         self._who, seconds)  # fmt: skip
+        seconds = min(seconds, patience)
         if math.isinf(seconds):
             await self._news.wait()
             return
-        if seconds > LONG_WAIT_SECONDS:
-            _LOG.info("%s: waiting %.0f s, as its limits demand", self._who, seconds)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._news.wait()
-
-
-def asks_for_a_pause(trouble: Trouble) -> bool:
-    return trouble.status == 429 or (trouble.retry_after is not None and (trouble.status or 0) >= 500)
