@@ -10,12 +10,12 @@ imports jax.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -260,7 +260,7 @@ class RunDir:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
-        with self.metrics_path.open("a") as file:
+        with _explained(self.metrics_path), self.metrics_path.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -293,7 +293,11 @@ def read_manifest(path: epath.Path) -> Manifest | None:
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file that is there whole or not at all."""
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        DnoError: it cannot be written (a full disk, no permission); what was there before is kept.
+    """
     _write_atomically(path, [text])
 
 
@@ -306,24 +310,33 @@ def _write_atomically(path: str | os.PathLike[str], texts: Iterable[str]) -> int
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     count = 0
-    try:
+    with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            for text in texts:
-                file.write(text)
-                count += 1
-            file.flush()
-            if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
-                os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("w") as file:
+                for text in texts:
+                    file.write(text)
+                    count += 1
+                file.flush()
+                if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):  # it takes room that may be wanted
+                temporary.unlink()
+            raise
+    return count
+
+
+@contextmanager
+def _explained(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):  # it takes room that may be wanted
-            temporary.unlink()
         raise DnoError(
             f"{path}: cannot be written ({error.strerror or error}); see to the disk (full, or failing), then start "
             "again: what is finished is kept"
         ) from None
-    return count
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

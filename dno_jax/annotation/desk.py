@@ -12,15 +12,17 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.ledger.budget import Budget, Usage, most_usage
+from dno_jax.annotation.ledger.budget import Budget, OverBudget, most_usage
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Rounds, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
+from dno_jax.annotation.transport.probe import Pay, Sending
 from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, wait_seconds
 from dno_jax.errors import DnoError
@@ -42,10 +44,10 @@ _SAMPLE = Pool(
 class Asked(Protocol):
     """What a desk needs of a client: `annotation.client.Client`."""
 
-    async def probe(self, body: Mapping[str, Any]) -> Any: ...
+    async def probe(self, body: Mapping[str, Any], *, pay: Pay) -> Any: ...
 
     async def send(
-        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0
+        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0, pay: Pay
     ) -> Reply | Trouble: ...
 
     def scrub(self, text: str) -> str: ...
@@ -141,13 +143,10 @@ class Desk:
         Raises:
             DnoError: the store fails.
         """
+        paid = self.budget.bill(question, result, batch=batch)
         if isinstance(result, Reply):
-            usage = Usage.stated(result.tokens_in, result.tokens_out)
-            paid, verdict = self.budget.bill(question, usage, batch=batch), self._read(question, result)
+            verdict = self._read(question, result)
         else:
-            # An error is free; of a connection that broke, nobody knows whether the endpoint had begun to work.
-            refused = result.unreachable or (result.status is not None and result.status >= 400)
-            paid = self.budget.free(question) if refused else self.budget.bill(question, None, batch=batch)
             verdict = Verdict("refused" if result.then == "refused" else "failed", detail=result.detail)
         verdict = replace(verdict, tries=1, tokens_in=paid.tokens_in, tokens_out=paid.tokens_out, usd=paid.usd)
         return await self._store.put(
@@ -166,12 +165,31 @@ class Desk:
             self._store.close()
 
     async def _probe(self, question: Question) -> None:
-        async with self.budget.room(question) as granted:  # a budget that is used up sends not even this
-            if granted:
-                with self._breaking():
-                    found = await self._clients[question.asked].probe(question.body)
-                    paid = self.budget.bill(question, Usage.stated(found.tokens_in, found.tokens_out))
-                    await self._store.pay(replace(paid, requests=0))
+        async with self.budget.room(question) as granted:
+            pass  # given back: the small requests ask for room of their own
+        if granted:  # else not even they are sent
+            with self._breaking(), suppress(OverBudget):
+                await self._clients[question.asked].probe(question.body, pay=partial(self._pay, question))
+
+    async def _pay(
+        self, question: Question, body: Mapping[str, Any], send: Sending, *, wait: bool = True
+    ) -> Reply | Trouble:
+        """Send a request that finds out what an endpoint offers, within the budget, and commit what it cost.
+
+        Args:
+            question: that it is sent for.
+            wait: for room; a call that holds some itself would keep others from giving theirs back.
+
+        Raises:
+            OverBudget: it was not sent, for the limit might be passed.
+        """
+        asked = replace(question, body=body, schema=None)
+        async with self.budget.room(asked, wait=wait) as granted:
+            if not granted:
+                raise OverBudget
+            result = await send()
+            await self._store.pay(self.budget.bill(asked, result))
+            return result
 
     async def _ask(self, question: Question) -> Verdict:
         """Try until there is an answer, a refusal, or no try left."""
@@ -187,7 +205,11 @@ class Desk:
                 if not granted:
                     return Verdict("over budget", detail=self.budget.why)
                 with self._breaking():
-                    result = await client.send(question.body, schema=question.schema, tokens=tokens)
+                    try:
+                        pay = partial(self._pay, question, wait=False)
+                        result = await client.send(question.body, schema=question.schema, tokens=tokens, pay=pay)
+                    except OverBudget:  # another endpoint was to be got to know first
+                        return Verdict("over budget", detail=self.budget.why)
                     verdict = await self.settle(question, result)
             tries += 1
             gone = isinstance(result, Trouble) and result.then != "retry"

@@ -202,8 +202,8 @@ class AnnotationSection(Section):
     max_usd: float | None = Field(
         default=None,
         ge=0.0,
-        description="what this run may spend on verdicts and teachers, all iterations; it stops before the call that "
-        "would pass it",
+        description="what this run may spend on verdicts, held-out ones too, and teachers, all iterations; it stops "
+        "before the call that would pass it",
         json_schema_extra=MAY_CHANGE,
     )
     quality: QualitySection = QualitySection()
@@ -233,7 +233,7 @@ class AnnotationSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_is_limited_has_a_price(self) -> AnnotationSection:
+    def what_is_limited_has_a_price(self) -> AnnotationSection:
         if self.max_usd is None:
             return self
         for chat in self.chats:

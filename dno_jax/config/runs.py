@@ -22,6 +22,8 @@ from dno_jax.config.sections import (
     TrainingSection,
 )
 
+_PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the whole run's
+
 
 class RunConfig(Section):
     """One run: T iterations from a checkpoint to a better checkpoint. As it stands, Algorithm 2 (DNO-Prct)."""
@@ -63,6 +65,18 @@ class RunConfig(Section):
                 f"annotation.kind={self.evaluation_judge.kind} cannot judge held-out responses: give "
                 "evaluation.annotation a judge (oracle, openai, ensemble, table), or no held-out prompts"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _money_is_counted_once(self) -> RunConfig:
+        if (own := self.evaluation.annotation) is not None:
+            for name in _PURSE:
+                if getattr(own, name) not in (None, {}):
+                    raise ValueError(
+                        f"evaluation.annotation.{name}: a run has one store, one table of prices and one limit, its "
+                        f"held-out verdicts included: give annotation.{name}"
+                    )
+            self.evaluation_judge.what_is_limited_has_a_price()
         return self
 
     @model_validator(mode="after")
@@ -121,7 +135,10 @@ class RunConfig(Section):
 
     @property
     def evaluation_judge(self) -> AnnotationSection:
-        return self.evaluation.annotation or self.annotation
+        """Who judges held-out responses: with the run's own store, prices and limit."""
+        purse = {name: getattr(self.annotation, name) for name in _PURSE}
+        own = self.evaluation.annotation
+        return self.annotation if own is None else own.model_copy(update=purse)
 
     @property
     def uses_initial(self) -> bool:

@@ -7,7 +7,6 @@ and prompts it holds those in work alone.
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -21,9 +20,10 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
 from dno_jax.report.annotation import quality_table
 from dno_jax.report.console import Meter, console
-from dno_jax.run_dir import Manifest, RunDir, StageDir, write_atomically
+from dno_jax.run_dir import Manifest, RunDir, StageDir
 from dno_jax.stages.pools import Pools, Survey, survey
 from dno_jax.stages.prompts import name_bits
+from dno_jax.stages.receipts import closing
 
 _POLL_SECONDS = 0.2
 # Pools in work for each request that may be in flight: enough to keep the judge busy over the slow end of a shard.
@@ -89,7 +89,7 @@ class _Work:
         self._probed = False
 
     async def run(self, *, abandoned: Callable[[], bool]) -> Survey:
-        try:
+        async with closing(self._annotator, self._run_dir):
             with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools") as meter:
                 await self._follow(meter, abandoned=abandoned)
                 await judge_pools(self._annotator, [pool for pool, _ in self._labelled], meter=None)
@@ -97,12 +97,6 @@ class _Work:
                 raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
             self._settle()
             return self._survey()
-        finally:
-            try:
-                if self._desk is not None:
-                    save_receipts(self._run_dir, self._desk)
-            finally:
-                await self._annotator.close()
 
     def _read_labels(self) -> list[tuple[Pool, float]]:
         """Pairs that people have judged; only a judge that is asked is asked about them."""
@@ -231,11 +225,6 @@ class _Work:
     def _add_repeat(self, pool: Pool, judgement: Judgement, quality: Quality) -> None:
         if self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
             quality.add_repeat(judgement, again)
-
-
-def save_receipts(run_dir: RunDir, desk: Desk) -> None:
-    """Write what the run has paid so far, by model, where a person finds it."""
-    write_atomically(run_dir.receipts_path, json.dumps(desk.budget.receipt(), indent=2) + "\n")
 
 
 async def judge_pools(

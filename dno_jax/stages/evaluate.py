@@ -23,9 +23,10 @@ from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
-from dno_jax.stages.annotate import judge_pools, save_receipts
+from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.policies import pool_member
 from dno_jax.stages.prompts import split_prompts, tokenize_prompts
+from dno_jax.stages.receipts import closing
 from dno_jax.stages.rollouts import sample_to_shards
 from dno_jax.stages.runtime import Runtime
 from dno_jax.stages.sample import response_statistics
@@ -155,13 +156,13 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
     pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
 
     async def judge_all() -> list[Judgement]:
-        try:
+        async with closing(annotator, run_dir):
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
-                return await judge_pools(annotator, list(pools.values()), meter=meter)
-        finally:
-            if isinstance(annotator, EndpointAnnotator):
-                save_receipts(run_dir, annotator.desk)
-            await annotator.close()
+                judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
+            broke = sum(judgement.state == "over budget" for judgement in judgements)
+            if broke and isinstance(annotator, EndpointAnnotator):
+                raise annotator.desk.budget.stop(missing=broke)
+            return judgements
 
     judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))
     verdicts = [judgements.get(index) for index in range(len(players))]

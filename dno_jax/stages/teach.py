@@ -19,8 +19,8 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Prompt, TaughtResponse
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
-from dno_jax.stages.annotate import save_receipts
 from dno_jax.stages.prompts import split_prompts
+from dno_jax.stages.receipts import closing
 
 _SHARD_PROMPTS = 256
 _HELD_OUT = "held-out"
@@ -114,7 +114,7 @@ class _Teacher:
         """Close every shard; those with a failed request last, and only if few enough failed."""
         total = sum(map(len, wanted.values()))
         open_shards: list[tuple[StageDir, str, Sequence[Prompt]]] = []
-        try:
+        async with closing(self._desk, self._run_dir):
             with Meter(description, total=total, unit="prompts") as meter:
                 for folder, prompts in wanted.items():
                     closed = set(folder.shard_names())
@@ -128,9 +128,6 @@ class _Teacher:
                 self._refuse_if_too_many(total)
             for folder, name, part in open_shards:
                 folder.write_shard(name, await self._responses(part))
-        finally:
-            save_receipts(self._run_dir, self._desk)
-            await self._desk.close()
 
     async def _close(self, folder: StageDir, name: str, prompts: Sequence[Prompt]) -> bool:
         rows = await self._responses(prompts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dno_jax.annotation.question import Question, Reply, Unparsable
+from dno_jax.annotation.transport.probe import Pay
 from dno_jax.config import OpenAISection
 from dno_jax.endpoint import Trouble
 
@@ -41,15 +42,18 @@ class FakeClient:
         self.most_in_flight = 0
         self.closed = False
 
-    async def probe(self, body: Mapping[str, Any]) -> Used:
-        self.probes += 1
-        await asyncio.sleep(0)
-        if isinstance(self.found, BaseException):
-            raise self.found
-        return self.found
+    async def probe(self, body: Mapping[str, Any], *, pay: Pay) -> None:
+        async def send() -> Reply:
+            self.probes += 1
+            await asyncio.sleep(0)
+            if isinstance(self.found, BaseException):
+                raise self.found
+            return said("ready", tokens_in=self.found.tokens_in, tokens_out=self.found.tokens_out)
+
+        await pay({**body, "messages": []}, send)
 
     async def send(
-        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0
+        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0, pay: Pay
     ) -> Reply | Trouble:
         self.bodies.append(body)
         self.in_flight += 1

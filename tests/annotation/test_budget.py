@@ -80,11 +80,12 @@ def test_what_is_paid_stands_in_the_receipt_with_the_prices(path):
     _, spent, receipt = ask_all(client, section(), path, names(3))
     assert spent == pytest.approx(3 * REAL + 100 * 10e-6 + 20e-6)
     assert receipt == {
+        "store": str(path),
         "max_usd": None,
         "usd": spent,
         "models": {
             "m": {
-                "requests": 3,
+                "requests": 4,  # one of them the probe
                 "tokens_in": 220,
                 "tokens_out": 31,
                 "usd": spent,
@@ -173,6 +174,11 @@ def test_a_reply_without_usage_counts_as_the_most_it_can_have_cost(path):
     [
         (Trouble("HTTP 500", status=500), 0.0),
         (Trouble("HTTP 429", status=429), 0.0),
+        (Trouble("HTTP 503", status=503), 0.0),
+        (Trouble("HTTP 408", status=408), MOST),
+        (Trouble("HTTP 502", status=502), MOST),
+        (Trouble("HTTP 504", status=504), MOST),
+        (Trouble("HTTP 524", status=524), MOST),
         (Trouble("no connection", unreachable=True), 0.0),
         (Trouble("no answer within 1 s"), MOST),
         (Trouble("HTTP 200 without a chat completion"), MOST),
@@ -187,7 +193,7 @@ def test_a_failed_try_is_free_where_the_endpoint_refused_it_and_counts_where_nob
     verdicts, spent, receipt = ask_all(client, section(), path, names(1))
     assert verdicts[0].tries == 2
     assert spent == pytest.approx(usd + REAL + 10e-6)
-    assert receipt["models"]["m"]["requests"] == 2
+    assert receipt["models"]["m"]["requests"] == 3
 
 
 def test_money_set_aside_comes_back_when_calls_fail_or_are_cancelled(path):
@@ -282,7 +288,7 @@ def test_what_another_process_spends_for_the_run_counts(path):
             for asked in names(3):
                 async with budget.room(asked) as room:
                     granted.append(room)
-                await other.pay(elsewhere.bill(asked, None))
+                await other.pay(elsewhere.bill(asked, Trouble("no answer within 1 s")))
             return granted
 
     assert asyncio.run(work()) == [True, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,12 @@ from dno_jax.run_dir import RunDir, write_atomically
 from tests.stages.conftest import deep_merge
 
 SHARD = 4
+
+
+def paid(config: RunConfig) -> dict[str, Any]:
+    """What receipts.json says of the run's one store."""
+    (receipt,) = json.loads(RunDir(config.run_dir).receipts_path.read_text())["stores"].values()
+    return receipt
 
 
 def worth(text: str) -> float:

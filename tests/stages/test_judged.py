@@ -1,24 +1,30 @@
 """The annotate stage with a judge behind real HTTP: what is bought, what is found out about the judge, what is lost."""
 
+import errno
 import itertools
 import json
+import os
 import shutil
 import statistics
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
+from contextlib import closing
 
 import pytest
 
 from dno_jax import iteration
 from dno_jax.annotation.fake_judge import FakeJudge
+from dno_jax.annotation.ledger.database import Database
+from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Pair, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
 from dno_jax.stages.pools import PromptFile
-from tests.stages.judged import sampled_run, worth
+from tests.stages.judged import paid, sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
 
@@ -144,15 +150,60 @@ def test_the_run_stops_before_the_call_that_would_pass_the_limit_and_goes_on_whe
         )
         with pytest.raises(DnoError, match=r"max_usd=6 leaves no room.*Raise annotation.max_usd"):
             annotate.run(config, 0)
-        receipt = json.loads(RunDir(config.run_dir).receipts_path.read_text())
+        receipt = paid(config)
         bought = server.requests
         assert 0 < bought < 16
         assert receipt["usd"] <= 6.0
-        assert receipt["models"]["judge"]["requests"] == bought
+        assert receipt["models"]["judge"]["requests"] == bought + server.counts.forms["probe"]
+        assert receipt["models"]["judge"]["tokens_out"] == server.counts.completion_tokens  # the probes' among them
         assert RunDir(config.run_dir).stage("annotate", 0).manifest() is None
         manifest = annotate.run(with_annotation(config, max_usd=1000.0), 0)
         assert manifest.details["states"] == {"ok": 16}
         assert (server.requests, server.duplicates) == (16, 0)
+
+
+def test_a_full_disk_stops_the_stage_cleanly_and_nothing_is_lost(tmp_path, monkeypatch):
+    connect = Database._connect
+
+    def small(database):
+        connection = connect(database)
+        connection.execute("PRAGMA max_page_count = 9")
+        return connection
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path, server.url, prompts=40, pairing={"reward": "score"})
+        with monkeypatch.context() as patch:
+            patch.setattr(Database, "_connect", small)
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(DnoError, match=r"annotations\.sqlite: .*full; see to|jsonl: .*No space left.*; see to"):
+                annotate.run(config, 0)
+            assert not any(thread.name == "verdict store" for thread in threading.enumerate())  # it is closed
+        with closing(VerdictStore(RunDir(config.run_dir).annotations_path)) as store:
+            kept = sum(tally.verdicts for tally in store.tallies())
+        assert kept < 40
+        before = server.requests
+        assert annotate.run(config, 0).details["states"] == {"ok": 40}
+        assert server.requests - before == 40 - kept
+
+
+def test_receipts_hold_every_store_that_was_paid_through(tmp_path):
+    other = {"store": str(tmp_path / "elsewhere.sqlite"), "prices": {"judge": {"input": 1.0, "output": 1.0}}}
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path / "run", server.url, prompts=4, pairing={"reward": "score"})
+        annotate.run(config, 0)
+        own = paid(config)
+        elsewhere = sampled_run(tmp_path / "run", server.url, prompts=4, annotation=other, pairing={"reward": "score"})
+        RunDir(config.run_dir).stage("annotate", 0).manifest_path.unlink()
+        for shard in RunDir(config.run_dir).stage("annotate", 0).path.glob("*.jsonl"):
+            shard.unlink()
+        annotate.run(elsewhere, 0)
+    found = json.loads(RunDir(config.run_dir).receipts_path.read_text())
+    assert found["stores"].keys() == {str(tmp_path / "run" / "annotations.sqlite"), other["store"]}
+    assert found["stores"][str(tmp_path / "run" / "annotations.sqlite")] == own
+    assert found["usd"] == found["stores"][other["store"]]["usd"] > 0.0
 
 
 @pytest.mark.parametrize("expired", [0.0, 0.3])
@@ -168,9 +219,9 @@ def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_pat
         assert (server.requests, server.duplicates) == (144, 0)
         live = 144 - server.counts.batch_lines
         assert (live == 0) if expired == 0.0 else (10 < live < 100)
-    receipt = json.loads(RunDir(config.run_dir).receipts_path.read_text())["models"]["judge"]
+    receipt = paid(config)["models"]["judge"]
     full = (receipt["tokens_in"] + receipt["tokens_out"]) * 100.0 / 1e6
-    assert receipt["requests"] == 144
+    assert receipt["requests"] == 144 + server.counts.forms["probe"]
     if expired == 0.0:
         assert receipt["usd"] == pytest.approx(full / 2, rel=2e-3)  # what the probe said was asked live
     else:
@@ -253,8 +304,7 @@ def test_runs_share_a_store_by_its_path(tmp_path):
             )
             annotate.run(config, 0)
         assert server.requests == 8
-    receipts = json.loads(RunDir(config.run_dir).receipts_path.read_text())
-    assert receipts["models"] == {}  # the second run paid nothing
+    assert paid(config)["models"] == {}  # the second run paid nothing
 
 
 def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from dno_jax.records import TaughtResponse
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.stages import teach
 from dno_jax.stages.prompts import split_prompts
-from tests.stages.judged import judged_tree
+from tests.stages.judged import judged_tree, paid
 
 
 def taught(folder, url, *, prompts=20, **teacher):
@@ -50,8 +50,7 @@ def test_prompts_without_gold_get_it_once(tmp_path):
     assert len(found) == 18
     assert all(text.strip() for text in found.values())
     assert len(set(found.values())) > 1
-    receipt = json.loads(RunDir(config.run_dir).receipts_path.read_text())
-    assert receipt["models"]["teacher"]["requests"] == 18
+    assert paid(config)["models"]["teacher"]["requests"] == 18 + server.counts.forms["probe"]
 
 
 def test_refused_empty_and_cut_responses_are_dropped_and_counted(tmp_path):

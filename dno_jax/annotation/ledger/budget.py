@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore
-from dno_jax.annotation.question import Question
+from dno_jax.annotation.question import Question, Reply
 from dno_jax.config import AnnotationSection, PriceSection
+from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
 
 # No tokenizer of bytes, or of pieces with bytes to fall back on, makes more tokens of a text than it has bytes; what
@@ -40,16 +42,20 @@ class Usage:
         return cls(tokens_in, tokens_out) if tokens_in or tokens_out else None
 
 
+class OverBudget(Exception):
+    """A request that belongs to no verdict, and does not fit any more."""
+
+
 def most_usage(question: Question) -> Usage:
     """Return the most tokens that one call with this question can take."""
     texts = [str(message["content"]) for message in question.body["messages"]]
-    if question.schema is not None:
-        texts.append(json.dumps(question.schema))
+    texts += [json.dumps(schema) for schema in (question.schema, question.body.get("response_format")) if schema]
     bytes_ = sum(len(text.encode(errors="replace")) for text in texts)
     section = question.asked
     return Usage(
         tokens_in=bytes_ + _TOKENS_A_MESSAGE * len(texts),
-        tokens_out=int(question.body.get(section.max_tokens_field, section.max_tokens)),
+        tokens_out=int(question.body.get(section.max_tokens_field, section.max_tokens))
+        * int(question.body.get("n", 1)),
     )
 
 
@@ -57,6 +63,16 @@ def cost(price: PriceSection, usage: Usage, *, batch: bool = False) -> float:
     """Return what so many tokens cost, dollars."""
     usd = (usage.tokens_in * price.input + usage.tokens_out * price.output) / 1e6
     return usd * price.batch if batch else usd
+
+
+def _is_free(trouble: Trouble) -> bool:
+    """Whether an endpoint surely took no money: nothing reached it, or it says so itself.
+
+    408, 502, 504 and 52x are what stands before a model says of one that did not answer in time, and may have worked.
+    """
+    if trouble.status is None:
+        return trouble.unreachable
+    return trouble.status >= 400 and trouble.status not in (408, 502, 504) and trouble.status < 520
 
 
 class Budget:
@@ -110,12 +126,15 @@ class Budget:
         finally:
             self._release(usd)
 
-    def bill(self, question: Question, usage: Usage | None, *, batch: bool = False) -> Receipt:
-        """Return what one call cost.
+    def bill(self, question: Question, result: Reply | Trouble, *, batch: bool = False) -> Receipt:
+        """Return what one call cost, by what came of it.
 
-        Args:
-            usage: as the endpoint states it; None where nobody knows, and then it counts as the most it can have been.
+        A refusal is free. Where nobody states what a call took, it counts as the most that it can have been: of a
+        connection that broke, nobody knows whether the endpoint had begun to work.
         """
+        if isinstance(result, Trouble) and _is_free(result):
+            return Receipt(run=self._run, model=question.asked.model, requests=1)
+        usage = Usage.stated(result.tokens_in, result.tokens_out) if isinstance(result, Reply) else None
         counted = usage or most_usage(question)
         return Receipt(
             run=self._run,
@@ -126,10 +145,6 @@ class Budget:
             usd=self._usd(question, counted, batch=batch),
             unmetered=int(usage is None),
         )
-
-    def free(self, question: Question) -> Receipt:
-        """Return the receipt of a call that the endpoint refused to work for."""
-        return Receipt(run=self._run, model=question.asked.model, requests=1)
 
     def stop(self, *, missing: int) -> DnoError:
         """Return the error by which a run stops that may spend no more.
@@ -147,6 +162,7 @@ class Budget:
         """Return what this run has paid by model, with the prices by which it counts now, for receipts.json."""
         receipts = [receipt for receipt in self._store.receipts() if receipt.run == self._run]
         return {
+            "store": os.path.abspath(self._store.path),
             "max_usd": self._limit,
             "usd": sum(receipt.usd for receipt in receipts),
             "models": {

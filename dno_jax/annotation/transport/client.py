@@ -16,7 +16,7 @@ from typing import Any
 
 from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport.completion import read_completion, with_schema
-from dno_jax.annotation.transport.probe import Capabilities, probe
+from dno_jax.annotation.transport.probe import Capabilities, Pay, nobody_pays, probe
 from dno_jax.annotation.transport.routes import Route, Routes, Unreachable
 from dno_jax.config import ChatSection
 from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
@@ -63,11 +63,12 @@ class Client:
         """What the preferred endpoint offers; None until it has been asked."""
         return self._routes.in_service[0].offers
 
-    async def probe(self, body: Mapping[str, Any]) -> Capabilities:
+    async def probe(self, body: Mapping[str, Any], *, pay: Pay = nobody_pays) -> Capabilities:
         """Send small requests with the very parameters of the real ones, and note what the endpoint offers.
 
         Args:
             body: of a real request; its messages are replaced by a few words.
+            pay: sends each of them.
 
         Returns:
             What the first endpoint that answers offers. The others are probed when they are first used.
@@ -82,7 +83,7 @@ class Client:
                 waits: list[float] = []
                 for route in self._routes.in_service:
                     try:
-                        trouble = await self._introduce(route, body)
+                        trouble = await self._introduce(route, body, pay)
                     except DnoError as error:
                         self._routes.dismiss(route, error)
                         continue
@@ -99,7 +100,12 @@ class Client:
         raise Unreachable(self._routes.no_answer(f"in {tries} tries"))
 
     async def send(
-        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0
+        self,
+        body: Mapping[str, Any],
+        *,
+        schema: Mapping[str, Any] | None = None,
+        tokens: int = 0,
+        pay: Pay = nobody_pays,
     ) -> Reply | Trouble:
         """Send one request when its turn has come: one try, which may end in a `Trouble`.
 
@@ -110,13 +116,14 @@ class Client:
             body: the chat.completions request. A seed is left out where the endpoint takes none.
             schema: of the reply; sent where the endpoint takes one.
             tokens: what the request is expected to use, prompt and reply, for tokens a minute.
+            pay: sends the small requests by which an endpoint is got to know that is used for the first time.
 
         Raises:
             Unreachable: no endpoint has answered for `max_outage` seconds.
             DnoError: no request of this configuration can succeed, at any endpoint.
         """
         while True:
-            turn = await self._routes.turn(tokens, introduce=lambda route: self._introduce(route, body))
+            turn = await self._routes.turn(tokens, introduce=lambda route: self._introduce(route, body, pay))
             try:
                 result = await self._request(turn.route, self.composed(body, schema, offers=turn.route.offers))
             except BaseException as error:
@@ -162,8 +169,8 @@ class Client:
         for route in self._routes.all:
             await route.endpoint.close()
 
-    async def _introduce(self, route: Route, body: Mapping[str, Any]) -> Trouble | None:
-        found = await probe(route.endpoint, body, section=self.section, place=self.place)
+    async def _introduce(self, route: Route, body: Mapping[str, Any], pay: Pay) -> Trouble | None:
+        found = await probe(route.endpoint, body, section=self.section, place=self.place, pay=pay)
         if isinstance(found, Trouble):
             route.last_trouble = found.detail
             return found

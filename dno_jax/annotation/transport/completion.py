@@ -31,7 +31,7 @@ def completion_reply(body: Any, *, choice: int = 0) -> Reply | None:
     try:
         chosen = body["choices"][choice]
         content, refusal = chosen["message"].get("content"), chosen["message"].get("refusal")
-        finish, usage = chosen.get("finish_reason"), body.get("usage") or {}
+        finish, (tokens_in, tokens_out) = chosen.get("finish_reason"), _usage(body.get("usage"))
         if not (isinstance(content, str | None) and isinstance(refusal, str | None) and isinstance(finish, str | None)):
             return None
         return Reply(
@@ -40,8 +40,8 @@ def completion_reply(body: Any, *, choice: int = 0) -> Reply | None:
             refusal=_encodable(refusal) if refusal else None,
             model=_encodable(str(body.get("model") or "")),
             first_logprobs=_first_logprobs(chosen.get("logprobs")),
-            tokens_in=_count(usage.get("prompt_tokens")),
-            tokens_out=_count(usage.get("completion_tokens")),
+            tokens_in=tokens_in,
+            tokens_out=tokens_out,
         )
     except (LookupError, TypeError, AttributeError):
         return None
@@ -62,8 +62,20 @@ def _first_logprobs(logprobs: Any) -> dict[str, float] | None:
         return None
 
 
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) and 0 <= value <= _MAX_TOKENS else 0
+def _usage(stated: Any) -> tuple[int, int]:
+    """Return tokens in and out, (0, 0) where they are not stated: half of a statement says nothing of the other half.
+
+    Some endpoints leave the tokens of reasoning out of `completion_tokens`, but not out of the total.
+    """
+    stated = stated if isinstance(stated, Mapping) else {}
+    prompt, completion, total = (_count(stated.get(f"{part}_tokens")) for part in ("prompt", "completion", "total"))
+    if prompt is None or (completion is None and total is None):
+        return 0, 0
+    return prompt, max(completion or 0, (total or 0) - prompt)
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and 0 <= value <= _MAX_TOKENS else None
 
 
 def _encodable(text: str) -> str:

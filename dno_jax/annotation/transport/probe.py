@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,16 @@ _REMEDIES = {
 }
 
 
+Sending = Callable[[], Awaitable[Reply | Trouble]]
+Pay = Callable[[Mapping[str, Any], Sending], Awaitable[Reply | Trouble]]
+"""Sends a request, whose body it is given, within somebody's budget."""
+
+
+async def nobody_pays(body: Mapping[str, Any], send: Sending) -> Reply | Trouble:
+    """Send a request that costs nothing."""
+    return await send()
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What an endpoint offers for a model.
@@ -44,31 +54,29 @@ class Capabilities:
         json_schema: schemas are sent: it takes them, and the configuration has nothing against it.
         logprobs: it gives the log-probabilities of the first token.
         several: it gives n > 1 replies to one request.
-        tokens_in, tokens_out: what finding out has used.
     """
 
     seed: bool = True
     json_schema: bool = False
     logprobs: bool = False
     several: bool = False
-    tokens_in: int = 0
-    tokens_out: int = 0
 
 
 async def probe(
-    endpoint: Endpoint, body: Mapping[str, Any], *, section: ChatSection, place: str
+    endpoint: Endpoint, body: Mapping[str, Any], *, section: ChatSection, place: str, pay: Pay = nobody_pays
 ) -> Capabilities | Trouble:
     """Find out what an endpoint offers; a `Trouble` says that it does not answer now.
 
     Args:
         body: of a real request; its messages are replaced by a few words.
         place: the section of the configuration that remedies name.
+        pay: sends each request, or raises what it likes where there is no money for it.
 
     Raises:
         DnoError: the endpoint does not take a parameter of the real requests, or does not give what they need.
     """
     body = {**body, "messages": _MESSAGES}
-    asked = _Asked(endpoint, max_tries=section.max_tries)
+    asked = _Asked(endpoint, max_tries=section.max_tries, pay=pay)
     plain = await asked.once(body)
     takes_seed = not (isinstance(plain, Trouble) and _culprit(plain, body) == "seed")
     if isinstance(plain, Trouble) and not takes_seed:
@@ -96,31 +104,35 @@ async def probe(
         json_schema=isinstance(schema, Reply),
         logprobs=isinstance(logprobs, Reply) and bool(logprobs.first_logprobs),
         several=isinstance(several, Reply),
-        tokens_in=asked.tokens_in,
-        tokens_out=asked.tokens_out,
     )
     _LOG.info("%s at %s: %s", endpoint.who, endpoint.url, offers)
     return offers
 
 
 class _Asked:
-    """An endpoint, and what asking it has used."""
+    """An endpoint, and who pays for asking it."""
 
-    def __init__(self, endpoint: Endpoint, *, max_tries: int):
+    def __init__(self, endpoint: Endpoint, *, max_tries: int, pay: Pay):
         self._endpoint = endpoint
         self._max_tries = max_tries
-        self.tokens_in = self.tokens_out = 0
+        self._pay = pay
 
     async def once(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
-        response = await self._endpoint.post("/chat/completions", body)
-        if isinstance(response, Trouble):
-            return response
-        reply = read_completion(response.text)
-        if reply is None:
-            return Trouble(f"HTTP 200 without a chat completion: {self._endpoint.words(response.text)}")
-        self.tokens_in += reply.tokens_in
-        self.tokens_out += reply.tokens_out
-        return read_completion(response.text, choice=choice) or Trouble(f"no choice {choice}", then="give up")
+        text = ""
+
+        async def send() -> Reply | Trouble:
+            nonlocal text
+            response = await self._endpoint.post("/chat/completions", body)
+            if isinstance(response, Trouble):
+                return response
+            text = response.text
+            words = self._endpoint.words(text)
+            return read_completion(text) or Trouble(f"HTTP 200 without a chat completion: {words}")
+
+        result = await self._pay(body, send)
+        if isinstance(result, Trouble) or choice == 0:
+            return result
+        return read_completion(text, choice=choice) or Trouble(f"no choice {choice}", then="give up")
 
     async def again(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
         """Ask for more than an answered request did, until the answer is no accident of the moment."""
