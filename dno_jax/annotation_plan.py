@@ -17,8 +17,9 @@ from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.desk import advance
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.ledger.budget import Usage, cost, most_usage
-from dno_jax.annotation.question import Verdict
-from dno_jax.config import AnnotationSection, ChatSection, RunConfig
+from dno_jax.annotation.quality.calibration import read_calibration
+from dno_jax.annotation.question import Question, Verdict
+from dno_jax.config import AnnotationSection, ChatSection, QualitySection, RunConfig, TeacherSection
 from dno_jax.records import Judgement, Message, Prompt, Role
 from dno_jax.stages.prompts import PromptSplit, TokenizedPrompt
 
@@ -42,10 +43,12 @@ class Shape:
     Attributes:
         roles: of the prompt's messages.
         num_candidates: C.
+        grown: another pool was judged before that lacks the last candidate; what it asked is answered already.
     """
 
     roles: tuple[Role, ...]
     num_candidates: int
+    grown: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,13 @@ def plan_annotation(
         return None
     length = response_tokens or config.sampling.max_new_tokens
     counter = _Counter(count=count, reply_tokens=reply_tokens, seed=config.seed)
+    # The teacher's response is cut where the students' are, but for the held-out prompts.
+    taught = section.teacher and (response_tokens or section.teacher.max_tokens)
     parts: dict[str, Estimate] = {}
-    loads = [_training_loads(config, tokenize(part), count=count, length=length) for part in split.training]
+    loads = [
+        _training_loads(config, tokenize(part), count=count, length=length, taught=taught and min(taught, length))
+        for part in split.training
+    ]
     whole = _sum(loads)
     if section.judges:
         for iteration, load in enumerate(loads):
@@ -182,15 +190,19 @@ def plan_annotation(
                 for chat, d in counter.demands(section, whole).items()
             }
             parts["asked again"] = Estimate.of(again, section)
+        if section.quality.calibration:
+            labelled = _labelled_loads(section.quality, count=count, seed=config.seed)
+            parts["labelled pairs"] = Estimate.of(counter.demands(section, labelled), section)
     if evaluation.judges and split.held_out:
-        held_out = _held_out_loads(config, tokenize(split.held_out), count=count, length=length)
+        held_out = _held_out_loads(config, tokenize(split.held_out), count=count, length=length, taught=taught)
         parts["held out"] = Estimate.of(counter.demands(evaluation, held_out), evaluation)
     if section.teacher is not None:
-        parts["teacher"] = Estimate.of(_teacher_demand(section.teacher, split, tokenize, count=count), section)
+        parts["teacher"] = Estimate.of(_teacher_demand(section.teacher, split, count=count), section)
     others = {}
     for name, fields in _OTHERS.items():
-        asked = (section.judges or (section.openai,))[0].model_copy(update={"rubric": None, **fields})
-        other = section.model_copy(update={"kind": "openai", "openai": asked})
+        judges = section.judges or (section.openai,)
+        asked = dict.fromkeys(judge.model_copy(update={"rubric": None, **fields}) for judge in judges)
+        other = section.model_copy(update={"kind": "ensemble", "ensemble": tuple(asked)})
         others[name] = Estimate.of(counter.demands(other, whole), other)
     return AnnotationPlan(section=section, parts=parts, others=others)
 
@@ -235,32 +247,45 @@ class _Counter:
         return found
 
     def _outline(self, section: AnnotationSection, shape: Shape) -> dict[ChatSection, _Outline]:
+        before = {}
+        if shape.grown and shape.num_candidates > 2:
+            before = self._questions(section, Shape(shape.roles, shape.num_candidates - 1))
+        outlines: dict[ChatSection, _Outline] = {}
+        for what, question in self._questions(section, shape).items():
+            if what in before:
+                continue
+            so_far = outlines.get(question.asked, _Outline())
+            texts = [str(message["content"]) for message in question.body["messages"]]
+            texts += [json.dumps(question.schema)] if question.schema is not None else []
+            nothing = (len(shape.roles) + len(question.order)) * self._count(_NOTHING)
+            longest = most_usage(question).tokens_out
+            outlines[question.asked] = _Outline(
+                questions=so_far.questions + 1,
+                tokens_in=so_far.tokens_in + sum(map(self._count, texts)) - nothing,
+                tokens_out=so_far.tokens_out + min(longest, self._reply_tokens or longest),
+                shown=so_far.shown + len(question.order),
+            )
+        return outlines
+
+    def _questions(self, section: AnnotationSection, shape: Shape) -> dict[tuple[str, tuple[int, ...]], Question]:
+        """Return what is asked about a pool, by judge and candidates shown: the same is asked once."""
         function = build_function(section, seed=self._seed)
         messages = tuple(Message(role=role, content=_NOTHING) for role in shape.roles)
         pool = Pool(
             Prompt(prompt_id="plan", messages=messages),
             tuple(Candidate(f"plan/{number}", _NOTHING) for number in range(shape.num_candidates)),
         )
-        outlines: dict[ChatSection, _Outline] = {}
+        found: dict[tuple[str, tuple[int, ...]], Question] = {}
         rounds, verdicts = function.rounds(pool), None
         while not isinstance(questions := advance(rounds, verdicts), Judgement):
             verdicts = [Verdict("tie", (0.5,) * len(question.order)) for question in questions]
-            for question in questions:
-                so_far = outlines.get(question.asked, _Outline())
-                texts = [str(message["content"]) for message in question.body["messages"]]
-                texts += [json.dumps(question.schema)] if question.schema is not None else []
-                nothing = (len(shape.roles) + len(question.order)) * self._count(_NOTHING)
-                longest = most_usage(question).tokens_out
-                outlines[question.asked] = _Outline(
-                    questions=so_far.questions + 1,
-                    tokens_in=so_far.tokens_in + sum(map(self._count, texts)) - nothing,
-                    tokens_out=so_far.tokens_out + min(longest, self._reply_tokens or longest),
-                    shown=so_far.shown + len(question.order),
-                )
-        return outlines
+            found |= {(question.judge, question.order): question for question in questions}
+        return found
 
 
-def _training_loads(config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: int) -> Loads:
+def _training_loads(
+    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: int, taught: int | None
+) -> Loads:
     section = config.sampling
     drawn = 0 if section.source == "data" else section.num_samples + section.num_opponents
 
@@ -268,53 +293,59 @@ def _training_loads(config: RunConfig, prompts: Sequence[TokenizedPrompt], *, co
         for item in prompts:
             prompt = item.prompt
             given = [count(response.text) for response in prompt.candidates] if section.source == "data" else []
-            yield prompt, [length] * drawn + given + _gold_tokens(prompt, count)
+            yield prompt, [length] * drawn + given + _gold_tokens(prompt, count, taught)
 
     return _loads(pools(), count=count)
 
 
-def _held_out_loads(config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: int) -> Loads:
-    """Of all iterations: one pool a prompt and sample, in which every policy so far and the teacher have a response."""
+def _held_out_loads(
+    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: int, taught: int | None
+) -> Loads:
+    """Of all iterations: one pool a prompt and sample, in which every policy so far and the teacher have a response.
 
-    def pools() -> Iterator[tuple[Prompt, list[int]]]:
+    From iteration to iteration a pool grows by the newest policy's; the pairs among the others are in the store.
+    """
+
+    def pools(iteration: int) -> Iterator[tuple[Prompt, list[int]]]:
         for item in prompts:
-            gold = _gold_tokens(item.prompt, count)
-            for iteration in range(config.iterations):
-                for _ in range(config.evaluation.num_samples):
-                    yield item.prompt, [length] * (iteration + 2) + gold
+            gold = _gold_tokens(item.prompt, count, taught)
+            for _ in range(config.evaluation.num_samples):
+                yield item.prompt, [length] * (iteration + 2) + gold
 
-    return _loads(pools(), count=count)
+    return _sum([_loads(pools(t), count=count, grown=t > 0) for t in range(config.iterations)])
 
 
-def _loads(pools: Iterator[tuple[Prompt, list[int]]], *, count: CountTokens) -> Loads:
+def _labelled_loads(section: QualitySection, *, count: CountTokens, seed: int) -> Loads:
+    """Pairs that people have judged: asked about once, whatever the number of iterations."""
+    labelled = read_calibration(section.calibration or "", limit=section.calibration_pairs, seed=seed)
+    pools = ((pool.prompt, [count(candidate.text) for candidate in pool.candidates]) for pool, _ in labelled)
+    return _loads(pools, count=count)
+
+
+def _loads(pools: Iterator[tuple[Prompt, list[int]]], *, count: CountTokens, grown: bool = False) -> Loads:
     found: dict[Shape, Load] = {}
     for prompt, candidates in pools:
         if len(candidates) >= 2:
-            shape = Shape(tuple(message.role for message in prompt.messages), len(candidates))
+            shape = Shape(tuple(message.role for message in prompt.messages), len(candidates), grown)
             prefixes = len(candidates) * count(prompt.assistant_prefix) if prompt.assistant_prefix else 0
             texts = sum(count(message.content) for message in prompt.messages)
             found[shape] = found.get(shape, Load()) + Load(1, texts, sum(candidates) + prefixes)
     return found
 
 
-def _gold_tokens(prompt: Prompt, count: CountTokens) -> list[int]:
+def _gold_tokens(prompt: Prompt, count: CountTokens, taught: int | None) -> list[int]:
+    if prompt.gold is None and taught:
+        return [taught]
     return [count(prompt.gold)] if prompt.gold and prompt.gold.strip() else []
 
 
-def _teacher_demand(
-    teacher: ChatSection,
-    split: PromptSplit,
-    tokenize: Callable[[tuple[Prompt, ...]], Sequence[TokenizedPrompt]],
-    *,
-    count: CountTokens,
-) -> dict[ChatSection, Demand]:
+def _teacher_demand(teacher: TeacherSection, split: PromptSplit, *, count: CountTokens) -> dict[ChatSection, Demand]:
     """One response for every prompt that has no gold one; iterations may share their prompts."""
     demand = Demand()
-    for part in {*split.training, split.held_out}:
-        for item in tokenize(part):
-            if not _gold_tokens(item.prompt, count):
-                tokens = sum(count(text) for text in item.prompt.texts)
-                demand += Demand(1, tokens, teacher.max_tokens)
+    for prompt in (prompt for part in {*split.training, split.held_out} for prompt in part):
+        if prompt.gold is None:
+            system = [teacher.system] if teacher.system and prompt.messages[0].role != "system" else []
+            demand += Demand(1, sum(count(text) for text in (*system, *prompt.texts)), teacher.max_tokens)
     return dict.fromkeys([teacher], demand)
 
 

@@ -389,10 +389,10 @@ def test_everyone_who_is_paid_is_in_the_plan(small, folder):
     tree = {**small, "annotation": annotation, "prompts": {**small["prompts"], "path": str(bare)}}
     parts = planned(tree).annotation.parts
     assert list(parts) == ["iteration 0", "iteration 1", "asked again", "held out", "teacher"]
-    # four samples, six pairs, two orders, two judges
-    assert parts["iteration 0"].total.requests == 6 * 6 * 2 * 2
+    # four samples and the teacher's response, ten pairs, two orders, two judges
+    assert parts["iteration 0"].total.requests == 6 * 10 * 2 * 2
     assert parts["asked again"].total.requests == parts["iteration 0"].total.requests
-    assert parts["iteration 0"].hours == pytest.approx(6 * 6 * 2 / 6 / 60)
+    assert parts["iteration 0"].hours == pytest.approx(6 * 10 * 2 / 6 / 60)
     assert parts["teacher"].total.requests == 12
     assert parts["teacher"].usd == 12 * 30
 

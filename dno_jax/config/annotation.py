@@ -233,16 +233,21 @@ class AnnotationSection(Section):
         return self
 
     @model_validator(mode="after")
-    def what_is_limited_has_a_price(self) -> AnnotationSection:
-        if self.max_usd is None:
-            return self
-        for chat in self.chats:
+    def _what_is_limited_has_a_price(self) -> AnnotationSection:
+        self.refuse_missing_prices()
+        return self
+
+    def refuse_missing_prices(self) -> None:
+        """
+        Raises:
+            ValueError: there is a limit, and a model without a price.
+        """
+        for chat in self.chats if self.max_usd is not None else ():
             if chat.model not in self.prices:
                 raise ValueError(
                     f"max_usd={self.max_usd:g}, and annotation.prices has no {chat.model!r}: give its "
                     "{input: dollars a million prompt tokens, output: ...}, 0 for a server of your own"
                 )
-        return self
 
     @property
     def judges(self) -> tuple[OpenAISection, ...]:

@@ -76,7 +76,7 @@ class RunConfig(Section):
                         f"evaluation.annotation.{name}: a run has one store, one table of prices and one limit, its "
                         f"held-out verdicts included: give annotation.{name}"
                     )
-            self.evaluation_judge.what_is_limited_has_a_price()
+            self.evaluation_judge.refuse_missing_prices()
         return self
 
     @model_validator(mode="after")

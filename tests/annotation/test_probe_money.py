@@ -1,4 +1,4 @@
-"""What finding out about endpoints costs: each small request is set aside, billed, and not sent where it does not fit."""
+"""What finding out about endpoints costs: each request is set aside and billed, and not sent where it does not fit."""
 
 from __future__ import annotations
 

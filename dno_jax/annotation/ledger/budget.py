@@ -51,11 +51,10 @@ def most_usage(question: Question) -> Usage:
     texts = [str(message["content"]) for message in question.body["messages"]]
     texts += [json.dumps(schema) for schema in (question.schema, question.body.get("response_format")) if schema]
     bytes_ = sum(len(text.encode(errors="replace")) for text in texts)
-    section = question.asked
+    section, replies = question.asked, int(question.body.get("n", 1))
     return Usage(
         tokens_in=bytes_ + _TOKENS_A_MESSAGE * len(texts),
-        tokens_out=int(question.body.get(section.max_tokens_field, section.max_tokens))
-        * int(question.body.get("n", 1)),
+        tokens_out=replies * int(question.body.get(section.max_tokens_field, section.max_tokens)),
     )
 
 
