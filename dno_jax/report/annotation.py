@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dno_jax.annotation.quality.warnings import CHECKS, warnings
 from dno_jax.config import QualitySection
+from dno_jax.report.tables import stacked
 
 # Figure -> what stands beside it, and over its column where it has one.
 _ROWS = {
@@ -25,6 +26,7 @@ _ROWS = {
     "repeat_same_score": ("same points when repeated", ""),
     "calibration_agreement": ("agreement with labels", "labels"),
     "calibration_error": ("mean |P - label|", ""),
+    "calibration_missing": ("labels without a verdict", ""),
     "cyclic_share": ("cyclic triples", "cycles"),
     "gold_wins": ("P(gold beats student)", "gold"),
 }
@@ -66,11 +68,8 @@ def quality_lines(figures: Mapping[int, Mapping[str, Any]], section: QualitySect
     if not figures:
         return Group()
     columns = [name for name, (_, short) in _ROWS.items() if short and any(name in found for found in figures.values())]
-    table = Table(title="judge: % with 95 % intervals", box=None, padding=(0, 0, 0, 2))
-    for column in ("", *(_ROWS[name][1] for name in columns)):
-        table.add_column(column, justify="right", no_wrap=True)
-    for iteration, found in figures.items():
-        table.add_row(str(iteration), *(_share(found.get(name)) for name in columns))
+    rows = [(str(iteration), *(_share(found.get(name)) for name in columns)) for iteration, found in figures.items()]
+    table = stacked("judge: % with 95 % intervals", ("", *(_ROWS[name][1] for name in columns)), rows)
     return Group(table, *_sentences(warnings(figures[max(figures)], section)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from types import TracebackType
@@ -12,6 +13,7 @@ from rich.text import Text
 
 console = Console(stderr=True, highlight=False)
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_REMINDERS = 600.0
 
 
 class _Rate(ProgressColumn):
@@ -129,6 +131,18 @@ class Meter:
             markup=False,
             soft_wrap=True,
         )
+
+
+class Reminder:
+    """Says what is waited for when it is first asked to, and then every ten minutes."""
+
+    def __init__(self) -> None:
+        self._due = -math.inf
+
+    def __call__(self, message: str) -> None:
+        if time.monotonic() >= self._due:
+            self._due = time.monotonic() + _SECONDS_BETWEEN_REMINDERS
+            say(message)
 
 
 def say(message: str) -> None:

@@ -13,6 +13,7 @@ from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
 from dno_jax.report.annotation import quality_lines
+from dno_jax.report.tables import stacked
 from dno_jax.run_dir import Manifest, RunDir, stage_names
 
 PAIR_KINDS = get_args(PairKind)
@@ -81,17 +82,17 @@ def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
     manifests = {t: {name: run_dir.stage(name, t).require() for name in stage_names(config, t)} for t in evaluated}
     found = {kind for stage in manifests.values() for kind in stage["pair"].details["kinds"]}
     kinds = [kind for kind in PAIR_KINDS if "data" not in kind or kind in found]
-    table = Table(title="pairs by kind, seconds by stage (annotate runs beside sample)", box=None, padding=(0, 0, 0, 2))
-    for column in ("", *map(_short, kinds), "replay", *stages):
-        table.add_column(column, justify="right", no_wrap=True)
-    for iteration, done in manifests.items():
-        paired = done["pair"].details
-        table.add_row(
+    rows = [
+        (
             str(iteration),
-            *(str(paired["kinds"].get(kind, 0)) for kind in kinds),
-            str(paired["replayed"]),
+            *(str(done["pair"].details["kinds"].get(kind, 0)) for kind in kinds),
+            str(done["pair"].details["replayed"]),
             *(f"{done[name].seconds:.1f}" if name in done else "" for name in stages),
         )
+        for iteration, done in manifests.items()
+    ]
+    title = "pairs by kind, seconds by stage (annotate runs beside sample)"
+    table = stacked(title, ("", *map(_short, kinds), "replay", *stages), rows)
     return Group(table, quality_lines(_judge_figures(run_dir, config.iterations), config.annotation.quality))
 
 

@@ -13,8 +13,8 @@ from dno_jax.report.summary import iteration_table
 from dno_jax.run_dir import RunDir
 
 
-def shown(what):
-    console = Console(width=110, highlight=False)
+def shown(what, *, width=110):
+    console = Console(width=width, highlight=False)
     with console.capture() as captured:
         console.print(what)
     return captured.get()
@@ -65,6 +65,18 @@ def test_iterations_in_a_line_each(figures):
     assert "warning" not in text  # the last iteration's, which has none
     assert "warning: P(first shown wins)" in shown(quality_lines({0: figures}, QualitySection()))
     assert shown(quality_lines({}, QualitySection())).strip() == ""
+
+
+def test_every_figure_of_an_iteration_is_whole_in_80_columns():
+    names = ("flip_rate", "tie_rate", "first_wins", "longer_wins", "repeat_agreement", "calibration_agreement",
+             "cyclic_share", "gold_wins")  # fmt: skip
+    figure = {"value": 1.0, "low": 0.995, "high": 1.0, "n": 7, "prompts": 7}
+    text = shown(quality_lines({12: dict.fromkeys(names, figure)}, QualitySection()), width=80)
+    assert text.count("100 [100, 100]") == len(names)
+    assert "…" not in text
+    lines = [line.split() for line in text.splitlines()]
+    assert [line[0] for line in lines if "[100," in line] == ["12", "12"]
+    assert ["flips", "ties", "first", "longer"] in lines
 
 
 def test_the_summary_of_a_run_tells_of_its_judge(tmp_path, figures):

@@ -75,7 +75,7 @@ class Quality:
             self._shares["repeat_same_score"].add(sum(same), len(same))
 
     def add_label(self, judgement: Judgement, preference: float) -> None:
-        """Add a judgement of a labelled pair; nothing is added unless it is a verdict.
+        """Add a judgement of a labelled pair; unless it is a verdict, it counts as missing and no more.
 
         Args:
             judgement: of two candidates.
@@ -89,6 +89,7 @@ class Quality:
                 f"{judgement.prompt_id!r}: a label is P(first beats second) in [0, 1] of two candidates, "
                 f"got {preference} of {len(judgement.candidate_ids)}"
             )
+        self._shares["calibration_missing"].add(judgement.state != "ok", 1)
         if judgement.state != "ok":
             return
         judged = float(_wins(judgement)[0, 1])
@@ -120,7 +121,7 @@ class Quality:
         - repeat_agreement: 1 - |difference| of the verdicts (0, 1/2, 1) of a pair that was asked about again;
           repeat_same_score: how often a response gets exactly its points again.
         - calibration_agreement: share of decided labels that the judge agrees with, a tie being half;
-          calibration_error: mean |P(judge) - label|.
+          calibration_error: mean |P(judge) - label|; calibration_missing: labelled pairs without a verdict.
         - cyclic_share: pairwise, of triples whose three pairs are decided, those that are cyclic.
         - gold_wins: mean P(gold beats a student's response).
         - scores: points (or mean win rates in the pool) by source: `mean` and histogram (lower edge -> count).

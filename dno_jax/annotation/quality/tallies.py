@@ -105,7 +105,7 @@ class Histogram:
     def as_dict(self) -> dict[str, Any]:
         """Return the width of a bin and, by group, lower edge -> count."""
         bins = {
-            group: {f"{index * self._width:g}": count for index, count in sorted(counts.items())}
+            group: {_edge(index * self._width): count for index, count in sorted(counts.items())}
             for group, counts in sorted(self._counts.items())
         }
         return {"width": self._width, "bins": bins}
@@ -125,3 +125,8 @@ class Histogram:
             for index, count in counts.items():
                 found[group][index // times] += count
         return found
+
+
+def _edge(value: float) -> str:
+    """All its digits, so that no two bins are one; whole numbers as such."""
+    return repr(value).removesuffix(".0")
