@@ -84,7 +84,14 @@ def test_changes_that_decide_results_are_named_and_others_are_not(tmp_path):
     other = load_config(
         RunConfig,
         write(tmp_path),
-        ["loss.beta=0.2", "mesh.fsdp=4", "run_dir=elsewhere", "annotation.openai.max_concurrency=4"],
+        [
+            "loss.beta=0.2",
+            "mesh.fsdp=4",
+            "run_dir=elsewhere",
+            "annotation.openai.max_concurrency=4",
+            "annotation.quality.max_longer_wins=null",
+            "annotation.quality.max_cyclic_share=0.4",
+        ],
     )
     assert changed_fields(config, other) == ["loss.beta: 0.1 -> 0.2"]
     same = load_config(RunConfig, write(tmp_path), ["mesh.fsdp=4", "training.save_every=7"])
@@ -133,6 +140,18 @@ MIXTURE = {"reference.kind": "mixture", "reference.tau": 0.01}
         ({"outer.scheme": "average", "outer.every": 2}, "scheme=average with every=2"),
         ({"pairing.rule": "restrictive", "pairing.margin": 2.0}, r"margin is 2\.0, no win rate"),
         ({"pairing.replay_decay": 1.0, "pairing.replay": 1.0}, "leaves no room for new pairs"),
+        ({"annotation.kind": "oracle", "annotation.quality.repeat": 0.1}, "quality.repeat=0.1 asks an endpoint"),
+        ({"annotation.quality.calibration": "f"}, "quality.calibration=.*annotation.kind=oracle has none"),
+        ({"annotation.kind": "openai", "annotation.apart": True}, "apart=true without annotation.store"),
+        (
+            {
+                "annotation.kind": "openai",
+                "annotation.apart": True,
+                "annotation.store": "s",
+                "evaluation.annotation": {"kind": "openai"},
+            },
+            "apart=true without evaluation.annotation.store",
+        ),
         ({"annotation.kind": "table"}, r"kind=table needs annotation\.table"),
         # the judge
         ({"annotation.kind": "gold", "pairing.reward": "score"}, "kind=gold gives pairwise verdicts, no scores"),

@@ -129,14 +129,18 @@ class QualitySection(Section):
     calibration: PathStr | None = Field(
         default=None, description="JSONL of {prompt, first, second, preference}: people's P(first beats second)"
     )
-    calibration_pairs: Count = Field(default=100, description="of the file, each iteration the same, drawn by seed")
-    max_flip_rate: Fraction | None = 0.25
-    max_tie_rate: Fraction | None = 0.5
-    max_first_rate_error: Fraction | None = Field(default=0.05, description="of P(first shown wins) from 1/2")
-    max_longer_wins: Fraction | None = 0.75
-    min_repeat_agreement: Fraction | None = 0.8
-    min_calibration_agreement: Fraction | None = 0.6
-    max_cyclic_share: Fraction | None = Field(default=0.2, description="of triples of candidates")
+    calibration_pairs: Count = Field(default=300, description="of the file, each iteration the same, drawn by seed")
+    max_flip_rate: Fraction | None = Field(default=0.25, json_schema_extra=MAY_CHANGE)
+    max_tie_rate: Fraction | None = Field(default=0.5, json_schema_extra=MAY_CHANGE)
+    max_first_rate_error: Fraction | None = Field(
+        default=0.05, description="of P(first shown wins) from 1/2", json_schema_extra=MAY_CHANGE
+    )
+    max_longer_wins: Fraction | None = Field(default=0.75, json_schema_extra=MAY_CHANGE)
+    min_repeat_agreement: Fraction | None = Field(default=0.8, json_schema_extra=MAY_CHANGE)
+    min_calibration_agreement: Fraction | None = Field(default=0.6, json_schema_extra=MAY_CHANGE)
+    max_cyclic_share: Fraction | None = Field(
+        default=0.2, description="of triples of candidates", json_schema_extra=MAY_CHANGE
+    )
 
 
 class OracleSection(Section):
@@ -230,6 +234,18 @@ class AnnotationSection(Section):
             raise ValueError("kind=given with a teacher: nobody would give its responses points; remove one of them")
         if len(set(self.ensemble)) < len(self.ensemble):
             raise ValueError("annotation.ensemble: a judge is there twice; its verdicts would be one verdict")
+        return self
+
+    @model_validator(mode="after")
+    def _who_is_measured_can_be_asked(self) -> AnnotationSection:
+        if self.kind in ("given", "gold"):  # nobody judges
+            return self
+        for name, value in (("repeat", self.quality.repeat), ("calibration", self.quality.calibration)):
+            if value and self.kind not in ("openai", "ensemble"):
+                raise ValueError(
+                    f"quality.{name}={value} asks an endpoint more than it must, and annotation.kind={self.kind} has "
+                    "none (kinds that do: openai, ensemble); leave it out"
+                )
         return self
 
     @model_validator(mode="after")
