@@ -200,7 +200,7 @@ def _together_on_a_clock(folder: Path, options: argparse.Namespace, *, url: str)
     config = to_sample(folder, options, url=url)
     shards = list(shards_of(options))
 
-    def on_a_clock(*_: Any) -> None:
+    def on_a_clock(*_: Any, **__: Any) -> None:
         stage = RunDir(config.run_dir).stage("sample", 0)
         for number, (name, rollouts) in enumerate(shards, start=1):
             time.sleep(max(0.0, start + options.seconds * number / len(shards) - time.perf_counter()))

@@ -75,7 +75,7 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
             raise DnoError(
                 f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}"
             )
-        from dno_jax.run_dir import stage_names
+        from dno_jax.run_dir import RunDir, stage_names
 
         if name not in stage_names(settings, iteration):
             from dno_jax.errors import DnoError
@@ -92,6 +92,8 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
 
             _join(coordinator, num_processes, process_id)
             prepare(settings)
+        else:  # it may be there first, or on a machine of its own: then it must be the same configuration
+            RunDir(settings.run_dir).open(settings)
         options = {"stage_name": name} if module else {}
         stage(settings, iteration, **options)
 

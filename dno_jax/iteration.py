@@ -9,8 +9,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
+from dno_jax.report.console import Reminder, say
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
 from dno_jax.stages import (
     annotate,
@@ -27,6 +29,8 @@ from dno_jax.stages import (
     train,
 )
 from dno_jax.stages.scheme import updates
+
+_OUTAGE_SECONDS = 60.0  # between calls of a judge that does not answer, while there is sampling to be done
 
 
 @dataclass(frozen=True)
@@ -82,28 +86,68 @@ def sample_and_annotate(config: RunConfig, iteration: int) -> None:
         return
     if not is_primary() or config.annotation.apart:
         sample.run(config, iteration)
-        wait_until(RunDir(config.run_dir).stage("annotate", iteration).manifest_path.exists)
+        wait_for_annotation(config, iteration)
         return
-    failed = threading.Event()
+    annotate.probe(config, iteration)
+    sampled, stopped = threading.Event(), threading.Event()
     errors: list[BaseException] = []
 
     def annotate_beside() -> None:
-        try:
-            annotate.run(config, iteration, abandoned=failed.is_set)
-        except BaseException as error:  # handed to the main thread, which raises it
-            errors.append(error)
+        while True:
+            try:
+                annotate.run(config, iteration, abandoned=stopped.is_set)
+            except BaseException as error:
+                if isinstance(error, Unreachable) and not sampled.is_set() and not stopped.is_set():
+                    say(f"{error}; sampling goes on, and the judge is asked again in {_OUTAGE_SECONDS:g} s")
+                    sampled.wait(_OUTAGE_SECONDS)
+                    continue
+                errors.append(error)  # handed to the main thread, which raises it
+                if not sampled.is_set() and not stopped.is_set():
+                    say(f"annotation has failed, and sampling stops when it has closed a shard: {error}")
+            return
+
+    def stop_with_annotation() -> None:
+        if errors:
+            raise errors[0]
 
     thread = threading.Thread(target=annotate_beside, name="annotate", daemon=True)
     thread.start()
     try:
-        sample.run(config, iteration)
+        sample.run(config, iteration, after_shard=stop_with_annotation)
+        sampled.set()
+        thread.join()
     except BaseException:
-        failed.set()
+        stopped.set()
+        sampled.set()
+        if thread.is_alive():
+            say("stopping when the verdicts in flight are there and stored; interrupt again to give them up")
         thread.join()
         raise
-    thread.join()
-    if errors:
-        raise errors[0]
+    stop_with_annotation()
+
+
+def wait_for_annotation(config: RunConfig, iteration: int) -> None:
+    """Poll for the verdicts of another process, or machine, and say now and then what is waited for.
+
+    Raises:
+        DnoError: they are another configuration's, or of other samples.
+    """
+    run_dir = RunDir(config.run_dir)
+    stage, shards = run_dir.stage("annotate", iteration), len(run_dir.stage("sample", iteration).require().outputs)
+    remind = Reminder()
+
+    def is_finished() -> bool:
+        if stage.manifest_path.exists():
+            return annotate.finished(config, iteration) is not None
+        if is_primary():
+            remind(
+                f"annotate  {iteration}: {len(stage.shard_names())} of {shards} shards are judged; waiting for "
+                f"{stage.manifest_path}, which `dno annotate CONFIG --iteration {iteration}` writes, on any machine "
+                "(start it again where it has stopped)"
+            )
+        return False
+
+    wait_until(is_finished)
 
 
 def host_stage(stage: Callable[[RunConfig, int], Manifest], name: str, config: RunConfig, iteration: int) -> None:

@@ -153,6 +153,11 @@ class Desk:
             question.key, verdict, judge=question.judge, prompt_id=question.prompt_id, paid=paid
         )
 
+    async def drain(self) -> None:
+        """Send nothing more, and wait until what is in flight has come back and is committed."""
+        self._broken = self._broken or DnoError("no more questions are sent: the run is stopping")
+        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+
     async def close(self) -> None:
         """Give up what is under way, and give back connections and the file."""
         tasks = [*self._under_way.values(), *self._probes.values()]

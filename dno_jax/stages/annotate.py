@@ -9,33 +9,40 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar, cast
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
 from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.quality.calibration import read_calibration
-from dno_jax.annotation.quality.figures import Quality, scalars
+from dno_jax.annotation.quality.figures import Quality
+from dno_jax.annotation.quality.warnings import warnings
+from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
-from dno_jax.report.annotation import quality_table
-from dno_jax.report.console import Meter, console
+from dno_jax.report.console import Meter, Reminder, say
 from dno_jax.run_dir import Manifest, RunDir, StageDir
-from dno_jax.stages.pools import Pools, Survey, survey
+from dno_jax.stages.pools import Pools, Survey, survey, tell_quality
 from dno_jax.stages.prompts import name_bits
 from dno_jax.stages.receipts import closing
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
 # Pools in work for each request that may be in flight: enough to keep the judge busy over the slow end of a shard.
 _POOLS_A_REQUEST = 2
-_BATCH_POOLS = 4096  # that one batch asks about: few batches, whose questions still fit into memory
+_BATCH_QUESTIONS = 16_384  # of the shards that are asked about together by batch, about: what is held in memory
+_BATCHES_AT_ONCE = 2
 
 
-def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = lambda: False) -> Manifest:
+def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] | None = None) -> Manifest:
     """Judge iteration t's rollouts as their shards close, until sampling is finished and every pool has its verdict.
 
     Args:
-        abandoned: asked between shards; true means that sampling has failed and no more shards will come.
+        abandoned: given beside sampling, and asked now and then: true means that sampling has failed or was
+            interrupted. Nothing more is asked then; what is in flight arrives and is kept.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict (run again: only those are asked anew),
@@ -45,27 +52,67 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] = la
     run_dir = RunDir(config.run_dir)
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
     run_dir.path.mkdir(parents=True, exist_ok=True)  # on a machine of its own it may be there before sampling
-    digest = config_digest(config)
-    if sampled.manifest() is not None:
-        inputs = stage.reference_of(sampled.manifest_path)
-        if manifest := stage.finished(inputs, config_digest=digest):
-            return manifest
+    if manifest := finished(config, iteration):
+        return manifest
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
     work = _Work(config, stage, sampled, annotator, run_dir)
     found = asyncio.run(work.run(abandoned=abandoned))
-    figures = found.quality.figures()
-    if config.annotation.judges:
-        console.print(quality_table(figures, config.annotation.quality, iteration=iteration))
-        run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
-        run_dir.append_metrics({"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)})
     return stage.finish(
-        config_digest=digest,
+        config_digest=config_digest(config),
         inputs=stage.reference_of(sampled.manifest_path),
         rows=sum(found.states.values()),
         dropped=found.dropped,
         seconds=time.perf_counter() - start,
-        details={"judge": annotator.identity, "states": dict(found.states), "quality": figures},
+        details={
+            "judge": annotator.identity,
+            "states": dict(found.states),
+            **tell_quality(run_dir, found.quality, config.annotation, iteration=iteration),
+        },
     )
+
+
+def finished(config: RunConfig, iteration: int) -> Manifest | None:
+    """The manifest of an earlier call, which may have been another machine's; None while there is none.
+
+    Raises:
+        DnoError: it was made by another configuration, or of other samples than those now there.
+    """
+    run_dir = RunDir(config.run_dir)
+    stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
+    if sampled.manifest() is None:
+        return None
+    return stage.finished(stage.reference_of(sampled.manifest_path), config_digest=config_digest(config))
+
+
+def probe(config: RunConfig, iteration: int) -> None:
+    """Ask the judge for a sign of life, before anything is sampled for it.
+
+    Where no endpoint answers, that is said: it may be back when there is something to judge.
+
+    Raises:
+        DnoError: what no waiting mends: a refused key, an unknown model, an endpoint without what is needed.
+    """
+    run_dir = RunDir(config.run_dir)
+    if run_dir.stage("sample", iteration).manifest() is not None:
+        return
+    annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
+
+    async def ask() -> None:
+        async with closing(annotator, run_dir):
+            try:
+                await annotator.probe()
+            except Unreachable as error:
+                say(f"{error}; sampling begins all the same, and the judge is asked again")
+
+    asyncio.run(ask())
+
+
+def shards_a_group(config: RunConfig) -> int:
+    """How many shards are judged together: one, or by batch as many as have about `_BATCH_QUESTIONS`."""
+    section = config.sampling
+    count = section.num_samples + section.num_opponents + 1  # and the teacher's
+    asked = sum(num_questions(judge, num_candidates=count) for judge in config.annotation.judges if judge.batch)
+    return max(1, _BATCH_QUESTIONS // (asked * section.shard_prompts)) if asked else 1
 
 
 class _Work:
@@ -78,7 +125,7 @@ class _Work:
         self._annotator = annotator
         self._desk: Desk | None = annotator.desk if isinstance(annotator, EndpointAnnotator) else None
         self._by_batch = any(judge.batch for judge in config.annotation.judges)
-        self._labelled = self._read_labels()
+        self._labels: list[tuple[Judgement, float]] = []
         self._run_dir = run_dir
         self._pools = Pools(sampled, run_dir.prompts_path(stage.iteration))
         self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
@@ -88,58 +135,84 @@ class _Work:
         self._probing = asyncio.Lock()
         self._probed = False
 
-    async def run(self, *, abandoned: Callable[[], bool]) -> Survey:
+    async def run(self, *, abandoned: Callable[[], bool] | None) -> Survey:
         async with closing(self._annotator, self._run_dir):
-            with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools") as meter:
-                await self._follow(meter, abandoned=abandoned)
-                await judge_pools(self._annotator, [pool for pool, _ in self._labelled], meter=None)
-            if self._sampled.manifest() is None:
+            try:
+                closed = self._closed()
+                with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools", done=self._judged) as meter:
+                    if abandoned is None and self._sampled.manifest() is None:
+                        await self._annotator.probe()  # told now, not when the first shard has been waited for
+                    await self._judge_labels()
+                    await self._follow(meter, seen=closed, abandoned=abandoned)
+                    meter.expect(self._judged)
+            except asyncio.CancelledError:
+                say("stopping when the verdicts in flight are there and stored; interrupt again to give them up")
+                raise
+            finally:
+                if self._desk is not None:
+                    await self._desk.drain()
+            if self._sampled.manifest() is None or (abandoned and abandoned()):
                 raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
             self._settle()
             return self._survey()
 
-    def _read_labels(self) -> list[tuple[Pool, float]]:
-        """Pairs that people have judged; only a judge that is asked is asked about them."""
+    async def _judge_labels(self) -> None:
+        """Ask about pairs that people have judged, before anything else is paid for, and say what they warn of."""
         section = self._config.annotation.quality
-        if self._desk is None or section.calibration is None:
-            return []
-        return read_calibration(section.calibration, limit=section.calibration_pairs, seed=self._config.seed)
+        if section.calibration is None:
+            return
+        labelled = read_calibration(section.calibration, limit=section.calibration_pairs, seed=self._config.seed)
+        judged = await judge_pools(self._annotator, [pool for pool, _ in labelled], meter=None)
+        self._labels = [(judgement, label) for judgement, (_, label) in zip(judged, labelled, strict=True)]
+        for sentence in warnings(self._add_labels(Quality()).figures(), section):
+            say(f"warning: {sentence}")
 
-    async def _follow(self, meter: Meter, *, abandoned: Callable[[], bool]) -> None:
+    def _add_labels(self, quality: Quality) -> Quality:
+        for judgement, label in self._labels:
+            quality.add_label(judgement, label)
+        return quality
+
+    async def _follow(self, meter: Meter, *, seen: set[str], abandoned: Callable[[], bool] | None) -> None:
         """Judge shards as they close, a few at once; after an error those in work go on: they are paid for."""
         at_once = max(2, -(-self._annotator.width * _POOLS_A_REQUEST // self._config.sampling.shard_prompts))
-        seen = self._closed()
+        if self._by_batch:
+            at_once = _BATCHES_AT_ONCE
         waiting: deque[str] = deque()
         running: set[asyncio.Task[None]] = set()
         failure: BaseException | None = None
-        while True:
-            # Asked before the shards are listed: what closes in between is seen in the next round.
-            last_round = self._sampled.manifest() is not None or abandoned()
-            new = [shard for shard in self._sampled.shard_names() if shard not in seen]
-            seen.update(new)
-            waiting.extend(new)
-            while waiting or running:
+        remind = Reminder()
+        try:
+            while not (abandoned and abandoned()):
+                # Asked before the shards are listed: what closes in between is seen in the next round.
+                last_round = self._sampled.manifest() is not None
+                new = [shard for shard in self._sampled.shard_names() if shard not in seen]
+                seen.update(new)
+                waiting.extend(new)
                 while len(running) < at_once and failure is None and (group := self._group(waiting, last_round)):
                     running.add(asyncio.create_task(self._judge_group(group, meter)))
-                if not running:
-                    break  # a batch is still to grow
-                done, running = await asyncio.wait(
-                    running, timeout=None if last_round else _POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                errors = [error for task in done if (error := task.exception())]  # all seen: no one else tells of them
-                failure = failure or next(iter(errors), None)
-                if not done or (failure and not running):
-                    break  # look for new shards
-            if failure and not running:
-                raise failure
-            if last_round and not waiting and not running:
-                return
-            if not running:
-                await asyncio.sleep(_POLL_SECONDS)
+                if running:
+                    done, running = await asyncio.wait(
+                        running, timeout=_POLL_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    errors = [error for task in done if (error := task.exception())]  # all seen: nobody else does
+                    failure = failure or next(iter(errors), None)
+                elif failure:
+                    raise failure
+                elif last_round:
+                    return
+                else:
+                    if abandoned is None:
+                        remind(f"annotate  {self._stage.iteration}: {len(seen)} shards are judged; waiting for more, "
+                               f"or the end of sampling, in {self._sampled.path}")  # fmt: skip
+                    await asyncio.sleep(_POLL_SECONDS)
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
     def _group(self, waiting: deque[str], last_round: bool) -> list[str]:
         """Take the shards that are judged next: one, or as many as make a batch; none while a batch is to grow."""
-        size = max(1, _BATCH_POOLS // self._config.sampling.shard_prompts) if self._by_batch else 1
+        size = shards_a_group(self._config)
         if len(waiting) < size and not last_round:
             return []
         return [waiting.popleft() for _ in range(min(size, len(waiting)))]
@@ -147,8 +220,8 @@ class _Work:
     async def _judge_group(self, shards: Sequence[str], meter: Meter) -> None:
         if self._by_batch and isinstance(self._annotator, EndpointAnnotator):
             pools = [pool for shard in shards for pool in self._pools.read(shard, dropped=Counter())]
-            await self._annotator.ask_by_batch(pools)
-            await self._annotator.ask_by_batch([pool for pool in pools if self._is_repeated(pool)], repeat=1)
+            again = [pool for pool in pools if self._is_repeated(pool)]
+            await all_of(self._annotator.ask_by_batch(pools), self._annotator.ask_by_batch(again, repeat=1))
         for shard in shards:
             await self._judge_shard(shard, meter)
 
@@ -167,7 +240,7 @@ class _Work:
         meter.expect(len(self._pools.prompts))
         await self._probe_once(pools)
         again = [pool for pool in pools if self._is_repeated(pool)]
-        judgements, _ = await asyncio.gather(
+        judgements, _ = await all_of(
             judge_pools(self._annotator, pools, meter=meter),
             judge_pools(self._annotator, again, meter=None, repeat=1),
         )
@@ -217,9 +290,7 @@ class _Work:
 
     def _survey(self) -> Survey:
         found = survey(self._pools, self._stage, also=self._add_repeat)
-        for pool, preference in self._labelled:
-            if judgement := self._annotator.recall(pool):
-                found.quality.add_label(judgement, preference)
+        self._add_labels(found.quality)
         return found
 
     def _add_repeat(self, pool: Pool, judgement: Judgement, quality: Quality) -> None:
@@ -238,8 +309,13 @@ async def judge_pools(
             meter.advance(1)
         return judgement
 
-    outcomes = await asyncio.gather(*(one(pool) for pool in pools), return_exceptions=True)
+    return await all_of(*map(one, pools))
+
+
+async def all_of(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
+    """Run them side by side to their ends, and only then raise what the first of them raised."""
+    outcomes = await asyncio.gather(*coroutines, return_exceptions=True)
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
-    return [outcome for outcome in outcomes if isinstance(outcome, Judgement)]
+    return cast("list[T]", outcomes)

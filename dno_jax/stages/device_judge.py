@@ -18,7 +18,7 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
 from dno_jax.records import Judgement
 from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.stages.pools import Pools, survey
+from dno_jax.stages.pools import Pools, survey, tell_quality
 from dno_jax.stages.runtime import Runtime
 
 
@@ -91,7 +91,7 @@ def judge_on_devices(
             details={
                 "judge": identity,
                 "states": dict(states),
-                "quality": found.quality.figures(),
+                **tell_quality(run_dir, found.quality, runtime.config.annotation, iteration=iteration),
                 **figures(judgements()),
             },
         )

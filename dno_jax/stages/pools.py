@@ -7,14 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from etils import epath
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.quality.figures import Quality, Response
+from dno_jax.annotation.quality.figures import Quality, Response, scalars
+from dno_jax.annotation.quality.warnings import warnings
+from dno_jax.config import AnnotationSection
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
-from dno_jax.run_dir import StageDir
+from dno_jax.report.annotation import quality_table
+from dno_jax.report.console import console
+from dno_jax.run_dir import RunDir, StageDir
 
 
 class PromptFile:
@@ -115,6 +120,18 @@ def survey(pools: Pools, judged: StageDir, *, also: Callable[[Pool, Judgement, Q
                 also(own[judgement.prompt_id], judgement, found.quality)
     found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
     return found
+
+
+def tell_quality(run_dir: RunDir, quality: Quality, section: AnnotationSection, *, iteration: int) -> dict[str, Any]:
+    """Say how good a judge is, leave its figures in the metrics, and return the manifest's details of it."""
+    figures = quality.figures()
+    found = warnings(figures, section.quality)
+    if section.judges or section.on_devices:  # what is embedded need not be watched
+        console.print(quality_table(figures, section.quality, iteration=iteration))
+        run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
+        row = {"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)}
+        run_dir.append_metrics(row | ({"warnings": found} if found else {}))
+    return {"quality": figures, "warnings": found}
 
 
 def by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:

@@ -31,6 +31,7 @@ def sample_to_shards(
     draws: Sequence[Draw],
     description: str,
     also: Callable[[TokenizedPrompt], Sequence[Rollout]] = lambda _: (),
+    after_shard: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Sample every prompt that has no closed shard yet.
 
@@ -42,6 +43,7 @@ def sample_to_shards(
         policies: paths by name: "policy" that samples, and the mixture's "center" where a draw has one.
         policy: index t of pi_t, the "policy" of `policies`.
         also: rows that go beside a prompt's responses.
+        after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
 
     Returns:
         For the manifest: how the slots of this process's own part of the mesh were used, or what it asked the server.
@@ -63,6 +65,7 @@ def sample_to_shards(
             rows += _rollouts(sampler, shard.prompts[place], responses)
             rows += also(shard.prompts[place])
         out.write_shard(f"{shard.first:07d}", rows)
+        after_shard()
 
     if pending:
         done = len(prompts) - sum(len(cuts[index]) for index in pending)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,12 @@ from dno_jax.stages.scheme import center_of, mixture_weight
 from dno_jax.stages.teach import with_gold
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
-    """Draw iteration t's candidates; rows already in closed shards are not drawn again."""
+def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = lambda: None) -> Manifest:
+    """Draw iteration t's candidates; rows already in closed shards are not drawn again.
+
+    Args:
+        after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
+    """
     start = time.perf_counter()
     runtime = Runtime.start(config)
     run_dir = runtime.run_dir
@@ -61,6 +65,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             draws=draws,
             description=f"sample    {iteration}",
             also=lambda item: _gold(runtime, item, iteration=iteration),
+            after_shard=after_shard,
         )
     audited = audit.run(runtime, stage, policy=iteration)
     if is_primary():

@@ -590,6 +590,28 @@ def test_a_caller_that_goes_away_takes_no_one_else_along(store_path):
     assert len(client.bodies) == 1
 
 
+def test_draining_sends_nothing_more_and_keeps_what_comes_back(store_path):
+    client = FakeClient(delay=0.01)
+    asked = SECTION.model_copy(update={"max_concurrency": 2})
+
+    async def work() -> list[Verdict | BaseException]:
+        store = VerdictStore(store_path)
+        desk = Desk({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
+        try:
+            tasks = [asyncio.ensure_future(desk.ask(question(name, asked=asked))) for name in "abcdef"]
+            while len(client.bodies) < 2:
+                await asyncio.sleep(0)
+            await desk.drain()
+            return await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            await desk.close()
+
+    found = asyncio.run(work())
+    assert len(client.bodies) == 2
+    assert [isinstance(verdict, Verdict) for verdict in found] == [True] * 2 + [False] * 4
+    assert tries_of(store_path) == 2
+
+
 def test_closing_gives_up_what_is_under_way(store_path):
     client = FakeClient(delay=3600.0)
 

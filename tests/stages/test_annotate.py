@@ -3,6 +3,7 @@
 It follows shards as they close, shows a judge what it should see, and never waits in vain.
 """
 
+import asyncio
 import threading
 import time
 from collections import Counter
@@ -79,11 +80,62 @@ def test_shards_are_judged_while_sampling_goes_on(sampled):
     assert [row.prompt_id for row in stage.read(Judgement)] == ["p0", "p1", "p2", "p3"]
 
 
+def judge_one_shard(config, run_dir):
+    """Call the stage, and have sampling fail when one shard is judged."""
+    with pytest.raises(DnoError, match="sampling stopped before it was finished"):
+        annotate.run(config, 0, abandoned=lambda: bool(run_dir.stage("annotate", 0).shard_names()))
+
+
+def test_says_what_it_waits_for(sampled, monkeypatch):
+    config, run_dir = sampled
+    source = run_dir.stage("sample", 0)
+    source.write_shard("0000000", rows("p0", 0))
+    said = []
+
+    class Reminder:
+        def __call__(self, message):
+            said.append(message)
+            source.finish(config_digest="c", inputs={}, rows=4, seconds=0.0)
+
+    monkeypatch.setattr(annotate, "Reminder", Reminder)
+    assert annotate.run(config, 0).rows == 1
+    (message,) = said
+    assert "1 shards are judged; waiting for more" in message
+    assert str(source.path) in message
+
+
+def test_the_meter_reaches_its_total_after_a_restart(sampled, capfd):
+    config, run_dir = sampled
+    source = run_dir.stage("sample", 0)
+    source.write_shard("0000000", rows("p0", 0))
+    judge_one_shard(config, run_dir)
+    source.write_shard("0000001", [rollout("p1", 0, "bam"), rollout("p1", 1, "dom"), rollout("p2", 0, "alone")])
+    source.finish(config_digest="c", inputs={}, rows=7, seconds=0.0)
+    capfd.readouterr()
+    annotate.run(config, 0)
+    assert "annotate  0: 2/2 pools" in capfd.readouterr().err
+
+
+def test_what_runs_beside_a_failure_comes_to_its_end_first():
+    ended = []
+
+    async def fails():
+        raise DnoError("first")
+
+    async def goes_on():
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        ended.append(True)
+
+    with pytest.raises(DnoError, match="first"):
+        asyncio.run(annotate.all_of(fails(), goes_on()))
+    assert ended
+
+
 def test_stops_when_sampling_has_failed_and_keeps_what_it_has(sampled):
     config, run_dir = sampled
     run_dir.stage("sample", 0).write_shard("0000000", rows("p0", 0))
-    with pytest.raises(DnoError, match="sampling stopped before it was finished"):
-        annotate.run(config, 0, abandoned=lambda: True)
+    judge_one_shard(config, run_dir)
     assert run_dir.stage("annotate", 0).shard_names() == ["0000000"]
     assert run_dir.stage("annotate", 0).manifest() is None
 
@@ -115,8 +167,7 @@ def test_drops_are_counted_over_a_restart(sampled):
     config, run_dir = sampled
     source = run_dir.stage("sample", 0)
     source.write_shard("0000000", [rollout("p0", k, text) for k, text in enumerate(["bam", "bam", "dom"])])
-    with pytest.raises(DnoError):
-        annotate.run(config, 0, abandoned=lambda: True)
+    judge_one_shard(config, run_dir)
     source.write_shard("0000001", [rollout("p1", k, text) for k, text in enumerate(["fen", "", "dom"])])
     source.finish(config_digest="c", inputs={}, rows=6, seconds=0.0)
     assert annotate.run(config, 0).dropped == {"duplicate response": 1, "empty response": 1}
@@ -141,8 +192,7 @@ def test_one_iteration_has_one_judge(sampled):
     config, run_dir = sampled
     source, stage = run_dir.stage("sample", 0), run_dir.stage("annotate", 0)
     source.write_shard("0000000", rows("p0", 0))
-    with pytest.raises(DnoError):
-        annotate.run(config, 0, abandoned=lambda: True)
+    judge_one_shard(config, run_dir)
     (before,) = {row.judge for row in stage.read(Judgement)}
     oracle = config.annotation.oracle
     edited = oracle.model_copy(update={"target_words": oracle.target_words + 1})

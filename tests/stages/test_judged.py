@@ -19,12 +19,13 @@ from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.annotation.ledger.database import Database
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.quality.warnings import warnings
+from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Pair, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
 from dno_jax.stages.pools import PromptFile
-from tests.stages.judged import paid, sampled_run, worth
+from tests.stages.judged import judged_tree, paid, sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
 
@@ -82,6 +83,8 @@ def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path, ope
     named = " ".join(warnings(figures, config.annotation.quality))
     assert "max_flip_rate" in named
     assert "max_first_rate_error" in named
+    manifest = RunDir(config.run_dir).stage("annotate", 0).require()
+    assert manifest.details["warnings"] == row["warnings"] == warnings(figures, config.annotation.quality)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,14 @@ def test_a_judge_that_likes_the_first_still_finds_the_order_on_average_and_is_na
     assert sum(right) / len(right) > 0.75
 
 
-def test_repeats_and_labelled_pairs_measure_the_judge(tmp_path):
+def test_repeats_and_labelled_pairs_measure_the_judge(tmp_path, monkeypatch):
+    asked, judge_pools = [], annotate.judge_pools
+
+    async def noted(annotator, pools, **options):
+        asked.append([pool.prompt.prompt_id for pool in pools])
+        return await judge_pools(annotator, pools, **options)
+
+    monkeypatch.setattr(annotate, "judge_pools", noted)
     labels = tmp_path / "labels.jsonl"
     rows = [{"prompt": f"q{i}", "first": "good q=0.9", "second": "bad q=0.1", "preference": 1.0} for i in range(9)]
     rows.append({"prompt": "wrong", "first": "good q=0.9", "second": "bad q=0.1", "preference": 0.0})
@@ -134,7 +144,9 @@ def test_repeats_and_labelled_pairs_measure_the_judge(tmp_path):
         assert 4 <= again <= 20
         assert server.requests == (24 + again) * 12 + 10 * 2
         assert server.duplicates == 0  # a repetition has a seed of its own
+        assert set(asked[0]) == {f"calibration/{line}" for line in range(1, 11)}  # before anything else is paid for
     assert figures["calibration_agreement"]["value"] == pytest.approx(0.9)
+    assert (figures["calibration_missing"]["value"], figures["calibration_missing"]["n"]) == (0.0, 10)
     assert figures["scores"]["mean"].keys() == {"student", "gold"}
 
 
@@ -228,6 +240,19 @@ def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_pat
         assert full / 2 < receipt["usd"] < full
 
 
+def test_shards_are_batched_by_the_number_of_their_questions(tmp_path):
+    def grouped(**openai):
+        sampling = {"num_samples": 5, "shard_prompts": 64}
+        annotation = {"openai": openai}
+        tree = judged_tree(tmp_path, "http://127.0.0.1:9/v1", sampling=sampling, annotation=annotation)
+        return annotate.shards_a_group(parse_config(RunConfig, tree, place="test"))
+
+    assert grouped(batch=True) == 256
+    assert grouped(batch=True, form="pairwise") == 8  # of 30 questions a pool
+    assert grouped(batch=True, form="pairwise", schedule="tournament") == 25
+    assert grouped(form="pairwise") == 1
+
+
 def test_the_key_is_told_nowhere_though_the_server_tells_it(tmp_path, monkeypatch, capfd, caplog):
     key = "sk-planted-0123456789abcdef"
     monkeypatch.setenv("DNO_TEST_KEY", key)
@@ -316,7 +341,7 @@ def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):
         shutil.rmtree(stage.path)
         asked = []
 
-        def sample_slowly(*_):
+        def sample_slowly(*_, **__):
             for number, (name, rollouts) in enumerate(shards.items(), start=1):
                 stage.write_shard(name, rollouts)
                 deadline = time.monotonic() + 60.0

@@ -127,7 +127,7 @@ def transformers_reward(path: Path, chats: list[list[dict]]) -> list[float]:
     return found
 
 
-def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled, checkpoint):
+def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled, checkpoint, capfd):
     config = make()
     run_dir = sampled(config)
     reward_model.check(config)
@@ -137,6 +137,10 @@ def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled,
     rows = judgements(run_dir)
     assert manifest.rows == len(rows) == 12
     assert manifest.details["states"] == {"ok": 12}
+    (row,) = [row for row in run_dir.read_metrics() if row["stage"] == "annotate"]
+    assert row["longer_wins"] == manifest.details["quality"]["longer_wins"]["value"]
+    assert row.get("warnings", []) == manifest.details["warnings"]
+    assert "judge of iteration 0" in capfd.readouterr().err
     assert {row.judge for row in rows} == {manifest.details["judge"]}
     ours, theirs = [], []
     for row in rows:

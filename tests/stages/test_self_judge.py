@@ -174,13 +174,17 @@ def scored(run_dir: RunDir) -> list[tuple[str, float]]:
     ]
 
 
-def test_the_points_order_responses_as_taught(make, sampled):
+def test_the_points_order_responses_as_taught(make, sampled, capfd):
     config = make()
     run_dir = sampled(config)
     self_judge.check(config)
     manifest = self_judge.run(config, 0)
     assert manifest.rows == 12
     assert manifest.details["states"] == {"ok": 12}
+    (row,) = [row for row in run_dir.read_metrics() if row["stage"] == "annotate"]
+    assert row["longer_wins"] == manifest.details["quality"]["longer_wins"]["value"]
+    assert row.get("warnings", []) == manifest.details["warnings"]
+    assert "judge of iteration 0" in capfd.readouterr().err
     assert sum(manifest.details["readings"].values()) == 3 * len(scored(run_dir))
     assert f"policy={manifest.inputs['policies/000'][:12]}" in manifest.details["judge"]
     assert {row.judge for row in judgements(run_dir)} == {manifest.details["judge"]}
