@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from dno_jax.errors import DnoError
 
@@ -32,7 +32,9 @@ MAX_RETRY_AFTER_SECONDS = 300.0
 # How long an idle connection is kept: less than the 5 s after which many servers close it, maybe below a request.
 _KEPT_SECONDS = 4.0
 _RETRIED = {408, 409, 425, 429}
-_SHORTEST_SECRET = 8  # "EMPTY", "none": placeholders for servers without keys; scrubbing them would garble words
+# What stands for a key at servers without any (in lower case): to scrub these would garble words.
+_PLACEHOLDERS = {"none", "null", "empty", "dummy", "x", "xxx", "ollama", "lm-studio", "no-key", "not-needed"}
+_SHORTEST_KEY = 4  # a shorter one stands in every other word
 _KEY_LIKE = re.compile(r"\b(sk-|Bearer )[\w*.-]{6,}")
 
 
@@ -104,6 +106,8 @@ class Endpoint:
         self._api_key_env = api_key_env
         self._timeout = timeout
         self._key = _read_key(api_key_env, url=self.url, place=self.address)
+        is_secret = api_key_env is not None and self._key.lower() not in _PLACEHOLDERS
+        self._secrets = (self._key, quote(self._key, safe="")) if is_secret else ()  # as it is, and as it is in URLs
         self._client = self._open()
 
     async def post(
@@ -177,8 +181,9 @@ class Endpoint:
 
     def without_key(self, text: str) -> str:
         """Take the key out of a text that is to be kept as it is."""
-        secret = self._api_key_env is not None and len(self._key) >= _SHORTEST_SECRET
-        return text.replace(self._key, "[key]") if secret else text
+        for secret in self._secrets:
+            text = text.replace(secret, "[key]")
+        return text
 
     def _open(self) -> openai.AsyncOpenAI:
         """Make the client. It sends by aiohttp: httpx's own pool looks at all its connections for each request.
@@ -309,6 +314,11 @@ def _read_key(api_key_env: str | None, *, url: str, place: str) -> str:
         raise DnoError(
             f"{place}: the environment variable {api_key_env} is not set; put the key of "
             f"{url} there, or set {place}.api_key_env=null for a server without keys"
+        )
+    if len(key) < _SHORTEST_KEY and key.lower() not in _PLACEHOLDERS:
+        raise DnoError(
+            f"{place}: the variable {api_key_env} holds {len(key)} characters, too few to be kept out of logs; set "
+            f"{place}.api_key_env=null for a server without keys, or a key of {_SHORTEST_KEY} characters or more"
         )
     if not (key.isascii() and key.isprintable()):
         raise DnoError(f"{place}: the variable {api_key_env} holds no key: it has odd characters")

@@ -8,6 +8,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,6 +246,55 @@ def test_what_a_batch_leaves_is_for_the_caller_to_ask_live(status, caplog):
         assert (trouble.then, status in trouble.detail) == ("retry", True)
     assert not store.notes
     assert f"batch_0: {status}" in caplog.text
+    assert f"batch_0 ({status}) left 2 of 4 requests without a reply" in caplog.text
+    assert "they are asked live, at the full price" in caplog.text
+
+
+NO_ROOM = {
+    "object": "list",
+    "data": [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached for m. Limit: 90,000 tokens."}],
+}
+
+
+class SmallQueue(Api):
+    """Takes so many requests at a time; a batch for which there is no room fails, as it does at OpenAI's."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def serve(self, asked: Asked) -> Answer:
+        answer = super().serve(asked)
+        if asked.method == "POST" and asked.path == "/v1/batches":
+            taken = [b for b in self.batches.values() if b["status"] == "validating"]
+            if sum(len(self.files[b["input_file_id"]].splitlines()) for b in taken) > self.room:
+                answer.body.update(status="failed", errors=NO_ROOM)
+        return answer
+
+    def look(self, name: str) -> dict[str, Any]:
+        batch = self.batches[name]
+        return batch if batch["status"] == "failed" else super().look(name)
+
+
+@pytest.mark.parametrize(
+    ("a_batch", "room", "batches", "live"),
+    [(4, 5, 3, 0), (8, 3, 10, 0), (8, 1, 3, 8)],
+    ids=["another ends", "halves", "too small"],
+)
+def test_a_batch_that_finds_no_room_is_made_again_and_only_then_left_and_said(
+    monkeypatch, caplog, a_batch, room, batches, live
+):
+    monkeypatch.setattr(batch_module, "MAX_REQUESTS", a_batch)
+    monkeypatch.setattr(batch_module, "_FEWEST_REQUESTS", 3 if live else 1)
+    api, store, asked = SmallQueue(room), Memory(), questions(range(8))
+    with Scripted(after_probe(api)) as server:
+        found = ask(server.url, asked, store)
+    assert texts(found, asked) == [None if live else f"to {n}" for n in range(8)]
+    assert not store.notes
+    assert "Enqueued token limit reached for m" in caplog.text
+    said = [record.getMessage() for record in caplog.records if "full price" in record.getMessage()]
+    assert sum(int(re.search(r"left (\d+) of", text)[1]) for text in said) == live
+    assert len(api.batches) == batches
 
 
 @pytest.mark.parametrize(
@@ -382,6 +432,67 @@ def test_a_creation_whose_answer_is_lost_is_not_repeated():
         found = ask(server.url, asked, Memory())
     assert texts(found, asked) == ["to 0", "to 1", "to 2"]
     assert len(api.batches) == 1
+
+
+def test_a_batch_that_may_have_been_made_is_remembered_and_named_where_nobody_can_look():
+    api, store, asked = Api(), Memory(), questions(range(3))
+    with Scripted(after_probe(api)) as server:
+        api.faults = [
+            ("POST /v1/batches", Answer(fault="reset"), True),  # made, and nobody heard
+            ("GET /v1/batches", fault(404, "no such path"), False),
+        ]
+        with pytest.raises(DnoError, match="no such path") as caught:
+            ask(server.url, asked, store)
+        (note,) = store.notes.values()
+        for part in (f"dno_jax={note.token}", "cancel it first", "set annotation.openai.batch=false to ask live"):
+            assert part in str(caught.value)
+        assert texts(ask(server.url, asked, store), asked) == ["to 0", "to 1", "to 2"]
+    assert len(api.batches) == 1
+    assert not store.notes
+
+
+def test_two_groups_that_collect_one_batch_together_leave_no_note():
+    api, store, asked = Api(), Memory(), questions(range(6))
+
+    async def both(url: str) -> list[dict[str, Reply | Trouble]]:
+        client = Client(OpenAISection(base_url=url, api_key_env=None), who="the judge 'm'", place="annotation.openai")
+
+        async def group(own: Sequence[Question]) -> dict[str, Reply | Trouble]:
+            return {key: result async for key, result in run(own, client=client, store=store)}
+
+        try:
+            await client.probe(asked[0].body)
+            return await asyncio.gather(group(asked[:2]), group(asked[2:]))
+        finally:
+            await client.close()
+
+    with Scripted(after_probe(api)) as server:
+        store.kill_at = 1
+        with pytest.raises(KeyboardInterrupt):
+            ask(server.url, asked, store)
+        store.kill_at = None
+        first, second = asyncio.run(both(server.url))
+    assert texts(first | second, asked) == [f"to {n}" for n in range(6)]
+    assert len(api.batches) == 1
+    assert not store.notes
+
+
+def test_a_retry_after_is_waited_for_no_longer_than_an_outage_may_last(monkeypatch):
+    now, waits = [1000.0], []
+
+    async def pause(seconds: float) -> None:
+        waits.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(batch_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(batch_module, "_pause", pause)
+    api = Api()
+    with Scripted(after_probe(api)) as server:
+        api.faults = [("POST /v1/files", fault(429, headers={"Retry-After": "3600"}), False)] * 9
+        with pytest.raises(Unreachable, match="has not answered for 600 s"):
+            ask(server.url, questions(range(2)), Memory(), max_outage=600.0, max_tries=3)
+    assert waits[0] == pytest.approx(600.0)
+    assert sum(waits[1:]) < 1.0
 
 
 def test_faults_on_every_path_are_outlasted():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import pytest
 
@@ -897,3 +898,35 @@ def test_another_endpoint_that_is_wrong_is_named_before_anything_is_sent(more, e
     config = OpenAISection(base_url="http://127.0.0.1:1/v1", api_key_env=None, more_endpoints=(more,))
     with pytest.raises(DnoError, match=expected):
         Client(config, who="the judge", place="annotation.openai")
+
+
+@pytest.mark.parametrize("key", ["sk-1234", "1234", "a/b+c=d e", KEY])
+def test_a_key_of_any_length_is_scrubbed_in_headers_and_urls_too(key, monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("PLANTED_KEY", key)
+    headers = {"X-Your-Key": key, "X-Ratelimit-Limit-Requests": key}
+    said = f"GET http://u:{key}@judge/v1?key={quote(key, safe='')} failed"
+    answers = [Answer(body=completion(f"it was {key}").body, headers=headers), fault(500, said, headers=headers)]
+    with Scripted(first_then(*answers)) as server:
+        config = section(server, api_key_env="PLANTED_KEY")
+        reply, trouble = send_all(config, 2)
+        assert server.chats[0].headers["authorization"] == f"Bearer {key}"
+    assert reply.text == "it was [key]"
+    assert trouble.detail == "HTTP 500: GET http://u:[key]@judge/v1?key=[key] failed"
+    for text in (repr(reply), repr(trouble), repr(Response("", {"x": key})), caplog.text):
+        assert key not in text
+        assert quote(key, safe="") not in text
+
+
+@pytest.mark.parametrize("key", ["none", "EMPTY", "x", "Not-Needed"])
+def test_a_placeholder_is_no_secret_and_garbles_no_word(key, monkeypatch):
+    monkeypatch.setenv("PLANTED_KEY", key)
+    with Scripted(after_probe(lambda _: completion(f"the text {key}"))) as server:
+        assert send_one(section(server, api_key_env="PLANTED_KEY")).text == f"the text {key}"
+
+
+@pytest.mark.parametrize("key", ["a", "abc"])
+def test_a_key_too_short_to_be_scrubbed_is_refused(key, monkeypatch):
+    monkeypatch.setenv("PLANTED_KEY", key)
+    with pytest.raises(DnoError, match=r"PLANTED_KEY holds \d characters, too few .* set p\.api_key_env=null"):
+        Endpoint(who="the judge", place="p", url="http://a/v1", api_key_env="PLANTED_KEY", timeout=1.0)

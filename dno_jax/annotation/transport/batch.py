@@ -2,7 +2,8 @@
 
 A batch is noted in the store before it is made, with a token that stands in its metadata, and again with its id. A run
 that starts anew finds the batches it left and collects them; where it was killed while one was being made, the list of
-batches says by the token whether it was. What a batch leaves unanswered is the caller's to ask live.
+batches says by the token whether it was. A batch that finds no room in the endpoint's queue is made anew when another
+has ended, or in halves where none is under way. What a batch leaves unanswered is the caller's to ask live.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from urllib.parse import quote
@@ -34,6 +35,7 @@ FIRST_POLL_SECONDS = 5.0
 MAX_POLL_SECONDS = 60.0
 _TRANSFER_SECONDS = 1800.0  # at least, for a file of that size
 _PATH = "/v1/chat/completions"
+_FEWEST_REQUESTS = 64  # that a batch is halved to for lack of room
 _TOKEN = "dno_jax"
 _ENDED = ("completed", "failed", "expired", "cancelled")
 
@@ -64,7 +66,6 @@ class BatchStore(Protocol):
 
     def remember_batch(self, batch: OpenBatch) -> None:
         """Note a batch, in place of what is noted under its token."""
-        ...
 
     def open_batches(self) -> Sequence[OpenBatch]:
         """Return all that are noted."""
@@ -72,7 +73,6 @@ class BatchStore(Protocol):
 
     def close_batch(self, token: str) -> None:
         """Forget a batch."""
-        ...
 
 
 async def run(
@@ -103,26 +103,34 @@ async def run(
             left.pop(key, None)
     for keys, data in _parts(left.values(), client):
         under_way.append(await batches.make(keys, data))
+    no_room: list[tuple[OpenBatch, Mapping[str, Any]]] = []
     pause = FIRST_POLL_SECONDS
     while under_way:
+        ended = 0
         for batch in list(under_way):
             state = await batches.state(batch)
             if state["status"] not in _ENDED:
                 continue
             under_way.remove(batch)
-            answered: set[str] = set()
-            async for key, result in batches.answers(batch, state):
-                if key in wanted and key not in answered:
-                    yield key, result
-                answered.add(key)
-            for key in batch.keys:
-                if key in wanted and key not in answered:
-                    yield key, Trouble(f"batch {batch.batch_id} {state['status']} without an answer")
-            later = tuple(key for key in batch.keys if key not in wanted)
-            if later:
-                store.remember_batch(replace(batch, keys=later))
-            else:
-                store.close_batch(batch.token)
+            if _found_no_room(state):
+                no_room.append((batch, state))
+                continue
+            ended += 1
+            async for result in batches.results(batch, state, wanted.keys()):
+                yield result
+        anew = no_room[:ended] if ended or under_way else no_room
+        no_room = no_room[len(anew) :]
+        for batch, state in anew:
+            keys = [key for key in batch.keys if key in wanted]
+            size = len(keys) if ended else len(keys) // 2
+            if not ended and size < _FEWEST_REQUESTS:
+                async for result in batches.results(batch, state, wanted.keys()):
+                    yield result
+                continue
+            batches.forget(batch, wanted.keys())
+            for start in range(0, len(keys), size):
+                for part, data in _parts([wanted[key] for key in keys[start : start + size]], client):
+                    under_way.append(await batches.make(part, data))
         if under_way:
             await _pause(pause)
             pause = min(MAX_POLL_SECONDS, 1.5 * pause)
@@ -145,6 +153,12 @@ def _parts(questions: Iterable[Question], client: Client) -> Iterator[tuple[tupl
         size += len(line)
     if keys:
         yield tuple(keys), b"".join(lines)
+
+
+def _found_no_room(state: Mapping[str, Any]) -> bool:
+    """Whether a batch failed because more tokens are enqueued than the account may have."""
+    said = json.dumps(state.get("errors")).lower()
+    return state["status"] == "failed" and ("token_limit_exceeded" in said or "enqueued token" in said)
 
 
 class _Batches:
@@ -190,28 +204,40 @@ class _Batches:
             "completion_window": "24h",
             "metadata": {_TOKEN: batch.token},
         }
-        tries = 0
+        perhaps_made = False
 
         async def create() -> str | Trouble:
-            nonlocal tries
-            tries += 1
-            if tries > 1:  # the try before may have made it, though its answer was lost
+            nonlocal perhaps_made
+            if perhaps_made:  # and its answer was lost
                 found = await self._find(batch.token)
                 if found is not None:
                     return found
+                perhaps_made = False
             made = await self._object(self._endpoint.post("/batches", request))
-            return made if isinstance(made, Trouble) else made["id"]
+            if not isinstance(made, Trouble):
+                return made["id"]
+            perhaps_made = not (made.unreachable or (400 <= (made.status or 0) < 500 and made.status not in (408, 409)))
+            return made
 
         try:
             batch_id = await self._persist(create)
         except DnoError as error:
-            if not isinstance(error, Unreachable):
+            if not isinstance(error, Unreachable) and not perhaps_made:
                 self._store.close_batch(batch.token)
             raise
         batch = replace(batch, batch_id=batch_id)
         self._store.remember_batch(batch)
         _LOG.info("%s: batch %s of %d requests", self._client.who, batch_id, len(keys))
         return batch
+
+    def forget(self, batch: OpenBatch, wanted: Collection[str]) -> None:
+        """Strike what is wanted out of the note of a batch that has ended; others may have struck theirs meanwhile."""
+        noted = next((note for note in self._store.open_batches() if note.token == batch.token), None)
+        later = tuple(key for key in noted.keys if key not in wanted) if noted else ()
+        if later:
+            self._store.remember_batch(replace(batch, keys=later))
+        elif noted:
+            self._store.close_batch(batch.token)
 
     async def state(self, batch: OpenBatch) -> Mapping[str, Any]:
         """Return what the endpoint says of a batch; one that it has forgotten has failed."""
@@ -226,7 +252,27 @@ class _Batches:
             _LOG.log(level, "%s: batch %s: %s%s", self._client.who, batch.batch_id, self._client.words(status), said)
         return state
 
-    async def answers(self, batch: OpenBatch, state: Mapping[str, Any]) -> AsyncIterator[tuple[str, Reply | Trouble]]:
+    async def results(
+        self, batch: OpenBatch, state: Mapping[str, Any], wanted: Collection[str]
+    ) -> AsyncIterator[tuple[str, Reply | Trouble]]:
+        """Yield what came of all that is wanted of a batch that has ended, say what it left, and forget it."""
+        unanswered = Trouble(f"batch {batch.batch_id} {state['status']} without an answer")
+        missing = {key: unanswered for key in batch.keys if key in wanted}
+        number, troubles = len(missing), []
+        async for key, result in self._answers(batch, state):
+            if missing.pop(key, None) is not None:
+                if isinstance(result, Trouble):
+                    troubles.append(result)
+                yield key, result
+        for item in missing.items():
+            yield item
+        if troubles := [*troubles, *missing.values()]:
+            _LOG.warning("%s: batch %s (%s) left %d of %d requests without a reply (%s): they are asked live, at the "
+                         "full price", self._client.who, batch.batch_id, self._client.words(state["status"]),
+                         len(troubles), number, troubles[0].detail)  # fmt: skip
+        self.forget(batch, wanted)
+
+    async def _answers(self, batch: OpenBatch, state: Mapping[str, Any]) -> AsyncIterator[tuple[str, Reply | Trouble]]:
         """Yield what stands in the files of a batch that has ended."""
         known = set(batch.keys)
         for name in ("output_file_id", "error_file_id"):
@@ -248,7 +294,17 @@ class _Batches:
                              f"{odd} odd lines are passed over" if odd else "a file of results is gone")  # fmt: skip
 
     async def _find(self, token: str) -> str | Trouble | None:
-        """Look for the batch that has this token in its metadata."""
+        """Look for the batch that has this token in its metadata; where there is no looking, say what that means."""
+        try:
+            found = await self._look_for(token)
+        except EndpointError as error:
+            found = Trouble(str(error), then="raise", status=error.status)
+        if not isinstance(found, Trouble) or found.then == "retry" or found.asks_for_a_pause:
+            return found
+        return replace(found, detail=f"{found.detail}; a batch with {_TOKEN}={token} in its metadata may have been "
+                       "made there all the same: if you find it, cancel it first, or it is paid for twice")  # fmt: skip
+
+    async def _look_for(self, token: str) -> str | Trouble | None:
         after: str | None = None
         while True:
             query = {"limit": "100", **({"after": after} if after else {})}
@@ -302,11 +358,8 @@ class _Batches:
                     f"{self._client.who}: the Batch API of {self._endpoint.url} has not answered for {waited:.0f} s "
                     f"({result.detail}); start again when it does: its batches go on and are remembered"
                 )
-            if left > 0.0:
-                pause = min(left, wait_seconds(failures, retry_after=result.retry_after, jitter=random.random()))
-            else:
-                pause = wait_seconds(failures, retry_after=None, jitter=random.random())
-            await _pause(pause)
+            pause = None if result.retry_after is None else min(result.retry_after, max(0.0, left))
+            await _pause(wait_seconds(failures, retry_after=pause, jitter=random.random()))
 
 
 async def _unless_gone(request: Awaitable[T], otherwise: U) -> T | U:
