@@ -491,7 +491,7 @@ def test_a_retry_after_is_waited_for_no_longer_than_an_outage_may_last(monkeypat
         api.faults = [("POST /v1/files", fault(429, headers={"Retry-After": "3600"}), False)] * 9
         with pytest.raises(Unreachable, match="has not answered for 600 s"):
             ask(server.url, questions(range(2)), Memory(), max_outage=600.0, max_tries=3)
-    assert waits[0] == pytest.approx(600.0)
+    assert waits[0] == pytest.approx(600.0, abs=0.1)
     assert sum(waits[1:]) < 1.0
 
 

@@ -21,6 +21,7 @@ import pytest
 
 from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport import client as client_module
+from dno_jax.annotation.transport import probe as probe_module
 from dno_jax.annotation.transport import routes
 from dno_jax.annotation.transport.client import Client, Unreachable
 from dno_jax.annotation.transport.completion import read_completion
@@ -490,6 +491,25 @@ def test_a_probe_waits_no_longer_than_an_outage_may_last(monkeypatch):
             with_client(section(server, max_outage=600.0), lambda client: client.probe(BODY))
         assert clock.waits == [pytest.approx(400.0, abs=0.1), pytest.approx(200.0, abs=0.1)]
         assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(("pauses", "waits"), [([250, 250], [250, 200]), ([400], [400])], ids=["cut", "anew"])
+def test_an_endpoint_that_wants_to_be_left_alone_amid_the_probe_is_asked_again(pauses, waits, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(client_module, "_pause", clock.pause)
+    monkeypatch.setattr(probe_module, "asyncio", SimpleNamespace(sleep=clock.pause))
+    monkeypatch.setattr(probe_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    left = iter(pauses)
+
+    def script(asked: Asked) -> Answer:
+        if "response_format" in asked.body and (pause := next(left, None)) is not None:
+            return fault(429, headers={"Retry-After": str(pause)})
+        return completion("{}")
+
+    with Scripted(script) as server:
+        found = with_client(section(server, max_outage=450.0), lambda client: client.probe(BODY))
+    assert found.json_schema
+    assert clock.waits == [pytest.approx(seconds, abs=0.1) for seconds in waits]
 
 
 def test_a_probe_waits_for_the_endpoint_that_is_back_first(monkeypatch):

@@ -20,7 +20,6 @@ from dno_jax.annotation.transport.probe import Capabilities, Pay, nobody_pays, p
 from dno_jax.annotation.transport.routes import Route, Routes, Unreachable
 from dno_jax.config import ChatSection
 from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
-from dno_jax.errors import DnoError
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ class Client:
                 for route in self._routes.in_service:
                     try:
                         trouble = await self._introduce(route, body, pay)
-                    except DnoError as error:
+                    except EndpointError as error:
                         self._routes.dismiss(route, error)
                         continue
                     if trouble is None:

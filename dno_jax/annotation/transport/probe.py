@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport.completion import read_completion, with_schema
 from dno_jax.config import ChatSection, OpenAISection
 from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
-from dno_jax.errors import DnoError
 
 _LOG = logging.getLogger(__name__)
 
@@ -73,10 +73,10 @@ async def probe(
         pay: sends each request, or raises what it likes where there is no money for it.
 
     Raises:
-        DnoError: the endpoint does not take a parameter of the real requests, or does not give what they need.
+        EndpointError: the endpoint does not take a parameter of the real requests, or does not give what they need.
     """
     body = {**body, "messages": _MESSAGES}
-    asked = _Asked(endpoint, max_tries=section.max_tries, pay=pay)
+    asked = _Asked(endpoint, section, pay=pay)
     plain = await asked.once(body)
     takes_seed = not (isinstance(plain, Trouble) and _culprit(plain, body) == "seed")
     if isinstance(plain, Trouble) and not takes_seed:
@@ -86,17 +86,18 @@ async def probe(
         plain = await asked.once(body)
     if isinstance(plain, Trouble):
         if plain.then == "give up" and not plain.asks_for_a_pause:
-            raise DnoError(_explained(endpoint, plain, body, place=place))
+            raise EndpointError(_explained(endpoint, plain, body, place=place), status=plain.status or 0)
         return plain
     if body.get("logprobs") and not plain.first_logprobs:
-        raise DnoError(
-            f"{endpoint.who} at {endpoint.url} gives no log-probabilities; {_REMEDIES['logprobs'].format(place=place)}"
-        )
+        remedy = _REMEDIES["logprobs"].format(place=place)
+        raise EndpointError(f"{endpoint.who} at {endpoint.url} gives no log-probabilities; {remedy}", status=200)
     structured = section.structured if isinstance(section, OpenAISection) else "none"
     by_schema = with_schema(body, _SCHEMA)
     schema = await asked.again(by_schema) if structured != "none" else None
+    if isinstance(schema, Trouble) and schema.asks_for_a_pause:
+        return schema
     if structured == "json_schema" and isinstance(schema, Trouble):
-        raise DnoError(_explained(endpoint, schema, by_schema, place=place))
+        raise EndpointError(_explained(endpoint, schema, by_schema, place=place), status=schema.status or 0)
     logprobs = await asked.again({**body, "logprobs": True, "top_logprobs": 1}) if "logprobs" not in body else plain
     several = await asked.again({**body, "n": 2}, choice=1)
     offers = Capabilities(
@@ -112,9 +113,9 @@ async def probe(
 class _Asked:
     """An endpoint, and who pays for asking it."""
 
-    def __init__(self, endpoint: Endpoint, *, max_tries: int, pay: Pay):
+    def __init__(self, endpoint: Endpoint, section: ChatSection, *, pay: Pay):
         self._endpoint = endpoint
-        self._max_tries = max_tries
+        self._section = section
         self._pay = pay
 
     async def once(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
@@ -136,16 +137,18 @@ class _Asked:
 
     async def again(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
         """Ask for more than an answered request did, until the answer is no accident of the moment."""
-        tries = 0
+        tries, until = 0, time.monotonic() + self._section.max_outage
         while True:
             tries += 1
             try:
                 result = await self.once(body, choice=choice)
             except EndpointError as error:  # some say 404 for what no model of theirs offers
                 return Trouble(str(error), then="give up", status=error.status)
-            if isinstance(result, Reply) or result.then != "retry" or tries >= self._max_tries:
+            if isinstance(result, Reply) or result.then != "retry" or tries >= self._section.max_tries:
                 return result
-            await asyncio.sleep(wait_seconds(tries, retry_after=result.retry_after, jitter=random.random()))
+            left = max(0.0, until - time.monotonic())
+            pause = None if result.retry_after is None else min(result.retry_after, left)
+            await asyncio.sleep(wait_seconds(tries, retry_after=pause, jitter=random.random()))
 
 
 def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport.limits import AdaptiveConcurrency, Breaker, Bucket
 from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import ChatSection
-from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
+from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
 from dno_jax.errors import DnoError
 
 _LOG = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class Route:
         self.told_to_wait = 0
         """Rounds of requests in a row that were answered by asking for a pause."""
         self.last_trouble = ""
-        self.refusal: DnoError | None = None
+        self.refusal: EndpointError | None = None
         """Why it is asked no more: its key, its account, or what it offers will not do."""
 
     def delay(self, tokens: int) -> float:
@@ -164,11 +164,11 @@ class Routes:
             self._answered(route)
         self._news.set()
 
-    def dismiss(self, route: Route, refusal: DnoError) -> None:
+    def dismiss(self, route: Route, refusal: EndpointError) -> None:
         """Ask an endpoint no more, and say so; the others may have another account, model or server.
 
         Raises:
-            DnoError: the refusal, where there is no other.
+            EndpointError: the refusal, where there is no other.
         """
         others = [other for other in self.in_service if other is not route]
         if not others:
@@ -197,7 +197,7 @@ class Routes:
             trouble = await introduce(turn.route)
         except BaseException as error:
             self.settle(turn, None)
-            if not isinstance(error, DnoError):
+            if not isinstance(error, EndpointError):
                 raise
             self.dismiss(turn.route, error)
             return False
