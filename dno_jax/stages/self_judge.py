@@ -254,9 +254,9 @@ def _judge_shards(
     """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
     part, iteration = judge.runtime.part, out.iteration
     own = shards[part.index :: part.count]
-    # Of all shards, whoever judges them: processes that share a model must decode as many rows.
-    pools = {shard: source.read(shard, dropped=Counter()) for shard in shards}
-    sizes = judge.sizes(num_requests=sum(len(pool.candidate_ids) for found in pools.values() for pool in found))
+    # Of all shards, whoever judges them: processes that share a model must decode as many rows. Counted, not kept.
+    counts = {shard: [len(pool.candidate_ids) for pool in source.read(shard, dropped=Counter())] for shard in shards}
+    sizes = judge.sizes(num_requests=sum(map(sum, counts.values())))
     params = judge.runtime.load_for_decoding(policy)
     asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
 
@@ -264,7 +264,7 @@ def _judge_shards(
         """Lay shards out one after the other, as the sampler takes requests."""
         numbers = itertools.count()
         for shard in own:
-            sheet = _Sheet.lay_out(judge, shard, pools.pop(shard))
+            sheet = _Sheet.lay_out(judge, shard, source.read(shard, dropped=Counter()))
             if sheet.is_read:
                 close(sheet)
             # Prompts of like length side by side pad little.
@@ -277,7 +277,7 @@ def _judge_shards(
             out.write_shard(sheet.shard, sheet.judgements(identity=identity))
         meter.advance(len(sheet.pools))
 
-    total = sum(len(pools[shard]) for shard in own)
+    total = sum(len(counts[shard]) for shard in own)
     stream = judge.generate(params, coming(), sizes=sizes, iteration=iteration)
     with (
         contextlib.closing(stream),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from dno_jax.model.params import init_params
 from dno_jax.records import Judgement, Message, Pair, Rollout
 from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.stages import pair, policies, sample, self_judge, sft
+from dno_jax.stages.pools import Pools
 from tests.stages.conftest import deep_merge
 
 TOPICS = [f"{a}{b}{c}" for a in "bd" for b in "aeo" for c in "mn"]
@@ -174,9 +176,11 @@ def scored(run_dir: RunDir) -> list[tuple[str, float]]:
     ]
 
 
-def test_the_points_order_responses_as_taught(make, sampled, capfd):
+def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch):
     config = make()
     run_dir = sampled(config)
+    read, real = Counter(), Pools.read
+    monkeypatch.setattr(Pools, "read", lambda pools, shard, **rest: read.update([shard]) or real(pools, shard, **rest))
     self_judge.check(config)
     manifest = self_judge.run(config, 0)
     assert manifest.rows == 12
@@ -185,6 +189,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd):
     assert row["longer_wins"] == manifest.details["quality"]["longer_wins"]["value"]
     assert row.get("warnings", []) == manifest.details["warnings"]
     assert "judge of iteration 0" in capfd.readouterr().err
+    assert set(read.values()) == {2}  # to be counted, and to be judged: none is kept in between
     assert sum(manifest.details["readings"].values()) == 3 * len(scored(run_dir))
     assert f"policy={manifest.inputs['policies/000'][:12]}" in manifest.details["judge"]
     assert {row.judge for row in judgements(run_dir)} == {manifest.details["judge"]}
