@@ -13,6 +13,7 @@ from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.report.console import Reminder, say
+from dno_jax.report.html import write_report
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
 from dno_jax.stages import (
     annotate,
@@ -75,6 +76,8 @@ def run_iteration(config: RunConfig, iteration: int) -> None:
         score.run(config, iteration, stage_name=update.score)
         train.run(config, iteration, stage_name=update.train)
     evaluate.run(config, iteration)
+    if is_primary():
+        write_report(RunDir(config.run_dir), config)
 
 
 def sample_and_annotate(config: RunConfig, iteration: int) -> None:

@@ -208,6 +208,7 @@ class RunDir:
         self.metrics_path = self.path / "metrics.jsonl"
         self.annotations_path = self.path / "annotations.sqlite"
         self.receipts_path = self.path / "receipts.json"
+        self.report_path = self.path / "report.html"
         self.tensorboard_path = self.path / "tensorboard"
         self.template_path = self.path / "template.txt"
         self.export_path = self.path / "export"

@@ -30,6 +30,7 @@ _ROWS = {
     "cyclic_share": ("cyclic triples", "cycles"),
     "gold_wins": ("P(gold beats student)", "gold"),
 }
+NAMES = {figure: title for figure, (title, _) in _ROWS.items()}
 _BARS = " ▁▂▃▄▅▆▇█"
 
 

@@ -9,6 +9,7 @@ from dno_jax.annotation.quality.figures import Quality, Response, scalars
 from dno_jax.config import QualitySection, RunConfig
 from dno_jax.records import Answer, Judgement
 from dno_jax.report.annotation import quality_lines, quality_table
+from dno_jax.report.html import write_report
 from dno_jax.report.summary import iteration_table
 from dno_jax.run_dir import RunDir
 
@@ -97,6 +98,28 @@ def test_the_summary_of_a_run_tells_of_its_judge(tmp_path, figures):
     assert "judge: % with 95 % intervals" in text
     assert "100 [94, 100]" in text
     assert "warning: P(first shown wins) is 1.00" in text
+
+
+def test_the_report_is_one_file_in_which_nothing_is_markup_but_its_own(tmp_path, figures):
+    tree = {"run_dir": str(tmp_path), "iterations": 2, "model": {"path": "m"}, "prompts": {"path": "p"}}
+    config = RunConfig.model_validate(tree | {"annotation": {"kind": "openai"}})
+    run_dir = RunDir(tmp_path)
+    write_report(run_dir, config)  # nothing has been judged
+    details = {"judge": "<script>alert(1)</script>", "quality": figures, "warnings": ["P & Q < 1"]}
+    run_dir.stage("annotate", 0).finish(config_digest="", inputs={}, rows=0, seconds=0.0, details=details)
+    rate = {"rate": 0.625, "low": 0.5, "high": 0.75}
+    won = {"win_rates": {"0": rate, "gold": None}}
+    run_dir.stage("evaluate", 0).finish(config_digest="", inputs={}, rows=0, seconds=0.0, details=won)
+    run_dir.receipts_path.write_text('{"usd": 12.5, "stores": {}}')
+    write_report(run_dir, config)
+    text = run_dir.report_path.read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "warning: P &amp; Q &lt; 1" in text
+    for said in ("Iteration 0", "P(first shown wins)", "0.940 to 1.000", "points of gold", "0.625", "$12.50"):
+        assert said in text
+    assert "Iteration 1" not in text
+    assert "http" not in text
 
 
 def test_scalars_for_metrics(figures):
