@@ -1,7 +1,8 @@
 """What the host costs beside the judge: `python benchmarks/annotate.py rate|memory|overlap`.
 
 rate     requests a second of the annotate stage (shards, prompts, limits, parsing, store, judgements and the figures of
-         the judge's quality included) and of the bare AsyncOpenAI client, in turn, against the same `dno fake-judge`
+         the judge's quality included) and of the bare AsyncOpenAI client, in turn, against the same `dno fake-judge`,
+         list-wise and pairwise, without limits of ours and with all of them
 memory   the stage's peak memory over ever more candidates, in a process of its own each
 overlap  wall time of sampling and annotating side by side against the longer of the two alone, with a judge that takes
          half as long as sampling: of a sampler on this machine's cores, and of one that waits as for an accelerator
@@ -64,28 +65,43 @@ def main() -> None:
 
 
 def rate(folder: Path, options: argparse.Namespace) -> None:
+    """By form, and with every limit that there is, none of which is met."""
+    limits = {"requests_per_minute": 10**9, "tokens_per_minute": 10**9}
+    money = {"prices": {"fake": {"input": 1e-3, "output": 1e-3}}, "max_usd": 1e9}
+    for form in ("listwise", "pairwise"):
+        for limited in (False, True):
+            openai = {"form": form, **(limits if limited else {})}
+            annotation = {"openai": openai, **(money if limited else {})}
+            requests = 1 if form == "listwise" else options.candidates * (options.candidates - 1)
+            few = argparse.Namespace(**vars(options) | {"pools": max(1, options.pools // requests)})
+            rate_of(folder / f"{form}-{limited}", few, annotation, form=form, limited=limited)
+
+
+def rate_of(folder: Path, options: argparse.Namespace, annotation: Mapping[str, Any], **named: Any) -> None:
     bare_rates, stage_rates = [], []
     with fake_judge() as url:
         for repeat in range(options.repeats):
-            config = sampled(folder / str(repeat), options, url=url)
+            config = sampled(folder / str(repeat), options, url=url, annotation=annotation)
             bodies = bodies_of(config)
+            requests = len(bodies)
             start = time.perf_counter()
             asyncio.run(ask_bare(url, bodies, in_flight=options.in_flight))
-            bare_rates.append(len(bodies) / (time.perf_counter() - start))
+            bare_rates.append(requests / (time.perf_counter() - start))
             del bodies
             start = time.perf_counter()
             manifest = annotate.run(config, 0)
-            stage_rates.append(manifest.details["states"]["ok"] / (time.perf_counter() - start))
+            stage_rates.append(requests / (time.perf_counter() - start))
             assert manifest.details["states"] == {"ok": options.pools}
     ratios = [own / bare for own, bare in zip(stage_rates, bare_rates, strict=True)]
     report(
         "annotate rate",
+        **named,
         pools=options.pools,
         candidates=options.candidates,
         in_flight=options.in_flight,
         bare_requests_a_second=[round(found, 1) for found in bare_rates],
         stage_requests_a_second=[round(found, 1) for found in stage_rates],
-        candidates_a_second=round(max(stage_rates) * options.candidates, 1),
+        candidates_a_second=round(max(stage_rates) * options.pools / requests * options.candidates, 1),
         ratios=[round(ratio, 3) for ratio in ratios],
     )
 
@@ -237,9 +253,11 @@ def fake_judge(*settings: str) -> Iterator[str]:
         process.wait()
 
 
-def sampled(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig:
+def sampled(
+    folder: Path, options: argparse.Namespace, *, url: str, annotation: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Write a run directory whose sampling is finished; return its configuration, with the fake judge as its judge."""
-    config = to_sample(folder, options, url=url)
+    config = to_sample(folder, options, url=url, annotation=annotation)
     stage = RunDir(config.run_dir).stage("sample", 0)
     for name, rollouts in shards_of(options):
         stage.write_shard(name, rollouts)
@@ -247,23 +265,20 @@ def sampled(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig
     return config
 
 
-def to_sample(folder: Path, options: argparse.Namespace, *, url: str) -> RunConfig:
+def to_sample(
+    folder: Path, options: argparse.Namespace, *, url: str, annotation: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Write a run directory with prompts that are still to be sampled."""
+    fields = dict(annotation or {})
+    asked = {"model": "fake", "base_url": url, "api_key_env": None, "max_concurrency": options.in_flight}
     config = RunConfig.model_validate(
         {
             "run_dir": str(folder / "run"),
             "model": {"path": str(folder)},
             "prompts": {"path": str(folder / "prompts.jsonl")},
             "sampling": {"shard_prompts": _SHARD},
-            "annotation": {
-                "kind": "openai",
-                "openai": {
-                    "model": "fake",
-                    "base_url": url,
-                    "api_key_env": None,
-                    "max_concurrency": options.in_flight,
-                },
-            },
+            "annotation": {"kind": "openai", **fields, "openai": {**asked, **fields.get("openai", {})}},
+            "pairing": {"reward": "win_rate", "rule": "all"},
         }
     )
     lines: list[str] = []
