@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
-from dno_jax.model.cache import KVCache, WriteCache, reaches, read_layer
+from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
@@ -177,6 +177,7 @@ class Block(nn.Module):
         softcap = config.attention_softcap
         if cache is not None:
             cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
+            k, v = as_stored(k, cache.key.dtype), as_stored(v, cache.value.dtype)
         if cache is None or cache.num_slots == y.shape[1]:
             # Without a cache, or with one that this very call fills: every key is among this call's tokens.
             y = self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)

@@ -135,9 +135,16 @@ def _quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Arr
     if largest is None:
         return x.astype(dtype), None
     x = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1), jnp.finfo(jnp.float32).tiny) / largest
+    # Divided first: a bound below the smallest normal number would be flushed to 0, and 0 / 0 is not a number.
+    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=-1) / largest, jnp.finfo(jnp.float32).tiny)
     x = x / scale[..., None]
     return (jnp.round(x) if dtype == jnp.int8 else x).astype(dtype), scale
+
+
+def as_stored(x: Float[Array, "B T K H"], dtype: Any) -> Float[Array, "B T K H"]:
+    """Return keys or values as a cache of this dtype will give them back: what is attended, read there or not."""
+    stored, scale = _quantised(x, dtype)
+    return (stored if scale is None else stored.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
 
 
 def read_layer(cache: KVCache, *, num_slots: int) -> KVCache:

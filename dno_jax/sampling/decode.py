@@ -151,9 +151,12 @@ def decode(
         token = sample_token(slots.key, drawable, step=slots.step, truncation=generation.truncation, seen=text.seen)
         token = jnp.where(alive, token, 0)
         stopped = jnp.any(token[:, None] == end_ids[None, :], axis=1)
+        logprob, *others = (token_logprobs(each, token) for each in row_logits)
+        for other in others:  # a center that is not finite spoils what is drawn, and pi_t's own numbers do not show it
+            logprob = jnp.where(jnp.isfinite(other), logprob, jnp.nan)
         drawn = Drawn(
             token=token,
-            logprob=token_logprobs(row_logits[0], token),
+            logprob=logprob,
             drawn_logprob=drawn_logprobs(drawable, token, truncation=generation.truncation, seen=text.seen)
             if program.record_drawn
             else None,

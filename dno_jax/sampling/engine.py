@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from dno_jax.errors import DnoError
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import unstack_layers
 from dno_jax.parallel.mesh import one_device_mesh
-from dno_jax.parallel.sharding import num_row_shards, relayout, row_sharding, to_device
+from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
 from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
 from dno_jax.sampling.state import Counts, Mixture, Outputs, Program, Prompts, Sizes, start
@@ -118,9 +119,11 @@ def generate(
             program=program,
         )
         statistics.decode_calls += 1
+        # Behind this call and before the next: the host must not wait for work that stands in line after that one.
+        shown = _whole(outputs), _whole(counts)
         if dispatched is not None:
             yield from books.harvest(*dispatched, stop=stop, statistics=statistics)
-        dispatched = (call, outputs, counts)
+        dispatched = (call, *shown)
 
 
 def _checked(index: int, request: Request, program: Program) -> Request:
@@ -195,14 +198,27 @@ class _Books:
         return min(wanted, len(self.pending))
 
     def next_prompts(self) -> Prompts | None:
-        """Take the next prompts for which there is room, a full call's where there are so many; None: nothing now."""
+        """Take the next prompts for which there is room, a full call's where there are so many; None: nothing now.
+
+        They are dealt one by one to the shard that has the most room, so that none is left with more than its share.
+        """
         sizes, samples = self.program.sizes, self.program.generation.num_samples
         rows = sizes.fill_rows
-        taken: list[list[tuple[int, Request]]] = []
-        for shard in self.shards:
-            room = min(sizes.entries - (shard.filled - shard.started // samples), len(shard.free))
-            wanted = self._waiting(rows)
-            taken.append([self.pending.popleft() for _ in range(wanted)] if room >= wanted else [])
+        wanted = self._waiting(rows * len(self.shards))
+        share = -(-wanted // len(self.shards))  # the rows of a full call, until few are left
+        rooms = [min(sizes.entries - shard.filled + shard.started // samples, len(shard.free)) for shard in self.shards]
+        taken: list[list[tuple[int, Request]]] = [[] for _ in self.shards]
+        ready = [(-room, number) for number, room in enumerate(rooms) if room >= share]
+        heapify(ready)
+        for _ in range(wanted):
+            if not ready:
+                break
+            room, number = ready[0]
+            taken[number].append(self.pending.popleft())
+            if len(taken[number]) == rows or room == -1:
+                heappop(ready)
+            else:
+                heapreplace(ready, (room + 1, number))
         if not any(taken):
             return None
         longest = max(len(request.token_ids) for own in taken for _, request in own)
@@ -280,8 +296,9 @@ def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Res
     count, text = (int(outputs.length[row]), None) if cut is None else cut
     if not np.isfinite(outputs.logprob[row, :count]).all():
         raise DnoError(
-            "the policy's logits are not finite, so what was drawn means nothing; look at the training that made it "
-            "(its loss and gradient norm in metrics.jsonl), or at the checkpoint that was imported"
+            "the logits of the policy, or of the center that it is mixed with, are not finite, so what was drawn means "
+            "nothing; look at the training that made it (its loss and gradient norm in metrics.jsonl), or at the "
+            "checkpoint that was imported"
         )
     drawn = outputs.drawn_logprob
     return Response(
@@ -293,13 +310,17 @@ def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Res
     )
 
 
-def _on_host(tree: Any) -> Any:
-    """Wait for arrays; on a mesh of several processes each of them gets all of every array."""
+def _whole(tree: Any) -> Any:
+    """Have arrays gathered on every process of a mesh that spans several; dispatched, not waited for."""
 
-    def one(array: jax.Array) -> np.ndarray:
+    def one(array: jax.Array) -> jax.Array:
         if array.is_fully_addressable:
-            return np.asarray(array)
-        whole = NamedSharding(cast(NamedSharding, array.sharding).mesh, PartitionSpec())
-        return np.asarray(relayout(array, whole).addressable_data(0))
+            return array
+        return relayout(array, replicated(cast(NamedSharding, array.sharding).mesh)).addressable_data(0)
 
     return jax.tree.map(one, tree)
+
+
+def _on_host(tree: Any) -> Any:
+    """Wait for arrays."""
+    return jax.tree.map(np.asarray, tree)

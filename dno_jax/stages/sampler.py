@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -153,12 +154,21 @@ class Sampler:
         return ids[:-1]
 
     def _stop(self, index: int, ids: Sequence[int]) -> tuple[int, str] | None:
-        stops, text = self.runtime.config.sampling.stop, self._decode(index, ids)
-        if (end := _first(stops, text)) is None:
-            return None
-        # The text of a prefix of the ids is a prefix of the text, but for a character that is not whole yet.
-        ends = (_first(stops, self._decode(index, ids[:n])) for n in range(1, len(ids) + 1))
-        return next(n for n, found in enumerate(ends, 1) if found is not None), text[:end]
+        return _stopped(self.runtime.config.sampling.stop, ids, decode=partial(self._decode, index))
+
+
+def _stopped(
+    stops: Sequence[str], ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]
+) -> tuple[int, str] | None:
+    """Return how many ids of a response stay, and its text before a stop string; None where it holds none.
+
+    Both are of the shortest prefix that holds one, or they would depend on how many ids came at once: with more of
+    them another string, which ends later, may begin earlier.
+    """
+    if _first(stops, decode(ids)) is None:
+        return None
+    texts = (decode(ids[:count]) for count in range(1, len(ids) + 1))
+    return next((n, text[:end]) for n, text in enumerate(texts, 1) if (end := _first(stops, text)) is not None)
 
 
 def _first(needles: Sequence[str], text: str) -> int | None:

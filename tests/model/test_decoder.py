@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dno_jax.model.attention import NO_WINDOW
-from dno_jax.model.cache import cache_axes, grow_cache, init_cache
+from dno_jax.model.cache import as_stored, cache_axes, grow_cache, init_cache
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
 from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
 from tests.model.conftest import random_params, run
@@ -191,6 +191,14 @@ def test_smaller_caches_keep_their_precision(config, params, dtype, bound):
     hidden, _ = model.apply({"params": params}, jnp.asarray(token, jnp.int32), position, cache)
     error = np.abs(np.asarray(logits(config, params, hidden)) - exact).mean() / exact.std()
     assert 1e-4 < error < bound
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("largest", [0.0, 1e-44, 1e-30])
+def test_a_vector_of_nothing_is_stored_as_nothing(dtype, largest):
+    found = np.asarray(as_stored(jnp.full((1, 2, 1, 4), largest), jnp.dtype(dtype)))
+    assert np.all(np.isfinite(found))
+    np.testing.assert_allclose(found, largest, atol=1e-37)
 
 
 def test_cache_axes_have_the_cache_structure(config):

@@ -18,6 +18,7 @@ from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
 from dno_jax.sampling import decode as programs
+from dno_jax.sampling import engine
 from dno_jax.sampling.engine import Statistics, generate, prompt_bucket
 from dno_jax.sampling.requests import Generation, Request
 from dno_jax.sampling.state import Mixture, Program, Sizes, start
@@ -175,6 +176,23 @@ def test_a_prompt_in_pieces_is_the_prompt(params):
         assert ids(run(params, long, sizes=sizes)) == ids(whole)
 
 
+def close(found, expected):
+    """The same text, and numbers that differ as float32 sums in another order do."""
+    assert ids(found) == ids(expected)
+    for one, other in zip(flat(found), flat(expected), strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_a_prompt_beside_a_longer_one_is_the_prompt(params, kv_dtype):
+    """Also of a rounded cache: what is attended is what the cache holds, whether it is read there or not."""
+    pair = [REQUESTS[2], request(140, 40)]
+    sizes = dataclasses.replace(SIZES, prompt_length=50, kv_dtype=kv_dtype)
+    beside = run(params, pair, sizes=sizes)
+    close(run(params, pair[:1], sizes=sizes), beside[:1])
+    close(run(params, pair, sizes=dataclasses.replace(sizes, prefill_chunk=64)), beside)
+
+
 def test_iteration_and_seed_change_the_text(params, responses):
     assert ids(run(params, iteration=1)) != ids(responses)
     assert ids(run(params, generation=dataclasses.replace(GENERATION, seed=12))) != ids(responses)
@@ -298,6 +316,43 @@ def test_the_cache_is_given_away_and_never_copied(params):
     assert stats.alias_size_in_bytes >= size["state"] - 256  # all but its counters
     assert stats.output_size_in_bytes - stats.alias_size_in_bytes <= size["outputs"] + 4096
     assert stats.temp_size_in_bytes < cache
+
+
+def test_a_call_runs_while_the_one_before_is_read(params, monkeypatch):
+    """Also what gathers its outputs from several processes stands in line before the next call, not behind it."""
+    order = []
+
+    def noted(name):
+        real = getattr(engine, name)
+
+        def call(*args, **options):
+            if not order or order[-1] != name:
+                order.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(engine, name, call)
+
+    for name in ("decode", "_whole", "_on_host"):
+        noted(name)
+    statistics = Statistics()
+    run(params, statistics=statistics)
+    calls = statistics.decode_calls
+    assert calls > 3
+    assert order == ["decode", "_whole", *["decode", "_whole", "_on_host"] * (calls - 1)]
+
+
+@pytest.mark.parametrize(("count", "most"), [(6, 1), (10, 2), (36, 5)])
+def test_prompts_are_dealt_evenly_to_the_row_shards(params, count, most):
+    mesh, model, _ = laid_out(params, (8, 1, 1))
+    sizes = Sizes(slots=8, prompt_length=16, entries=8, fill_rows=4)
+    books = engine._Books.open([request(i, 4) for i in range(count)], Program(model, GENERATION, sizes, mesh))
+    calls = []
+    while (prompts := books.next_prompts()) is not None:
+        calls.append((prompts.length > 0).sum())
+    dealt = [len(shard.places) for shard in books.shards]
+    assert sum(dealt) == sum(calls) == count
+    assert (min(dealt), max(dealt)) == (count // 8, most)
+    assert len(calls) == -(-count // 32)  # whole calls where there are so many
 
 
 def test_greedy_is_the_argmax_chain(params):
@@ -657,5 +712,7 @@ def test_nothing_asked_is_nothing_done(params):
 
 def test_a_policy_that_gives_no_numbers_gives_no_data(params):
     broken = {**params, "final_norm": params["final_norm"] * jnp.nan}
-    with pytest.raises(DnoError, match="logits are not finite"):
+    with pytest.raises(DnoError, match="are not finite"):
         run(broken)
+    with pytest.raises(DnoError, match="are not finite"):
+        run(params, mixture=mixed_with(broken, 0.4))

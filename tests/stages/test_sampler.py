@@ -218,3 +218,13 @@ def test_one_process_has_the_whole_mesh():
 def test_stop_strings_are_found_where_they_end():
     assert sampler._first(("b", "ab"), "xxabab") == 2
     assert sampler._first(("q",), "xxabab") is None
+
+
+def test_text_up_to_a_stop_string_does_not_depend_on_how_many_ids_come_at_once():
+    """The longer string begins earlier and ends later: it is not there yet where the shorter one ends the response."""
+    pieces = ["xxa", "b", "c", "d"]
+
+    def stopped(count):
+        return sampler._stopped(("b", "abc"), range(count), decode=lambda ids: "".join(pieces[one] for one in ids))
+
+    assert [stopped(count) for count in (1, 2, 3, 4)] == [None, (2, "xxa"), (2, "xxa"), (2, "xxa")]
