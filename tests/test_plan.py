@@ -199,6 +199,11 @@ def test_all_that_samples_is_planned(small):
     one, two = planned(small).sampling, planned(small, **mixture).sampling
     assert [plan.num_policies for plan in one.values()] == [1, 1]
     assert [plan.num_policies for plan in two.values()] == [2, 1]  # held-out responses are one policy's
+    # Opponents are drawn in turn with the policy's own samples: two states, over the same two policies.
+    turns = planned(small, **mixture | {"sampling": {**small["sampling"], "num_opponents": 1, "mixture_weight": 0.5}})
+    both = turns.sampling["sample"]
+    assert [(one.program.generation.num_samples, one.num_policies) for one in (both, *both.beside)] == [(4, 1), (1, 2)]
+    assert both.parts["weights"] == 2 * both.weight_bytes
     judge = {"kind": "self", "self_judge": {"max_prompt_length": 40, "max_new_tokens": 8}}
     judged = planned(small, annotation=judge, prompts={**small["prompts"], **held_out}).sampling
     assert list(judged) == ["sample", "annotate"]

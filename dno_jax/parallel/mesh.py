@@ -144,6 +144,13 @@ def same_everywhere(values: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
+def of_every_process(values: np.ndarray) -> np.ndarray:
+    """Return every process's copy of an array, [processes, ...], on every process."""
+    if jax.process_count() == 1:
+        return values[None]
+    return np.asarray(multihost_utils.process_allgather(values))
+
+
 def barrier(name: str) -> None:
     """Wait until every process has come here."""
     if jax.process_count() > 1:

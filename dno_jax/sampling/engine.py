@@ -20,7 +20,7 @@ from dno_jax.parallel.mesh import one_device_mesh
 from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
 from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
-from dno_jax.sampling.state import Counts, Mixture, Outputs, Program, Prompts, Sizes, start
+from dno_jax.sampling.state import Counts, Mixture, Outputs, Program, Prompts, Sizes, prompt_bucket, start
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
 # or None where the response goes on. Asked once for every piece that a response grows by.
@@ -41,18 +41,6 @@ class Statistics:
     def utilisation(self) -> float:
         """Tokens of responses over slot-steps: what share of the decoding was of use."""
         return self.tokens / max(self.slot_steps, 1)
-
-
-def prompt_bucket(length: int, *, max_length: int, piece: int) -> int:
-    """Return the padded length of a prompt: a power of two from 16, or the maximum; few lengths mean few programs.
-
-    A prompt that goes through the model in pieces is padded to whole ones.
-    """
-    bucket = 16
-    while bucket < length:
-        bucket *= 2
-    bucket = min(bucket, max_length)
-    return bucket if bucket <= piece else -(-bucket // piece) * piece
 
 
 def generate(

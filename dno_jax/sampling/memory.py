@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_params, param_axes
 from dno_jax.parallel.sharding import DECODE, AnyMesh, num_row_shards, weight_shardings
-from dno_jax.sampling.state import Program, State, abstract_start
+from dno_jax.sampling.state import Program, State, abstract_start, prompt_bucket
 
 # Slots where none are configured. On a CPU more rows than this fall out of the processor's cache; elsewhere the weights
 # that a step reads are long paid for by then.
@@ -58,6 +59,7 @@ class SlotPlan:
         weight_bytes: of one policy.
         capacity: of the device.
         chosen_by: what decided on the slots: "sampling.slots", "memory", "responses to draw" or "the default".
+        beside: draws in turn with it, of as many slots each, whose states share the memory; the weights are the same.
     """
 
     program: Program
@@ -65,6 +67,7 @@ class SlotPlan:
     weight_bytes: int
     capacity: Capacity
     chosen_by: str = "sampling.slots"
+    beside: tuple[SlotPlan, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -76,11 +79,17 @@ class SlotPlan:
 
     @cached_property
     def parts(self) -> dict[str, int]:
-        """Bytes by what they hold.
+        """Bytes by what they hold, of all that is drawn in turn.
 
         "responses" are there twice: the host reads those of one call while the next call writes. "temporaries" are
         those of decoding or of a prefill, whichever are more: one program runs at a time.
         """
+        every = [one._own_parts for one in (self, *self.beside)]
+        once = ("weights", "temporaries")
+        return {name: (max if name in once else sum)(parts[name] for parts in every) for name in self._own_parts}
+
+    @cached_property
+    def _own_parts(self) -> dict[str, int]:
         state, outputs = abstract_start(self.program, policies=self.num_policies)
         return {
             "weights": self.num_policies * self.weight_bytes,
@@ -95,14 +104,18 @@ class SlotPlan:
         return sum(self.parts.values())
 
     @property
+    def loaded_policies(self) -> int:
+        return max(one.num_policies for one in (self, *self.beside))
+
+    @property
     def slot_bytes(self) -> int:
         """Of one slot: keys, values and the last hidden state of every policy, and a few counters."""
-        return self.parts["slots"] // self.slots
+        return self._own_parts["slots"] // self.slots
 
     @property
     def entry_bytes(self) -> int:
         """Of one prefilled prompt: the same, as far as the prompt reaches."""
-        return self.parts["queue"] // self.queue_entries
+        return self._own_parts["queue"] // self.queue_entries
 
     @cached_property
     def most_slots(self) -> int:
@@ -114,7 +127,8 @@ class SlotPlan:
         """Return the plan of another number of slots, with the queue that goes with it."""
         sizes = self.program.sizes
         entries = queue_length(slots, num_samples=self.program.generation.num_samples, fill_rows=sizes.fill_rows)
-        return replace(self, program=replace(self.program, sizes=replace(sizes, slots=slots, entries=entries)))
+        program = replace(self.program, sizes=replace(sizes, slots=slots, entries=entries))
+        return replace(self, program=program, beside=tuple(other.with_slots(slots) for other in self.beside))
 
 
 def plan_slots(
@@ -124,6 +138,7 @@ def plan_slots(
     num_prompts: int,
     slots: int | None = None,
     num_policies: int = 1,
+    beside: Sequence[tuple[Program, int]] = (),
     platform: str | None = None,
 ) -> SlotPlan:
     """Return how many rows decode together on each row shard, and what they take.
@@ -134,6 +149,7 @@ def plan_slots(
         num_prompts: over all row shards; no more slots are taken unasked than they have responses.
         slots: the configured number; None takes the largest that fits and is of use.
         num_policies: 2 for a mixture.
+        beside: the programs, and their policies, of draws whose states are there at the same time.
         platform: of the devices; decides on CPU_SLOTS or ACCELERATOR_SLOTS.
 
     Raises:
@@ -141,11 +157,13 @@ def plan_slots(
     """
     model, mesh = program.model, program.mesh
     weights = weight_bytes(model.config, mesh=mesh, dtype=model.dtype)
-    plan = SlotPlan(program, num_policies, weights, capacity).with_slots(slots or 1)
+    others = tuple(SlotPlan(other, policies, weights, capacity) for other, policies in beside)
+    plan = SlotPlan(program, num_policies, weights, capacity, beside=others).with_slots(slots or 1)
     if slots is None:
+        samples = max(one.program.generation.num_samples for one in (plan, *others))
         limits = {
             "memory": plan.most_slots,
-            "responses to draw": program.generation.num_samples * math.ceil(num_prompts / num_row_shards(mesh)),
+            "responses to draw": samples * math.ceil(num_prompts / num_row_shards(mesh)),
             "the default": CPU_SLOTS if platform == "cpu" else ACCELERATOR_SLOTS,
         }
         reason = min(limits, key=lambda name: limits[name])
@@ -157,12 +175,14 @@ def plan_slots(
 
 
 def _decode_temporaries(program: Program, state: State) -> int:
-    """Logits of all slots, and one layer of their keys and values where those are converted to be read."""
+    """Logits of all slots, and one layer of their keys and values.
+
+    Products take a copy of what is read of a layer, in the model's dtype. A CPU's sums need none; it is counted all the
+    same, a layer of many.
+    """
     config, slots = program.model.config, program.sizes.slots
     logits = LOGITS_COPIES * slots * config.vocab_size * 4  # the whole vocabulary, also where the head is split
     cache = state.slots.text.cache[0][0]
-    if cache.key.dtype == program.model.dtype:
-        return logits
     width = jnp.dtype(program.model.dtype).itemsize / cache.key.dtype.itemsize
     return logits + int(width * _local_bytes((cache.key, cache.value)))
 
@@ -170,19 +190,23 @@ def _decode_temporaries(program: Program, state: State) -> int:
 def _fill_temporaries(program: Program, state: State) -> int:
     """Caches that a prefill makes, and one layer's activations of a piece: a bound, what of them lives at once."""
     config, sizes, tensor = program.model.config, program.sizes, program.mesh.shape["tensor"]
-    caches = sizes.fill_rows * _local_bytes(state.queue.text.cache) // sizes.entries
-    piece = min(sizes.prefill_chunk, sizes.prompt_length)
+    # The longest prompt is padded to whole pieces.
+    width = prompt_bucket(sizes.prompt_length, max_length=sizes.prompt_length, piece=sizes.prefill_chunk)
+    caches = sizes.fill_rows * _local_bytes(state.queue.text.cache) // sizes.entries * width // sizes.prompt_length
+    piece = min(sizes.prefill_chunk, width)
     mlp = config.intermediate_size * max(config.num_experts_per_tok, 1) // tensor
-    numbers = 3 * mlp + 6 * config.hidden_size
-    scores = 2 * config.num_attention_heads // tensor * sizes.prompt_length * 4  # float32, before and after the softmax
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim // tensor
+    numbers = 3 * mlp + 4 * config.hidden_size + 2 * heads
+    scores = 2 * config.num_attention_heads // tensor * width * 4  # float32, before and after the softmax
     return caches + sizes.fill_rows * piece * (numbers * jnp.dtype(program.model.dtype).itemsize + scores)
 
 
 def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
     most, parts = plan.most_slots, {name: show_bytes(count) for name, count in plan.parts.items()}
-    policies = "a policy" if plan.num_policies == 1 else f"{plan.num_policies} policies"
+    policies = "a policy" if plan.loaded_policies == 1 else f"{plan.loaded_policies} policies"
     length = plan.program.num_slots
     rows = f"{plan.slots} slot{'' if plan.slots == 1 else 's'} of {length} tokens on each row shard"
+    rows += f" for each of {1 + len(plan.beside)} draws" if plan.beside else ""
     wanted = "not even one sampling slot fits:" if configured is None else f"sampling.slots is {configured}, but"
     would = "" if configured is None else f"{most} would fit: " if most else "not even one would fit: "
     fewer = f"set sampling.slots to at most {most}, or " if most else ""

@@ -60,6 +60,18 @@ class Sizes:
         return self.slots + self.entries
 
 
+def prompt_bucket(length: int, *, max_length: int, piece: int) -> int:
+    """Return the padded length of a prompt: a power of two from 16, or the maximum; few lengths mean few programs.
+
+    A prompt that goes through the model in pieces is padded to whole ones.
+    """
+    bucket = 16
+    while bucket < length:
+        bucket *= 2
+    bucket = min(bucket, max_length)
+    return bucket if bucket <= piece else -(-bucket // piece) * piece
+
+
 @dataclass(frozen=True)
 class Program:
     """Everything static of the two programs."""

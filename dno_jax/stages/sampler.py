@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ class Sampler:
         if self.runtime.config.sampling.engine == "openai":
             counts: Counter[str] = Counter()
             return [self._from_server(draw, counts) for draw in self.draws]
-        sizes = [self._sizes(draw) for draw in self.draws]  # before weights take the memory that is asked about
+        sizes = self._sizes()  # before weights take the memory that is asked about
         params = {name: self.runtime.load_for_decoding(path) for name, path in policies.items()}
         return [self._from_devices(draw, size, params) for draw, size in zip(self.draws, sizes, strict=True)]
 
@@ -115,14 +115,19 @@ class Sampler:
     def _requests(self) -> list[Request]:
         return [Request(prompt.token_ids, prompt.name) for prompt in self.prompts]
 
-    def _sizes(self, draw: Draw) -> Sizes:
-        wanted = Wanted.responses(
-            self.runtime.config,
-            num_samples=draw.num_samples,
-            num_prompts=len(self.prompts),
-            num_policies=1 if draw.weight is None else 2,
+    def _sizes(self) -> list[Sizes]:
+        """Of every draw: what all of them hold is in memory together."""
+        first, *others = (
+            Wanted.responses(
+                self.runtime.config,
+                num_samples=draw.num_samples,
+                num_prompts=len(self.prompts),
+                num_policies=1 if draw.weight is None else 2,
+            )
+            for draw in self.draws
         )
-        return plan(self.runtime, wanted).program.sizes
+        found = plan(self.runtime, replace(first, beside=tuple(others)))
+        return [one.program.sizes for one in (found, *found.beside)]
 
     def _generation(self, draw: Draw) -> Generation:
         section = self.runtime.config.sampling

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dno_jax.config import RunConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
-from dno_jax.parallel.mesh import same_everywhere
+from dno_jax.parallel.mesh import of_every_process
 from dno_jax.parallel.sharding import AnyMesh
 from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
 from dno_jax.sampling.requests import Generation
@@ -22,7 +24,7 @@ from dno_jax.stages.runtime import Runtime
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a stage is about to sample: the longest texts, and how many."""
+    """What a stage is about to sample: the longest texts, and how many; and what it samples meanwhile, `beside`."""
 
     num_samples: int
     num_prompts: int
@@ -30,9 +32,18 @@ class Wanted:
     max_new_tokens: int
     num_policies: int = 1
     max_total_tokens: int | None = None
+    beside: tuple[Wanted, ...] = ()
 
     @classmethod
-    def responses(cls, config: RunConfig, *, num_samples: int, num_prompts: int, num_policies: int = 1) -> Wanted:
+    def responses(
+        cls,
+        config: RunConfig,
+        *,
+        num_samples: int,
+        num_prompts: int,
+        num_policies: int = 1,
+        beside: tuple[Wanted, ...] = (),
+    ) -> Wanted:
         """Responses to prompts, of one policy or of the mixture of two."""
         return cls(
             num_samples=num_samples,
@@ -41,6 +52,7 @@ class Wanted:
             max_new_tokens=config.sampling.max_new_tokens,
             num_policies=num_policies,
             max_total_tokens=config.sampling.max_total_tokens,
+            beside=beside,
         )
 
     @classmethod
@@ -64,10 +76,12 @@ def wanted_by_stage(config: RunConfig, *, num_prompts: int, num_held_out: int) -
     section = config.sampling
     wanted: dict[str, Wanted] = {}
     if section.engine == "jax" and section.source != "data":
-        mixes = section.source == "mixture" or section.num_opponents > 0
-        most = max(section.num_samples, section.num_opponents)
-        wanted["sample"] = Wanted.responses(
-            config, num_samples=most, num_prompts=num_prompts, num_policies=2 if mixes else 1
+        responses = partial(Wanted.responses, config, num_prompts=num_prompts)
+        mixes, opponents = section.source == "mixture", section.num_opponents
+        wanted["sample"] = responses(
+            num_samples=section.num_samples,
+            num_policies=2 if mixes else 1,
+            beside=(responses(num_samples=opponents, num_policies=2),) if opponents and not mixes else (),
         )
     if config.annotation.kind == "self":
         candidates = num_prompts * (section.num_samples + section.num_opponents)
@@ -93,10 +107,12 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
         capacity=device_capacity(mesh.local_devices),
         platform=mesh.local_devices[0].platform,
     )
-    if all(device in mesh.local_devices for device in mesh.devices.flat):
+    if runtime.part.count == jax.process_count():
         return found
-    # Processes that share a model must decode the same rows; those that do not need not even wait for each other.
-    return found.with_slots(int(same_everywhere(np.asarray(found.slots))))
+    # Processes that share a model must decode the same rows. Every process asks, also one that shares none: all of
+    # them together, or none. Where no model is shared they need not even wait for each other.
+    slots = of_every_process(np.asarray(found.slots))
+    return found.with_slots(min(int(slots[device.process_index]) for device in mesh.devices.flat))
 
 
 def plan_on(
@@ -109,6 +125,21 @@ def plan_on(
     platform: str | None,
 ) -> SlotPlan:
     """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
+    section = config.sampling
+    program = partial(_program, config=config, model_config=model_config, mesh=mesh)
+    return plan_slots(
+        program(wanted),
+        capacity=capacity,
+        num_prompts=wanted.num_prompts,
+        slots=section.slots,
+        num_policies=wanted.num_policies,
+        beside=[(program(other), other.num_policies) for other in wanted.beside],
+        platform=platform,
+    )
+
+
+def _program(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, mesh: AnyMesh) -> Program:
+    """Return what would sample it, of one slot."""
     section, dtype = config.sampling, config.model.dtype
     generation = Generation(
         num_samples=wanted.num_samples,
@@ -125,11 +156,5 @@ def plan_on(
         chunk_steps=section.chunk_steps,
         kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
     )
-    return plan_slots(
-        Program(Decoder(model_config, dtype=jnp.dtype(dtype)), generation, sizes, mesh, section.record_drawn_logprob),
-        capacity=capacity,
-        num_prompts=wanted.num_prompts,
-        slots=section.slots,
-        num_policies=wanted.num_policies,
-        platform=platform,
-    )
+    model = Decoder(model_config, dtype=jnp.dtype(dtype))
+    return Program(model, generation, sizes, mesh, section.record_drawn_logprob)

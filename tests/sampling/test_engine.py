@@ -19,9 +19,9 @@ from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
 from dno_jax.sampling import decode as programs
 from dno_jax.sampling import engine
-from dno_jax.sampling.engine import Statistics, generate, prompt_bucket
+from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.requests import Generation, Request
-from dno_jax.sampling.state import Mixture, Program, Sizes, start
+from dno_jax.sampling.state import Mixture, Program, Sizes, prompt_bucket, start
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 

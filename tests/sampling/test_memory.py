@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from dno_jax.model.params import abstract_params, init_params, param_axes
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, row_sharding, weight_shardings
-from dno_jax.sampling.decode import decode
+from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.memory import (
     ACCELERATOR_SLOTS,
     CPU_SLOTS,
@@ -32,7 +33,7 @@ from dno_jax.sampling.memory import (
     weight_bytes,
 )
 from dno_jax.sampling.requests import Generation
-from dno_jax.sampling.state import Program, Sizes, abstract_start, start
+from dno_jax.sampling.state import Program, Prompts, Sizes, abstract_start, start
 from dno_jax.sampling.transforms import Truncation
 
 CONFIG = ModelConfig(
@@ -57,21 +58,27 @@ def mesh_of(axes):
     return make_mesh(MeshSection(**axes), jax.devices()[: math.prod(axes.values())])
 
 
-def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, platform=None, **changes):
+def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, beside=(), platform=None, **changes):
     """Plan five responses of up to 24 tokens to each prompt of up to 16, unless told otherwise."""
     told = {"mesh": mesh_of(ONE), "config": CONFIG, "dtype": "float32", "kv_dtype": "float32", "penalty": 1.0}
-    told |= {"total": None, "drawn": False, **changes}
+    told |= {"total": None, "drawn": False, "samples": 5, "prompt_length": 16, "prefill_chunk": 512, **changes}
     program = Program(
         Decoder(told["config"], dtype=jnp.dtype(told["dtype"])),
         Generation(
-            num_samples=5,
+            num_samples=told["samples"],
             max_new_tokens=24,
             end_ids=(2,),
             truncation=Truncation(repetition_penalty=told["penalty"]),
             seed=0,
             max_total_tokens=told["total"],
         ),
-        Sizes(slots=1, prompt_length=16, fill_rows=2, kv_dtype=told["kv_dtype"]),
+        Sizes(
+            slots=1,
+            prompt_length=told["prompt_length"],
+            fill_rows=2,
+            prefill_chunk=told["prefill_chunk"],
+            kv_dtype=told["kv_dtype"],
+        ),
         told["mesh"],
         told["drawn"],
     )
@@ -81,6 +88,7 @@ def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, platfo
         num_prompts=num_prompts,
         slots=slots,
         num_policies=num_policies,
+        beside=beside,
         platform=platform,
     )
 
@@ -132,14 +140,65 @@ def test_an_abstract_mesh_gives_the_same_plan():
     assert there.parts == elsewhere.parts
 
 
-def test_logits_are_the_whole_vocabularys_and_converted_caches_a_layers():
+@pytest.mark.parametrize("kv_dtype", WIDTHS)
+def test_logits_are_the_whole_vocabularys_and_what_is_read_of_a_cache_a_layers(kv_dtype):
     wide = replace(CONFIG, vocab_size=50_000)
-    for axes in (ONE, SPREAD):
-        found = plan(config=wide, mesh=mesh_of(axes), slots=3)
-        assert found.parts["temporaries"] == 3 * LOGITS_COPIES * jnp.zeros(50_000).nbytes
-    quantised = plan(config=wide, slots=3, kv_dtype="int8")
-    layer = 3 * 2 * jnp.zeros((K, H, 40)).nbytes  # keys and values of three slots, float32
-    assert quantised.parts["temporaries"] - plan(config=wide, slots=3).parts["temporaries"] == layer
+    for axes, heads in ((ONE, K), (SPREAD, K // 2)):
+        found = plan(config=wide, mesh=mesh_of(axes), slots=3, kv_dtype=kv_dtype)
+        layer = 3 * 2 * jnp.zeros((heads, H, 40)).nbytes  # keys and values of three slots, in the model's float32
+        assert found.parts["temporaries"] == 3 * LOGITS_COPIES * jnp.zeros(50_000).nbytes + layer
+
+
+def test_draws_in_turn_share_the_memory():
+    """A policy's own samples and its mixture's: the weights are there once, all else for both."""
+    own, mixed = plan(slots=3), plan(slots=3, samples=2, num_policies=2)
+    both = partial(plan, beside=[(mixed.program, 2)])
+    found = both(slots=3)
+    assert found.beside[0].program.sizes == mixed.program.sizes
+    for part in ("slots", "queue", "responses"):
+        assert found.parts[part] == own.parts[part] + mixed.parts[part]
+    assert found.parts["weights"] == mixed.parts["weights"] == 2 * own.parts["weights"]
+    assert found.loaded_policies == 2
+    room = Capacity(capacity_of(found.total), "a test")
+    assert (both(capacity=room).slots, both(capacity=room).beside[0].slots) == (3, 3)
+    tight = Capacity(room.bytes - 1, "a test")
+    assert both(capacity=tight).slots == 2
+    assert min(plan(capacity=tight).slots, plan(capacity=tight, samples=2, num_policies=2).slots) > 3  # each alone
+    with pytest.raises(DnoError, match=r"3 slots of 40 tokens on each row shard for each of 2 draws .* 2 would fit"):
+        both(slots=3, capacity=tight)
+
+
+def compiled_fill(found, *, width):
+    model = Decoder(found.program.model.config, constrain=Constrain(found.program.mesh, DECODE))
+    program, rows = replace(found.program, model=model), found.program.sizes.fill_rows
+    params = dict(abstract_params(model.config))
+    layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"])
+    params["layers"] = (layer,) * model.config.num_hidden_layers
+    state, _ = abstract_start(program, policies=1)
+    row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    prompts = Prompts(
+        token=jax.ShapeDtypeStruct((rows, width), jnp.int32),
+        length=row,
+        name=jax.ShapeDtypeStruct((rows,), jnp.uint32),
+        output=row,
+        limit=row,
+    )
+    iteration = jax.ShapeDtypeStruct((), jnp.int32)
+    return fill.lower((params,), state, prompts, iteration=iteration, program=program).compile().memory_analysis()
+
+
+@pytest.mark.parametrize(("prompt_length", "width"), [(90, 90), (90, 128)], ids=["whole", "in pieces"])
+def test_a_prefill_takes_the_state_in_place_and_no_more_than_is_planned(prompt_length, width):
+    """A prompt in pieces is padded to whole ones, and so is its cache."""
+    config = replace(CONFIG, num_hidden_layers=8, head_dim=64)
+    chunk = 512 if width == prompt_length else 64
+    found = plan(config=config, slots=4, prompt_length=prompt_length, prefill_chunk=chunk)
+    stats = compiled_fill(found, width=width)
+    state = found.parts["slots"] + found.parts["queue"]
+    assert stats.alias_size_in_bytes >= state - 256
+    assert stats.output_size_in_bytes - stats.alias_size_in_bytes < 1024
+    planned = found.parts["temporaries"]
+    assert 0.8 * planned < stats.temp_size_in_bytes < planned
 
 
 def test_a_prefill_makes_a_cache_of_its_own():

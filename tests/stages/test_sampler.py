@@ -16,7 +16,8 @@ from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import AXES, make_mesh, own_part, parts_of
 from dno_jax.records import Rollout
 from dno_jax.run_dir import RunDir, StageDir
-from dno_jax.stages import sample, sampler
+from dno_jax.stages import sample, sampler, slots
+from dno_jax.stages.runtime import Runtime
 from tests.sampling.completion_server import CompletionServer
 
 
@@ -228,3 +229,21 @@ def test_text_up_to_a_stop_string_does_not_depend_on_how_many_ids_come_at_once()
         return sampler._stopped(("b", "abc"), range(count), decode=lambda ids: "".join(pieces[one] for one in ids))
 
     assert [stopped(count) for count in (1, 2, 3, 4)] == [None, (2, "xxa"), (2, "xxa"), (2, "xxa")]
+
+
+def test_processes_that_share_a_model_decode_the_fewest_slots_that_one_of_them_found(make_config, monkeypatch):
+    """All processes ask, as soon as two of them share a model: also this one, whose part is its own."""
+    runtime = Runtime.start(make_config(sampling={"slots": 3}))
+    wanted = slots.Wanted.responses(runtime.config, num_samples=4, num_prompts=6)
+    asked = []
+
+    def found_by_all(mine):
+        asked.append(int(mine))
+        return np.asarray([2, 1])  # the second process is none of this part's
+
+    monkeypatch.setattr(slots, "of_every_process", found_by_all)
+    assert slots.plan(runtime, wanted).slots == 3
+    assert not asked
+    monkeypatch.setattr(slots.jax, "process_count", lambda: 2)
+    assert slots.plan(runtime, wanted).slots == 2
+    assert asked == [3]
