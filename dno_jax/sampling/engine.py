@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def generate(
         )
         statistics.decode_calls += 1
         # Behind this call and before the next: the host must not wait for work that stands in line after that one.
-        shown = _whole(outputs), _whole(counts)
+        shown = _whole((outputs, counts), replicated(mesh))
         if dispatched is not None:
             yield from books.harvest(*dispatched, stop=stop, statistics=statistics)
         dispatched = (call, *shown)
@@ -298,13 +298,11 @@ def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Res
     )
 
 
-def _whole(tree: Any) -> Any:
+def _whole(tree: Any, place: NamedSharding) -> Any:
     """Have arrays gathered on every process of a mesh that spans several; dispatched, not waited for."""
 
     def one(array: jax.Array) -> jax.Array:
-        if array.is_fully_addressable:
-            return array
-        return relayout(array, replicated(cast(NamedSharding, array.sharding).mesh)).addressable_data(0)
+        return array if array.is_fully_addressable else relayout(array, place).addressable_data(0)
 
     return jax.tree.map(one, tree)
 
