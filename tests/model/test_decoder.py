@@ -201,6 +201,17 @@ def test_a_vector_of_nothing_is_stored_as_nothing(dtype, largest):
     np.testing.assert_allclose(found, largest, atol=1e-37)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_what_is_stored_is_near_what_was_given(dtype):
+    """int8 errs by half a step of its column's largest number over 127; float8 keeps four bits, half a unit of them."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 3, 16)) * 10.0 ** rng.integers(-3, 3, size=(2, 5, 3, 1))
+    found = np.asarray(as_stored(jnp.asarray(x, jnp.float32), jnp.dtype(dtype)))
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    allowed = largest / 254 if dtype == "int8" else np.maximum(np.abs(x) / 16, largest / 448 * 2.0**-10)
+    assert np.all(np.abs(found - x) <= allowed * (1 + 1e-5))
+
+
 def test_cache_axes_have_the_cache_structure(config):
     for dtype in (jnp.bfloat16, jnp.int8):
         whole = init_cache(config, batch_size=2, num_slots=4, dtype=dtype)
