@@ -928,7 +928,7 @@ def test_a_key_of_any_length_is_scrubbed_in_headers_and_urls_too(key, monkeypatc
     said = f"GET http://u:{key}@judge/v1?key={quote(key, safe='')} failed"
     answers = [Answer(body=completion(f"it was {key}").body, headers=headers), fault(500, said, headers=headers)]
     with Scripted(first_then(*answers)) as server:
-        config = section(server, api_key_env="PLANTED_KEY")
+        config = section(server, api_key_env="PLANTED_KEY", max_concurrency=1)  # in the order of the answers
         reply, trouble = send_all(config, 2)
         assert server.chats[0].headers["authorization"] == f"Bearer {key}"
     assert reply.text == "it was [key]"
