@@ -202,8 +202,11 @@ class Endpoint:
         )
 
     def scrub(self, text: str) -> str:
-        """Take the key, and what looks like one, out of a text that others wrote."""
-        return _KEY_LIKE.sub("[key]", self.without_key(text))
+        """Take the key, and what looks like one, out of a text that others wrote; halves of characters, too.
+
+        JSON may spell a lone surrogate, which no file and no database takes.
+        """
+        return _KEY_LIKE.sub("[key]", self.without_key(text.encode(errors="replace").decode()))
 
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""

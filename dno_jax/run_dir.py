@@ -128,7 +128,8 @@ class StageDir:
 
     def read_shard(self, kind: type[RecordT], name: str) -> list[RecordT]:
         path = self.path / f"{name}.jsonl"
-        return list(parse_lines(kind, path.read_text().splitlines(), place=str(path)))
+        # Not splitlines(), which also parts at U+2028 and its like: JSON has them raw inside of strings.
+        return list(parse_lines(kind, path.read_text().split("\n"), place=str(path)))
 
     def read(self, kind: type[RecordT]) -> Iterator[RecordT]:
         """Every row of every closed shard, in order of shard name."""
@@ -290,7 +291,7 @@ class RunDir:
 def read_manifest(path: epath.Path) -> Manifest | None:
     if not path.exists():
         return None
-    return next(parse_lines(Manifest, [" ".join(path.read_text().splitlines())], place=str(path)))
+    return next(parse_lines(Manifest, [path.read_text().replace("\n", " ")], place=str(path)))
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:

@@ -143,15 +143,6 @@ MIXTURE = {"reference.kind": "mixture", "reference.tau": 0.01}
         ({"annotation.kind": "oracle", "annotation.quality.repeat": 0.1}, "quality.repeat=0.1 asks an endpoint"),
         ({"annotation.quality.calibration": "f"}, "quality.calibration=.*annotation.kind=oracle has none"),
         ({"annotation.kind": "openai", "annotation.apart": True}, "apart=true without annotation.store"),
-        (
-            {
-                "annotation.kind": "openai",
-                "annotation.apart": True,
-                "annotation.store": "s",
-                "evaluation.annotation": {"kind": "openai"},
-            },
-            "apart=true without evaluation.annotation.store",
-        ),
         ({"annotation.kind": "table"}, r"kind=table needs annotation\.table"),
         # the judge
         ({"annotation.kind": "gold", "pairing.reward": "score"}, "kind=gold gives pairwise verdicts, no scores"),

@@ -28,6 +28,13 @@ def test_shards_are_read_in_order_and_a_torn_one_is_not_seen(tmp_path):
     assert [row.pair_id for row in stage.read(ReferenceScore)] == ["a", "b", "c"]
 
 
+def test_texts_may_have_separators_that_are_no_line_breaks(tmp_path):
+    """U+2028, U+2029 and U+0085 stand raw in JSON, and Python's splitlines parts at them."""
+    stage = RunDir(tmp_path).stage("score", 0)
+    stage.write_shard("0000000", scores("a\u2028b", "c\u2029d\x85e"))
+    assert [row.pair_id for row in stage.read(ReferenceScore)] == ["a\u2028b", "c\u2029d\x85e"]
+
+
 def test_a_manifest_is_whole_and_names_what_it_was_made_from(tmp_path):
     run_dir = RunDir(tmp_path)
     upstream, stage = run_dir.stage("pair", 0), run_dir.stage("score", 0)

@@ -227,7 +227,12 @@ class Desk:
 
     def _read(self, question: Question, reply: Reply) -> Verdict:
         client = self._clients[question.asked]
-        verdict = Verdict("unparsable", raw=client.scrub(reply.text or ""), model=client.scrub(reply.model))
+        is_judged = isinstance(question.asked, OpenAISection)
+        # The client has taken its keys out of every reply. A teacher's text is trained on: what only looks like a key
+        # ("Bearer tokens") stays.
+        said = (reply.text or "").encode(errors="replace").decode()
+        raw = client.scrub(said) if is_judged else said
+        verdict = Verdict("unparsable", raw=raw, model=client.scrub(reply.model))
         if reply.refusal is not None or reply.finish == "content_filter":
             return replace(verdict, state="refused", detail=client.words(reply.refusal or "content filter"))
         try:

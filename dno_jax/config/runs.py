@@ -135,15 +135,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _machines_apart_share_no_store(self) -> RunConfig:
-        if not (self.annotation.apart and self.annotation.chats):
-            return self
-        for place, section in (("annotation", self.annotation), ("evaluation.annotation", self.evaluation_judge)):
-            if section.chats and section.store is None:
-                raise ValueError(
-                    f"annotation.apart=true without {place}.store: sqlite wants all who have a file open on one "
-                    "machine, and the run directory's annotations.sqlite may be open where `dno annotate` runs: give "
-                    "it a file on a disk of this machine's own (the two may differ)"
-                )
+        annotation = self.annotation
+        if annotation.apart and annotation.chats and annotation.store is None:
+            raise ValueError(
+                "annotation.apart=true without annotation.store: sqlite wants all who have a file open on one machine, "
+                "and the run directory's annotations.sqlite may be open where `dno annotate` runs: give it a file on a "
+                "disk of this machine's own (the two may differ)"
+            )
         return self
 
     @property

@@ -47,7 +47,7 @@ def read_rows(path: str) -> list[tuple[dict[str, Any], str]]:
     if not file.exists():
         raise DnoError(f"{path}: no such file")
     rows = []
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_text().split("\n"), start=1):  # texts may have U+2028
         if not line.strip():
             continue
         place = f"{path}:{number}"

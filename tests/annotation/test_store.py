@@ -399,3 +399,19 @@ def test_verdicts_are_counted_listed_and_purged_by_judge_and_state(store):
     assert states(store) == {"failed": 1, "ok": 1, "tie": 1}
     assert store.purge() == 3
     assert store.receipts() == paid
+
+
+def test_what_cannot_be_written_takes_no_other_verdict_with_it(store):
+    bad = replace(FAILED, detail="a lone \ud800")
+
+    async def work():
+        puts = [
+            store.put(key, verdict, judge="j", prompt_id="p", paid=receipt(verdict))
+            for key, verdict in (("a", OK), ("b", bad), ("c", TIE))
+        ]
+        return await asyncio.gather(*puts, return_exceptions=True)
+
+    first, second, third = asyncio.run(work())
+    assert (first, third) == (OK, TIE)
+    assert isinstance(second, UnicodeEncodeError)
+    assert states(store) == {"ok": 1, "tie": 1}

@@ -132,8 +132,11 @@ class Database:
             with self.explained(), transaction(self._writer):
                 results = [job(self._writer) for job, _ in jobs]
         except BaseException as error:
-            for _, future in jobs:
-                future.set_exception(error)
+            if len(jobs) == 1:
+                jobs[0][1].set_exception(error)
+            else:  # what one job cannot write must not take the others' verdicts with it
+                for job in jobs:
+                    self._commit([job])
         else:
             for (_, future), result in zip(jobs, results, strict=True):
                 future.set_result(result)
