@@ -132,9 +132,12 @@ class Database:
             with self.explained(), transaction(self._writer):
                 results = [job(self._writer) for job, _ in jobs]
         except BaseException as error:
-            if len(jobs) == 1:
-                jobs[0][1].set_exception(error)
-            else:  # what one job cannot write must not take the others' verdicts with it
+            # What is wrong with the file (a lock, a full disk) is a DnoError, and wrong for all. Anything else is one
+            # job's own, and must not take the others' verdicts with it.
+            if len(jobs) == 1 or isinstance(error, DnoError):
+                for _, future in jobs:
+                    future.set_exception(error)
+            else:
                 for job in jobs:
                     self._commit([job])
         else:
