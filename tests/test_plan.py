@@ -118,7 +118,7 @@ def test_tokens_of_an_iteration_are_those_of_its_prompts(small, dno_plan):
     counts = planned(small).counts
     assert list(counts) == ["iteration 0", "iteration 1", "held out"]
     for name, part, samples in zip(counts, (*split.training, split.held_out), (4, 4, 2), strict=True):
-        kept, _ = tokenize_prompts(part, tokenizer=tokenizer, section=config.prompts)
+        kept, _ = tokenize_prompts(part, tokenizer=tokenizer, config=config)
         count = counts[name]
         assert count.prompts == len(kept) == len(part)
         assert count.prompt_tokens == sum(len(item.token_ids) for item in kept)

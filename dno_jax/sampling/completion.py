@@ -277,9 +277,11 @@ def _from_text(answer: Answer, index: int, *, codec: Codec, generation: Generati
         raise Refused("text that our tokenizer does not give back")
     stopped = answer.finish == "stop"
     by_string = stopped and isinstance(answer.stopped_by, str)
-    # Servers count the end id or do not. A stop string is counted, but cut from the text: there, no count tells.
-    right = (None, len(ids), len(ids) + 1) if stopped else (None, len(ids))
-    if answer.completion_tokens not in right and not by_string:
+    # Servers count the end id or do not. A stop string is counted, but cut from the text: there, any higher count may
+    # be right.
+    count, fewest = answer.completion_tokens, len(ids)
+    most = math.inf if by_string else fewest + stopped
+    if count is not None and not fewest <= count <= most:
         raise Refused("text of other tokens than were drawn")
     if stopped and not by_string:
         ids = (*ids, _end_id(answer, generation))

@@ -278,8 +278,8 @@ class _Calls:
                 start_it = "start it, or mend sampling.server.base_url" if trouble.unreachable else "see its log"
                 raise DnoError(
                     f"{self._endpoint.who} at {self._endpoint.url} gave no answer in {tries} "
-                    f"{'tries' if tries > 1 else 'try'}: {trouble.detail}; {start_it}, then start again: prompts that "
-                    "are done are kept"
+                    f"{'tries' if tries > 1 else 'try'}: {trouble.detail}; {start_it}, then start again: closed "
+                    "shards are kept"
                 )
             _LOG.info("%s: try %d of %d: %s", self._endpoint.who, tries, self._section.max_tries, trouble.detail)
             await _pause(wait_seconds(failures, retry_after=trouble.retry_after, jitter=self._jitter.random()))

@@ -55,7 +55,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     inputs |= runtime.policy_inputs(*(run_dir.policy(policy) for policy in range(newest + 1)))
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
-    tokenized, dropped = tokenize_prompts(held_out, tokenizer=runtime.tokenizer, section=config.prompts)
+    tokenized, dropped = tokenize_prompts(held_out, tokenizer=runtime.tokenizer, config=config)
     for policy in [0, 1] if iteration == 0 else [newest]:
         if tokenized:
             sample_to_shards(
@@ -138,7 +138,11 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     players: list[_Players] = []
+    left_out = set(by_id) - {prompt_id for prompt_id, _ in responses}
     for (prompt_id, sample), texts in sorted(responses.items()):
+        if prompt_id in by_id and len(texts) <= newest and config.sampling.engine == "openai":
+            left_out.add(prompt_id)  # a server had no usable answer for one policy: it is compared with none
+            continue
         if prompt_id not in by_id or len(texts) <= newest:
             raise DnoError(
                 f"{run_dir.path}: the held-out prompts are not those that earlier policies answered "
@@ -179,14 +183,14 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
     for group, verdict in zip(players, verdicts, strict=True):
         if verdict is None or verdict.state == "ok":
             preferences += group.preferences(verdict)
-    return _Judged(preferences, Counter({"held-out pool without verdict": len(missing)} if missing else {}))
+    dropped = {"held-out pool without verdict": len(missing), "no usable response from the server": len(left_out)}
+    return _Judged(preferences, +Counter(dropped))
 
 
 def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]:
     """The manifest's details: win rates of the newest policy, the matrix over policies, lengths, the best."""
     lengths = {
-        str(policy): response_statistics(list(rollouts_of(run_dir, policy).read(Rollout)))
-        for policy in range(newest + 1)
+        str(policy): response_statistics(rollouts_of(run_dir, policy).read(Rollout)) for policy in range(newest + 1)
     }
     if not judged.preferences:
         why = "no verdict on any held-out pool" if judged.dropped else "no held-out prompts"

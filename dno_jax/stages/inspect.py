@@ -32,7 +32,7 @@ def check(config: RunConfig) -> Runtime[RunConfig]:
     split = split_prompts(config)
     refuse_template(runtime)
     for part in {*split.training, split.held_out}:
-        kept, dropped = tokenize_prompts(part, tokenizer=runtime.tokenizer, section=config.prompts)
+        kept, dropped = tokenize_prompts(part, tokenizer=runtime.tokenizer, config=config)
         reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.most_common())
         if part and not kept:
             raise DnoError(f"{config.prompts.path}: all {len(part)} prompts of a part are dropped: {reasons}")

@@ -142,21 +142,22 @@ def name_bits(name: str) -> int:
 
 
 def tokenize_prompts(
-    prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer, section: PromptsSection
+    prompts: Sequence[Prompt], *, tokenizer: ChatTokenizer, config: RunConfig
 ) -> tuple[list[TokenizedPrompt], Counter[str]]:
     """Tokenise, and sort by length (then id) so that a batch holds prompts of like length.
 
     A prompt that spells a control token is dropped: tokenised, its words would end turns and begin others.
 
     Raises:
-        DnoError: a prompt is longer than prompts.max_length and too_long is "error", or the template refuses it.
+        DnoError: a prompt is longer than prompts.max_length, or leaves no token of sampling.max_total_tokens to a
+            response, and too_long is "error"; or the template refuses it.
     """
     kept: list[TokenizedPrompt] = []
     dropped: Counter[str] = Counter()
     for prompt in prompts:
         if tokenizer.control_tokens(*prompt.texts):
             dropped["prompt spells a control token"] += 1
-        elif found := _tokenized(prompt, tokenizer=tokenizer, section=section):
+        elif found := _tokenized(prompt, tokenizer=tokenizer, config=config):
             kept.append(found)
         else:
             dropped["prompt too long"] += 1
@@ -164,7 +165,10 @@ def tokenize_prompts(
     return kept, dropped
 
 
-def _tokenized(prompt: Prompt, *, tokenizer: ChatTokenizer, section: PromptsSection) -> TokenizedPrompt | None:
+def _tokenized(prompt: Prompt, *, tokenizer: ChatTokenizer, config: RunConfig) -> TokenizedPrompt | None:
+    section, total = config.prompts, config.sampling.max_total_tokens
+    longest = section.max_length if total is None else min(section.max_length, total - 1)
+
     def encode(messages: Sequence[Message]) -> tuple[int, ...]:
         try:
             return tokenizer.prompt_ids(messages, prompt.assistant_prefix)
@@ -172,16 +176,19 @@ def _tokenized(prompt: Prompt, *, tokenizer: ChatTokenizer, section: PromptsSect
             raise DnoError(f"prompt {prompt.prompt_id!r}: {error}") from None
 
     ids = encode(prompt.messages)
-    if len(ids) <= section.max_length:
+    if len(ids) <= longest:
         return TokenizedPrompt(prompt, ids)
     if section.too_long == "error":
+        limit = f"prompts.max_length is {section.max_length}"
+        if longest < section.max_length:
+            limit = f"sampling.max_total_tokens is {total}, of which a response needs one at least"
         raise DnoError(
-            f"prompt {prompt.prompt_id!r} has {len(ids)} tokens, prompts.max_length is {section.max_length}; "
-            "raise it, shorten the prompt, or set prompts.too_long=drop (or truncate)"
+            f"prompt {prompt.prompt_id!r} has {len(ids)} tokens, {limit}; raise it, shorten the prompt, or set "
+            "prompts.too_long=drop (or truncate)"
         )
     if section.too_long == "drop":
         return None
-    left = shorten_chat(prompt.messages, max_length=section.max_length, count=lambda chat: len(encode(chat)))
+    left = shorten_chat(prompt.messages, max_length=longest, count=lambda chat: len(encode(chat)))
     if left is None:
         return None
     return TokenizedPrompt(prompt.model_copy(update={"messages": left}), encode(left), truncated=True)

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from dno_jax.config import RunConfig
-from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere
+from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
 from dno_jax.records import Rollout
 from dno_jax.report.console import Meter
 from dno_jax.run_dir import StageDir
@@ -33,7 +33,7 @@ def sample_to_shards(
     also: Callable[[TokenizedPrompt], Sequence[Rollout]] = lambda _: (),
     after_shard: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Sample every prompt that has no closed shard yet.
+    """Sample every shard of prompts that is not closed yet.
 
     Shards are cut from the whole list, alike on every machine. All candidates of a prompt are in one shard, which is
     closed, and can be judged, as soon as the last of its prompts is finished. Each part of the mesh takes every n-th
@@ -51,20 +51,23 @@ def sample_to_shards(
     """
     size = runtime.config.sampling.shard_prompts
     cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    pending = _unfinished(out, cuts)
+    pending = _unfinished(out, cuts, size=size)
     part, server = runtime.part, runtime.config.sampling.engine == "openai"
     # A server is asked by one process; no device takes part.
     own = pending[part.index :: part.count] if not server else pending if is_primary() else []
-    shards = [_Shard(index * size, cuts[index]) for index in own]
+    shards = [_Shard(_name(index * size), cuts[index]) for index in own]
     places = [(shard, place) for shard in shards for place in range(len(shard.prompts))]
     sampler = Sampler(runtime, [shard.prompts[place] for shard, place in places], draws, policy)
 
     def close(shard: _Shard) -> None:
         rows: list[Rollout] = []
         for place, responses in sorted(shard.found.items()):
-            rows += _rollouts(sampler, shard.prompts[place], responses)
-            rows += also(shard.prompts[place])
-        out.write_shard(f"{shard.first:07d}", rows)
+            if len(responses) == len(draws):
+                rows += _rollouts(sampler, shard.prompts[place], responses)
+                rows += also(shard.prompts[place])
+        out.write_shard(shard.name, rows)
+        shard.found.clear()  # an iteration's responses need not all be held
+        shard.closed = True
         after_shard()
 
     if pending:
@@ -86,9 +89,12 @@ def sample_to_shards(
                 meter.advance(1)
                 if shard.is_whole(len(draws)) and (part.leads or server):
                     close(shard)
-        for shard in shards:  # prompts that a server had no usable answers for are not sampled
-            if server and shard.found and not shard.is_whole(len(draws)):
+        for shard in shards:  # prompts that a server had no usable answers for have no rows, and are not asked again
+            if server and not shard.closed:
                 close(shard)
+        # Not in a collective: others may sample for hours yet, or wait for a server that one of them asks.
+        names = {_name(index * size) for index in pending}
+        wait_until(lambda: names <= set(out.shard_names()))
     barrier(f"sampled {out.path}")
     return sampler.details
 
@@ -97,9 +103,10 @@ def sample_to_shards(
 class _Shard:
     """A file of rollouts in the making."""
 
-    first: int  # place of its first prompt in the whole list
+    name: str
     prompts: Sequence[TokenizedPrompt]
     found: dict[int, dict[int, tuple[Response, ...]]] = field(default_factory=dict)  # prompt -> draw -> responses
+    closed: bool = False
 
     def is_whole(self, draws: int) -> bool:
         return len(self.found) == len(self.prompts) and all(len(own) == draws for own in self.found.values())
@@ -116,10 +123,15 @@ def _in_turn(streams: Sequence[Stream]) -> Iterator[tuple[int, Finished]]:
                 yield number, found
 
 
-def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]]) -> list[int]:
-    """Indices of the shards with a prompt that no closed one holds; process 0 says which, for all."""
-    found = {rollout.prompt_id for rollout in out.read(Rollout)} if is_primary() else set()
-    missing = [any(item.prompt.prompt_id not in found for item in cut) for cut in cuts]
+def _name(first: int) -> str:
+    """What a shard is called, by the place of its first prompt in the whole list."""
+    return f"{first:07d}"
+
+
+def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]], *, size: int) -> list[int]:
+    """Indices of the shards that are not closed; process 0 says which, for all."""
+    closed = set(out.shard_names()) if is_primary() else set()
+    missing = [_name(index * size) not in closed for index in range(len(cuts))]
     return [int(index) for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
@@ -36,7 +38,7 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
     run_dir = runtime.run_dir
     stage = run_dir.stage("sample", iteration)
     prompts = with_gold(config, split_prompts(config).training[iteration], iteration=iteration)
-    tokenized, dropped = tokenize_prompts(prompts, tokenizer=runtime.tokenizer, section=config.prompts)
+    tokenized, dropped = tokenize_prompts(prompts, tokenizer=runtime.tokenizer, config=config)
     prompts_path = run_dir.prompts_path(iteration)
     if is_primary():
         # The judge reads what was sampled from, also where that was truncated.
@@ -69,16 +71,19 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
         )
     audited = audit.run(runtime, stage, policy=iteration)
     if is_primary():
-        rollouts = list(stage.read(Rollout))
-        dropped.update(_gold_drops(rollouts, tokenized))
+        counted = _Counted()
+        details = response_statistics(counted.passing(stage.read(Rollout)))
+        dropped.update(_gold_drops(counted.gold, tokenized))
+        if left_out := sum(item.prompt.prompt_id not in counted.prompts for item in tokenized):
+            dropped["no usable response from the server"] = left_out
         truncated = sum(item.truncated for item in tokenized)
         stage.finish(
             config_digest=runtime.config_digest,
             inputs=inputs,
-            rows=len(rollouts),
+            rows=counted.rows,
             dropped=dropped,
             seconds=time.perf_counter() - start,
-            details=response_statistics(rollouts)
+            details=details
             | drawn
             | ({"truncated_prompts": truncated} if truncated else {})
             | ({"audit": audited} if audited else {}),
@@ -139,7 +144,7 @@ def _data_to_shards(
 def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int) -> list[Rollout]:
     """The teacher's response as a candidate like any other, where there is one that can be ranked and tokenised."""
     gold = item.prompt.gold
-    if not gold or not gold.strip():
+    if not gold or not gold.strip() or is_refusal(gold):
         return []
     texts = {given.text.strip() for given in item.prompt.candidates}
     if runtime.config.annotation.kind == "given" and gold.strip() not in texts:
@@ -176,24 +181,47 @@ def _fixed_rollout(
     )
 
 
-def _gold_drops(rollouts: Sequence[Rollout], prompts: Sequence[TokenizedPrompt]) -> Counter[str]:
-    have = {rollout.prompt_id for rollout in rollouts if rollout.is_gold}
+@dataclass
+class _Counted:
+    """What is said of an iteration's rows, which are read one by one: there may be more than memory holds."""
+
+    rows: int = 0
+    prompts: set[str] = field(default_factory=set)
+    gold: set[str] = field(default_factory=set)  # prompts with a teacher's response
+
+    def passing(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
+        for rollout in rollouts:
+            self.rows += 1
+            (self.gold if rollout.is_gold else self.prompts).add(rollout.prompt_id)
+            yield rollout
+
+
+def _gold_drops(have: Set[str], prompts: Sequence[TokenizedPrompt]) -> Counter[str]:
     lost = [item.prompt.gold for item in prompts if item.prompt.gold is not None and item.prompt.prompt_id not in have]
-    return Counter("gold response without points or ids" if gold.strip() else "gold response empty" for gold in lost)
+
+    def reason(gold: str) -> str:
+        if not gold.strip():
+            return "gold response empty"
+        return "gold response refuses" if is_refusal(gold) else "gold response without points or ids"
+
+    return Counter(map(reason, lost))
 
 
-def response_statistics(rollouts: Sequence[Rollout]) -> dict[str, Any]:
+def response_statistics(rollouts: Iterable[Rollout]) -> dict[str, Any]:
     """Lengths and endings of the policy's own responses."""
-    own = [rollout for rollout in rollouts if rollout.policy is not None]
+    own = [
+        (len(rollout.token_ids), len(rollout.text.split()), rollout.finish == "stop")
+        for rollout in rollouts
+        if rollout.policy is not None
+    ]
     if not own:
         return {}
-    tokens = np.asarray([len(rollout.token_ids) for rollout in own])
-    words = np.asarray([len(rollout.text.split()) for rollout in own])
+    tokens, words, stopped = np.asarray(own).T
     return {
         "responses": len(own),
         "tokens": int(tokens.sum()),
         "mean_tokens": round(float(tokens.mean()), 2),
         "mean_words": round(float(words.mean()), 2),
         "std_words": round(float(words.std()), 2),
-        "stopped": round(float(np.mean([rollout.finish == "stop" for rollout in own])), 4),
+        "stopped": round(float(stopped.mean()), 4),
     }

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from dno_jax.annotation.desk import Desk, open_desk
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
+from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig, TeacherSection, config_digest
 from dno_jax.errors import DnoError
 from dno_jax.records import Prompt, TaughtResponse
@@ -29,7 +30,8 @@ _HELD_OUT = "held-out"
 def run(config: RunConfig, iteration: int) -> Manifest:
     """Ask for a response to every prompt of iteration t that has none; in iteration 0 to the held-out prompts, too.
 
-    A refused, cut or empty response is dropped and counted: its prompt goes on without gold.
+    A refused (by the endpoint or in words), cut or empty response is dropped and counted: its prompt goes on without
+    gold.
 
     Raises:
         DnoError: more than `annotation.max_failed` of the requests failed, or the money is spent (run again: only those
@@ -99,7 +101,7 @@ class _Teacher:
         self._run_dir = run_dir
         self._seed = seed
         self._max_failed = max_failed
-        self._failed: dict[str, TaughtResponse] = {}  # by prompt: no word of the teacher's came back
+        self._lost: dict[str, TaughtResponse] = {}  # by prompt: what came of it in this call, and is no response
 
     @property
     def identity(self) -> str:
@@ -124,18 +126,17 @@ class _Teacher:
                             meter.advance(len(part))
                         else:
                             open_shards.append((folder, name, part))
-            if self._failed:
-                self._refuse_if_too_many(total)
+            self._refuse_if_too_many(total)
             for folder, name, part in open_shards:
                 folder.write_shard(name, await self._responses(part))
 
     async def _close(self, folder: StageDir, name: str, prompts: Sequence[Prompt]) -> bool:
         rows = await self._responses(prompts)
-        failed = {row.prompt_id: row for row in rows if row.state in ("failed", "over budget")}
-        self._failed |= failed
-        if not failed:
-            folder.write_shard(name, rows)
-        return not failed
+        self._lost |= {row.prompt_id: row for row in rows if row.state != "ok"}
+        if any(map(_has_failed, rows)):
+            return False
+        folder.write_shard(name, rows)
+        return True
 
     async def _responses(self, prompts: Sequence[Prompt]) -> list[TaughtResponse]:
         """The responses to some prompts side by side; after an error the others still come back: they are paid for."""
@@ -147,20 +148,21 @@ class _Teacher:
         return rows
 
     def _refuse_if_too_many(self, total: int) -> None:
-        broke = sum(row.state == "over budget" for row in self._failed.values())
-        if not broke and len(self._failed) <= self._max_failed * total:
+        failed = [row for row in self._lost.values() if _has_failed(row)]
+        broke = sum(row.state == "over budget" for row in failed)
+        if not broke and len(failed) <= self._max_failed * total:
             return
-        reasons = Counter(f"{row.state}: {row.detail}" for row in self._failed.values())
+        reasons = Counter(f"{row.state}: {row.detail}" for row in failed)
         shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         remedy = "raise annotation.max_usd first" if broke else "raise annotation.max_failed to go on without them"
         raise DnoError(
-            f"annotation.teacher {self._section.model!r}: {len(self._failed)} of {total} prompts have no response "
+            f"annotation.teacher {self._section.model!r}: {len(failed)} of {total} prompts have no response "
             f"({shown}). Nothing paid for is lost: run again and only these are asked anew, or {remedy}"
         )
 
     async def _respond(self, prompt: Prompt) -> TaughtResponse:
-        if failed := self._failed.get(prompt.prompt_id):
-            return failed  # tried in this call; the next one tries again
+        if lost := self._lost.get(prompt.prompt_id):
+            return lost  # asked in this call; the next one asks again
         question = Question(
             asked=self._section,
             judge=self.identity,
@@ -173,14 +175,13 @@ class _Teacher:
         if not verdict.is_answer:
             return TaughtResponse(prompt_id=prompt.prompt_id, state=verdict.state, detail=verdict.detail)
         text = verdict.raw.strip().removeprefix(prompt.assistant_prefix)
+        if is_refusal(text):
+            return TaughtResponse(prompt_id=prompt.prompt_id, state="refused", detail="in words")
         return TaughtResponse(prompt_id=prompt.prompt_id, state="ok", text=text)
 
     def _body(self, prompt: Prompt) -> dict[str, object]:
         section = self._section
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        if section.system and prompt.messages[0].role != "system":
-            messages.insert(0, {"role": "system", "content": section.system})
-        body: dict[str, object] = {"model": section.model, "messages": messages}
+        body: dict[str, object] = {"model": section.model, "messages": _messages(prompt, system=section.system)}
         body[section.max_tokens_field] = section.max_tokens
         if section.temperature is not None:
             body["temperature"] = section.temperature
@@ -190,6 +191,22 @@ class _Teacher:
             address = json.dumps([self._seed, prompt.prompt_id])
             body["seed"] = int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
         return body
+
+
+def _messages(prompt: Prompt, *, system: str) -> list[dict[str, str]]:
+    """The prompt's messages; its own system message stands in the place of the section's."""
+    messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    if messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    if prompt.assistant_prefix:
+        asked = "Begin your response with exactly these words, and go on from there:\n"
+        system = "\n\n".join([*([system] if system else []), asked + prompt.assistant_prefix])
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _has_failed(row: TaughtResponse) -> bool:
+    """Whether no word of the teacher's came back: the next call may have more luck."""
+    return row.state in ("failed", "over budget")
 
 
 def _reader(prefix: str) -> Reader:

@@ -137,6 +137,14 @@ def test_a_judge_that_always_says_first_yields_ties_and_no_pairs(section):
         assert {answer.scores for answer in judgement.answers} == {(1.0, 0.0)}  # its bias stays to be seen
 
 
+@pytest.mark.parametrize("num_orders", [6, 12])
+def test_over_whole_turns_a_place_is_worth_nothing_in_points(num_orders):
+    for _, pool in pools(10):
+        judgement, _ = run(judge(OpenAISection(num_orders=num_orders)), pool, always_first)
+        assert len({answer.order for answer in judgement.answers}) == num_orders
+        assert judgement.scores == (3.5,) * 6  # no margin, hence no pair
+
+
 def test_over_many_orders_a_place_is_worth_nothing_in_points():
     points = np.zeros(6)
     function = judge(OpenAISection(num_orders=2))

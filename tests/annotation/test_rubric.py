@@ -379,7 +379,7 @@ def tokens() -> TokenRubric:
         ({"m": -4.0}, 1.0),
         ({"M": -0.1, "N": -1.0}, 0.0),
         ({"M": -0.1, "m": -math.inf}, 0.0),
-        ({"m": -9999.0, "M": -10000.0}, 1 / (1 + math.exp(-1.0))),
+        ({"m": -4.0, "M": -5.0}, 1 / (1 + math.exp(-1.0))),
         ({"m": -9999.0, "M": -0.0}, 0.0),
         ({" m": -0.1, "m ": -0.2, "mM": -0.3, "M": -3.0, "m": -3.0}, 0.5),
     ],
@@ -401,6 +401,9 @@ def test_token_preferences(tokens, logprobs, preference):
         ({"m": math.nan, "M": -0.1}, "log-probabilities nan"),
         ({"m": -0.1, "M": math.nan}, "log-probabilities -0.1 and nan"),
         ({"m": math.inf}, "log-probabilities inf"),
+        # A refusal leaves next to nothing to the two, which is no opinion on them.
+        ({"I": -1e-4, "m": -12.0}, "a probability of 6.1e-06 together; a verdict needs 0.01"),
+        ({"m": -9999.0, "M": -10000.0}, "a probability of 0 together"),
     ],
 )
 def test_without_either_token_there_is_no_answer(tokens, logprobs, reason):

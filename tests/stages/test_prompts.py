@@ -49,13 +49,29 @@ def test_too_long_prompts_are_an_error_or_dropped_and_counted(make_config, tmp_p
     path.write_text("".join(json.dumps({"prompt": "bam " * count}) + "\n" for count in (3, 4, 24, 5)))
     prompts, tokenizer = load_prompts(str(path)), load_tokenizer(config.model)
     with pytest.raises(DnoError, match=r"has 25 tokens, prompts\.max_length is 16"):
-        tokenize_prompts(prompts, tokenizer=tokenizer, section=config.prompts)
-    section = config.prompts.model_copy(update={"too_long": "drop"})
-    kept, dropped = tokenize_prompts(prompts, tokenizer=tokenizer, section=section)
+        tokenize_prompts(prompts, tokenizer=tokenizer, config=config)
+
+    def tokenized(too_long, total=None):
+        section = config.prompts.model_copy(update={"too_long": too_long})
+        sampling = config.sampling.model_copy(update={"max_total_tokens": total})
+        changed = config.model_copy(update={"prompts": section, "sampling": sampling})
+        return tokenize_prompts(prompts, tokenizer=tokenizer, config=changed)
+
+    kept, dropped = tokenized("drop")
     assert [len(item.token_ids) for item in kept] == [4, 5, 6]
     assert dropped == {"prompt too long": 1}
-    section = config.prompts.model_copy(update={"too_long": "truncate"})
-    kept, dropped = tokenize_prompts(prompts, tokenizer=tokenizer, section=section)
+    # A response needs a token of the total.
+    kept, dropped = tokenized("drop", total=6)
+    assert [len(item.token_ids) for item in kept] == [4, 5]
+    assert dropped == {"prompt too long": 2}
+    with pytest.raises(DnoError, match=r"has 6 tokens, sampling\.max_total_tokens is 6, of which a response needs one"):
+        tokenize_prompts(
+            prompts[3:],
+            tokenizer=tokenizer,
+            config=config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_total_tokens": 6})}),
+        )
+    assert [len(item.token_ids) for item in tokenized("truncate", total=6)[0]] == [4, 5, 5, 5]
+    kept, dropped = tokenized("truncate")
     assert [(len(item.token_ids), item.truncated) for item in kept] == [(4, False), (5, False), (6, False), (16, True)]
     assert (kept[-1].token_ids[0], not dropped) == (1, True)
     assert tokenizer.prompt_ids(kept[-1].prompt.messages) == kept[-1].token_ids
@@ -65,11 +81,15 @@ def test_prompts_that_spell_control_tokens_are_dropped_and_counted(make_config, 
     config = make_config()
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "bam dom"}\n{"prompt": "bam </s> dom"}\n{"prompt": "bam", "assistant_prefix": "<s>"}\n')
-    kept, dropped = tokenize_prompts(
-        load_prompts(str(path)), tokenizer=load_tokenizer(config.model), section=config.prompts
-    )
+    kept, dropped = tokenize_prompts(load_prompts(str(path)), tokenizer=load_tokenizer(config.model), config=config)
     assert [item.prompt.messages[0].content for item in kept] == ["bam dom"]
     assert dropped == {"prompt spells a control token": 2}
+
+
+def test_prompts_may_hold_separators_that_are_no_line_breaks(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c\u2029d\x85e"}\n'.encode())
+    assert [prompt.messages[0].content for prompt in load_prompts(str(path))] == ["a\u2028b", "c\u2029d\x85e"]
 
 
 def test_names_of_prompts_are_stable(tmp_path):

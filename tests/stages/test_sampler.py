@@ -14,9 +14,9 @@ from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import AXES, make_mesh, own_part, parts_of
-from dno_jax.records import Rollout
+from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir, StageDir
-from dno_jax.stages import sample, sampler, slots
+from dno_jax.stages import annotate, sample, sampler, slots
 from dno_jax.stages.runtime import Runtime
 from tests.sampling.completion_server import CompletionServer
 
@@ -114,6 +114,47 @@ def test_a_server_that_is_not_there_leaves_nothing(make_config):
     stage = RunDir(config.run_dir).stage("sample", 0)
     assert stage.manifest() is None
     assert not stage.shard_names()
+
+
+def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_config, monkeypatch):
+    """A shard of which nothing could be kept is closed all the same; what comes after does without its prompts."""
+    tokenizer = ChatTokenizer.load(make_config().model.path, "raw")
+    num_ids, lost = tokenizer.vocab_size, []
+
+    def alter(reply):
+        prompt = server.sampled[-1]["prompt"]
+        if not lost:
+            lost.append(prompt)
+        if prompt == lost[0]:
+            reply["choices"][0]["finish_reason"] = "content_filter"
+        return reply
+
+    with CompletionServer(
+        lambda ids: np.where(np.arange(num_ids) < 4, -1e9, 0.0),
+        text_of=tokenizer.decode,
+        ids_of=lambda text: tokenizer.text_ids(text)[1:],
+        end_ids=tokenizer.end_ids,
+        alter=alter,
+    ) as server:
+        section = {"base_url": server.url, "max_concurrency": 1, "max_tries": 2, "max_refused": 0.5}
+        config = make_config(
+            sampling={"engine": "openai", "server": section, "shard_prompts": 1, "audit_prompts": 0, "num_samples": 2}
+        )
+        iteration.prepare(config)
+        real = StageDir.finish
+        monkeypatch.setattr(StageDir, "finish", lambda *_, **__: 1 / 0)  # a kill before the manifest
+        with pytest.raises(ZeroDivisionError):
+            sample.run(config, 0)
+        monkeypatch.setattr(StageDir, "finish", real)
+        asked = len(server.sampled)
+        manifest = sample.run(config, 0)
+        assert len(server.sampled) == asked
+    stage = RunDir(config.run_dir).stage("sample", 0)
+    assert len(stage.shard_names()) == 6
+    assert sum(not stage.read_shard(Rollout, name) for name in stage.shard_names()) == 1
+    assert manifest.dropped["no usable response from the server"] == 1
+    annotate.run(config, 0)
+    assert len({judgement.prompt_id for judgement in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}) == 5
 
 
 def refuse_to_write(monkeypatch, *, shard):

@@ -92,6 +92,31 @@ def test_a_tolerated_share_of_failures_goes_on_without_gold(tmp_path, monkeypatc
     assert sum(gold is None for gold in gold_of(config).values()) == lost
 
 
+def test_refusals_in_words_are_no_gold_and_are_asked_once_a_call(tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(
+        "dno_jax.annotation.fake_judge.completion.teach", lambda *_, **__: "I'm sorry, but I can't help with that."
+    )
+    with FakeJudge(fraction=0.3, faults=("500", "refusal")) as server:
+        config = taught(tmp_path, server.url, max_tries=1)
+        annotation = config.annotation.model_copy(update={"max_failed": 0.9})
+        manifest = teach.run(config.model_copy(update={"annotation": annotation}), 0)
+        assert server.counts.answered.total() <= 18  # a second pass asks nobody again
+    assert manifest.dropped["gold response refused"] + manifest.dropped["gold response failed"] == 18
+    assert not any(gold_of(config)[f"p{i:02d}"] for i in range(20) if i != 3)
+
+
+def test_a_teacher_is_told_the_prefix(tmp_path):
+    prompt = split_prompts(taught(tmp_path, "http://127.0.0.1:1/v1")).training[0][0]
+    begun = prompt.model_copy(update={"assistant_prefix": "Sure, "})
+    own = {"role": "user", "content": prompt.messages[0].content}
+    asked = "Begin your response with exactly these words, and go on from there:\nSure, "
+    assert teach._messages(prompt, system="") == [own]
+    assert teach._messages(prompt, system="Be kind.") == [{"role": "system", "content": "Be kind."}, own]
+    assert teach._messages(begun, system="") == [{"role": "system", "content": asked}, own]
+    assert teach._messages(begun, system="Be kind.") == [{"role": "system", "content": f"Be kind.\n\n{asked}"}, own]
+
+
 def test_the_prefix_that_a_turn_began_with_is_no_part_of_the_gold(tmp_path):
     reader = teach._reader("Sure, ")
     assert reader(teach.Reply("Sure, it is blue.", finish="stop")) == ()

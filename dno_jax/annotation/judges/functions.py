@@ -53,15 +53,20 @@ class ListWise(ChatJudge):
         return f"orders={self.section.num_orders}"
 
     def _orders(self, pool: Pool) -> list[tuple[int, ...]]:
-        """Orders that differ, all there are where more are asked for."""
+        """Orders that differ, all there are where more are asked for: rotations of one drawn order, then of another.
+
+        Over whole turns every candidate stands in every place equally often, so that a judge's liking for places adds
+        the same to all.
+        """
         found: dict[tuple[int, ...], None] = {}
-        wanted = min(self.section.num_orders, math.factorial(len(pool.candidates)))
-        for number in itertools.count():
-            # Beyond the range of runs' seeds: the second order of one run is the first of no other.
-            found[presentation_order(pool, seed=self.seed + number * NUM_SEEDS)] = None
-            if len(found) == wanted:
-                break
-        return list(found)
+        count = len(pool.candidates)
+        wanted = min(self.section.num_orders, math.factorial(count))
+        draws = itertools.count()
+        while len(found) < wanted:
+            # Beyond the range of runs' seeds: the second draw of one run is the first of no other.
+            order = presentation_order(pool, seed=self.seed + next(draws) * NUM_SEEDS)
+            found |= dict.fromkeys(order[shift:] + order[:shift] for shift in range(count))
+        return list(found)[:wanted]
 
 
 class PairWise(ChatJudge):
