@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.desk import advance
+from dno_jax.annotation.endpoint_annotator import advance
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.ledger.budget import Usage, cost, most_usage
 from dno_jax.annotation.quality.calibration import read_calibration

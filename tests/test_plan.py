@@ -17,7 +17,7 @@ import yaml
 
 from dno_jax import cli
 from dno_jax.annotation import Candidate, Pool
-from dno_jax.annotation.desk import advance
+from dno_jax.annotation.endpoint_annotator import advance
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.question import Verdict

@@ -11,33 +11,29 @@ import asyncio
 import logging
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
-from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.ledger.budget import Budget, OverBudget, most_usage
 from dno_jax.annotation.ledger.store import VerdictStore
-from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Rounds, Unparsable, Verdict
+from dno_jax.annotation.question import Question, Reply, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
 from dno_jax.annotation.transport.probe import Pay, Sending
 from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, wait_seconds
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Message, Prompt
 
 if TYPE_CHECKING:
     from dno_jax.annotation.transport.client import Client
 
 _LOG = logging.getLogger(__name__)
+# Replies, none of which could be read, after which nobody is asked any more: they are paid for in vain.
+_MOST_UNREAD = 100
 _BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
-
-_SAMPLE = Pool(
-    Prompt(prompt_id="probe", messages=(Message(role="user", content="Name a colour."),)),
-    (Candidate("probe/0", "Blue."), Candidate("probe/1", "Green.")),
-)
 
 
 @runtime_checkable
@@ -73,6 +69,8 @@ class Desk:
         self._under_way: dict[str, asyncio.Task[Verdict]] = {}
         self._probes: dict[ChatSection, asyncio.Task[None]] = {}
         self._broken: DnoError | None = None
+        self._unread: Counter[ChatSection] = Counter()  # replies of models of which none was read so far
+        self._read_once: set[ChatSection] = set()
         self._jitter = random.Random()  # spreads retries over time; decides no result
 
     @property
@@ -146,6 +144,7 @@ class Desk:
         paid = self.budget.bill(question, result, batch=batch)
         if isinstance(result, Reply):
             verdict = self._read(question, result)
+            self._count_unread(question, verdict)
         else:
             verdict = Verdict("refused" if result.then == "refused" else "failed", detail=result.detail)
         verdict = replace(verdict, tries=1, tokens_in=paid.tokens_in, tokens_out=paid.tokens_out, usd=paid.usd)
@@ -242,6 +241,21 @@ class Desk:
         is_pair = isinstance(question.asked, OpenAISection) and question.asked.form != "listwise"
         return replace(verdict, state="tie" if is_pair and scores[0] == scores[1] else "ok", scores=scores)
 
+    def _count_unread(self, question: Question, verdict: Verdict) -> None:
+        asked = question.asked
+        if verdict.is_answer:
+            self._read_once.add(asked)
+        if verdict.state != "unparsable" or asked in self._read_once:
+            return
+        self._unread[asked] += 1
+        if self._unread[asked] >= _MOST_UNREAD and self._broken is None:
+            words = self._clients[asked].words(verdict.raw)
+            self._broken = DnoError(
+                f"none of the first {_MOST_UNREAD} replies of {asked.model!r} could be read ({verdict.detail}); the "
+                f"last one: {words!r}. Nobody is asked any more: try another rubric, a higher max_tokens, "
+                "structured=json_schema, or another model. All replies are kept"
+            )
+
     def _settled(self, key: str, task: asyncio.Task[Verdict]) -> None:
         del self._under_way[key]
         if not task.cancelled():
@@ -254,114 +268,6 @@ class Desk:
         except DnoError as error:
             self._broken = self._broken or error
             raise
-
-
-class EndpointAnnotator:
-    """Judges pools by a preference function whose questions a desk carries."""
-
-    def __init__(self, function: PreferenceFunction, desk: Desk):
-        """
-        Args:
-            desk: closed with the annotator.
-        """
-        self._function = function
-        self.desk = desk
-
-    def __repr__(self) -> str:
-        return f"EndpointAnnotator({self.identity!r})"
-
-    @property
-    def identity(self) -> str:
-        return self._function.identity
-
-    @property
-    def width(self) -> int:
-        return self.desk.width
-
-    def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
-        """Return the judgement if all that it asks is already paid for, else None."""
-        rounds = self._function.rounds(pool, repeat=repeat)
-        verdicts: list[Verdict] | None = None
-        while not isinstance(found := advance(rounds, verdicts), Judgement):
-            verdicts = []
-            for question in found:
-                verdict = self.desk.recall(question)
-                if verdict is None:
-                    return None
-                verdicts.append(verdict)
-        return found
-
-    async def probe(self) -> None:
-        """Ask every model that is asked first for a sign of life.
-
-        Raises:
-            DnoError: saying what is wrong with the endpoint, the key or the model.
-        """
-        questions = advance(self._function.rounds(_SAMPLE), None)
-        assert not isinstance(questions, Judgement)
-        for asked in {question.asked: question for question in questions}.values():
-            await self.desk.probe(asked)
-
-    async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
-        """Return the judgement of one pool, round by round; all that arrives is in the store before this returns.
-
-        Args:
-            repeat: 0, or which repetition of the same questions this is.
-
-        Raises:
-            DnoError: nobody can be asked (a refused key, a dead endpoint), or the store fails.
-        """
-        rounds = self._function.rounds(pool, repeat=repeat)
-        verdicts: list[Verdict] | None = None
-        while not isinstance(found := advance(rounds, verdicts), Judgement):
-            # After an error the others still come back: they are paid for.
-            outcomes = await asyncio.gather(*map(self.desk.ask, found), return_exceptions=True)
-            verdicts = []
-            for outcome in outcomes:
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                verdicts.append(outcome)
-        return found
-
-    async def ask_by_batch(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
-        """Ask what the pools need by the Batch API, round after round, where the configuration says so.
-
-        What comes back is in the store, where `judge` finds it; the rest it asks live.
-        """
-        tried: set[str] = set()
-        while True:
-            missing = [question for pool in pools for question in self._missing(pool, repeat=repeat)]
-            wanted = [item for item in missing if _by_batch(item) and item.key not in tried]
-            if not wanted:
-                return
-            tried.update(question.key for question in wanted)
-            await self.desk.ask_by_batch(wanted)
-
-    def _missing(self, pool: Pool, *, repeat: int) -> Sequence[Question]:
-        """What a pool asks next that the store cannot answer."""
-        rounds = self._function.rounds(pool, repeat=repeat)
-        verdicts: list[Verdict] | None = None
-        while not isinstance(found := advance(rounds, verdicts), Judgement):
-            known = [self.desk.recall(question) for question in found]
-            if missing := [item for item, verdict in zip(found, known, strict=True) if verdict is None]:
-                return missing
-            verdicts = [verdict for verdict in known if verdict is not None]
-        return ()
-
-    async def close(self) -> None:
-        await self.desk.close()
-
-
-def _by_batch(question: Question) -> bool:
-    return isinstance(question.asked, OpenAISection) and question.asked.batch
-
-
-def advance(rounds: Rounds, verdicts: Sequence[Verdict] | None) -> Sequence[Question] | Judgement:
-    """Give a preference function the verdicts of its last round (None at first); return the next round or the end."""
-    try:
-        return next(rounds) if verdicts is None else rounds.send(verdicts)
-    except StopIteration as end:
-        return end.value
 
 
 def open_desk(section: AnnotationSection, *, store_path: str | os.PathLike[str]) -> Desk:

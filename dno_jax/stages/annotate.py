@@ -13,7 +13,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
-from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
@@ -55,6 +56,7 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] | No
     if manifest := finished(config, iteration):
         return manifest
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
+    _tell_another_judge(run_dir, iteration, identity=annotator.identity)
     work = _Work(config, stage, sampled, annotator, run_dir)
     found = asyncio.run(work.run(abandoned=abandoned))
     return stage.finish(
@@ -69,6 +71,16 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] | No
             **tell_quality(run_dir, found.quality, config.annotation, iteration=iteration),
         },
     )
+
+
+def _tell_another_judge(run_dir: RunDir, iteration: int, *, identity: str) -> None:
+    """Warn where a file that the configuration only names, such as a rubric, has changed since the last iteration."""
+    before = run_dir.stage("annotate", iteration - 1).manifest() if iteration else None
+    if before and (judge := before.details.get("judge")) not in (None, identity):
+        say(
+            f"warning: iteration {iteration} has another judge than the one before it: {identity}, not {judge}. "
+            "Restore the file that has changed, or mind that the iterations' preferences are not one judge's"
+        )
 
 
 def finished(config: RunConfig, iteration: int) -> Manifest | None:

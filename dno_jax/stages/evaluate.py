@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dno_jax.annotation.annotator import Candidate, Pool, build_annotator
-from dno_jax.annotation.desk import EndpointAnnotator
+from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate

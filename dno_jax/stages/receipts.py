@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from dno_jax.annotation.annotator import Annotator
-from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.errors import DnoError
 from dno_jax.run_dir import RunDir, write_atomically
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
-from dno_jax.annotation.desk import Desk, EndpointAnnotator
+from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.fake_judge import FAULTS, FakeJudge
 from dno_jax.annotation.ledger.budget import Budget
 from dno_jax.annotation.ledger.store import VerdictStore
@@ -106,6 +107,20 @@ def test_planted_scores_come_back_whatever_the_order(store_path):
     # and the order was in fact shuffled: candidate 0 is not the first that is shown, more often than not
     first = [re.search(r"answer (\d) worth", text)[1] for text in shown]
     assert 0 < first.count("0") < 60
+
+
+def test_a_judge_that_nobody_can_read_is_not_paid_for_long(store_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.annotation.desk._MOST_UNREAD", 6)
+    config = {"max_tries": 3, "max_concurrency": 2}
+    with FakeJudge(fraction=1.0, faults=("garbage",)) as server:
+        with pytest.raises(DnoError, match=r"none of the first 6 replies of 'judge-1' could be read \(not one JSON"):
+            judge_all(section(server, **config), [planted(number)[0] for number in range(40)], store_path)
+        assert server.counts.forms["listwise"] <= 6 + 2
+    assert tries_of(store_path) >= 6
+    # One that was read once may stumble later.
+    with FakeJudge(scorer=read_worth, fraction=0.7, faults=("garbage",)) as server:
+        judged = judge_all(section(server, **config), [planted(number)[0] for number in range(40, 80)], store_path)
+    assert {judgement.state for judgement in judged} == {"ok", "unparsable"}
 
 
 def test_the_servers_own_oracle_prefers_what_the_oracle_prefers(store_path):

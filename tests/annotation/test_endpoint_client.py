@@ -537,6 +537,7 @@ def fake_wait(monkeypatch) -> Clock:
 def known_routes(**fields: Any) -> routes.Routes:
     config = section("http://a/v1", **fields)
     endpoint = Endpoint(who="the judge", place="p", url="http://a/v1", api_key_env=None, timeout=20.0)
+    assert endpoint.words("half \ud83d of a character").encode() == b"half ? of a character"
     found = routes.Routes([endpoint], config, who="the judge", place="annotation.openai")
     found.all[0].offers = Capabilities()
     return found

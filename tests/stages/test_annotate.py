@@ -204,3 +204,16 @@ def test_one_iteration_has_one_judge(sampled):
     judges = Counter(row.judge for row in stage.read(Judgement))
     assert judges == {manifest.details["judge"]: 2}
     assert before not in judges
+
+
+def test_another_judge_than_the_last_iterations_is_told(sampled, capsys):
+    """A rubric's file may have been edited: the configuration only names it."""
+    _, run_dir = sampled
+    run_dir.stage("annotate", 0).finish(
+        config_digest="c", inputs={}, rows=0, seconds=0.0, details={"judge": "rubric=#1"}
+    )
+    annotate._tell_another_judge(run_dir, 1, identity="rubric=#1")
+    annotate._tell_another_judge(run_dir, 0, identity="rubric=#2")
+    assert not capsys.readouterr().err
+    annotate._tell_another_judge(run_dir, 1, identity="rubric=#2")
+    assert "another judge than the one before it: rubric=#2, not rubric=#1" in " ".join(capsys.readouterr().err.split())

@@ -106,6 +106,15 @@ def test_refusals_in_words_are_no_gold_and_are_asked_once_a_call(tmp_path, monke
     assert not any(gold_of(config)[f"p{i:02d}"] for i in range(20) if i != 3)
 
 
+def test_words_that_only_look_like_keys_stay_in_what_is_trained_on(tmp_path, monkeypatch):
+    text = "Bearer authentication sends a token; sk-learning-rate is none."
+    monkeypatch.setattr("dno_jax.annotation.fake_judge.completion.teach", lambda *_, **__: text)
+    with FakeJudge() as server:
+        config = taught(tmp_path, server.url)
+        teach.run(config, 0)
+    assert set(gold_of(config).values()) == {text, "The data's own.", ""}
+
+
 def test_a_teacher_is_told_the_prefix(tmp_path):
     prompt = split_prompts(taught(tmp_path, "http://127.0.0.1:1/v1")).training[0][0]
     begun = prompt.model_copy(update={"assistant_prefix": "Sure, "})

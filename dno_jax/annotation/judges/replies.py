@@ -12,11 +12,13 @@ from typing import Any
 
 from dno_jax.annotation.question import Reply, Unparsable
 
-_WHOLE_FENCE = re.compile(r"```json[ \t]*\r?\n(.*)\n[ \t]*```", re.DOTALL)
+_WHOLE_FENCE = re.compile(r"```(?:json)?[ \t]*\r?\n(.*)\n[ \t]*```", re.DOTALL)
+# What a model thinks aloud before it replies, as servers without a parser for it hand it on.
+_THOUGHT = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 
 
 def read_object(reply: str) -> dict[str, Any]:
-    """Read one JSON object, whitespace around it and one ```json fence around the whole allowed.
+    """Read one JSON object; allowed are a <think> block before it, one fence around the rest, and whitespace.
 
     Raises:
         Unparsable: anything else, a key that occurs twice included.
@@ -67,6 +69,8 @@ def few(names: Sequence[str]) -> str:
 
 
 def _unfenced(reply: str) -> str:
+    if thought := _THOUGHT.match(reply):
+        reply = reply[thought.end() :]
     fenced = _WHOLE_FENCE.fullmatch(reply.strip())
     return fenced[1] if fenced else reply
 

@@ -1,0 +1,125 @@
+"""Judging pools by asking: a preference function says what, a desk carries it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
+from dno_jax.config import OpenAISection
+from dno_jax.records import Judgement, Message, Prompt
+
+_SAMPLE = Pool(
+    Prompt(prompt_id="probe", messages=(Message(role="user", content="Name a colour."),)),
+    (Candidate("probe/0", "Blue."), Candidate("probe/1", "Green.")),
+)
+
+
+class EndpointAnnotator:
+    """Judges pools by a preference function whose questions a desk carries."""
+
+    def __init__(self, function: PreferenceFunction, desk: Desk):
+        """
+        Args:
+            desk: closed with the annotator.
+        """
+        self._function = function
+        self.desk = desk
+
+    def __repr__(self) -> str:
+        return f"EndpointAnnotator({self.identity!r})"
+
+    @property
+    def identity(self) -> str:
+        return self._function.identity
+
+    @property
+    def width(self) -> int:
+        return self.desk.width
+
+    def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
+        """Return the judgement if all that it asks is already paid for, else None."""
+        rounds = self._function.rounds(pool, repeat=repeat)
+        verdicts: list[Verdict] | None = None
+        while not isinstance(found := advance(rounds, verdicts), Judgement):
+            verdicts = []
+            for question in found:
+                verdict = self.desk.recall(question)
+                if verdict is None:
+                    return None
+                verdicts.append(verdict)
+        return found
+
+    async def probe(self) -> None:
+        """Ask every model that is asked first for a sign of life.
+
+        Raises:
+            DnoError: saying what is wrong with the endpoint, the key or the model.
+        """
+        questions = advance(self._function.rounds(_SAMPLE), None)
+        assert not isinstance(questions, Judgement)
+        for asked in {question.asked: question for question in questions}.values():
+            await self.desk.probe(asked)
+
+    async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
+        """Return the judgement of one pool, round by round; all that arrives is in the store before this returns.
+
+        Args:
+            repeat: 0, or which repetition of the same questions this is.
+
+        Raises:
+            DnoError: nobody can be asked (a refused key, a dead endpoint), or the store fails.
+        """
+        rounds = self._function.rounds(pool, repeat=repeat)
+        verdicts: list[Verdict] | None = None
+        while not isinstance(found := advance(rounds, verdicts), Judgement):
+            # After an error the others still come back: they are paid for.
+            outcomes = await asyncio.gather(*map(self.desk.ask, found), return_exceptions=True)
+            verdicts = []
+            for outcome in outcomes:
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                verdicts.append(outcome)
+        return found
+
+    async def ask_by_batch(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
+        """Ask what the pools need by the Batch API, round after round, where the configuration says so.
+
+        What comes back is in the store, where `judge` finds it; the rest it asks live.
+        """
+        tried: set[str] = set()
+        while True:
+            missing = [question for pool in pools for question in self._missing(pool, repeat=repeat)]
+            wanted = [item for item in missing if _by_batch(item) and item.key not in tried]
+            if not wanted:
+                return
+            tried.update(question.key for question in wanted)
+            await self.desk.ask_by_batch(wanted)
+
+    def _missing(self, pool: Pool, *, repeat: int) -> Sequence[Question]:
+        """What a pool asks next that the store cannot answer."""
+        rounds = self._function.rounds(pool, repeat=repeat)
+        verdicts: list[Verdict] | None = None
+        while not isinstance(found := advance(rounds, verdicts), Judgement):
+            known = [self.desk.recall(question) for question in found]
+            if missing := [item for item, verdict in zip(found, known, strict=True) if verdict is None]:
+                return missing
+            verdicts = [verdict for verdict in known if verdict is not None]
+        return ()
+
+    async def close(self) -> None:
+        await self.desk.close()
+
+
+def _by_batch(question: Question) -> bool:
+    return isinstance(question.asked, OpenAISection) and question.asked.batch
+
+
+def advance(rounds: Rounds, verdicts: Sequence[Verdict] | None) -> Sequence[Question] | Judgement:
+    """Give a preference function the verdicts of its last round (None at first); return the next round or the end."""
+    try:
+        return next(rounds) if verdicts is None else rounds.send(verdicts)
+    except StopIteration as end:
+        return end.value
