@@ -99,7 +99,7 @@ def plan_run(
     model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
     check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(mesh))
     split = split_prompts(config)
-    tokenize = functools.cache(functools.partial(tokenize_prompts, tokenizer=tokenizer, section=config.prompts))
+    tokenize = functools.cache(functools.partial(tokenize_prompts, tokenizer=tokenizer, config=config))
     counts = _prompt_counts(config, split, tokenize)
     return RunPlan(
         config=config,

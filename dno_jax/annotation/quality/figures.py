@@ -114,7 +114,8 @@ class Quality:
 
         - flip_rate: of two answers about a pair in different orders, both decided, how often they contradict.
         - answer_tie_rate: how often an answer leaves a pair it shows equal; tie_rate: how often all answers to it do.
-        - first_wins: P(the response shown first beats another one | decided); 1/2 where order has no say.
+        - first_wins: P(the response shown first beats another one | decided), the mean of the judge's own probabilities
+          where it gives them; 1/2 where order has no say.
         - first_on_top: list-wise, how often the first shown has the most points (1/k where k have), and its `chance`.
         - points_by_position: list-wise, points above the mean of the answer, by place in the order shown.
         - longer_wins: P(the response of more words wins | decided, lengths differ).
@@ -143,7 +144,8 @@ class Quality:
         """Count what the order of presentation has a say in."""
         # Of each judge and pair, lower index first, every answer that decides it: its order, and who is ahead.
         decided: defaultdict[tuple[str, int, int], list[tuple[tuple[int, ...], bool]]] = defaultdict(list)
-        shown = ties = first = first_decided = 0
+        shown = ties = first_decided = 0
+        first = 0.0
         for answer in answers:
             scored = list(zip(answer.order, answer.scores or (), strict=True))
             shown += len(scored) * (len(scored) - 1) // 2
@@ -154,7 +156,9 @@ class Quality:
                         continue
                     if place == 0:
                         first_decided += 1
-                        first += score > other
+                        # A one-token verdict on a pair is a probability, and a liking for places may shift it by less
+                        # than turns the decision.
+                        first += score if len(scored) == 2 and abs(score + other - 1.0) <= _ROUNDING else score > other
                     if row < column:
                         decided[answer.judge, row, column].append((answer.order, score > other))
                     else:
