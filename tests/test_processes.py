@@ -24,20 +24,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(90
 def runs(tmp_path_factory):
     """The same configuration by one process and by two, to the end."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "DNO": f"{Path(sys.executable).parent}/dno"}
-    found = {}
-    for count in (1, 2):
-        path = folder / f"{count}.yaml"
-        tree = small_tree(folder, run_dir=f"run{count}")
-        tree["sampling"] |= {"as_reference": True, "shard_prompts": 3}
-        path.write_text(yaml.safe_dump(tree))
-        done = subprocess.run(
-            [str(ROOT / "launch" / "local.sh"), str(count), str(path)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
-        found[count] = RunDir(folder / f"run{count}")
-    return folder, found
+    sampling = {"as_reference": True, "shard_prompts": 3}
+    return folder, {count: launched(folder, count, sampling=sampling) for count in (1, 2)}
+
+
+def launched(folder, count, *, sampling, **changes):
+    """Run a small configuration to its end by so many processes; return its directory."""
+    tree = small_tree(folder, run_dir=f"run{count}") | changes
+    tree["sampling"] |= sampling
+    path = folder / f"{count}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    done = subprocess.run(
+        [str(ROOT / "launch" / "local.sh"), str(count), str(path)],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu", "DNO": f"{Path(sys.executable).parent}/dno"},
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return RunDir(folder / f"run{count}")
 
 
 def test_every_stage_is_whole_and_every_prompt_comes_once(runs):
@@ -101,3 +104,18 @@ def test_the_launcher_reports_a_failing_process(runs):
     )  # fmt: skip
     assert done.returncode != 0
     assert "loss.beta" in done.stderr
+
+
+@pytest.mark.soak
+def test_a_model_that_lies_across_processes_draws_the_same(tmp_path):
+    """Neither process could sample alone: each holds half of every head. All decisions must fall alike in both."""
+    alone = launched(tmp_path, 1, sampling={}, iterations=1)
+    across = launched(tmp_path, 2, sampling={}, iterations=1, mesh={"data": 1, "tensor": 2})
+    texts = [
+        {row.rollout_id: row.token_ids for row in run_dir.stage("sample", 0).read(Rollout)}
+        for run_dir in (alone, across)
+    ]
+    assert texts[0] == texts[1]
+    assert across.stage("sample", 0).require().details["audit"]["error"] < 1e-5
+    judged = [list(run_dir.stage("annotate", 0).read(Judgement)) for run_dir in (alone, across)]
+    assert judged[0] == judged[1]
