@@ -5,9 +5,8 @@ Servers differ in what they say beyond OpenAI's fields, all of which is read whe
 - vLLM and SGLang return the drawn ids (`return_token_ids`) and what ended a response (`stop_reason`, `matched_stop`);
 - llama.cpp's server returns ids with log-probs;
 - a server that returns none is read by its text, which our tokenizer makes ids of. That is only right where the model
-  drew those very ids, so text and count of tokens must both come back the same.
-
-TGI takes no token ids as a prompt and is no engine here.
+  drew those very ids, so text and count of tokens must both come back the same;
+- TGI also takes prompts as text only. Its count is of all that was drawn, and its text keeps the stop string.
 """
 
 from __future__ import annotations
@@ -17,11 +16,15 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from dno_jax.errors import DnoError
 from dno_jax.sampling.requests import Generation, Request, Response
+from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
+
+Dialect = Literal["openai", "tgi"]
 
 
 class Refused(Exception):
@@ -36,11 +39,13 @@ class Codec:
         encode: (index of a request, text) -> ids of that text as a response to it, without an end id.
         decode: (index of a request, ids) -> text.
         text_ids: what the tokenizer makes of a text of its own accord, with its begin token if it has one.
+        prompt_text: index of a request -> the text of which `text_ids` makes its ids, None if there is none.
     """
 
     encode: Callable[[int, str], Sequence[int]]
     decode: Callable[[int, Sequence[int]], str]
     text_ids: Callable[[str], Sequence[int]]
+    prompt_text: Callable[[int], str | None]
 
 
 @dataclass(frozen=True)
@@ -48,20 +53,24 @@ class Answer:
     """A completion as the server told it; None is what it did not tell.
 
     Attributes:
-        stopped_by: the stop string, or the id, that ended it; None also where that was the end id.
+        by_string: whether the server says that a stop string ended it.
+        end_id: the id that ended it; None also where that was the usual one.
         tells_stop: whether the server says what ended a response.
         completion_tokens: drawn tokens; servers count the end id or do not.
+        verbatim: whether `text` keeps the stop string, and `completion_tokens` counts all that was drawn.
     """
 
     text: str
     finish: str | None
     token_ids: tuple[int, ...] | None
     logprobs: tuple[float, ...] | None
-    stopped_by: str | int | None
+    by_string: bool
+    end_id: int | None
     tells_stop: bool
     prompt_token_ids: tuple[int, ...] | None
     prompt_tokens: int | None
     completion_tokens: int | None
+    verbatim: bool
 
 
 def request_seed(*, seed: int, iteration: int, prompt: int, sample: int, redraw: int) -> int:
@@ -78,13 +87,20 @@ def request_seed(*, seed: int, iteration: int, prompt: int, sample: int, redraw:
 
 
 def sampling_fields(
-    truncation: Truncation, *, stop: Sequence[str], end_ids: Sequence[int], logprobs: bool
+    truncation: Truncation, *, stop: Sequence[str], end_ids: Sequence[int], logprobs: bool, dialect: Dialect
 ) -> dict[str, Any]:
     """Return the fields that all requests share.
 
     Every knob is sent, also one that does nothing: servers have defaults of their own, and vLLM and SGLang take them
-    from the checkpoint's generation_config.json.
+    from the checkpoint's generation_config.json. TGI knows fewer, and refuses a top_p of 1.
     """
+    if dialect == "tgi":
+        return {
+            "temperature": truncation.temperature,
+            "repetition_penalty": truncation.repetition_penalty,
+            **({"top_p": truncation.top_p} if truncation.top_p < 1.0 else {}),
+            **({"stop": list(stop)} if stop else {}),
+        }
     return {
         "n": 1,
         "temperature": truncation.temperature,
@@ -108,7 +124,7 @@ def leaves_policy(truncation: Truncation) -> bool:
     return truncation == Truncation(temperature=1.0)
 
 
-def parse_answer(text: str) -> Answer | None:
+def parse_answer(text: str, *, dialect: Dialect) -> Answer | None:
     """Read the body of a 200; None if it is anything but one completion."""
     try:
         body = json.loads(text)
@@ -117,17 +133,23 @@ def parse_answer(text: str) -> Answer | None:
             return None
         usage = body.get("usage") or {}
         token_ids, logprobs = _ids_and_logprobs(choice)
-        finish = choice.get("finish_reason")
+        finish, tgi = choice.get("finish_reason"), dialect == "tgi"
+        stopped_by = choice.get("stop_reason", choice.get("matched_stop"))
+        by_string = isinstance(stopped_by, str) or (tgi and finish == "stop_sequence")
+        if tgi and by_string:
+            finish = "stop"
         return Answer(
             text=choice["text"],
             finish=finish if isinstance(finish, str) else None,
             token_ids=token_ids,
             logprobs=logprobs,
-            stopped_by=choice.get("stop_reason", choice.get("matched_stop")),
-            tells_stop="stop_reason" in choice or "matched_stop" in choice,
+            by_string=by_string,
+            end_id=_integer(stopped_by),
+            tells_stop=tgi or "stop_reason" in choice or "matched_stop" in choice,
             prompt_token_ids=_integers(choice.get("prompt_token_ids")),
-            prompt_tokens=_integer(usage.get("prompt_tokens")),
+            prompt_tokens=_integer(usage.get("prompt_tokens")) or None,  # some versions of TGI say 0
             completion_tokens=_integer(usage.get("completion_tokens")),
+            verbatim=tgi,
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -145,7 +167,8 @@ def check_prompt(answer: Answer, request: Request) -> None:
     if altered or read not in (None, sent):
         raise DnoError(
             f"sampling.server: a prompt of {sent} token ids was sent, and the server read another of {read}; it must "
-            "take ids as they are: serve /v1/completions without a template of its own and without adding BOS to ids"
+            "take prompts as they are: serve /v1/completions without a template of its own and without adding BOS to "
+            "ids, with the tokenizer files that were exported with the policy"
         )
 
 
@@ -201,7 +224,9 @@ def read_response(
             "sampling.server: the server does not say whether a stop string or the end id ended a response; use one "
             "that returns stop_reason (vLLM) or matched_stop (SGLang), or set sampling.stop=[]"
         )
-    if answer.token_ids is None:
+    if answer.verbatim:
+        response = _from_verbatim(answer, index, codec=codec, generation=generation, stop=stop)
+    elif answer.token_ids is None:
         response = _from_text(answer, index, codec=codec, generation=generation)
     else:
         response = _from_ids(answer, generation=generation, logprobs_are_policys=logprobs_are_policys)
@@ -231,7 +256,7 @@ def _from_ids(answer: Answer, *, generation: Generation, logprobs_are_policys: b
     num_ids = generation.num_ids
     if any(token < 0 or (num_ids is not None and token >= num_ids) for token in ids):
         raise Refused("ids that the tokenizer does not have")
-    by_string = answer.finish == "stop" and isinstance(answer.stopped_by, str)
+    by_string = answer.finish == "stop" and answer.by_string
     ends = [position for position, token in enumerate(ids) if token in generation.end_ids]
     if ends:  # a server that goes on after an end id has drawn the same response up to there
         ids, finish, by_string = ids[: ends[0] + 1], "stop", False
@@ -251,18 +276,52 @@ def _from_ids(answer: Answer, *, generation: Generation, logprobs_are_policys: b
 
 def _end_id(answer: Answer, generation: Generation) -> int:
     """Return the end id that a server ended by and did not return."""
-    if not isinstance(answer.stopped_by, int):
+    if answer.end_id is None:
         return generation.end_ids[0]
-    if answer.stopped_by not in generation.end_ids:
+    if answer.end_id not in generation.end_ids:
         raise DnoError(
-            f"sampling.server: the server ended a response by id {answer.stopped_by}, and the policy's end ids are "
+            f"sampling.server: the server ended a response by id {answer.end_id}, and the policy's end ids are "
             f"{list(generation.end_ids)}; serve the generation_config.json that was exported with the policy"
         )
-    return answer.stopped_by
+    return answer.end_id
 
 
 def _from_text(answer: Answer, index: int, *, codec: Codec, generation: Generation) -> Response:
-    text = answer.text
+    ids = _ids_of(answer.text, index, codec=codec)
+    ended = answer.finish == "stop"
+    by_string = ended and answer.by_string
+    # Servers count the end id or do not. A stop string is counted, but cut from the text: there, any higher count may
+    # be right.
+    count, fewest = answer.completion_tokens, len(ids)
+    most = math.inf if by_string else fewest + ended
+    if count is not None and not fewest <= count <= most:
+        raise Refused("text of other tokens than were drawn")
+    if ended and not by_string:
+        ids = (*ids, _end_id(answer, generation))
+    return Response(token_ids=ids, logprobs=None, finish="stop" if ended else "length", text=answer.text)
+
+
+def _from_verbatim(
+    answer: Answer, index: int, *, codec: Codec, generation: Generation, stop: Sequence[str]
+) -> Response:
+    by_end_id = answer.finish == "stop" and not answer.by_string
+    drew_nothing_else = by_end_id and not answer.text
+    ids = () if drew_nothing_else else _ids_of(answer.text, index, codec=codec)
+    if answer.completion_tokens != len(ids) + by_end_id:
+        raise Refused("text of other tokens than were drawn")
+    # The server looks for a stop string at the end of the text only, and passes over one inside a token.
+    if (cut := stopped(stop, ids, decode=partial(codec.decode, index))) is not None:
+        count, text = cut
+        return Response(token_ids=ids[:count], logprobs=None, finish="stop", text=text)
+    if answer.by_string:
+        raise Refused("text without the stop string that ended it")
+    if by_end_id:
+        return Response((*ids, _end_id(answer, generation)), logprobs=None, finish="stop", text=answer.text)
+    return Response(ids, logprobs=None, finish="length", text=answer.text)
+
+
+def _ids_of(text: str, index: int, *, codec: Codec) -> tuple[int, ...]:
+    """Return the ids that our tokenizer makes of a response's text, where it gives the same text back."""
     if not text:
         raise Refused("empty")
     if "\ufffd" in text:
@@ -275,17 +334,7 @@ def _from_text(answer: Answer, index: int, *, codec: Codec, generation: Generati
         raise Refused("text that our tokenizer does not take")
     if codec.decode(index, ids) != text:
         raise Refused("text that our tokenizer does not give back")
-    stopped = answer.finish == "stop"
-    by_string = stopped and isinstance(answer.stopped_by, str)
-    # Servers count the end id or do not. A stop string is counted, but cut from the text: there, any higher count may
-    # be right.
-    count, fewest = answer.completion_tokens, len(ids)
-    most = math.inf if by_string else fewest + stopped
-    if count is not None and not fewest <= count <= most:
-        raise Refused("text of other tokens than were drawn")
-    if stopped and not by_string:
-        ids = (*ids, _end_id(answer, generation))
-    return Response(token_ids=ids, logprobs=None, finish="stop" if stopped else "length", text=text)
+    return ids
 
 
 def _ids_and_logprobs(choice: dict[str, Any]) -> tuple[tuple[int, ...] | None, tuple[float, ...] | None]:

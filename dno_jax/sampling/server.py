@@ -1,8 +1,8 @@
 """Sampling from an OpenAI-compatible completion server that serves the exported policy.
 
-Prompts are sent as token ids, so that no template is applied twice, and each response is a request of its own: some
-servers take no `n`, and some give n equal answers to one seed. Servers with a prefix cache compute a prompt once all
-the same.
+Prompts are sent as token ids, so that no template is applied twice (to TGI, which takes none, as the text that has
+those very ids), and each response is a request of its own: some servers take no `n`, and some give n equal answers to
+one seed. Servers with a prefix cache compute a prompt once all the same.
 
 A request's seed is made of (seed, iteration, prompt, sample). A server that honours seeds then gives the same response
 whenever it computes the same numbers. That is less than the engine of this package promises: batch size, hardware,
@@ -35,7 +35,7 @@ from dno_jax.sampling.requests import Finished, Generation, Request, Response, r
 _LOG = logging.getLogger(__name__)
 
 # Tokenizers part over capitals, digits, blanks, accents, rare scripts and emoji.
-_PROBE = "The 2nd GRÜNE Schildkröte  costs 1,234.50 €\n\tdef f(x): return x**2  # 東京 🐢 isn't it?"
+PROBE = "The 2nd GRÜNE Schildkröte  costs 1,234.50 €\n\tdef f(x): return x**2  # 東京 🐢 isn't it?"
 _CLONES_ARE_SUSPECT = 8  # prompts, all of whose responses are equal
 
 
@@ -64,7 +64,8 @@ def complete(
 
     Raises:
         DnoError: the server cannot be reached, refuses, does not list the model, reads prompts otherwise than they were
-            sent, has another tokenizer, or more than `max_refused` of the prompts got no responses.
+            sent, has another tokenizer, or more than `max_refused` of the prompts got no responses; a prompt has to be
+            sent as text, and no text has its ids.
     """
     if not requests:
         return
@@ -74,6 +75,9 @@ def complete(
                 f"a prompt of {len(request.token_ids)} tokens leaves no room for a response within "
                 f"sampling.max_total_tokens={generation.max_total_tokens}; raise it, or lower prompts.max_length"
             )
+    prompts: list[list[int] | str] = [list(request.token_ids) for request in requests]
+    if section.dialect == "tgi":
+        prompts = [_text_of(index, request, codec=codec) for index, request in enumerate(requests)]
     model = section.model.replace("{iteration}", f"{iteration:03d}")
     endpoint = Endpoint(
         who=f"the completion server of {model!r}",
@@ -84,6 +88,7 @@ def complete(
     )
     calls = _Calls(
         requests,
+        prompts,
         endpoint=endpoint,
         model=model,
         section=section,
@@ -94,6 +99,16 @@ def complete(
         counts=Counter() if counts is None else counts,
     )
     yield from stream(calls.run)
+
+
+def _text_of(index: int, request: Request, *, codec: Codec) -> str:
+    if (text := codec.prompt_text(index)) is not None:
+        return text
+    raise DnoError(
+        f"sampling.server.dialect=tgi sends prompts as text, and of prompt {index} no text has its very "
+        f"{len(request.token_ids)} ids (the template may write no begin token where the tokenizer adds one); use a "
+        "server that takes token ids, with dialect=openai"
+    )
 
 
 def stream(produce: Callable[[Callable[[Any], None]], Coroutine[Any, Any, None]]) -> Generator[Any, None, None]:
@@ -135,6 +150,7 @@ class _Calls:
     def __init__(
         self,
         requests: Sequence[Request],
+        prompts: Sequence[list[int] | str],
         *,
         endpoint: Endpoint,
         model: str,
@@ -146,6 +162,7 @@ class _Calls:
         counts: Counter[str],
     ):
         self._requests = requests
+        self._prompts = prompts
         self._endpoint = endpoint
         self._model = model
         self._section = section
@@ -164,6 +181,7 @@ class _Calls:
             stop=stop,
             end_ids=generation.end_ids,
             logprobs=section.logprobs != "none",
+            dialect=section.dialect,
         )
         self._jitter = random.Random()  # spreads retries over time; decides no result
         self._done: dict[int, dict[int, Response | None]] = {}
@@ -230,7 +248,7 @@ class _Calls:
             seed = completion.request_seed(
                 seed=generation.seed, iteration=self._iteration, prompt=request.name, sample=sample, redraw=redraws
             )
-            answer, tries = await self._ask(prompt=list(request.token_ids), max_tokens=limit, seed=seed, tries=tries)
+            answer, tries = await self._ask(prompt=self._prompts[index], max_tokens=limit, seed=seed, tries=tries)
             completion.check_prompt(answer, request)
             try:
                 if answer.finish == "content_filter":
@@ -263,7 +281,9 @@ class _Calls:
         Raises:
             DnoError: there is no answer, and no try left.
         """
-        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "seed": seed, **self._fields}
+        # TGI takes any other name for an adapter's.
+        name = "tgi" if self._section.dialect == "tgi" else self._model
+        body = {"model": name, "prompt": prompt, "max_tokens": max_tokens, "seed": seed, **self._fields}
         failures = 0
         while True:
             tries += 1
@@ -285,7 +305,7 @@ class _Calls:
             await _pause(wait_seconds(failures, retry_after=trouble.retry_after, jitter=self._jitter.random()))
 
     def _trouble(self, text: str) -> Answer | Trouble:
-        answer = completion.parse_answer(text)
+        answer = completion.parse_answer(text, dialect=self._section.dialect)
         if answer is None:
             return Trouble(f"HTTP 200 without one completion: {self._endpoint.words(text)}")
         if answer.finish not in ("stop", "length", "content_filter"):  # "abort": a server that shuts down
@@ -295,8 +315,8 @@ class _Calls:
     async def _probe(self) -> None:
         """See that the server lists the model and has our tokenizer, and takes the real requests' parameters."""
         await self._check_model()
-        answer, _ = await self._ask(prompt=_PROBE, max_tokens=1, seed=0, tries=0)
-        if not completion.check_text(answer, self._codec.text_ids(_PROBE)):
+        answer, _ = await self._ask(prompt=PROBE, max_tokens=1, seed=0, tries=0)
+        if not completion.check_text(answer, self._codec.text_ids(PROBE)):
             _LOG.warning("%s does not count tokens: its tokenizer goes unchecked", self._endpoint.who)
 
     async def _check_model(self) -> None:
@@ -322,7 +342,8 @@ class _Calls:
             listed = self._endpoint.words(", ".join(names) or "none")
             raise DnoError(
                 f"the completion server at {self._endpoint.url} serves {listed}, not {self._model!r}; serve the "
-                "policy of this iteration under that name (vLLM: --served-model-name), or mend sampling.server.model"
+                "policy of this iteration under that name (vLLM: --served-model-name; TGI lists the path that it was "
+                "started with), or mend sampling.server.model"
             )
 
 

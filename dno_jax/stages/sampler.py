@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.requests import Finished, Generation, Request
 from dno_jax.sampling.server import complete
 from dno_jax.sampling.state import Mixture, Sizes
+from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.prompts import TokenizedPrompt
 from dno_jax.stages.runtime import Runtime
@@ -105,7 +106,12 @@ class Sampler:
             self._requests(),
             section=section.server,
             generation=self._generation(draw),
-            codec=Codec(encode=self._encode, decode=self._decode, text_ids=self.runtime.tokenizer.text_ids),
+            codec=Codec(
+                encode=self._encode,
+                decode=self._decode,
+                text_ids=self.runtime.tokenizer.text_ids,
+                prompt_text=self._prompt_text,
+            ),
             iteration=self.policy,
             stop=section.stop,
             counts=counts,
@@ -158,25 +164,9 @@ class Sampler:
         )
         return ids[:-1]
 
+    def _prompt_text(self, index: int) -> str | None:
+        prompt = self.prompts[index].prompt
+        return self.runtime.tokenizer.whole_text(prompt.messages, prompt.assistant_prefix)
+
     def _stop(self, index: int, ids: Sequence[int]) -> tuple[int, str] | None:
-        return _stopped(self.runtime.config.sampling.stop, ids, decode=partial(self._decode, index))
-
-
-def _stopped(
-    stops: Sequence[str], ids: Sequence[int], *, decode: Callable[[Sequence[int]], str]
-) -> tuple[int, str] | None:
-    """Return how many ids of a response stay, and its text before a stop string; None where it holds none.
-
-    Both are of the shortest prefix that holds one, or they would depend on how many ids came at once: with more of
-    them another string, which ends later, may begin earlier.
-    """
-    if _first(stops, decode(ids)) is None:
-        return None
-    texts = (decode(ids[:count]) for count in range(1, len(ids) + 1))
-    return next((n, text[:end]) for n, text in enumerate(texts, 1) if (end := _first(stops, text)) is not None)
-
-
-def _first(needles: Sequence[str], text: str) -> int | None:
-    """Where the first of some strings begins in a text."""
-    found = [place for needle in needles if (place := text.find(needle)) >= 0]
-    return min(found, default=None)
+        return stopped(self.runtime.config.sampling.stop, ids, decode=partial(self._decode, index))

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from dno_jax.sampling.server import PROBE
+
 # Id 0 ends a response, 1 begins a text. "ab" is a token and two: texts do not say which was drawn.
 PIECES = ["", "", "a", "b", "c", "d", " ", "ab", "cd", "é", "<|tool|>"]
 END, BEGIN = 0, 1
 
-DIALECTS = ("vllm", "sglang", "llama.cpp", "plain")
+DIALECTS = ("vllm", "sglang", "llama.cpp", "plain", "tgi")
 
 
 def toy_logits(ids: Sequence[int]) -> np.ndarray:
@@ -60,13 +62,17 @@ def distribution(logits: np.ndarray, body: dict[str, Any]) -> np.ndarray:
         return np.eye(len(logits))[int(np.argmax(logits))]
     probability = np.exp(log_softmax(logits / body["temperature"]))
     order = np.argsort(-probability)
-    if body["top_k"] > 0:
+    if body.get("top_k", 0) > 0:
         probability[order[body["top_k"] :]] = 0.0
     probability /= probability.sum()
     before = np.cumsum(probability[order]) - probability[order]
-    probability[order[before >= body["top_p"]]] = 0.0
-    probability[probability < body["min_p"] * probability.max()] = 0.0
+    probability[order[before >= body.get("top_p", 1.0)]] = 0.0
+    probability[probability < body.get("min_p", 0.0) * probability.max()] = 0.0
     return probability / probability.sum()
+
+
+def is_probe(body: dict[str, Any]) -> bool:
+    return body["prompt"] == PROBE
 
 
 class CompletionServer:
@@ -143,9 +149,9 @@ class CompletionServer:
 
     @property
     def sampled(self) -> list[dict[str, Any]]:
-        """Bodies of the requests whose prompt was ids: all but the probe's."""
+        """Bodies of all requests but the probe's."""
         with self._lock:
-            return [body for body in self.bodies if isinstance(body["prompt"], list)]
+            return [body for body in self.bodies if not is_probe(body)]
 
     def begin(self, body: dict[str, Any]) -> str:
         with self._lock:
@@ -162,13 +168,15 @@ class CompletionServer:
 
     def reply(self, body: dict[str, Any]) -> dict[str, Any]:
         """Sample, and say so in the server's dialect."""
-        prompt = body["prompt"]
-        prompt_ids = [BEGIN, *self.ids_of(prompt)] if isinstance(prompt, str) else list(prompt)
+        prompt_ids = self.prompt_ids(body)
         ids, logprobs, stopped_by = self._draw(prompt_ids, body)
         finish = "length" if stopped_by is None else "stop"
         text = self.text_of([token for token in ids if token not in self.end_ids])
         if isinstance(stopped_by, str):
-            text = text[: text.index(stopped_by)]
+            if self.dialect == "tgi":
+                finish = "stop_sequence"
+            else:
+                text = text[: text.index(stopped_by)]
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
         if self.dialect == "vllm":
             choice["stop_reason"] = stopped_by if isinstance(stopped_by, str) else None
@@ -179,10 +187,25 @@ class CompletionServer:
         if self.dialect == "llama.cpp":
             if body.get("n_probs"):
                 choice["logprobs"] = {"content": [{"id": i, "logprob": p} for i, p in zip(ids, logprobs, strict=True)]}
-        elif "logprobs" in body:
+        elif "logprobs" in body and self.dialect != "tgi":
             choice["logprobs"] = {"token_logprobs": logprobs, "tokens": [self.text_of([token]) for token in ids]}
         usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(ids)}
         return {"object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
+
+    def prompt_ids(self, body: dict[str, Any]) -> list[int]:
+        """What it reads of a request's prompt."""
+        prompt = body["prompt"]
+        return [BEGIN, *self.ids_of(prompt)] if isinstance(prompt, str) else list(prompt)
+
+    def refuses(self, body: dict[str, Any]) -> str | None:
+        """Why the dialect's server would not take a request."""
+        if self.dialect != "tgi":
+            return None
+        if not isinstance(body["prompt"], str):
+            return "Failed to deserialize the JSON body: prompt: data did not match any variant of Prompt"
+        if not 0.0 < body.get("top_p", 0.5) < 1.0:
+            return "`top_p` must be > 0.0 and < 1.0"
+        return None
 
     def _draw(self, prompt_ids: list[int], body: dict[str, Any]) -> tuple[list[int], list[float], int | str | None]:
         rng = np.random.default_rng(body["seed"] if self.honours_seed else 0)
@@ -198,7 +221,8 @@ class CompletionServer:
             if token in self.end_ids:
                 return ids, logprobs, token
             text = self.text_of(ids)
-            if matched := next((string for string in body.get("stop", ()) if string in text), None):
+            is_in = str.endswith if self.dialect == "tgi" else str.__contains__
+            if matched := next((string for string in body.get("stop", ()) if is_in(text, string)), None):
                 return ids, logprobs, matched
         return ids, logprobs, None
 
@@ -291,6 +315,8 @@ class _Handler(BaseHTTPRequestHandler):
             owner.stopping.wait(30.0 if outcome == "hang" else 0.0)
             self.close_connection = True
             return None
+        if why := owner.refuses(body):
+            return 422, {"error": why, "error_type": "validation"}
         reply = owner.reply(body)
         choice = reply["choices"][0]
         if outcome == "none":
@@ -320,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
             reply["usage"]["prompt_tokens"] += 1
         else:
             assert outcome == "ok", outcome
-        return 200, owner.alter(reply) if isinstance(body["prompt"], list) else reply
+        return 200, reply if is_probe(body) else owner.alter(reply)
 
     def _send(self, status: int, body: dict[str, Any] | str, headers: dict[str, str] | None = None) -> None:
         data = (body if isinstance(body, str) else json.dumps(body)).encode()

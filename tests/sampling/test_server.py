@@ -39,11 +39,13 @@ from tests.sampling.completion_server import (
 )
 from tests.small import WORDS, write_checkpoint
 
+TAKE_IDS = tuple(dialect for dialect in DIALECTS if dialect != "tgi")
 KEY = "planted.0123456789.do-not-leak"  # unlike an OpenAI key: found because it is the key, not by its looks
 CODEC = Codec(
     encode=lambda index, text: encode(text),
     decode=lambda index, ids: decode(ids),
     text_ids=lambda text: (BEGIN, *encode(text)),
+    prompt_text=lambda index: None,
 )
 TRUNCATION = Truncation(temperature=0.8, top_k=6, top_p=0.9, min_p=0.02)
 PENALISED = dataclasses.replace(TRUNCATION, repetition_penalty=1.1)
@@ -114,7 +116,7 @@ def test_frequencies_are_those_of_the_truncated_distribution():
         assert chi_square < 25.7  # 1e-4 of chi-square with 5 degrees of freedom, the most there can be
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", TAKE_IDS)
 def test_what_was_drawn_comes_back_with_its_ids(dialect):
     requests = prompts(8)
     with CompletionServer(dialect=dialect) as server:
@@ -233,7 +235,7 @@ def test_log_probs_that_can_be_none_are_none(odd):
     assert answers == [(Response((2, END), None, "stop"),) * 3]
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", TAKE_IDS)
 def test_a_stop_string_ends_a_response_without_an_end_id(dialect):
     def talks() -> CompletionServer:
         return CompletionServer(dialect=dialect, logits=lambda ids: np.where(np.arange(len(PIECES)) == END, -9, 0.0))
@@ -308,7 +310,7 @@ def test_text_is_tokenised_only_where_that_is_what_was_drawn(text, finish, token
         reply["usage"]["completion_tokens"] = tokens
         return reply
 
-    codec = Codec(encode=strict, decode=CODEC.decode, text_ids=CODEC.text_ids)
+    codec = dataclasses.replace(CODEC, encode=strict)
     with CompletionServer(dialect="plain", alter=alter) as server:
         counts: Counter[str] = Counter()
         if reason is None:
@@ -432,15 +434,15 @@ def test_another_policy_another_path_and_another_tokenizer_are_found_before_the_
         with pytest.raises(DnoError, match=r"HTTP 404.*usually ends in /v1"):
             sample(section(server.url.removesuffix("/v1")), prompts(1))
         for ids_of in (lambda text: (BEGIN, *encode(text)[:-2]), lambda text: tuple(range(2, 90))):
-            codec = Codec(encode=CODEC.encode, decode=CODEC.decode, text_ids=ids_of)
+            codec = dataclasses.replace(CODEC, text_ids=ids_of)
             with pytest.raises(DnoError, match=r"tokenizer makes .* ids .* of a text that ours makes"):
                 sample(section(server), prompts(1), codec=codec)
         assert not server.sampled
         # a begin token is the server's affair: prompts are sent as ids
-        without = Codec(encode=CODEC.encode, decode=CODEC.decode, text_ids=encode)
+        without = dataclasses.replace(CODEC, text_ids=encode)
         sample(section(server), prompts(1), codec=without)
     with CompletionServer(dialect="plain") as server:
-        codec = Codec(encode=CODEC.encode, decode=CODEC.decode, text_ids=lambda text: encode(text)[:-1])
+        codec = dataclasses.replace(CODEC, text_ids=lambda text: encode(text)[:-1])
         with pytest.raises(DnoError, match="tokenizer makes"):
             sample(section(server), prompts(1), codec=codec)
 
@@ -483,7 +485,7 @@ def test_closing_early_cancels_what_is_in_flight():
         assert len(server.bodies) == asked
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "plain"])
+@pytest.mark.parametrize("dialect", ["vllm", "plain", "tgi"])
 def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
     """Our export in transformers behind HTTP, with our tokenizer: log-probs are those of our decoder on its ids."""
     torch = pytest.importorskip("torch")
@@ -504,6 +506,7 @@ def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
         encode=lambda index, text: tokenizer.response_ids(chats[index], text, end_id=end_id)[:-1],
         decode=lambda index, ids: tokenizer.decode(ids),
         text_ids=tokenizer.text_ids,
+        prompt_text=lambda index: tokenizer.whole_text(chats[index]),
     )
     what = generation(
         num_samples=2, max_new_tokens=10, end_ids=(end_id,), num_ids=tokenizer.vocab_size,
@@ -513,15 +516,17 @@ def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
         peer_logits, text_of=tokenizer.decode, ids_of=lambda text: tokenizer.text_ids(text)[1:], end_ids=(end_id,),
         dialect=dialect,
     ) as server:  # fmt: skip
-        answers = sample(section(server, logprobs="raw", max_tries=20), requests, what, codec=codec)
+        ours = {"dialect": "tgi"} if dialect == "tgi" else {"logprobs": "raw"}
+        answers = sample(section(server, max_tries=20, **ours), requests, what, codec=codec)
         bodies = {body["seed"]: body for body in server.sampled}
-        drawn = {(*body["prompt"], *server._draw(body["prompt"], body)[0]) for body in bodies.values()}
+        read = [(server.prompt_ids(body), body) for body in bodies.values()]
+        drawn = {(*prompt, *server._draw(prompt, body)[0]) for prompt, body in read}
     config, params = hf.load(path)
     for request, responses in zip(requests, answers, strict=True):
         for item in responses:
             whole = (*request.token_ids, *item.token_ids)
             assert whole in drawn
-            assert (item.logprobs is None) == (dialect == "plain")
+            assert (item.logprobs is None) == (dialect != "vllm")
             if item.logprobs is not None:
                 ours = run(config, params, [whole])[0, len(request.token_ids) - 1 : -1].astype(np.float64)
                 ours = [log_softmax(row)[token] for row, token in zip(ours, item.token_ids, strict=True)]
@@ -594,3 +599,113 @@ def test_retry_after_is_honoured(monkeypatch):
     with CompletionServer(schedule=[None, "429", "500"]) as server:
         sample(section(server, max_concurrency=1), prompts(1))
     assert len(waits) == 2
+
+
+TGI = dataclasses.replace(CODEC, prompt_text=lambda index: decode(prompts(8)[index].token_ids))
+TGI_TRUNCATION = Truncation(temperature=0.8, top_p=0.9)
+
+
+def test_tgi_is_sent_text_and_what_it_knows():
+    with CompletionServer(dialect="tgi") as server:
+        config, what = section(server, dialect="tgi"), generation(truncation=TGI_TRUNCATION)
+        sample(config, prompts(2), what, codec=TGI, stop=("dc",))
+        bodies = [{name: value for name, value in body.items() if name != "seed"} for body in server.sampled]
+        assert bodies[0] == {
+            "model": "tgi", "prompt": "aa", "max_tokens": 8, "temperature": 0.8, "top_p": 0.9,
+            "repetition_penalty": 1.0, "stop": ["dc"],
+        }  # fmt: skip
+        assert {body["prompt"] for body in bodies} == {"aa", "ba"}
+        server.bodies.clear()
+        sample(config, prompts(1), generation(truncation=ALL), codec=TGI)  # of which it would refuse top_p=1
+        assert all("top_p" not in body and "stop" not in body for body in server.sampled)
+        with pytest.raises(DnoError, match=r"HTTP 422.*did not match any variant"):
+            sample(section(server), prompts(1))
+        with pytest.raises(DnoError, match=r"serves policy-000, not 'policy-003'.*path that it was started with"):
+            sample(config, prompts(1), what, codec=TGI, iteration=3)
+
+
+def test_frequencies_behind_tgi_are_those_of_the_truncated_distribution():
+    """As above, of what TGI knows; an end at once is a response too, and told by its count alone."""
+    with CompletionServer(dialect="tgi") as server:
+        what = generation(num_samples=250, max_new_tokens=1, truncation=TGI_TRUNCATION)
+        answers = sample(section(server, dialect="tgi"), prompts(3), what, codec=TGI)
+    for request, responses in zip(prompts(3), answers, strict=True):
+        expected = 250 * distribution(toy_logits(request.token_ids), {"temperature": 0.8, "top_p": 0.9})
+        count = np.bincount([item.token_ids[0] for item in responses], minlength=len(PIECES))
+        kept = expected > 0
+        assert np.all(count[~kept] == 0)
+        assert np.sum((count[kept] - expected[kept]) ** 2 / expected[kept]) < 35.6  # 1e-4, 9 degrees of freedom
+
+
+def test_tgis_text_gives_the_ids_that_were_drawn_and_ends_at_the_first_stop_string():
+    """TGI passes over a stop string inside a token; the response ends there all the same."""
+    stop = ("a", "cd")
+    requests, what = prompts(8), generation(truncation=Truncation(temperature=1.5), max_new_tokens=12)
+    for stops in ((), stop):
+        with CompletionServer(dialect="tgi") as server:
+            counts: Counter[str] = Counter()
+            config = section(server, dialect="tgi", max_tries=60)
+            answers = sample(config, requests, what, codec=TGI, stop=stops, counts=counts)
+            drawn = [
+                (prompt := tuple(server.prompt_ids(body)), tuple(server._draw(list(prompt), body)[0]))
+                for body in server.sampled
+            ]
+        assert stops or counts["refused: text of other tokens than were drawn"] > 0
+        inside = 0
+        for request, responses in zip(requests, answers, strict=True):
+            for item in responses:
+                assert item.logprobs is None
+                text = decode(item.token_ids)
+                holds = [string for string in stops if string in text]
+                whole = [ids for prompt, ids in drawn if prompt == request.token_ids]
+                if not holds:
+                    assert item.token_ids in whole
+                    assert item.text == text
+                    assert (item.finish == "stop") == (item.token_ids[-1] == END)
+                    assert item.finish == "stop" or len(item.token_ids) == 12
+                    continue
+                assert any(ids[: len(item.token_ids)] == item.token_ids for ids in whole)
+                assert item.finish == "stop"
+                assert item.text == text[: min(text.index(string) for string in holds)]
+                assert not any(string in decode(item.token_ids[:-1]) for string in stops)
+                inside += not text.endswith(tuple(stops))
+        assert (inside > 0) == bool(stops)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "tokens", "kept"),
+    [
+        ("cabd", "stop", 4, (4, 7, 5, END)),
+        ("cabd", "stop", 3, "text of other tokens than were drawn"),  # it always counts its end id
+        ("cabd", "stop_sequence", 3, "text without the stop string that ended it"),
+        ("", "stop", 1, (END,)),
+        ("", "stop", 2, "text of other tokens than were drawn"),  # a special token, which the text is without
+        ("", "length", 8, "empty"),
+        ("cabd", "stop", None, "text of other tokens than were drawn"),
+    ],
+)
+def test_what_tgi_says_is_believed_where_it_adds_up(text, finish, tokens, kept):
+    def alter(reply):
+        reply["choices"][0] |= {"text": text, "finish_reason": finish}
+        reply["usage"] = {"prompt_tokens": 0, "completion_tokens": tokens}  # 0: it says nothing of the prompt
+        return reply
+
+    with CompletionServer(dialect="tgi", alter=alter) as server:
+        config = section(server, dialect="tgi", max_tries=1)
+        if isinstance(kept, tuple):
+            assert sample(config, prompts(1), codec=TGI) == [(Response(kept, None, "stop", text=text),) * 3]
+            return
+        with pytest.raises(DnoError, match=f"no usable response.*'refused: {kept}'"):
+            sample(config, prompts(1), codec=TGI)
+
+
+def test_a_prompt_that_no_text_gives_or_that_tgi_reads_otherwise_stops_the_sampling():
+    with CompletionServer(dialect="tgi") as server:
+        config = section(server, dialect="tgi")
+        codec = dataclasses.replace(CODEC, prompt_text=lambda index: None if index else "aa")
+        with pytest.raises(DnoError, match="of prompt 1 no text has its very 3 ids"):
+            sample(config, prompts(2), codec=codec)
+        assert not server.bodies
+        other = dataclasses.replace(CODEC, prompt_text=lambda index: "aaa")
+        with pytest.raises(DnoError, match="a prompt of 3 token ids was sent, and the server read another of 4"):
+            sample(config, prompts(1), codec=other)

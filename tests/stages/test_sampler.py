@@ -71,7 +71,8 @@ def test_the_longest_text_is_bounded(make_config):
     assert max(lengths) == 18
 
 
-def test_a_server_gives_the_same_records(make_config):
+@pytest.mark.parametrize("dialect", ["vllm", "tgi"])
+def test_a_server_gives_the_same_records(make_config, dialect):
     """Our checkpoint, decoded behind HTTP: the run samples from it, and the audit compares what it says."""
     config = make_config()
     path = config.model.path
@@ -88,11 +89,14 @@ def test_a_server_gives_the_same_records(make_config):
         return np.asarray(read(padded))[len(ids) - 1].astype(np.float64)
 
     with CompletionServer(
-        row, text_of=tokenizer.decode, ids_of=lambda text: tokenizer.text_ids(text)[1:], end_ids=tokenizer.end_ids
+        row,
+        text_of=tokenizer.decode,
+        ids_of=lambda text: tokenizer.text_ids(text)[1:],
+        end_ids=tokenizer.end_ids,
+        dialect=dialect,
     ) as server:
-        served = make_config(
-            sampling={"engine": "openai", "server": {"base_url": server.url, "logprobs": "raw", "max_tries": 20}}
-        )
+        how = {"dialect": "tgi"} if dialect == "tgi" else {"logprobs": "raw"}
+        served = make_config(sampling={"engine": "openai", "server": {"base_url": server.url, "max_tries": 20, **how}})
         manifest, found = drawn(served)
         asked = len(server.sampled)
         assert sample.run(served, 0) == manifest
@@ -100,9 +104,10 @@ def test_a_server_gives_the_same_records(make_config):
     own = [row for row in found.values() if row.source == "policy"]
     assert len(own) == 6 * 4  # 12 prompts in two iterations, K = 4
     assert {row.sample for row in own} == {0, 1, 2, 3}
-    assert all(row.policy == 0 and row.logprob is not None for row in own)
+    assert all(row.policy == 0 and (row.logprob is None) == (dialect == "tgi") for row in own)
     assert manifest.details["server"]["responses"] == len(own)
-    assert manifest.details["audit"]["error"] < 1e-4
+    if dialect == "vllm":
+        assert manifest.details["audit"]["error"] < 1e-4
     assert any(row.source == "gold" for row in found.values())
 
 
@@ -255,21 +260,6 @@ def test_one_process_has_the_whole_mesh():
     assert part.mesh.axis_names == AXES
     assert dict(part.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
     assert list(part.mesh.devices.flat) == list(mesh.devices.flat)
-
-
-def test_stop_strings_are_found_where_they_end():
-    assert sampler._first(("b", "ab"), "xxabab") == 2
-    assert sampler._first(("q",), "xxabab") is None
-
-
-def test_text_up_to_a_stop_string_does_not_depend_on_how_many_ids_come_at_once():
-    """The longer string begins earlier and ends later: it is not there yet where the shorter one ends the response."""
-    pieces = ["xxa", "b", "c", "d"]
-
-    def stopped(count):
-        return sampler._stopped(("b", "abc"), range(count), decode=lambda ids: "".join(pieces[one] for one in ids))
-
-    assert [stopped(count) for count in (1, 2, 3, 4)] == [None, (2, "xxa"), (2, "xxa"), (2, "xxa")]
 
 
 def test_processes_that_share_a_model_decode_the_fewest_slots_that_one_of_them_found(make_config, monkeypatch):
