@@ -65,8 +65,11 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     if lookahead:
         replayed = pooled_pairs(source.read_shard(Pair, _NEW) for source in sources)
     else:
-        rollouts = run_dir.stage("sample", iteration).read(Rollout)
-        made = new_pairs(run_dir.stage("annotate", iteration).read(Judgement), rollouts, config, iteration=iteration)
+        sampled, judged = run_dir.stage("sample", iteration), run_dir.stage("annotate", iteration)
+        for shard in sampled.shard_names():  # each has all candidates of its prompts, and so have the judgements
+            rollouts, judgements = sampled.read_shard(Rollout, shard), judged.read_shard(Judgement, shard)
+            made.add(new_pairs(judgements, rollouts, config, iteration=iteration))
+        made.pairs.sort(key=lambda pair: pair.prompt_id)  # replay draws by place: not by how shards were cut
         if not made.pairs:
             funnel = "; ".join(f"{reason}: {count}" for reason, count in made.dropped.most_common())
             raise DnoError(
@@ -100,6 +103,12 @@ class _Made:
     cycles: int = 0
     errors: list[float] = field(default_factory=list)
 
+    def add(self, other: _Made) -> None:
+        self.pairs += other.pairs
+        self.dropped.update(other.dropped)
+        self.cycles += other.cycles
+        self.errors += other.errors
+
     def verdicts(self) -> dict[str, float | int]:
         known = [error for error in self.errors if not math.isnan(error)]
         error = {"mean_win_rate_error": round(float(np.mean(known)), 4)} if known else {}
@@ -109,7 +118,11 @@ class _Made:
 def new_pairs(
     judgements: Iterable[Judgement], rollouts: Iterable[Rollout], config: RunConfig, *, iteration: int
 ) -> _Made:
-    """Return the pairs of all judged pools in order of prompt, and what was dropped, by reason."""
+    """Return the pairs of judged pools in order of prompt, and what was dropped, by reason.
+
+    Args:
+        rollouts: all candidates of the prompts that there are any of.
+    """
     by_prompt: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
@@ -299,9 +312,11 @@ def _replay(run_dir: RunDir, config: RunConfig, *, iteration: int, num_new: int)
 
 def _statistics(run_dir: RunDir, pairs: Sequence[Pair]) -> dict[str, Any]:
     """Figures of the pairs for the manifest."""
+    wanted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
     tokens: dict[str, int] = {}
     for iteration in sorted({pair.iteration for pair in pairs}):
-        tokens |= {row.rollout_id: len(row.token_ids) for row in run_dir.stage("sample", iteration).read(Rollout)}
+        rows = run_dir.stage("sample", iteration).read(Rollout)
+        tokens |= {row.rollout_id: len(row.token_ids) for row in rows if row.rollout_id in wanted}
 
     def mean(values: Iterable[float], digits: int) -> float:
         return round(float(np.mean(list(values))), digits)

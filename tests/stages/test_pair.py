@@ -398,6 +398,32 @@ def finish(config, rollouts, judgements, iteration=0):
         stage.finish(config_digest=digest, inputs={}, rows=len(rows), seconds=0.0)
 
 
+def test_pairs_do_not_depend_on_how_shards_were_cut(tmp_path):
+    """Replay draws pairs by their place, so that the order is part of the result."""
+    texts = {prompt: samples_of(["a", "b", "c"], prompt=prompt) for prompt in "qrst"}
+    verdicts = {
+        prompt: judged(rows, wins={("a", "b"): 0.9, ("b", "c"): 0.8, ("c", "a"): 0.1 * place})
+        for place, (prompt, rows) in enumerate(texts.items())
+    }
+    found = []
+    for cut in (["qrst"], ["ts", "rq"], ["s", "q", "t", "r"]):
+        config = make_config(tmp_path / "-".join(cut))
+        run_dir = RunDir(config.run_dir)
+        for name in ("sample", "annotate"):
+            stage = run_dir.stage(name, 0)
+            for number, prompts in enumerate(cut):
+                rows = [
+                    row for prompt in prompts for row in (texts[prompt] if name == "sample" else [verdicts[prompt]])
+                ]
+                stage.write_shard(f"{number:07d}", rows)
+            stage.finish(config_digest=config_digest(config), inputs={}, rows=0, seconds=0.0)
+        details = pair.run(config, 0).details
+        found.append((list(run_dir.stage("pair", 0).read(Pair)), details))
+    assert len({row.prompt_id for row in found[0][0]}) == 4
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
 def test_the_manifest_holds_cycles_errors_and_drops(tmp_path):
     config = make_config(tmp_path / "run")
     cyclic = samples_of(["a", "b", "c"])
