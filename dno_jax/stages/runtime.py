@@ -209,9 +209,13 @@ def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs on disk, so that the next start pays nothing; JAX_COMPILATION_CACHE_DIR moves them."""
+    """Keep compiled programs on disk, so that the next start pays nothing.
+
+    JAX's own variables are heeded: JAX_COMPILATION_CACHE_DIR, and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS.
+    """
     options: Any = jax.config  # its attributes are made at run time
     if options.jax_compilation_cache_dir is None:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(base, "dno_jax", "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
