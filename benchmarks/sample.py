@@ -8,6 +8,9 @@ all prompts after a warm-up pass.
 tenth of --new, a few as long as it. The share of useful slot-steps of static batches, of the same lengths in the same
 order and number of rows, stands beside the measured one.
 
+--devices N draws over a mesh with data=N, whose row shards have --slots / N slots each. Of a CPU,
+XLA_FLAGS=--xla_force_host_platform_device_count=N makes as many devices.
+
 The floor of a step is what it has to read, all weights but a table of embeddings and what the slots' texts hold of the
 cache (the mean over a response), over the bandwidth of copying a large array.
 """
@@ -15,6 +18,7 @@ cache (the mean over a response), over the bandwidth of copying a large array.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -24,15 +28,20 @@ import jax.numpy as jnp
 import numpy as np
 from common import load_model, random_ids, report
 
+from dno_jax.config import MeshSection
 from dno_jax.model.cache import init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_end_token_ids
+from dno_jax.parallel.cache import ShardedWrite
+from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.sharding import DECODE, Constrain
 from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.memory import queue_length
 from dno_jax.sampling.requests import Finished, Generation, Request
 from dno_jax.sampling.state import Sizes
 from dno_jax.sampling.transforms import Truncation
+from dno_jax.training.state import param_shardings
 
 
 def main() -> None:
@@ -45,6 +54,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=32, help="tokens a call")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
@@ -75,13 +85,17 @@ def main() -> None:
         seed=0,
     )
     sizes = Sizes(
-        slots=options.slots,
+        slots=options.slots // options.devices,
         prompt_length=max(map(len, prompts)),
-        entries=queue_length(options.slots, num_samples=options.samples, fill_rows=4),
+        entries=queue_length(options.slots // options.devices, num_samples=options.samples, fill_rows=4),
         chunk_steps=options.chunk,
         kv_dtype=options.kv_dtype or options.dtype,
     )
-    model = Decoder(config, dtype=dtype)
+    model, mesh = Decoder(config, dtype=dtype), None
+    if options.devices > 1:
+        mesh = make_mesh(MeshSection(data=options.devices))
+        model = dataclasses.replace(model, constrain=Constrain(mesh, DECODE), write=ShardedWrite(mesh, DECODE))
+        params = jax.device_put(params, param_shardings(config, mesh, DECODE))
 
     def once(iteration: int) -> tuple[Statistics, list[Finished]]:
         statistics = Statistics()
@@ -92,6 +106,7 @@ def main() -> None:
             generation=generation,
             sizes=sizes,
             iteration=iteration,
+            mesh=mesh,
             statistics=statistics,
         )
         return statistics, list(found)
@@ -126,6 +141,7 @@ def main() -> None:
         lengths=options.lengths,
         slots=options.slots,
         chunk=options.chunk,
+        devices=options.devices,
         dtype=options.dtype,
         kv_dtype=sizes.kv_dtype,
         mean_tokens=mean,
