@@ -200,6 +200,19 @@ def relayout(tree: Any, shardings: Any) -> Any:
     return jax.jit(_same, out_shardings=shardings)(tree)
 
 
+def hand_over(tree: Any, shardings: Any) -> Any:
+    """`relayout`, one array after another, each deleted when it has been moved: the tree never lies there twice."""
+
+    def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if array.sharding.is_equivalent_to(sharding, array.ndim):
+            return array
+        moved = jax.block_until_ready(relayout(array, sharding))
+        array.delete()
+        return moved
+
+    return jax.tree.map(move, tree, shardings)
+
+
 def _same(tree: Any) -> Any:
     # A function of the module: jit keeps programs by function, and a lambda would be a new one at every call.
     return tree

@@ -24,7 +24,7 @@ from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import Part, make_mesh, own_part
-from dno_jax.parallel.sharding import DECODE, Constrain, Layout, num_row_shards, on_part
+from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, Layout, hand_over, num_row_shards, on_part
 from dno_jax.run_dir import RunDir
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint
 from dno_jax.training.state import param_shardings
@@ -124,15 +124,16 @@ class Runtime(Generic[ConfigT]):
         )
 
     def load_for_decoding(self, policy: epath.Path) -> Any:
-        """Read a policy in the DECODE layout and in the compute dtype, so that no token's step casts weights again.
+        """Read a policy in the compute dtype and lay it out for decoding; no token's step casts weights again.
 
-        All processes read together; each gets the weights on its own part of the mesh.
-
-        They are cast on the host: no device ever holds the float32 weights, which may not fit where these do.
+        All processes call this together; each gets the weights on its own part of the mesh. They are read in the TRAIN
+        layout, so that each byte is read by one host and not by all, and cast there: no device ever holds the float32
+        weights, which may not fit where these do. From there they move to the DECODE layout on the devices.
         """
         dtype = jnp.dtype(self.config.model.dtype)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(self.model_config))
-        params = load_policy(policy, shapes=shapes, shardings=self.param_shardings(DECODE))
+        read = load_policy(policy, shapes=shapes, shardings=self.param_shardings(TRAIN))
+        params = hand_over(read, self.param_shardings(DECODE))
         own = on_part(params, param_shardings(self.model_config, self.part.mesh, DECODE))
         return unstack_layers(own, give_away=True)
 

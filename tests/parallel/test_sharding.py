@@ -13,6 +13,7 @@ from dno_jax.parallel.sharding import (
     DECODE,
     TRAIN,
     Constrain,
+    hand_over,
     num_row_shards,
     owned_rows,
     relayout,
@@ -114,6 +115,21 @@ def test_relayout_moves_without_changing_a_bit():
     for leaf, place in zip(jax.tree.leaves(moved), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert fingerprint(moved) == fingerprint(params)
+
+
+def test_what_is_handed_over_never_lies_there_twice():
+    mesh = mesh_of(2, 2, 2)
+    params = jax.device_put(init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh, TRAIN))
+    before, places = fingerprint(params), param_shardings(CONFIG, mesh, DECODE)
+    with jax.transfer_guard("disallow"):
+        moved = hand_over(params, places)
+    assert fingerprint(moved) == before
+    stayed = 0
+    for leaf, old, place in zip(*map(jax.tree.leaves, (moved, params, places)), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        stayed += leaf is old
+        assert leaf is old or old.is_deleted()
+    assert 0 < stayed < len(jax.tree.leaves(params))  # norms lie alike in both
 
 
 def test_relayout_is_compiled_once():

@@ -16,6 +16,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.attention import xla_attention
 from dno_jax.model.params import init_params
 from dno_jax.parallel.sharding import DECODE, TRAIN
+from dno_jax.stages import runtime as runtime_module
 from dno_jax.stages.runtime import Runtime
 from dno_jax.training.checkpoint import save_policy
 from tests.small import small_tree
@@ -54,8 +55,16 @@ def test_the_model_attends_as_configured(make_config):
         Runtime.start(make_config(model={"attention": "splash"}))
 
 
-def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_config, tmp_path):
-    runtime = Runtime.start(make_config(model={"dtype": "bfloat16"}, mesh={"tensor": 2}))
+def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_config, tmp_path, monkeypatch):
+    """They are read as they are trained, each part of them once over fsdp, and laid out anew on the devices."""
+    runtime = Runtime.start(make_config(model={"dtype": "bfloat16"}, mesh={"data": 1, "fsdp": 4, "tensor": 2}))
+    load, read = runtime_module.load_policy, []
+
+    def seen(path, *, shapes, shardings):
+        read.append(load(path, shapes=shapes, shardings=shardings))
+        return read[0]
+
+    monkeypatch.setattr(runtime_module, "load_policy", seen)
     params = init_params(runtime.model_config, jax.random.key(1))
     policy = epath.Path(tmp_path) / "policy"
     save_policy(policy, params)
@@ -65,6 +74,9 @@ def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_c
     for leaf, wanted in zip(jax.tree.leaves(stacked), jax.tree.leaves(params), strict=True):
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(jnp.bfloat16)))
+    for leaf, place in zip(*map(jax.tree.leaves, (read[0], runtime.param_shardings(TRAIN))), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    assert read[0]["layers"]["up"].is_deleted()
     # A layer lies on the devices as its part of the stack does.
     places = runtime.param_shardings(DECODE)
     layer = jax.tree.map(lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])), places["layers"])
