@@ -23,7 +23,7 @@ def test_three_iterations_beat_the_policy_they_started_from(tmp_path):
     run_dir = RunDir(tmp_path / "run")
     details = run_dir.stage("evaluate", 2).require().details
     against_start = details["win_rates"]["0"]
-    # docs/demo.md: 83 to 85 % for three seeds. The direction is what is asserted, with its interval.
+    # docs/demo.md: 78 to 86 % for three seeds. The direction is what is asserted, with its interval.
     assert against_start["low"] > 0.5
     assert against_start["comparisons"] == 80 * 4
     assert details["best"] > 0
