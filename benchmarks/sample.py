@@ -63,6 +63,8 @@ def main() -> None:
     parser.add_argument("--lengths", default="real", choices=["real", "heavy"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
+    if options.slots % options.devices:
+        parser.error(f"--slots is {options.slots}; expected a multiple of --devices, {options.devices}")
 
     config, params = load_model(options.model)
     dtype = jnp.dtype(options.dtype)

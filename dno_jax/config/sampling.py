@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from dno_jax.config.base import MAY_CHANGE, Count, Fraction, Section
 
+Dialect = Literal["openai", "tgi"]
+
 
 class CompletionServerSection(Section):
     """A server of the exported policy with /v1/completions (vLLM, SGLang, llama.cpp's, TGI).
@@ -22,7 +24,7 @@ class CompletionServerSection(Section):
         "server that still serves an older policy passes for the current one",
     )
     base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=MAY_CHANGE)
-    dialect: Literal["openai", "tgi"] = Field(
+    dialect: Dialect = Field(
         default="openai",
         description="openai: prompts are sent as token ids (vLLM, SGLang, llama.cpp's server). tgi: as text, and only "
         "where our tokenizer makes the prompt's very ids of it; TGI has no top_k, min_p and log-probs there",

@@ -17,14 +17,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+from dno_jax.config import Dialect
 from dno_jax.errors import DnoError
 from dno_jax.sampling.requests import Generation, Request, Response
 from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
-
-Dialect = Literal["openai", "tgi"]
 
 
 class Refused(Exception):
@@ -138,6 +137,7 @@ def parse_answer(text: str, *, dialect: Dialect) -> Answer | None:
         by_string = isinstance(stopped_by, str) or (tgi and finish == "stop_sequence")
         if tgi and by_string:
             finish = "stop"
+        prompt_tokens = _integer(usage.get("prompt_tokens"))
         return Answer(
             text=choice["text"],
             finish=finish if isinstance(finish, str) else None,
@@ -147,7 +147,7 @@ def parse_answer(text: str, *, dialect: Dialect) -> Answer | None:
             end_id=_integer(stopped_by),
             tells_stop=tgi or "stop_reason" in choice or "matched_stop" in choice,
             prompt_token_ids=_integers(choice.get("prompt_token_ids")),
-            prompt_tokens=_integer(usage.get("prompt_tokens")) or None,  # some versions of TGI say 0
+            prompt_tokens=None if tgi and prompt_tokens == 0 else prompt_tokens,  # some versions of TGI do not count
             completion_tokens=_integer(usage.get("completion_tokens")),
             verbatim=tgi,
         )

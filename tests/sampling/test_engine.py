@@ -177,8 +177,8 @@ def test_a_prompt_in_pieces_is_the_prompt(params):
         assert ids(run(params, long, sizes=sizes)) == ids(whole)
 
 
-def close(found, expected):
-    """The same text, and numbers that differ as float32 sums in another order do."""
+def assert_close(found, expected):
+    """They are the same text, and numbers that differ as float32 sums in another order do."""
     assert ids(found) == ids(expected)
     for one, other in zip(flat(found), flat(expected), strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
@@ -190,8 +190,8 @@ def test_a_prompt_beside_a_longer_one_is_the_prompt(params, kv_dtype):
     pair = [REQUESTS[2], request(140, 40)]
     sizes = dataclasses.replace(SIZES, prompt_length=50, kv_dtype=kv_dtype)
     beside = run(params, pair, sizes=sizes)
-    close(run(params, pair[:1], sizes=sizes), beside[:1])
-    close(run(params, pair, sizes=dataclasses.replace(sizes, prefill_chunk=64)), beside)
+    assert_close(run(params, pair[:1], sizes=sizes), beside[:1])
+    assert_close(run(params, pair, sizes=dataclasses.replace(sizes, prefill_chunk=64)), beside)
 
 
 def test_iteration_and_seed_change_the_text(params, responses):

@@ -1,11 +1,11 @@
 """Where a stop string ends a response."""
 
-from dno_jax.sampling.stops import _first, stopped
+from dno_jax.sampling.stops import stopped
 
 
-def test_stop_strings_are_found_where_they_end():
-    assert _first(("b", "ab"), "xxabab") == 2
-    assert _first(("q",), "xxabab") is None
+def test_the_text_ends_before_the_first_stop_string_that_is_in_it():
+    assert stopped(("b", "ab"), range(1), decode=lambda ids: "xxabab"[: 6 * len(ids)]) == (1, "xx")
+    assert stopped(("q",), range(1), decode=lambda ids: "xxabab"[: 6 * len(ids)]) is None
 
 
 def test_text_up_to_a_stop_string_does_not_depend_on_how_many_ids_come_at_once():

@@ -14,9 +14,9 @@ from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import AXES, make_mesh, own_part, parts_of
-from dno_jax.records import Judgement, Rollout
+from dno_jax.records import Judgement, Pair, Rollout
 from dno_jax.run_dir import RunDir, StageDir
-from dno_jax.stages import annotate, sample, sampler, slots
+from dno_jax.stages import annotate, pair, sample, sampler, slots
 from dno_jax.stages.runtime import Runtime
 from tests.sampling.completion_server import CompletionServer
 
@@ -159,7 +159,10 @@ def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_con
     assert sum(not stage.read_shard(Rollout, name) for name in stage.shard_names()) == 1
     assert manifest.dropped["no usable response from the server"] == 1
     annotate.run(config, 0)
-    assert len({judgement.prompt_id for judgement in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}) == 5
+    judged = {judgement.prompt_id for judgement in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
+    assert len(judged) == 5
+    pair.run(config, 0)
+    assert {row.prompt_id for row in RunDir(config.run_dir).stage("pair", 0).read(Pair)} <= judged
 
 
 def refuse_to_write(monkeypatch, *, shard):
