@@ -8,6 +8,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -195,6 +197,19 @@ def test_several_processes_create_and_fill_it_at_once(path):
     with closing(VerdictStore(path)) as store:
         assert states(store) == {"ok": 180}
         assert store.receipts() == [Receipt("r", "m", requests=180, usd=180.0)]
+
+
+def test_opened_by_many_in_the_same_moment_it_waits(tmp_path):
+    # sqlite's own timeout does not hold for a file's first change of its journal
+    together = threading.Barrier(6)
+
+    def make(number: int) -> None:
+        together.wait()
+        VerdictStore(tmp_path / f"{number}.sqlite").close()
+
+    with ThreadPoolExecutor(6) as pool:
+        for number in range(100):
+            assert list(pool.map(make, [number] * 6)) == [None] * 6
 
 
 def test_kill_9_loses_nothing_that_was_reported(path):

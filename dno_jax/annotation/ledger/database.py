@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import queue
+import random
 import shlex
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -50,8 +52,7 @@ class Database:
         self._writer = self._connect()
         try:
             with self.explained():
-                # A file system without shared memory answers with another journal mode: slower, and as safe.
-                self._writer.execute("PRAGMA journal_mode = WAL")
+                _keep_a_wal(self._writer)
                 self._writer.execute("PRAGMA synchronous = FULL")
                 prepare(self._writer)
             self._reader = self._connect()
@@ -158,8 +159,27 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
+def _keep_a_wal(connection: sqlite3.Connection) -> None:
+    """Set the journal mode; a file system without shared memory keeps another: slower, and as safe."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            # Where several processes make the file at once, sqlite says so at once instead of waiting: each holds a
+            # share of the file and wants it alone, so that all would wait for each other.
+            if _primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(random.uniform(0.001, 0.02))
+
+
+def _primary_code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte
+
+
 def _remedy(error: sqlite3.Error, path: str) -> str:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte is the primary code
+    code = _primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process has held its lock for {LOCK_SECONDS:.0f} s: end that process, then start again"
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
