@@ -108,7 +108,8 @@ class Estimate:
 
     Attributes:
         demands: by the section that says whom and how.
-        usd, batch_usd: dollars, live and by the Batch API; None where a model has no price.
+        usd, batch_usd: dollars, live and by the Batch API; None where a model has no price, and where `batch` does not
+            change what is asked live.
         hours: at the configured limits, of the model that takes longest; None where none has limits.
     """
 
@@ -118,7 +119,9 @@ class Estimate:
     hours: float | None
 
     @classmethod
-    def of(cls, demands: Mapping[ChatSection, Demand], section: AnnotationSection) -> Estimate:
+    def of(
+        cls, demands: Mapping[ChatSection, Demand], section: AnnotationSection, *, always_live: bool = False
+    ) -> Estimate:
         hours = [found for chat, demand in demands.items() if (found := demand.hours(chat)) is not None]
         usd: dict[bool, float | None] = {}
         for batch in (False, True):
@@ -128,7 +131,7 @@ class Estimate:
                 if chat.model in section.prices
             ]
             usd[batch] = sum(known) if len(known) == len(demands) else None
-        return cls(demands, usd[False], usd[True], max(hours, default=None))
+        return cls(demands, usd[False], None if always_live else usd[True], max(hours, default=None))
 
     @property
     def total(self) -> Demand:
@@ -192,12 +195,13 @@ def plan_annotation(
             parts["asked again"] = Estimate.of(again, section)
         if section.quality.calibration:
             labelled = _labelled_loads(section.quality, count=count, seed=config.seed)
-            parts["labelled pairs"] = Estimate.of(counter.demands(section, labelled), section)
+            parts["labelled pairs"] = Estimate.of(counter.demands(section, labelled), section, always_live=True)
     if evaluation.judges and split.held_out:
         held_out = _held_out_loads(config, tokenize(split.held_out), count=count, length=length, taught=taught)
-        parts["held out"] = Estimate.of(counter.demands(evaluation, held_out), evaluation)
+        parts["held out"] = Estimate.of(counter.demands(evaluation, held_out), evaluation, always_live=True)
     if section.teacher is not None:
-        parts["teacher"] = Estimate.of(_teacher_demand(section.teacher, split, count=count), section)
+        teacher = _teacher_demand(section.teacher, split, count=count)
+        parts["teacher"] = Estimate.of(teacher, section, always_live=True)
     others = {}
     for name, fields in _OTHERS.items():
         judges = section.judges or (section.openai,)

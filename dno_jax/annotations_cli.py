@@ -83,8 +83,14 @@ def salvage(place: Place) -> None:
     from dno_jax.report.console import say
 
     file = _file(place)
-    count, aside = work(file)
-    say(f"{count:,} verdicts salvaged to {file}; the damaged file is now {aside}")
+    found = work(file)
+    rows = ", ".join(f"{count:,} {table}" for table, count in found.rows.items())
+    say(f"salvaged to {file}: {rows}; the damaged file is now {found.aside}")
+    if found.lost_usd > 0.0:
+        say(
+            f"warning: no receipt is left of ${found.lost_usd:.4f} or more that its verdicts cost: the run's spending "
+            "counts from what is left, so lower annotation.max_usd by as much"
+        )
 
 
 def _file(place: Path) -> Path:

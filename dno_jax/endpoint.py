@@ -17,7 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from dno_jax.errors import DnoError
 
@@ -107,7 +107,7 @@ class Endpoint:
         self._timeout = timeout
         self._key = _read_key(api_key_env, url=self.url, place=self.address)
         is_secret = api_key_env is not None and self._key.lower() not in _PLACEHOLDERS
-        self._secrets = (self._key, quote(self._key, safe="")) if is_secret else ()  # as it is, and as it is in URLs
+        self._spelt = _spellings(self._key) if is_secret else None
         self._client = self._open()
 
     async def post(
@@ -163,14 +163,15 @@ class Endpoint:
             # The client's own timeout counts silence only; a server that trickles would hold the slot for ever.
             async with asyncio.timeout(timeout):
                 response = (await request(self._client)).response
-                return Response(response.text, response.headers)
+                # JSON is UTF-8, whatever the header says: Python has charsets that are none of text.
+                return Response(response.content.decode("utf-8", "replace"), response.headers)
         except openai.APIStatusError as error:
             trouble = self.trouble(error.status_code, error.body or error.message, headers=error.response.headers)
         except openai.APIConnectionError as error:
             trouble = _broken_connection(error, timeout=timeout)
         except TimeoutError:
             trouble = Trouble(f"no answer within {timeout:g} s")
-        except openai.OpenAIError as error:
+        except Exception as error:  # the client's own, and what it makes of a body that is not what its headers say
             trouble = Trouble(f"the client failed: {type(error).__name__}")
         if trouble.then == "raise":
             raise EndpointError(trouble.detail, status=trouble.status or 0)
@@ -181,9 +182,10 @@ class Endpoint:
 
     def without_key(self, text: str) -> str:
         """Take the key out of a text that is to be kept as it is."""
-        for secret in self._secrets:
-            text = text.replace(secret, "[key]")
-        return text
+        if self._spelt is None:
+            return text
+        text = text.replace(self._key, "[key]")
+        return self._spelt.sub("[key]", text) if "\\" in text or "%" in text else text
 
     def _open(self) -> openai.AsyncOpenAI:
         """Make the client. It sends by aiohttp: httpx's own pool looks at all its connections for each request.
@@ -297,6 +299,13 @@ def _broken_connection(error: BaseException, *, timeout: float) -> Trouble:
         return Trouble(f"no connection ({name})", unreachable=True)
     silent = isinstance(cause, aiohttp.ServerTimeoutError)
     return Trouble(f"no answer within {timeout:g} s" if silent else f"the connection broke ({name})")
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """Match a key with any of its characters as JSON or a URL may spell them: \\/, \\u002f, %2F."""
+    return re.compile("".join(
+        rf"(?:{re.escape(char)}|\\{re.escape(char)}|\\u(?i:{ord(char):04x})|%(?i:{ord(char):02x}))" for char in key
+    ))  # fmt: skip
 
 
 def _was_flagged(metadata: object) -> bool:

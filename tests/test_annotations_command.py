@@ -98,7 +98,7 @@ def test_a_damaged_file_is_salvaged(path, dno):
         store._database._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     code, said = dno("salvage", path)
     assert code == 0
-    assert f"4 verdicts salvaged to {path}; the damaged file is now {path}.damaged" in said
+    assert f"salvaged to {path}: 4 verdicts, 2 receipts, 0 batches; the damaged file is now {path}.damaged" in said
     with closing(VerdictStore(path)) as store:
         assert len(list(store.rows())) == 4
 

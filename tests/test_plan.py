@@ -366,6 +366,8 @@ def test_dollars_and_hours_are_those_of_the_tokens_at_the_given_prices_and_limit
     assert slow.hours == pytest.approx((slow.total.tokens_in + slow.total.tokens_out) / 100 / 60)
     # two held-out samples of four prompts, every iteration
     assert plan.parts["held out"].total.requests == 2 * 4 * 2
+    assert plan.parts["held out"].usd > 0.0
+    assert plan.parts["held out"].batch_usd is None  # they are asked live
     pairs = plan.others["pairwise, all pairs"].total
     assert pairs.requests == 12 * 10 * 2
     assert plan.others["pairwise, tournament"].total.requests == 12 * 4 * 2

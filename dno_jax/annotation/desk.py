@@ -23,6 +23,7 @@ from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
 from dno_jax.annotation.transport.probe import Pay, Sending
+from dno_jax.annotation.transport.stop import Stop
 from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, wait_seconds
 from dno_jax.errors import DnoError
@@ -50,6 +51,10 @@ class Asked(Protocol):
 
     def words(self, text: str) -> str: ...
 
+    def stop(self, error: DnoError) -> None: ...
+
+    async def drain(self) -> None: ...
+
     async def close(self) -> None: ...
 
 
@@ -68,7 +73,7 @@ class Desk:
         self._slots = {section: asyncio.Semaphore(section.max_concurrency) for section in clients}
         self._under_way: dict[str, asyncio.Task[Verdict]] = {}
         self._probes: dict[ChatSection, asyncio.Task[None]] = {}
-        self._broken: DnoError | None = None
+        self._stopped = Stop()
         self._unread: Counter[ChatSection] = Counter()  # replies of models of which none was read so far
         self._read_once: set[ChatSection] = set()
         self._jitter = random.Random()  # spreads retries over time; decides no result
@@ -111,8 +116,14 @@ class Desk:
         # One caller's end is not another's: what is asked for, and may be paid for, comes back all the same.
         return await asyncio.shield(task)
 
+    def by_batch(self) -> frozenset[str]:
+        """Return the keys of questions that the Batch API has been asked, by whichever run, and has not answered."""
+        return frozenset(key for noted in self._store.open_batches() for key in noted.keys)
+
     async def ask_by_batch(self, questions: Sequence[Question]) -> None:
         """Have the Batch API answer what it can, and commit it; what it leaves is to be asked live.
+
+        Where `batch` is false by now, only what is under way is waited for: it is paid for.
 
         Raises:
             DnoError: the endpoint has no Batch API, refuses it, or has not answered for long; or the store fails.
@@ -123,12 +134,13 @@ class Desk:
             await self.probe(own[0])
             client = cast("Client", self._clients[section])  # nothing else has a Batch API
             async with AsyncExitStack() as rooms:  # held until all of it is committed
-                granted = [
-                    question
-                    for question in own
-                    if await rooms.enter_async_context(self.budget.room(question, batch=True, wait=False))
-                ]
-                async for key, result in batch.run(granted, client=client, store=self._store):
+
+                async def room(question: Question, *, was_sent: bool, rooms: AsyncExitStack = rooms) -> bool:
+                    budget = self.budget.room(question, batch=True, wait=False, owed=was_sent)
+                    return await rooms.enter_async_context(budget)
+
+                fresh = isinstance(section, OpenAISection) and section.batch
+                async for key, result in batch.run(own, client=client, store=self._store, room=room, fresh=fresh):
                     if isinstance(result, Reply):
                         await self.settle(by_key[key], result, batch=True)
 
@@ -154,8 +166,9 @@ class Desk:
 
     async def drain(self) -> None:
         """Send nothing more, and wait until what is in flight has come back and is committed."""
-        self._broken = self._broken or DnoError("no more questions are sent: the run is stopping")
-        await asyncio.gather(*self._under_way.values(), return_exceptions=True)
+        self._stop(DnoError("no more questions are sent: the run is stopping"))
+        await asyncio.gather(*self._under_way.values(), *self._probes.values(), return_exceptions=True)
+        await asyncio.gather(*(client.drain() for client in self._clients.values()))
 
     async def close(self) -> None:
         """Give up what is under way, and give back connections and the file."""
@@ -189,6 +202,7 @@ class Desk:
         """
         asked = replace(question, body=body, schema=None)
         async with self.budget.room(asked, wait=wait) as granted:
+            self._stopped.check()
             if not granted:
                 raise OverBudget
             result = await send()
@@ -204,8 +218,7 @@ class Desk:
         tries = 0
         while True:
             async with self._slots[section], self.budget.room(question) as granted:
-                if self._broken is not None:
-                    raise self._broken
+                self._stopped.check()
                 if not granted:
                     return Verdict("over budget", detail=self.budget.why)
                 with self._breaking():
@@ -222,7 +235,7 @@ class Desk:
             _LOG.info("%s: try %d of %d: %s", section.model, tries, section.max_tries, verdict.detail)
             # A reply that does not parse is no reason to wait; Retry-After is one endpoint's, and the client keeps it.
             if isinstance(result, Trouble):
-                await _pause(wait_seconds(tries, retry_after=None, jitter=self._jitter.random()))
+                await self._stopped.pause(wait_seconds(tries, retry_after=None, jitter=self._jitter.random()))
 
     def _read(self, question: Question, reply: Reply) -> Verdict:
         client = self._clients[question.asked]
@@ -248,12 +261,14 @@ class Desk:
         if verdict.state != "unparsable" or asked in self._read_once:
             return
         self._unread[asked] += 1
-        if self._unread[asked] >= _MOST_UNREAD and self._broken is None:
+        if self._unread[asked] >= _MOST_UNREAD and self._stopped.reason is None:
             words = self._clients[asked].words(verdict.raw)
-            self._broken = DnoError(
-                f"none of the first {_MOST_UNREAD} replies of {asked.model!r} could be read ({verdict.detail}); the "
-                f"last one: {words!r}. Nobody is asked any more: try another rubric, a higher max_tokens, "
-                "structured=json_schema, or another model. All replies are kept"
+            self._stop(
+                DnoError(
+                    f"none of the first {_MOST_UNREAD} replies of {asked.model!r} could be read ({verdict.detail}); "
+                    f"the last one: {words!r}. Nobody is asked any more: try another rubric, a higher max_tokens, "
+                    "structured=json_schema, or another model. All replies are kept"
+                )
             )
 
     def _settled(self, key: str, task: asyncio.Task[Verdict]) -> None:
@@ -266,8 +281,14 @@ class Desk:
         try:
             yield
         except DnoError as error:
-            self._broken = self._broken or error
+            self._stop(error)
             raise
+
+    def _stop(self, error: DnoError) -> None:
+        """Send nothing more, to nobody; who waits for a turn to send gets the error."""
+        self._stopped.say(error)
+        for client in self._clients.values():
+            client.stop(error)
 
 
 def open_desk(section: AnnotationSection, *, store_path: str | os.PathLike[str]) -> Desk:
@@ -315,7 +336,3 @@ def _places(section: AnnotationSection) -> dict[str, ChatSection]:
     if section.teacher is not None:
         places["annotation.teacher"] = section.teacher
     return places
-
-
-async def _pause(seconds: float) -> None:
-    await asyncio.sleep(seconds)

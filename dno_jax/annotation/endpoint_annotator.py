@@ -87,12 +87,15 @@ class EndpointAnnotator:
     async def ask_by_batch(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
         """Ask what the pools need by the Batch API, round after round, where the configuration says so.
 
-        What comes back is in the store, where `judge` finds it; the rest it asks live.
+        What an earlier run has asked by batch is collected in any case. What comes back is in the store, where `judge`
+        finds it; the rest it asks live.
         """
         tried: set[str] = set()
         while True:
             missing = [question for pool in pools for question in self._missing(pool, repeat=repeat)]
-            wanted = [item for item in missing if _by_batch(item) and item.key not in tried]
+            under_way = self.desk.by_batch()
+            batched = [question for question in missing if _by_batch(question) or question.key in under_way]
+            wanted = [question for question in batched if question.key not in tried]
             if not wanted:
                 return
             tried.update(question.key for question in wanted)

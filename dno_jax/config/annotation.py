@@ -97,6 +97,13 @@ class OpenAISection(ChatSection):
     )
 
     @property
+    def question(self) -> tuple[object, ...]:
+        """What tells its questions about the same responses from another judge's; no address is part of it."""
+        length = None if self.form == "logprob" else self.max_tokens
+        told = (self.model, self.form, self.rubric_name)
+        return (*told, self.temperature, length, self.max_tokens_field, self.send_seed)
+
+    @property
     def rubric_name(self) -> str:
         """The rubric that is used: the configured one, or the form's own."""
         own = {"listwise": "listwise_6point", "pairwise": "pairwise_verdict", "logprob": "pairwise_token"}
@@ -232,8 +239,14 @@ class AnnotationSection(Section):
             raise ValueError(f"kind=ensemble with {len(self.ensemble)} in annotation.ensemble; expected two or more")
         if self.kind == "given" and self.teacher is not None:
             raise ValueError("kind=given with a teacher: nobody would give its responses points; remove one of them")
-        if len(set(self.ensemble)) < len(self.ensemble):
-            raise ValueError("annotation.ensemble: a judge is there twice; its verdicts would be one verdict")
+        questions = [judge.question for judge in self.ensemble]
+        for number, question in enumerate(questions):
+            if (before := questions.index(question)) < number:
+                raise ValueError(
+                    f"annotation.ensemble: {before} and {number} ask {self.ensemble[number].model!r} the same, and one "
+                    "verdict would answer both: no address is part of a question. Serve them under names of their own "
+                    "(vLLM: --served-model-name, llama.cpp: --alias), or give one another rubric, form or temperature"
+                )
         return self
 
     @model_validator(mode="after")

@@ -149,20 +149,13 @@ class _Work:
 
     async def run(self, *, abandoned: Callable[[], bool] | None) -> Survey:
         async with closing(self._annotator, self._run_dir):
-            try:
-                closed = self._closed()
-                with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools", done=self._judged) as meter:
-                    if abandoned is None and self._sampled.manifest() is None:
-                        await self._annotator.probe()  # told now, not when the first shard has been waited for
-                    await self._judge_labels()
-                    await self._follow(meter, seen=closed, abandoned=abandoned)
-                    meter.expect(self._judged)
-            except asyncio.CancelledError:
-                say("stopping when the verdicts in flight are there and stored; interrupt again to give them up")
-                raise
-            finally:
-                if self._desk is not None:
-                    await self._desk.drain()
+            closed = self._closed()
+            with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools", done=self._judged) as meter:
+                if abandoned is None and self._sampled.manifest() is None:
+                    await self._annotator.probe()  # told now, not when the first shard has been waited for
+                await _unless(abandoned, self._judge_labels())
+                await self._follow(meter, seen=closed, abandoned=abandoned)
+                meter.expect(self._judged)
             if self._sampled.manifest() is None or (abandoned and abandoned()):
                 raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
             self._settle()
@@ -230,7 +223,7 @@ class _Work:
         return [waiting.popleft() for _ in range(min(size, len(waiting)))]
 
     async def _judge_group(self, shards: Sequence[str], meter: Meter) -> None:
-        if self._by_batch and isinstance(self._annotator, EndpointAnnotator):
+        if isinstance(self._annotator, EndpointAnnotator) and (self._by_batch or self._annotator.desk.by_batch()):
             pools = [pool for shard in shards for pool in self._pools.read(shard, dropped=Counter())]
             again = [pool for pool in pools if self._is_repeated(pool)]
             await all_of(self._annotator.ask_by_batch(pools), self._annotator.ask_by_batch(again, repeat=1))
@@ -308,6 +301,19 @@ class _Work:
     def _add_repeat(self, pool: Pool, judgement: Judgement, quality: Quality) -> None:
         if self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
             quality.add_repeat(judgement, again)
+
+
+async def _unless(abandoned: Callable[[], bool] | None, work: Coroutine[Any, Any, None]) -> None:
+    """Do some work to its end, or give it up when asked to; what is in flight is the desk's."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done() and not (abandoned and abandoned()):
+            await asyncio.wait([task], timeout=_POLL_SECONDS)
+        if task.done():
+            task.result()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def judge_pools(

@@ -1,7 +1,11 @@
-"""receipts.json: what a run has paid, by the store that holds the verdicts and by model, where a person finds it."""
+"""How work with a judge or a teacher ends: nothing that was paid for is given up, and the receipts are left.
+
+receipts.json says what a run has paid, by the store that holds the verdicts and by model, where a person finds it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -11,6 +15,7 @@ from dno_jax.annotation.annotator import Annotator
 from dno_jax.annotation.desk import Desk
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.errors import DnoError
+from dno_jax.report.console import say
 from dno_jax.run_dir import RunDir, write_atomically
 
 
@@ -18,12 +23,16 @@ from dno_jax.run_dir import RunDir, write_atomically
 async def closing(asked: Annotator | Desk, run_dir: RunDir) -> AsyncIterator[None]:
     """Close a judge or a desk when the work with it ends, however it ends, and leave the receipts.
 
+    Nothing more is asked then; what is in flight comes back and is stored first. A second interrupt gives it up.
+
     Raises:
         DnoError: the receipts cannot be written; after an error of the work's own, that one stands.
     """
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, asyncio.CancelledError):
+            say("stopping when the answers in flight are there and stored; interrupt again to give them up")
         with contextlib.suppress(DnoError):  # the same full disk, for one
             await _close(asked, run_dir)
         raise
@@ -32,8 +41,11 @@ async def closing(asked: Annotator | Desk, run_dir: RunDir) -> AsyncIterator[Non
 
 async def _close(asked: Annotator | Desk, run_dir: RunDir) -> None:
     desk = asked.desk if isinstance(asked, EndpointAnnotator) else asked
+    receipt = None
     try:
-        receipt = desk.budget.receipt() if isinstance(desk, Desk) else None
+        if isinstance(desk, Desk):
+            await desk.drain()
+            receipt = desk.budget.receipt()
     finally:
         await asked.close()
     if receipt is not None:

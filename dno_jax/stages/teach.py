@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dno_jax.annotation.desk import Desk, open_desk
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
@@ -122,7 +122,8 @@ class _Teacher:
                     closed = set(folder.shard_names())
                     for first in range(0, len(prompts), _SHARD_PROMPTS):
                         part, name = prompts[first : first + _SHARD_PROMPTS], f"{first:07d}"
-                        if name in closed or await self._close(folder, name, part):
+                        is_there = name in closed and _answers(folder.read_shard(TaughtResponse, name), part)
+                        if is_there or await self._close(folder, name, part):
                             meter.advance(len(part))
                         else:
                             open_shards.append((folder, name, part))
@@ -202,6 +203,11 @@ def _messages(prompt: Prompt, *, system: str) -> list[dict[str, str]]:
         asked = "Begin your response with exactly these words, and go on from there:\n"
         system = "\n\n".join([*([system] if system else []), asked + prompt.assistant_prefix])
     return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _answers(rows: Iterable[TaughtResponse], prompts: Sequence[Prompt]) -> bool:
+    """Whether a shard is of these prompts: others may have come since it was closed, and moved all that follow."""
+    return [row.prompt_id for row in rows] == [prompt.prompt_id for prompt in prompts]
 
 
 def _has_failed(row: TaughtResponse) -> bool:

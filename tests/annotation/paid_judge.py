@@ -11,6 +11,7 @@ from dno_jax.annotation.question import Question, Reply, Unparsable
 from dno_jax.annotation.transport.probe import Pay
 from dno_jax.config import OpenAISection
 from dno_jax.endpoint import Trouble
+from dno_jax.errors import DnoError
 
 SECTION = OpenAISection(model="m", api_key_env=None, max_tokens=100, max_tries=3)
 
@@ -41,6 +42,7 @@ class FakeClient:
         self.in_flight = 0
         self.most_in_flight = 0
         self.closed = False
+        self.stopped: DnoError | None = None
 
     async def probe(self, body: Mapping[str, Any], *, pay: Pay) -> None:
         async def send() -> Reply:
@@ -72,6 +74,12 @@ class FakeClient:
 
     def words(self, text: str) -> str:
         return " ".join(self.scrub(text).split())
+
+    def stop(self, error: DnoError) -> None:
+        self.stopped = error
+
+    async def drain(self) -> None:
+        pass
 
     async def close(self) -> None:
         self.closed = True

@@ -46,6 +46,11 @@ def completion(text: str | None = "ready", **fields: Any) -> Answer:
     return Answer(body={"object": "chat.completion", "model": "served-1", "choices": [choice], "usage": usage})
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
 def fault(status: int, message: str = "planted", *, headers: dict[str, str] | None = None, **fields: Any) -> Answer:
     return Answer(status=status, body={"error": {"message": message, **fields}}, headers=headers or {})
 

@@ -15,12 +15,12 @@ import pytest
 
 from dno_jax.annotation.question import Question, Reply
 from dno_jax.annotation.transport import batch as batch_module
-from dno_jax.annotation.transport.batch import OpenBatch, run
+from dno_jax.annotation.transport.batch import OpenBatch, Room, run
 from dno_jax.annotation.transport.client import Client, Unreachable
 from dno_jax.config import OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
-from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault
+from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault, free_port
 
 KEY = "planted.0123456789.do-not-leak"
 SCHEMA = {"type": "object"}
@@ -167,8 +167,19 @@ def questions(numbers: Iterable[int]) -> list[Question]:
     ]
 
 
+async def plenty(question: Question, *, was_sent: bool) -> bool:
+    return True
+
+
 def ask(
-    url: str, asked: Sequence[Question], store: Memory, *, stop_after: int | None = None, **fields: Any
+    url: str,
+    asked: Sequence[Question],
+    store: Memory,
+    *,
+    stop_after: int | None = None,
+    room: Room | None = None,
+    fresh: bool = True,
+    **fields: Any,
 ) -> dict[str, Reply | Trouble]:
     async def work() -> dict[str, Reply | Trouble]:
         config = OpenAISection(**{"base_url": url, "api_key_env": None, "max_outage": 5.0, **fields})
@@ -176,7 +187,7 @@ def ask(
         found: dict[str, Reply | Trouble] = {}
         try:
             await client.probe(asked[0].body)
-            stream = run(asked, client=client, store=store)
+            stream = run(asked, client=client, store=store, room=room or plenty, fresh=fresh)
             async for key, result in stream:
                 assert key not in found
                 found[key] = result
@@ -451,6 +462,72 @@ def test_a_batch_that_may_have_been_made_is_remembered_and_named_where_nobody_ca
     assert not store.notes
 
 
+def killed_after_a_batch(api: Api, store: Memory, url: str, asked: Sequence[Question]) -> None:
+    store.kill_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        ask(url, asked, store)
+    store.kill_at = None
+    assert len(api.batches) == 1
+
+
+def test_what_was_sent_is_collected_though_there_is_no_room_for_more():
+    api, store, asked = Api(), Memory(), questions(range(6))
+    told: list[tuple[str, bool]] = []
+
+    async def room(question: Question, *, was_sent: bool) -> bool:
+        told.append((question.key, was_sent))
+        return was_sent
+
+    with Scripted(after_probe(api)) as server:
+        killed_after_a_batch(api, store, server.url, asked[:4])
+        found = ask(server.url, asked, store, room=room)
+    assert texts(found, asked[:4]) == ["to 0", "to 1", "to 2", "to 3"]
+    assert set(found) == {question.key for question in asked[:4]}
+    assert sorted(told) == sorted((question.key, question in asked[:4]) for question in asked)
+    assert len(api.batches) == 1
+    assert not store.notes
+
+
+def test_without_leave_for_new_ones_what_is_under_way_is_collected_and_that_is_said(caplog):
+    api, store, asked = Api(), Memory(), questions(range(6))
+    with Scripted(after_probe(api)) as server:
+        killed_after_a_batch(api, store, server.url, asked[:4])
+        found = ask(server.url, asked, store, fresh=False)
+    assert texts(found, asked[:4]) == ["to 0", "to 1", "to 2", "to 3"]
+    assert set(found) == {question.key for question in asked[:4]}
+    assert "batch=false now (batch_0); cancel them there" in caplog.text
+    assert len(api.batches) == 1
+    assert not store.notes
+
+
+def test_a_batch_is_collected_where_it_was_made_though_another_endpoint_is_preferred_now():
+    api, other, store, asked = Api(), Api(), Memory(), questions(range(4))
+    with Scripted(after_probe(api)) as first, Scripted(after_probe(other)) as second:
+        killed_after_a_batch(api, store, first.url, asked)
+        more = [{"base_url": first.url, "api_key_env": None}]
+        assert texts(ask(second.url, asked, store, more_endpoints=more), asked) == [f"to {n}" for n in range(4)]
+    assert not other.batches
+    assert not store.notes
+
+
+def test_a_batch_at_an_address_that_is_configured_no_more_is_told_of(caplog):
+    api, other, store, asked = Api(), Api(), Memory(), questions(range(4))
+    with Scripted(after_probe(api)) as first, Scripted(after_probe(other)) as second:
+        killed_after_a_batch(api, store, first.url, asked)
+        assert texts(ask(second.url, asked, store), asked) == [f"to {n}" for n in range(4)]
+    assert f"a batch of 4 questions was made at {first.url}" in caplog.text
+    assert "annotation.openai.more_endpoints" in caplog.text
+    assert len(store.notes) == 1
+
+
+def test_batches_go_where_somebody_answers():
+    api, asked = Api(), questions(range(3))
+    with Scripted(after_probe(api)) as second:
+        more = [{"base_url": second.url, "api_key_env": None}]
+        found = ask(f"http://127.0.0.1:{free_port()}/v1", asked, Memory(), more_endpoints=more)
+    assert texts(found, asked) == ["to 0", "to 1", "to 2"]
+
+
 def test_two_groups_that_collect_one_batch_together_leave_no_note():
     api, store, asked = Api(), Memory(), questions(range(6))
 
@@ -458,7 +535,7 @@ def test_two_groups_that_collect_one_batch_together_leave_no_note():
         client = Client(OpenAISection(base_url=url, api_key_env=None), who="the judge 'm'", place="annotation.openai")
 
         async def group(own: Sequence[Question]) -> dict[str, Reply | Trouble]:
-            return {key: result async for key, result in run(own, client=client, store=store)}
+            return {key: result async for key, result in run(own, client=client, store=store, room=plenty)}
 
         try:
             await client.probe(asked[0].body)
@@ -467,10 +544,7 @@ def test_two_groups_that_collect_one_batch_together_leave_no_note():
             await client.close()
 
     with Scripted(after_probe(api)) as server:
-        store.kill_at = 1
-        with pytest.raises(KeyboardInterrupt):
-            ask(server.url, asked, store)
-        store.kill_at = None
+        killed_after_a_batch(api, store, server.url, asked)
         first, second = asyncio.run(both(server.url))
     assert texts(first | second, asked) == [f"to {n}" for n in range(6)]
     assert len(api.batches) == 1

@@ -27,6 +27,7 @@ from dno_jax.annotation.ledger.budget import Budget
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Verdict
 from dno_jax.annotation.transport.client import Unreachable
+from dno_jax.annotation.transport.stop import Stop
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
@@ -517,10 +518,10 @@ def test_what_a_reply_comes_to(store_path, reply, state, scores):
 def test_waiting_follows_failures_and_not_replies_that_do_not_parse(store_path, monkeypatch):
     waits = []
 
-    async def note(seconds: float) -> None:
+    async def note(_: Stop, seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr("dno_jax.annotation.desk._pause", note)
+    monkeypatch.setattr(Stop, "pause", note)
     # Retry-After is of one endpoint: the client keeps it, and another may be asked meanwhile.
     script = [Trouble("slow down", retry_after=3600.0, status=429), said("none"), said("1")]
     assert ask_all(FakeClient(script), store_path, [question("a")])[0].state == "ok"

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine
+from contextlib import closing
 from itertools import count
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -26,10 +27,11 @@ from dno_jax.annotation.transport import routes
 from dno_jax.annotation.transport.client import Client, Unreachable
 from dno_jax.annotation.transport.completion import read_completion
 from dno_jax.annotation.transport.probe import Capabilities
+from dno_jax.annotation.transport.stop import Stop
 from dno_jax.config import EndpointSection, OpenAISection, TeacherSection
 from dno_jax.endpoint import Endpoint, EndpointError, Response, Trouble
 from dno_jax.errors import DnoError
-from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault, is_probe
+from tests.annotation.scripted import Answer, Asked, Scripted, after_probe, completion, fault, free_port, is_probe
 
 T = TypeVar("T")
 KEY = "planted.0123456789.do-not-leak"
@@ -81,12 +83,6 @@ def send_one(config: OpenAISection, **arguments: Any) -> Reply | Trouble:
 
 def post_one(config: OpenAISection) -> Response | Trouble:
     return with_client(config, lambda client: client.endpoint.post("/chat/completions", BODY))
-
-
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def first_then(*first: Answer, then: Answer | None = None) -> Callable[[Asked], Answer]:
@@ -380,6 +376,54 @@ def test_a_cancelled_request_gives_its_slot_back():
 # Several endpoints, and none
 
 
+def test_while_the_preferred_endpoint_says_nothing_the_others_serve():
+    port = free_port()
+    with closing(socket.socket()) as silent, Scripted(after_probe(lambda _: completion("second"))) as second:
+
+        async def work(client: Client) -> None:
+            await client.probe(BODY)
+            silent.bind(("127.0.0.1", port))
+            silent.listen(8)  # takes connections, and never answers
+            async with asyncio.timeout(30.0):  # less than a request may take
+                assert [(await client.send(BODY)).text for _ in range(20)] == ["second"] * 20
+
+        with_client(section(f"http://127.0.0.1:{port}/v1", second, timeout=60.0), work)
+
+
+def test_after_a_stop_nobody_in_the_queue_sends_any_more():
+    with Scripted(after_probe(lambda _: completion())) as server:
+
+        async def work(client: Client) -> None:
+            await client.probe(BODY)
+            before = len(server.asked)
+            waiting = [asyncio.ensure_future(client.send(BODY)) for _ in range(6)]
+            while len(server.asked) == before:
+                await asyncio.sleep(0.01)
+            client.stop(DnoError("enough"))
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+            assert sum(str(outcome) == "enough" for outcome in found) == 6 - (len(server.asked) - before) > 0
+            with pytest.raises(DnoError, match="enough"):
+                await client.send(BODY)
+
+        with_client(section(server, requests_per_minute=60), work)
+
+
+def test_a_stop_ends_the_wait_for_an_endpoint_that_wants_to_be_left_alone():
+    with Scripted(lambda _: fault(429, headers={"Retry-After": "300"})) as server:
+
+        async def work(client: Client) -> None:
+            probing = asyncio.ensure_future(client.probe(BODY))
+            while not server.asked:
+                await asyncio.sleep(0.01)
+            client.stop(DnoError("enough"))
+            async with asyncio.timeout(30.0):
+                with pytest.raises(DnoError, match="enough"):
+                    await probing
+
+        with_client(section(server, max_outage=600.0), work)
+    assert len(server.asked) == 1
+
+
 def test_a_busy_endpoint_is_waited_for_and_not_passed_over():
     with Scripted(together(2, completion("first"))) as first, Scripted() as second:
         results = send_all(section(first, second, max_concurrency=2), 6)
@@ -421,8 +465,9 @@ def test_a_dead_endpoint_is_passed_over_and_returned_to(caplog):
             for _ in range(12):
                 assert (await client.send(BODY)).text == "second"
             first = stack.enter_context(Scripted(after_probe(lambda _: completion("first")), port=port))
-            await asyncio.sleep(0.1)
-            assert (await client.send(BODY)).text == "first"
+            async with asyncio.timeout(30.0):  # the second serves until the first is known
+                while (await client.send(BODY)).text == "second":
+                    await asyncio.sleep(0.02)
             before = len(second.asked)
             assert [(await client.send(BODY)).text for _ in range(5)] == ["first"] * 5
             assert len(second.asked) == before
@@ -485,7 +530,7 @@ class Clock:
 
 def test_a_probe_waits_no_longer_than_an_outage_may_last(monkeypatch):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(client_module, "_pause", clock.pause)
+    monkeypatch.setattr(Stop, "pause", clock.pause)
     with Scripted(lambda _: fault(429, headers={"Retry-After": "400"})) as server:
         with pytest.raises(Unreachable, match="HTTP 429"):
             with_client(section(server, max_outage=600.0), lambda client: client.probe(BODY))
@@ -496,8 +541,7 @@ def test_a_probe_waits_no_longer_than_an_outage_may_last(monkeypatch):
 @pytest.mark.parametrize(("pauses", "waits"), [([250, 250], [250, 200]), ([400], [400])], ids=["cut", "anew"])
 def test_an_endpoint_that_wants_to_be_left_alone_amid_the_probe_is_asked_again(pauses, waits, monkeypatch):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(client_module, "_pause", clock.pause)
-    monkeypatch.setattr(probe_module, "asyncio", SimpleNamespace(sleep=clock.pause))
+    monkeypatch.setattr(Stop, "pause", clock.pause)
     monkeypatch.setattr(probe_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     left = iter(pauses)
 
@@ -514,7 +558,7 @@ def test_an_endpoint_that_wants_to_be_left_alone_amid_the_probe_is_asked_again(p
 
 def test_a_probe_waits_for_the_endpoint_that_is_back_first(monkeypatch):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(client_module, "_pause", clock.pause)
+    monkeypatch.setattr(Stop, "pause", clock.pause)
     numbers = count()
     soon = lambda _: completion() if next(numbers) else fault(503, headers={"Retry-After": "7"})  # noqa: E731
     with Scripted(lambda _: fault(429, headers={"Retry-After": "3600"})) as first, Scripted(soon) as second:

@@ -9,7 +9,6 @@ import asyncio
 import os
 import re
 import secrets
-import socket
 import subprocess
 import time
 import urllib.error
@@ -34,6 +33,7 @@ from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.records import Judgement
 from tests.annotation.planted import graded, pool_of
+from tests.annotation.scripted import free_port
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -47,11 +47,6 @@ def python_of(variable: str) -> Path:
     if not found:
         pytest.skip(f"{variable} names no Python that has the server")
     return Path(found).absolute()  # the server runs in a folder of its own
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 @contextmanager

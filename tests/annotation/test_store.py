@@ -291,12 +291,14 @@ def test_a_damaged_file_is_reported_when_it_is_read(path):
 
 def test_what_is_whole_of_a_damaged_file_is_salvaged(path):
     damaged(path)
-    count, aside = salvage(path)
-    assert aside.exists()
+    found = salvage(path)
+    count = found.rows["verdicts"]
+    assert found.aside.exists()
+    assert (found.rows["receipts"], found.rows["batches"], found.lost_usd) == (1, 1, 0.0)
     with closing(VerdictStore(path)) as store:
-        found = [store.get(str(number)) for number in range(200)]
-        assert 100 < count == 200 - found.count(None) < 200
-        assert {verdict for verdict in found if verdict} == {replace(OK, raw="x" * 500)}
+        verdicts = [store.get(str(number)) for number in range(200)]
+        assert 100 < count == 200 - verdicts.count(None) < 200
+        assert {verdict for verdict in verdicts if verdict} == {replace(OK, raw="x" * 500)}
         assert store.spent(".") == 200 * OK.usd
         assert store.open_batches() == [BATCH]
         put(store, "new", OK)
@@ -314,10 +316,22 @@ def test_where_not_even_the_last_page_of_the_first_version_can_be_read_the_rest_
     data = bytearray(path.read_bytes())
     data[4096 * (page - 1) : 4096 * page] = b"\xff" * 4096
     path.write_bytes(data)
-    count, _ = salvage(path)
-    assert 190 < count < 202
+    assert 190 < salvage(path).rows["verdicts"] < 202
     with closing(VerdictStore(path)) as store:
         assert store.get("k0").scores == (1.0, 6.0)
+
+
+def test_salvage_tells_of_lost_receipts_and_leaves_a_file_in_use_alone(path):
+    with closing(VerdictStore(path)) as store:
+        put(store, "a", OK)
+        with pytest.raises(DnoError, match="another process has it open"):
+            salvage(path)
+        assert not path.with_name(f"{path.name}.salvaged").exists()
+        put(store, "b", OK)
+        store._execute("DELETE FROM receipts", ())
+    found = salvage(path)
+    assert found.rows == {"verdicts": 2, "receipts": 0, "batches": 0}
+    assert found.lost_usd == 2 * OK.usd
 
 
 def test_a_file_of_which_nothing_can_be_read_is_left_where_it_is(path):

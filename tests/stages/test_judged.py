@@ -241,6 +241,44 @@ def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_pat
         assert full / 2 < receipt["usd"] < full
 
 
+def test_a_batch_under_way_is_not_bought_again_live(tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.annotation.transport.batch.FIRST_POLL_SECONDS", 0.05)
+    prices = {"judge": {"input": 100.0, "output": 100.0}}
+    with FakeJudge(prefers="marker", batch_delay=1.0) as server:
+        config = sampled_run(
+            tmp_path, server.url, prompts=12, annotation={"openai": {"batch": True}, "prices": prices, "max_usd": 10.0}
+        )
+        with pytest.raises(DnoError, match="sampling stopped"):
+            annotate.run(config, 0, abandoned=lambda: server.counts.batches > 0)
+        assert not RunDir(config.run_dir).stage("annotate", 0).shard_names()
+        # as little money as there may be, and no batches any more: what was sent is owed, and comes
+        live = config.annotation.openai.model_copy(update={"batch": False})
+        manifest = annotate.run(with_annotation(config, openai=live, max_usd=0.5), 0)
+        assert manifest.details["states"] == {"ok": 12}
+        assert (server.counts.batch_lines, server.duplicates, server.requests) == (12, 0, 12)
+    receipt = paid(config)["models"]["judge"]
+    assert receipt["requests"] == 12 + server.counts.forms["probe"]
+
+
+def test_labelled_pairs_are_given_up_with_the_run_and_those_in_flight_kept(tmp_path):
+    pairs = [
+        {"prompt": f"Q{n}", "first": f"a q=0.1 {n}", "second": f"b q=0.9 {n}", "preference": 0} for n in range(100)
+    ]
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    quality = {"calibration": str(tmp_path / "labels.jsonl")}
+    with FakeJudge(prefers="marker", delay=0.2) as server:
+        annotation = {"openai": {"max_concurrency": 4}, "quality": quality}
+        config = sampled_run(tmp_path, server.url, prompts=8, annotation=annotation)
+        with pytest.raises(DnoError, match="sampling stopped"):
+            annotate.run(config, 0, abandoned=lambda: server.requests >= 4)
+        asked = server.requests
+        assert 4 <= asked < 60
+        with closing(VerdictStore(RunDir(config.run_dir).annotations_path)) as store:
+            assert sum(tally.verdicts for tally in store.tallies(state="ok")) == asked
+        annotate.run(config, 0)
+        assert (server.requests, server.duplicates) == (108, 0)
+
+
 def test_shards_are_batched_by_the_number_of_their_questions(tmp_path):
     def grouped(**openai):
         sampling = {"num_samples": 5, "shard_prompts": 64}

@@ -1,5 +1,6 @@
 """Gold responses from a teacher behind real HTTP: bought once, refused ones dropped and counted."""
 
+import asyncio
 import contextlib
 import json
 
@@ -132,3 +133,33 @@ def test_the_prefix_that_a_turn_began_with_is_no_part_of_the_gold(tmp_path):
     for reply in (teach.Reply("It is blue.", finish="stop"), teach.Reply("Sure, ", finish="stop")):
         with pytest.raises(teach.Unparsable):
             reader(reply)
+
+
+def test_an_interrupt_keeps_what_is_in_flight(tmp_path, monkeypatch):
+    run = asyncio.run
+
+    def interrupted(work):
+        """What Ctrl-C does to a program: its first task is cancelled."""
+
+        async def both():
+            task = asyncio.ensure_future(work)
+            while server.counts.answered.total() < 6:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await task
+
+        with contextlib.suppress(asyncio.CancelledError):
+            run(both())
+        raise KeyboardInterrupt
+
+    with FakeJudge(delay=0.5) as server:
+        config = taught(tmp_path, server.url, max_concurrency=8)
+        monkeypatch.setattr(asyncio, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            teach.run(config, 0)
+        monkeypatch.undo()
+        sent = server.counts.answered.total()
+        assert 6 <= sent <= 8
+        assert paid(config)["models"]["teacher"]["requests"] == sent + server.counts.forms["probe"]
+        assert teach.run(config, 0).rows == 18
+        assert server.counts.answered.total() == 18

@@ -102,13 +102,16 @@ class Budget:
         return f"annotation.max_usd={self._limit:g} might be passed"
 
     @asynccontextmanager
-    async def room(self, question: Question, *, batch: bool = False, wait: bool = True) -> AsyncIterator[bool]:
+    async def room(
+        self, question: Question, *, batch: bool = False, wait: bool = True, owed: bool = False
+    ) -> AsyncIterator[bool]:
         """Hold what a call can cost at most for as long as it takes to send it and to commit what came of it.
 
         Args:
             batch: it goes by the Batch API, whose price is another.
             wait: for other calls to come back cheaper than feared; a batch, which holds room for many at once, would
                 wait for itself.
+            owed: an earlier run has sent it: the money is gone, whether it fits or not.
 
         Yields:
             Whether the call may be sent. Once one that waited may not, none may: the run is about to stop.
@@ -117,7 +120,7 @@ class Budget:
         if usd == 0.0:
             yield True
             return
-        if not (await self._hold(usd) if wait else self._take(usd)):
+        if not (await self._hold(usd) if wait else self._take(usd, owed=owed)):
             yield False
             return
         try:
@@ -185,8 +188,8 @@ class Budget:
         # Read each time: another process may spend for the same run.
         return self._limit is not None and self.spent + self._held + usd <= self._limit + _ROUNDING
 
-    def _take(self, usd: float) -> bool:
-        fits = not self._over and self._fits(usd)
+    def _take(self, usd: float, *, owed: bool = False) -> bool:
+        fits = owed or (not self._over and self._fits(usd))
         if fits:
             self._held += usd
             self._holders += 1

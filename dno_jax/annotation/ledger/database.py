@@ -169,17 +169,18 @@ def _keep_a_wal(connection: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             # Where several processes make the file at once, sqlite says so at once instead of waiting: each holds a
             # share of the file and wants it alone, so that all would wait for each other.
-            if _primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(random.uniform(0.001, 0.02))
 
 
-def _primary_code(error: sqlite3.Error) -> int:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the low byte
+def primary_code(error: sqlite3.Error) -> int:
+    """Return sqlite's code of an error without its extension."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _remedy(error: sqlite3.Error, path: str) -> str:
-    code = _primary_code(error)
+    code = primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process has held its lock for {LOCK_SECONDS:.0f} s: end that process, then start again"
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):

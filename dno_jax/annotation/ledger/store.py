@@ -227,8 +227,8 @@ class VerdictStore:
         """Forget a batch; on the disk when this returns."""
         self._execute("DELETE FROM batches WHERE token = ?", (token,))
 
-    def restore(self, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> int:
-        """Take over rows of another file as they are, by table, and return how many verdicts there were."""
+    def restore(self, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, int]:
+        """Take over rows of another file as they are, by table, and return how many there were."""
 
         def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
             names, places = ", ".join(row), ", ".join("?" * len(row))
@@ -238,7 +238,7 @@ class VerdictStore:
         def job(connection: sqlite3.Connection) -> dict[str, int]:
             return {table: sum(insert(connection, table, row) for row in rows) for table, rows in tables.items()}
 
-        return self._database.write(job).result()["verdicts"]
+        return self._database.write(job).result()
 
     def close(self) -> None:
         """Commit what was given, then let go of the file."""

@@ -24,7 +24,7 @@ from dno_jax.annotation.question import Question, Reply
 from dno_jax.annotation.transport.client import Client
 from dno_jax.annotation.transport.completion import completion_reply
 from dno_jax.annotation.transport.routes import Unreachable
-from dno_jax.endpoint import EndpointError, Response, Trouble, wait_seconds
+from dno_jax.endpoint import Endpoint, EndpointError, Response, Trouble, wait_seconds
 from dno_jax.errors import DnoError
 
 _LOG = logging.getLogger(__name__)
@@ -75,10 +75,16 @@ class BatchStore(Protocol):
         """Forget a batch."""
 
 
+class Room(Protocol):
+    """Whether there is money for a question, which is set aside then; for one that was sent there has to be."""
+
+    async def __call__(self, question: Question, *, was_sent: bool) -> bool: ...
+
+
 async def run(
-    questions: Iterable[Question], *, client: Client, store: BatchStore
+    questions: Iterable[Question], *, client: Client, store: BatchStore, room: Room, fresh: bool = True
 ) -> AsyncIterator[tuple[str, Reply | Trouble]]:
-    """Yield each question's key with what the Batch API made of it.
+    """Yield the keys of questions with what the Batch API made of them.
 
     What is yielded has to be committed before the next is asked for: a batch is forgotten when all of it was yielded.
     Batches that an earlier run left are collected in place of being paid for again; of their answers, those that were
@@ -86,6 +92,8 @@ async def run(
 
     Args:
         client: its preferred endpoint is used, and it is probed by then.
+        room: is asked about each question; one for which there is none is passed over.
+        fresh: make batches of what no earlier run has sent; else only those that are under way are waited for.
 
     Yields:
         A `Reply` as a live one is. A `Trouble` that says "retry" is a question to ask live.
@@ -98,10 +106,15 @@ async def run(
     batches = _Batches(client, store)
     under_way = [batch async for batch in batches.resumed(wanted.keys())]
     left = dict(wanted)
-    for batch in under_way:
-        for key in batch.keys:
-            left.pop(key, None)
-    for keys, data in _parts(left.values(), client):
+    for key in (key for batch in under_way for key in batch.keys):
+        if question := left.pop(key, None):
+            await room(question, was_sent=True)
+    if under_way and not fresh:
+        _LOG.warning("%s: waiting for %d batches that an earlier run made, though batch=false now (%s); cancel them "
+                     "there to have the rest asked live", client.who, len(under_way),
+                     ", ".join(str(batch.batch_id) for batch in under_way))  # fmt: skip
+    new = [question for question in left.values() if fresh and await room(question, was_sent=False)]
+    for keys, data in _parts(new, client):
         under_way.append(await batches.make(keys, data))
     no_room: list[tuple[OpenBatch, Mapping[str, Any]]] = []
     pause = FIRST_POLL_SECONDS
@@ -112,7 +125,7 @@ async def run(
             if state["status"] not in _ENDED:
                 continue
             under_way.remove(batch)
-            if _found_no_room(state):
+            if fresh and _found_no_room(state):
                 no_room.append((batch, state))
                 continue
             ended += 1
@@ -162,23 +175,28 @@ def _found_no_room(state: Mapping[str, Any]) -> bool:
 
 
 class _Batches:
-    """The Batch API of an endpoint, and what is noted of it."""
+    """The Batch APIs of a model's endpoints, and what is noted of them: a batch stays where it was made."""
 
     def __init__(self, client: Client, store: BatchStore):
         self._client = client
-        self._endpoint = client.endpoint
         self._store = store
         self._told: dict[str, str] = {}
         self._timeout = max(_TRANSFER_SECONDS, client.section.timeout)
 
     async def resumed(self, wanted: Iterable[str]) -> AsyncIterator[OpenBatch]:
-        """Yield the batches of this endpoint that have something of what is wanted."""
+        """Yield the batches of these endpoints that have something of what is wanted."""
         wanted = set(wanted)
         for batch in self._store.open_batches():
-            if batch.url != self._endpoint.url or wanted.isdisjoint(batch.keys):
+            if wanted.isdisjoint(batch.keys):
+                continue
+            endpoint = self._client.at(batch.url)
+            if endpoint is None:
+                _LOG.warning("%s: a batch of %d questions was made at %s, which is no endpoint of the model any more: "
+                             "its answers are not collected, and are paid for again; name it in %s.more_endpoints",
+                             self._client.who, len(batch.keys), batch.url, self._client.place)  # fmt: skip
                 continue
             if batch.batch_id is None:
-                batch_id = await self._persist(lambda batch=batch: self._find(batch.token))
+                batch_id = await self._persist(endpoint, lambda batch=batch: self._find(self._at(batch), batch.token))
                 if batch_id is None:  # killed before it was made
                     self._store.close_batch(batch.token)
                     continue
@@ -189,14 +207,12 @@ class _Batches:
 
     async def make(self, keys: tuple[str, ...], data: bytes) -> OpenBatch:
         """Upload requests and make a batch of them."""
+        endpoint = self._client.endpoint
+        upload = {"file": ("requests.jsonl", data), "timeout": self._timeout}
         file = await self._persist(
-            lambda: self._object(
-                self._endpoint.post(
-                    "/files", {"purpose": "batch"}, file=("requests.jsonl", data), timeout=self._timeout
-                )
-            )
+            endpoint, lambda: self._object(endpoint.post("/files", {"purpose": "batch"}, **upload))
         )
-        batch = OpenBatch(token=uuid.uuid4().hex, url=self._endpoint.url, keys=keys)
+        batch = OpenBatch(token=uuid.uuid4().hex, url=endpoint.url, keys=keys)
         self._store.remember_batch(batch)
         request = {
             "input_file_id": file["id"],
@@ -209,18 +225,18 @@ class _Batches:
         async def create() -> str | Trouble:
             nonlocal perhaps_made
             if perhaps_made:  # and its answer was lost
-                found = await self._find(batch.token)
+                found = await self._find(endpoint, batch.token)
                 if found is not None:
                     return found
                 perhaps_made = False
-            made = await self._object(self._endpoint.post("/batches", request))
+            made = await self._object(endpoint.post("/batches", request))
             if not isinstance(made, Trouble):
                 return made["id"]
             perhaps_made = not (made.unreachable or (400 <= (made.status or 0) < 500 and made.status not in (408, 409)))
             return made
 
         try:
-            batch_id = await self._persist(create)
+            batch_id = await self._persist(endpoint, create)
         except DnoError as error:
             if not isinstance(error, Unreachable) and not perhaps_made:
                 self._store.close_batch(batch.token)
@@ -243,7 +259,10 @@ class _Batches:
         """Return what the endpoint says of a batch; one that it has forgotten has failed."""
         assert batch.batch_id is not None
         path = f"/batches/{quote(batch.batch_id, safe='')}"
-        state = await self._persist(lambda: _unless_gone(self._object(self._endpoint.get(path)), {"status": "failed"}))
+        endpoint = self._at(batch)
+        state = await self._persist(
+            endpoint, lambda: _unless_gone(self._object(endpoint.get(path)), {"status": "failed"})
+        )
         status = state["status"] = str(state.get("status"))
         if self._told.get(batch.token) != status:
             self._told[batch.token] = status
@@ -274,13 +293,13 @@ class _Batches:
 
     async def _answers(self, batch: OpenBatch, state: Mapping[str, Any]) -> AsyncIterator[tuple[str, Reply | Trouble]]:
         """Yield what stands in the files of a batch that has ended."""
-        known = set(batch.keys)
+        endpoint, known = self._at(batch), set(batch.keys)
         for name in ("output_file_id", "error_file_id"):
             if not isinstance(state.get(name), str):
                 continue
             path = f"/files/{quote(state[name], safe='')}/content"
             file = await self._persist(
-                lambda path=path: _unless_gone(self._endpoint.get(path, timeout=self._timeout), None)
+                endpoint, lambda path=path: _unless_gone(endpoint.get(path, timeout=self._timeout), None)
             )
             odd = 0
             for line in re.finditer(r"[^\n]*\S[^\n]*", file.text if file else ""):
@@ -293,10 +312,15 @@ class _Batches:
                 _LOG.warning("%s: batch %s: %s", self._client.who, batch.batch_id,
                              f"{odd} odd lines are passed over" if odd else "a file of results is gone")  # fmt: skip
 
-    async def _find(self, token: str) -> str | Trouble | None:
+    def _at(self, batch: OpenBatch) -> Endpoint:
+        endpoint = self._client.at(batch.url)
+        assert endpoint is not None  # of others no batch is taken up
+        return endpoint
+
+    async def _find(self, endpoint: Endpoint, token: str) -> str | Trouble | None:
         """Look for the batch that has this token in its metadata; where there is no looking, say what that means."""
         try:
-            found = await self._look_for(token)
+            found = await self._look_for(endpoint, token)
         except EndpointError as error:
             found = Trouble(str(error), then="raise", status=error.status)
         if not isinstance(found, Trouble) or found.then == "retry" or found.asks_for_a_pause:
@@ -304,11 +328,11 @@ class _Batches:
         return replace(found, detail=f"{found.detail}; a batch with {_TOKEN}={token} in its metadata may have been "
                        "made there all the same: if you find it, cancel it first, or it is paid for twice")  # fmt: skip
 
-    async def _look_for(self, token: str) -> str | Trouble | None:
+    async def _look_for(self, endpoint: Endpoint, token: str) -> str | Trouble | None:
         after: str | None = None
         while True:
             query = {"limit": "100", **({"after": after} if after else {})}
-            page = await self._object(self._endpoint.get("/batches", query=query), id_needed=False)
+            page = await self._object(endpoint.get("/batches", query=query), id_needed=False)
             if isinstance(page, Trouble):
                 return page
             found = [entry for entry in page.get("data") or () if isinstance(entry, dict)]
@@ -333,9 +357,11 @@ class _Batches:
             found = None
         if not isinstance(found, dict) or (id_needed and not isinstance(found.get("id"), str)):
             return Trouble(f"HTTP 200 without what was asked for: {self._client.words(response.text)}")
+        if id_needed and self._client.scrub(found["id"]) != found["id"]:
+            return Trouble("HTTP 200 with an id that looks like a key, and can be kept nowhere")
         return found
 
-    async def _persist(self, attempt: Callable[[], Awaitable[T | Trouble]]) -> T:
+    async def _persist(self, endpoint: Endpoint, attempt: Callable[[], Awaitable[T | Trouble]]) -> T:
         """Try until it succeeds, or nothing has answered for `max_outage`."""
         section, failures, since = self._client.section, 0, time.monotonic()
         while True:
@@ -347,7 +373,7 @@ class _Batches:
                 return result
             if result.then != "retry" and not result.asks_for_a_pause:
                 raise DnoError(
-                    f"{self._client.who}: the Batch API of {self._endpoint.url} refuses: {result.detail}; "
+                    f"{self._client.who}: the Batch API of {endpoint.url} refuses: {result.detail}; "
                     f"set {self._client.place}.batch=false to ask live"
                 )
             failures += 1
@@ -355,7 +381,7 @@ class _Batches:
             left = section.max_outage - waited
             if failures >= section.max_tries and left <= 0.0:
                 raise Unreachable(
-                    f"{self._client.who}: the Batch API of {self._endpoint.url} has not answered for {waited:.0f} s "
+                    f"{self._client.who}: the Batch API of {endpoint.url} has not answered for {waited:.0f} s "
                     f"({result.detail}); start again when it does: its batches go on and are remembered"
                 )
             pause = None if result.retry_after is None else min(result.retry_after, max(0.0, left))

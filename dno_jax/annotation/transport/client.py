@@ -5,7 +5,6 @@ Retries are the caller's, who counts them: nothing here sends a request twice th
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import random
@@ -20,6 +19,7 @@ from dno_jax.annotation.transport.probe import Capabilities, Pay, nobody_pays, p
 from dno_jax.annotation.transport.routes import Route, Routes, Unreachable
 from dno_jax.config import ChatSection
 from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
+from dno_jax.errors import DnoError
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,13 +54,22 @@ class Client:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The preferred one of those that are in service."""
-        return self._routes.in_service[0].endpoint
+        """The preferred one of those that have answered; before any has, of those in service."""
+        return self._best.endpoint
 
     @property
     def offers(self) -> Capabilities | None:
-        """What the preferred endpoint offers; None until it has been asked."""
-        return self._routes.in_service[0].offers
+        """What that endpoint offers; None until it has answered."""
+        return self._best.offers
+
+    @property
+    def _best(self) -> Route:
+        in_service = self._routes.in_service
+        return next((route for route in in_service if route.offers is not None), in_service[0])
+
+    def at(self, url: str) -> Endpoint | None:
+        """The endpoint of an address, in service or not; None where the configuration has none such."""
+        return next((route.endpoint for route in self._routes.all if route.endpoint.url == url), None)
 
     async def probe(self, body: Mapping[str, Any], *, pay: Pay = nobody_pays) -> Capabilities:
         """Send small requests with the very parameters of the real ones, and note what the endpoint offers.
@@ -74,7 +83,8 @@ class Client:
 
         Raises:
             Unreachable: no endpoint answers, in `max_tries` rounds or for `max_outage` seconds.
-            DnoError: each endpoint refuses the key, the model or a parameter, or lacks what the configuration needs.
+            DnoError: each endpoint refuses the key, the model or a parameter, or lacks what the configuration needs; or
+                what `stop` was told.
         """
         async with self._routes.queue:
             deadline = time.monotonic() + self.section.max_outage
@@ -95,7 +105,7 @@ class Client:
                 if tries == self.section.max_tries or left <= 0.0:
                     break
                 pause = wait_seconds(tries, retry_after=min(waits) or None, jitter=self._jitter.random())
-                await _pause(min(pause, left))
+                await self._routes.stopped.pause(min(pause, left))
         raise Unreachable(self._routes.no_answer(f"in {tries} tries"))
 
     async def send(
@@ -119,7 +129,7 @@ class Client:
 
         Raises:
             Unreachable: no endpoint has answered for `max_outage` seconds.
-            DnoError: no request of this configuration can succeed, at any endpoint.
+            DnoError: no request of this configuration can succeed, at any endpoint; or what `stop` was told.
         """
         while True:
             turn = await self._routes.turn(tokens, introduce=lambda route: self._introduce(route, body, pay))
@@ -164,12 +174,20 @@ class Client:
         """Make others' words fit for one line of at most 300 characters, free of keys."""
         return self.endpoint.words(self.scrub(text))
 
+    def stop(self, error: DnoError) -> None:
+        """Send nothing more: whoever waits for a turn gets the error."""
+        self._routes.stop(error)
+
+    async def drain(self) -> None:
+        """Wait for the small requests that no caller waits for."""
+        await self._routes.drain()
+
     async def close(self) -> None:
-        for route in self._routes.all:
-            await route.endpoint.close()
+        await self._routes.close()
 
     async def _introduce(self, route: Route, body: Mapping[str, Any], pay: Pay) -> Trouble | None:
-        found = await probe(route.endpoint, body, section=self.section, place=self.place, pay=pay)
+        pause = self._routes.stopped.pause
+        found = await probe(route.endpoint, body, section=self.section, place=self.place, pay=pay, pause=pause)
         if isinstance(found, Trouble):
             route.last_trouble = found.detail
             return found
@@ -192,7 +210,3 @@ class Client:
             for route in self._routes.all:
                 text = route.endpoint.without_key(text)
         return text
-
-
-async def _pause(seconds: float) -> None:
-    await asyncio.sleep(seconds)

@@ -58,7 +58,7 @@ def _first_logprobs(logprobs: Any) -> dict[str, float] | None:
                 return None
             found.setdefault(token, float(value))  # pieces of a character look alike: the likeliest stands first
         return found
-    except (LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, OverflowError):
         return None
 
 

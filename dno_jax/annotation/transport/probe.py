@@ -63,7 +63,13 @@ class Capabilities:
 
 
 async def probe(
-    endpoint: Endpoint, body: Mapping[str, Any], *, section: ChatSection, place: str, pay: Pay = nobody_pays
+    endpoint: Endpoint,
+    body: Mapping[str, Any],
+    *,
+    section: ChatSection,
+    place: str,
+    pay: Pay = nobody_pays,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Capabilities | Trouble:
     """Find out what an endpoint offers; a `Trouble` says that it does not answer now.
 
@@ -71,12 +77,13 @@ async def probe(
         body: of a real request; its messages are replaced by a few words.
         place: the section of the configuration that remedies name.
         pay: sends each request, or raises what it likes where there is no money for it.
+        pause: waits between tries, or raises what it likes where none is to follow.
 
     Raises:
         EndpointError: the endpoint does not take a parameter of the real requests, or does not give what they need.
     """
     body = {**body, "messages": _MESSAGES}
-    asked = _Asked(endpoint, section, pay=pay)
+    asked = _Asked(endpoint, section, pay=pay, pause=pause)
     plain = await asked.once(body)
     takes_seed = not (isinstance(plain, Trouble) and _culprit(plain, body) == "seed")
     if isinstance(plain, Trouble) and not takes_seed:
@@ -113,10 +120,13 @@ async def probe(
 class _Asked:
     """An endpoint, and who pays for asking it."""
 
-    def __init__(self, endpoint: Endpoint, section: ChatSection, *, pay: Pay):
+    def __init__(
+        self, endpoint: Endpoint, section: ChatSection, *, pay: Pay, pause: Callable[[float], Awaitable[None]]
+    ):
         self._endpoint = endpoint
         self._section = section
         self._pay = pay
+        self._pause = pause
 
     async def once(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
         text = ""
@@ -147,8 +157,8 @@ class _Asked:
             if isinstance(result, Reply) or result.then != "retry" or tries >= self._section.max_tries:
                 return result
             left = max(0.0, until - time.monotonic())
-            pause = None if result.retry_after is None else min(result.retry_after, left)
-            await asyncio.sleep(wait_seconds(tries, retry_after=pause, jitter=random.random()))
+            wanted = None if result.retry_after is None else min(result.retry_after, left)
+            await self._pause(wait_seconds(tries, retry_after=wanted, jitter=random.random()))
 
 
 def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:

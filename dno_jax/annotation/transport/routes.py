@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport.limits import AdaptiveConcurrency, Breaker, Bucket
 from dno_jax.annotation.transport.probe import Capabilities
+from dno_jax.annotation.transport.stop import Stop
 from dno_jax.config import ChatSection
 from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
 from dno_jax.errors import DnoError
@@ -56,6 +57,8 @@ class Route:
         self.last_trouble = ""
         self.refusal: EndpointError | None = None
         """Why it is asked no more: its key, its account, or what it offers will not do."""
+        self.introduction: asyncio.Task[None] | None = None
+        """Its first use: small requests, beside which the other endpoints go on."""
 
     def delay(self, tokens: int) -> float:
         """Return the seconds until a request may go, infinity for until something happens."""
@@ -93,6 +96,7 @@ class Routes:
         self._place = place
         self.queue = asyncio.Lock()
         self._news = asyncio.Event()
+        self.stopped = Stop()
         self._jitter = random.Random()  # spreads requests over time; decides no result
         self._longest_told = 0.0
 
@@ -110,25 +114,47 @@ class Routes:
 
         Raises:
             Unreachable: no endpoint has answered for `max_outage` seconds.
-            DnoError: the last one that is left refuses.
+            DnoError: the last one that is left refuses, or what `stop` was told.
         """
         async with self.queue:  # fair; only the first in the queue looks at anything
             while True:
+                self.stopped.check()
                 self._news.clear()
                 wait = math.inf
+                introduced = False
                 for route in self.in_service:
+                    introduced = introduced or self._is_being_introduced(route)
+                    if introduced and route.offers is None:
+                        continue  # those that are known serve meanwhile; one after the other is got to know
                     delay = route.delay(tokens)
                     if delay <= 0.0:
                         turn = self._take(route, tokens)
-                        if route.offers is not None or await self._introduced(turn, introduce):
+                        if route.offers is not None:
                             return turn
-                        if route.refusal is not None:
-                            continue
-                        delay = route.delay(tokens)
+                        route.introduction = asyncio.create_task(self._introduce(turn, introduce))
+                        route.introduction.add_done_callback(lambda _: self._news.set())
+                        introduced = True
+                        continue
                     wait = min(wait, delay)
                     if not route.breaker.is_open:
                         break  # busy, not dead
                 await self._wait(wait, patience=self._patience())
+
+    def stop(self, error: DnoError) -> None:
+        """Give no turn any more: whoever waits for one, or for an endpoint to come back, gets the error."""
+        self.stopped.say(error)
+        self._news.set()
+
+    async def drain(self) -> None:
+        """Wait for the small requests that are under way: they are paid for, too."""
+        await asyncio.gather(*self._introductions(), return_exceptions=True)
+
+    async def close(self) -> None:
+        for task in self._introductions():
+            task.cancel()
+        await self.drain()
+        for route in self.all:
+            await route.endpoint.close()
 
     def settle(self, turn: Turn, result: Reply | Trouble | None) -> None:
         """Make of an outcome what follows for the requests to come; None is a request that was given up."""
@@ -192,20 +218,35 @@ class Routes:
         route.tokens.take(tokens)
         return Turn(route, slot=route.slots.start(), trial=route.breaker.start(), tokens=tokens)
 
-    async def _introduced(self, turn: Turn, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> bool:
+    def _introductions(self) -> list[asyncio.Task[None]]:
+        return [route.introduction for route in self.all if route.introduction is not None]
+
+    def _is_being_introduced(self, route: Route) -> bool:
+        """Whether it must not be asked yet; raises what the introduction did."""
+        if route.introduction is None:
+            return False
+        if not route.introduction.done():
+            return True
+        ended, route.introduction = route.introduction, None
+        ended.result()
+        return False
+
+    async def _introduce(self, turn: Turn, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> None:
+        route = turn.route
         try:
-            trouble = await introduce(turn.route)
+            trouble = await introduce(route)
         except BaseException as error:
             self.settle(turn, None)
             if not isinstance(error, EndpointError):
                 raise
-            self.dismiss(turn.route, error)
-            return False
-        if trouble is not None:
-            turn.route.slots.abandon()
-            turn.route.tokens.take(-turn.tokens)
+            self.dismiss(route, error)
+            return
+        route.slots.abandon()
+        route.tokens.take(-turn.tokens)
+        if trouble is None:
+            self._answered(route)
+        else:
             self._failed(turn, trouble, pause=max(FIRST_PAUSE_SECONDS, trouble.retry_after or 0.0))
-        return trouble is None
 
     def _answered(self, route: Route) -> None:
         since = route.breaker.since
