@@ -47,7 +47,8 @@ class CompletionServerSection(Section):
     timeout: float = Field(default=600.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
     max_refused: Fraction = Field(
         default=0.0,
-        description="share of prompts that may stay without responses because answers were refused (counted)",
+        description="share of an iteration's prompts (or the held-out ones) that may stay without responses because "
+        "answers were refused (counted)",
         json_schema_extra=MAY_CHANGE,
     )
 

@@ -48,6 +48,8 @@ def complete(
     iteration: int,
     stop: Sequence[str] = (),
     counts: Counter[str] | None = None,
+    num_prompts: int | None = None,
+    num_lost: int = 0,
 ) -> Generator[Finished, None, None]:
     """Yield prompts with their responses, as they are done; requests go on while the caller works. Closing ends it.
 
@@ -56,6 +58,9 @@ def complete(
         iteration: of the policy that is to be served; part of each seed, and of the model's name where it asks for it.
         stop: strings that end a response. The text is then cut before the string, and the ids are not.
         counts: what was asked, drawn and refused is added here.
+        num_prompts: of the whole list that these requests are left of, which `max_refused` is a share of; None where
+            they are all of it.
+        num_lost: prompts of that list that earlier calls left without responses.
 
     Yields:
         `Response.logprobs` is there where the section says that the server's are the policy's, and the server returned
@@ -64,8 +69,8 @@ def complete(
 
     Raises:
         DnoError: the server cannot be reached, refuses, does not list the model, reads prompts otherwise than they were
-            sent, has another tokenizer, or more than `max_refused` of the prompts got no responses; a prompt has to be
-            sent as text, and no text has its ids.
+            sent, has another tokenizer, or more than `max_refused` of the whole list got no responses; a prompt has to
+            be sent as text, and no text has its ids.
     """
     if not requests:
         return
@@ -97,6 +102,8 @@ def complete(
         iteration=iteration,
         stop=stop,
         counts=Counter() if counts is None else counts,
+        num_prompts=len(requests) if num_prompts is None else num_prompts,
+        num_lost=num_lost,
     )
     yield from stream(calls.run)
 
@@ -160,6 +167,8 @@ class _Calls:
         iteration: int,
         stop: Sequence[str],
         counts: Counter[str],
+        num_prompts: int,
+        num_lost: int,
     ):
         self._requests = requests
         self._prompts = prompts
@@ -171,6 +180,8 @@ class _Calls:
         self._iteration = iteration
         self._stop = stop
         self._counts = counts
+        self._num_prompts = num_prompts
+        self._num_lost = num_lost
         truncation = generation.truncation
         self._greedy = truncation.temperature == 0.0
         self._logprobs_are_policys = section.logprobs == "raw" or (
@@ -185,7 +196,6 @@ class _Calls:
         )
         self._jitter = random.Random()  # spreads retries over time; decides no result
         self._done: dict[int, dict[int, Response | None]] = {}
-        self._dropped = 0
         self._clones = 0
 
     async def run(self, put: Callable[[Finished], None]) -> None:
@@ -195,6 +205,7 @@ class _Calls:
         workers = min(self._section.max_concurrency, len(self._requests) * len(samples))
         failure: BaseException | None = None
         try:
+            self._refuse_if_too_many_lost()  # max_refused may be lower than it was
             await self._probe()
             try:
                 async with asyncio.TaskGroup() as group:
@@ -218,14 +229,9 @@ class _Calls:
         by_sample = self._done.pop(index)
         responses = tuple(kept for sample in sorted(by_sample) if (kept := by_sample[sample]) is not None)
         if len(responses) < len(by_sample):
-            self._dropped += 1
+            self._num_lost += 1
             self._counts["prompts without responses"] += 1
-            if self._dropped > self._section.max_refused * len(self._requests):
-                refused = {name: count for name, count in self._counts.items() if name.startswith("refused")}
-                raise DnoError(
-                    f"{self._endpoint.who}: no usable response to {self._dropped} of {len(self._requests)} prompts, "
-                    f"more than sampling.server.max_refused={self._section.max_refused:g} allows; {refused}"
-                )
+            self._refuse_if_too_many_lost()
             return
         self._counts["responses"] += len(responses)
         if without := sum(item.logprobs is None for item in responses):
@@ -238,6 +244,18 @@ class _Calls:
                     self._endpoint.who, len(responses), self._clones,
                 )  # fmt: skip
         put(Finished(index=index, responses=responses))
+
+    def _refuse_if_too_many_lost(self) -> None:
+        # Seeds are addressed: what was refused before a restart is refused after it, and these requests may be just
+        # those. Hence a share of the whole list, so that a run that was interrupted ends as one that was not.
+        if self._num_lost <= self._section.max_refused * self._num_prompts:
+            return
+        refused = {name: count for name, count in self._counts.items() if name.startswith("refused")}
+        raise DnoError(
+            f"{self._endpoint.who}: no usable response to {self._num_lost} of {self._num_prompts} prompts, more than "
+            f"sampling.server.max_refused={self._section.max_refused:g} allows; raise it to go on without them, or "
+            f"mend what refuses them{f': {refused}' if refused else ''}"
+        )
 
     async def _response(self, index: int, sample: int) -> Response | None:
         """Ask until there is an answer that can be kept; None where all were refused."""

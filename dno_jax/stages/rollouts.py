@@ -57,7 +57,15 @@ def sample_to_shards(
     own = pending[part.index :: part.count] if not server else pending if is_primary() else []
     shards = [_Shard(_name(index * size), cuts[index]) for index in own]
     places = [(shard, place) for shard in shards for place in range(len(shard.prompts))]
-    sampler = Sampler(runtime, [shard.prompts[place] for shard, place in places], draws, policy)
+    sampler = Sampler(
+        runtime,
+        [shard.prompts[place] for shard, place in places],
+        draws,
+        policy,
+        # Of all the prompts, closed shards' included: the process that asks a server asks for the whole list.
+        num_prompts=len(prompts),
+        num_lost=_lost(out, cuts, pending, size=size) if server and own else 0,
+    )
 
     def close(shard: _Shard) -> None:
         rows: list[Rollout] = []
@@ -133,6 +141,13 @@ def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]], *, siz
     closed = set(out.shard_names()) if is_primary() else set()
     missing = [_name(index * size) not in closed for index in range(len(cuts))]
     return [int(index) for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+
+
+def _lost(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]], pending: Sequence[int], *, size: int) -> int:
+    """Count the prompts of closed shards that have no rows: those that a server had no usable answers for."""
+    closed = sorted(set(range(len(cuts))) - set(pending))
+    answered = ({row.prompt_id for row in out.read_shard(Rollout, _name(index * size))} for index in closed)
+    return sum(len(cuts[index]) - len(ids) for index, ids in zip(closed, answered, strict=True))
 
 
 def _rollouts(

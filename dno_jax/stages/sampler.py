@@ -48,6 +48,7 @@ class Sampler:
 
     Attributes:
         policy: index t of pi_t; a part of every sample's key, and of the served model's name.
+        num_prompts, num_lost: as `complete` takes them; only a server's stream reads them.
         details: how the slots were used, or what the server was asked; each stream fills its own in when it ends.
     """
 
@@ -55,6 +56,8 @@ class Sampler:
     prompts: Sequence[TokenizedPrompt]
     draws: Sequence[Draw]
     policy: int
+    num_prompts: int | None = None
+    num_lost: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
     def streams(self, policies: Mapping[str, epath.Path]) -> list[Stream]:
@@ -115,6 +118,8 @@ class Sampler:
             iteration=self.policy,
             stop=section.stop,
             counts=counts,
+            num_prompts=self.num_prompts,
+            num_lost=self.num_lost,
         )
         self.details["server"] = dict(counts)
 

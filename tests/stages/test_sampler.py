@@ -1,5 +1,6 @@
 """The sample stage over its engines: stop strings, records, a server's answers, and what a mesh is cut into."""
 
+import contextlib
 import threading
 
 import jax
@@ -121,16 +122,17 @@ def test_a_server_that_is_not_there_leaves_nothing(make_config):
     assert not stage.shard_names()
 
 
-def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_config, monkeypatch):
-    """A shard of which nothing could be kept is closed all the same; what comes after does without its prompts."""
-    tokenizer = ChatTokenizer.load(make_config().model.path, "raw")
+@contextlib.contextmanager
+def filtering_server(config, *, prompts):
+    """Serve any policy, and filter, always, what it says to the first prompts that it is asked."""
+    tokenizer = ChatTokenizer.load(config.model.path, "raw")
     num_ids, lost = tokenizer.vocab_size, []
 
     def alter(reply):
         prompt = server.sampled[-1]["prompt"]
-        if not lost:
+        if len(lost) < prompts and prompt not in lost:
             lost.append(prompt)
-        if prompt == lost[0]:
+        if prompt in lost:
             reply["choices"][0]["finish_reason"] = "content_filter"
         return reply
 
@@ -141,10 +143,21 @@ def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_con
         end_ids=tokenizer.end_ids,
         alter=alter,
     ) as server:
-        section = {"base_url": server.url, "max_concurrency": 1, "max_tries": 2, "max_refused": 0.5}
-        config = make_config(
-            sampling={"engine": "openai", "server": section, "shard_prompts": 1, "audit_prompts": 0, "num_samples": 2}
-        )
+        yield server
+
+
+def asking(make_config, server, *, max_refused):
+    """A run that asks one thing at a time; a shard of it is a prompt."""
+    section = {"base_url": server.url, "max_concurrency": 1, "max_tries": 2, "max_refused": max_refused}
+    return make_config(
+        sampling={"engine": "openai", "server": section, "shard_prompts": 1, "audit_prompts": 0, "num_samples": 2}
+    )
+
+
+def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_config, monkeypatch):
+    """A shard of which nothing could be kept is closed all the same; what comes after does without its prompts."""
+    with filtering_server(make_config(), prompts=1) as server:
+        config = asking(make_config, server, max_refused=0.5)
         iteration.prepare(config)
         real = StageDir.finish
         monkeypatch.setattr(StageDir, "finish", lambda *_, **__: 1 / 0)  # a kill before the manifest
@@ -163,6 +176,50 @@ def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_con
     assert len(judged) == 5
     pair.run(config, 0)
     assert {row.prompt_id for row in RunDir(config.run_dir).stage("pair", 0).read(Pair)} <= judged
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(shards):
+    """What ends a run when it has closed so many shards."""
+    left = iter(range(shards - 1))
+
+    def closed():
+        if next(left, None) is None:
+            raise Killed
+
+    return closed
+
+
+def test_a_share_of_refused_prompts_is_one_of_all_prompts_also_after_a_restart(make_config):
+    with filtering_server(make_config(), prompts=1) as server:
+        config = asking(make_config, server, max_refused=0.2)
+        iteration.prepare(config)
+        with pytest.raises(Killed):
+            sample.run(config, 0, after_shard=kill_after(4))
+        # What is left is the prompt that was refused and one more: half of them, and a sixth of all.
+        manifest = sample.run(config, 0)
+        assert manifest.dropped["no usable response from the server"] == 1
+        assert manifest.rows == 5 * 3  # two of the policy and the teacher's
+
+
+def test_refused_prompts_of_closed_shards_count(make_config):
+    with filtering_server(make_config(), prompts=2) as server:
+        config = asking(make_config, server, max_refused=0.4)
+        iteration.prepare(config)
+        with pytest.raises(Killed):
+            sample.run(config, 0, after_shard=kill_after(5))  # one of the two that have no rows
+        stage = RunDir(config.run_dir).stage("sample", 0)
+        assert sum(not stage.read_shard(Rollout, name) for name in stage.shard_names()) == 1
+        asked = len(server.sampled)
+        with pytest.raises(DnoError, match=r"no usable response to 1 of 6 prompts.*max_refused=0\.1 allows; raise it"):
+            sample.run(asking(make_config, server, max_refused=0.1), 0)
+        assert len(server.sampled) == asked
+        with pytest.raises(DnoError, match=r"no usable response to 2 of 6 prompts.*'refused: content filter': 4"):
+            sample.run(asking(make_config, server, max_refused=0.2), 0)
+        assert sample.run(config, 0).dropped["no usable response from the server"] == 2
 
 
 def refuse_to_write(monkeypatch, *, shard):
