@@ -24,6 +24,7 @@ from dno_jax.records import Judgement, Message, Prompt, Role
 from dno_jax.stages.prompts import PromptSplit, TokenizedPrompt
 
 CountTokens = Callable[[str], int]
+Length = Callable[[TokenizedPrompt], int]  # tokens of a response to a prompt
 
 _NOTHING = "."  # the shortest text that a prompt may have
 # Beside the configured one: how the same model could be asked.
@@ -174,14 +175,16 @@ def plan_annotation(
     section, evaluation = config.annotation, config.evaluation_judge
     if not (section.chats or evaluation.judges or section.openai.model in section.prices):
         return None
-    length = response_tokens or config.sampling.max_new_tokens
+
+    def length(item: TokenizedPrompt) -> int:
+        return response_tokens or config.sampling.response_limit(len(item.token_ids))
+
     counter = _Counter(count=count, reply_tokens=reply_tokens, seed=config.seed)
     # The teacher's response is cut where the students' are, but for the held-out prompts.
     taught = section.teacher and (response_tokens or section.teacher.max_tokens)
     parts: dict[str, Estimate] = {}
     loads = [
-        _training_loads(config, tokenize(part), count=count, length=length, taught=taught and min(taught, length))
-        for part in split.training
+        _training_loads(config, tokenize(part), count=count, length=length, taught=taught) for part in split.training
     ]
     whole = _sum(loads)
     if section.judges:
@@ -288,7 +291,7 @@ class _Counter:
 
 
 def _training_loads(
-    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: int, taught: int | None
+    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: Length, taught: int | None
 ) -> Loads:
     section = config.sampling
     drawn = 0 if section.source == "data" else section.num_samples + section.num_opponents
@@ -297,13 +300,14 @@ def _training_loads(
         for item in prompts:
             prompt = item.prompt
             given = [count(response.text) for response in prompt.candidates] if section.source == "data" else []
-            yield prompt, [length] * drawn + given + _gold_tokens(prompt, count, taught)
+            gold = _gold_tokens(prompt, count, taught and min(taught, length(item)))
+            yield prompt, [length(item)] * drawn + given + gold
 
     return _loads(pools(), count=count)
 
 
 def _held_out_loads(
-    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: int, taught: int | None
+    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: Length, taught: int | None
 ) -> Loads:
     """Of all iterations: one pool a prompt and sample, in which every policy so far and the teacher have a response.
 
@@ -314,7 +318,7 @@ def _held_out_loads(
         for item in prompts:
             gold = _gold_tokens(item.prompt, count, taught)
             for _ in range(config.evaluation.num_samples):
-                yield item.prompt, [length] * (iteration + 2) + gold
+                yield item.prompt, [length(item)] * (iteration + 2) + gold
 
     return _sum([_loads(pools(t), count=count, grown=t > 0) for t in range(config.iterations)])
 

@@ -129,7 +129,7 @@ def _prompt_counts(config: RunConfig, split: PromptSplit, tokenize: Tokenize) ->
             prompt_tokens=sum(len(item.token_ids) for item in kept),
             dropped=dropped.total(),
             responses=len(kept) * num_samples,
-            response_tokens=len(kept) * num_samples * section.max_new_tokens,
+            response_tokens=num_samples * sum(section.response_limit(len(item.token_ids)) for item in kept),
             shards=math.ceil(len(kept) / section.shard_prompts),
         )
 

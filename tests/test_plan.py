@@ -129,6 +129,17 @@ def test_tokens_of_an_iteration_are_those_of_its_prompts(small, dno_plan):
         assert row in dno_plan(small)[1]
 
 
+def test_the_longest_response_leaves_its_prompt_room_in_the_total(small):
+    config = parse_config(RunConfig, small, place="test")
+    split, tokenizer = split_prompts(config), load_tokenizer(config.model)
+    found = planned(small, sampling={**small["sampling"], "max_total_tokens": 14})
+    kept, _ = tokenize_prompts(split.training[0], tokenizer=tokenizer, config=config)
+    lengths = [len(item.token_ids) for item in kept]
+    assert max(lengths) < 14
+    assert found.counts["iteration 0"].response_tokens == 4 * sum(14 - length for length in lengths)
+    assert found.sampling["sample"].program.num_slots == 14
+
+
 def test_prompts_that_are_too_long_are_not_counted(small):
     section = {**small["prompts"], "max_length": 5, "too_long": "drop"}
     counts = planned(small, prompts=section).counts["iteration 0"]

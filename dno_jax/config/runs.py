@@ -164,8 +164,9 @@ class RunConfig(Section):
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence: prompt and response."""
-        return self.prompts.max_length + self.sampling.max_new_tokens
+        """Tokens of the longest sequence: prompt and response, whoever wrote it."""
+        longest, total = self.prompts.max_length + self.sampling.max_new_tokens, self.sampling.max_total_tokens
+        return longest if total is None else min(longest, total)
 
 
 class SftModelSection(ModelConfigSection):

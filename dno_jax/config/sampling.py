@@ -90,7 +90,9 @@ class SamplingSection(Section):
     )
     repetition_penalty: float = Field(default=1.0, gt=0.0, description="of ids in prompt or response; 1 is none")
     stop: tuple[str, ...] = Field(default=(), description="strings that end a response; they are cut from its text")
-    max_total_tokens: Count | None = Field(default=None, description="of prompt and response together")
+    max_total_tokens: Count | None = Field(
+        default=None, description="of prompt and response together, also the teacher's response and the data's"
+    )
     record_drawn_logprob: bool = Field(
         default=False, description="keep with each response also its log-probability under what it was drawn from"
     )
@@ -170,3 +172,8 @@ class SamplingSection(Section):
                 "the policy: set source=policy, or num_opponents=0"
             )
         return self
+
+    def response_limit(self, prompt_tokens: int) -> int:
+        """Tokens of the longest response to a prompt of so many; at least 1 for every prompt that is sampled from."""
+        total = self.max_total_tokens
+        return self.max_new_tokens if total is None else min(self.max_new_tokens, total - prompt_tokens)

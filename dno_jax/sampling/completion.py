@@ -238,7 +238,7 @@ def read_response(
     if response.finish == "length" and drawn is not None and drawn < limit:
         raise DnoError(
             f"sampling.server: the server cut a response after {drawn} tokens, where {limit} were asked for; start it "
-            "with room for the longest prompt and max_new_tokens (vLLM: --max-model-len)"
+            "with room for the longest prompt and its response (vLLM: --max-model-len)"
         )
     return response
 

@@ -154,10 +154,15 @@ def check_fit(
     """
     longest, context = _longest_example(config), model_config.context
     if longest > context:
+        remedy = "lower data.max_length"
+        if isinstance(config, RunConfig):
+            remedy = (
+                "lower prompts.max_length or sampling.max_new_tokens, or bound both together by "
+                f"sampling.max_total_tokens={context}"
+            )
         raise DnoError(
             f"sequences of up to {longest} tokens exceed the model's context of "
-            f"{context} (max_position_embeddings of {config.model.path}); "
-            "lower prompts.max_length or sampling.max_new_tokens (data.max_length for sft)"
+            f"{context} (max_position_embeddings of {config.model.path}); {remedy}"
         )
     if isinstance(config, RunConfig) and config.loss.load_balance_weight and not model_config.num_experts:
         raise DnoError(

@@ -163,8 +163,9 @@ def _fixed_rollout(
     ids = runtime.tokenizer.response_ids(
         item.prompt.messages, text, end_id=runtime.end_ids[0], assistant_prefix=item.prompt.assistant_prefix
     )
-    whole = len(ids) <= config.sampling.max_new_tokens
-    ids = ids[: config.sampling.max_new_tokens]
+    limit = config.sampling.response_limit(len(item.token_ids))
+    whole = len(ids) <= limit
+    ids = ids[:limit]
     # The judge reads what is trained on, also where that was cut; points that came with the data are for all of it.
     keep = whole or config.annotation.kind == "given"
     return Rollout(

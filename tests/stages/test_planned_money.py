@@ -105,6 +105,26 @@ def test_a_plan_counts_what_a_run_asks_with_a_teacher_and_labelled_pairs(tmp_pat
     assert planned == asked
 
 
+def test_a_response_is_planned_as_long_as_its_prompt_leaves_room_for(tmp_path):
+    teacher = {"model": "teacher", "base_url": "http://127.0.0.1:9/v1", "api_key_env": None, "max_tokens": 50}
+    config = config_of(tmp_path, "http://127.0.0.1:9/v1", annotation={"teacher": teacher})
+
+    def planned(total: int | None, response_tokens: int | None = None):
+        sampling = config.sampling.model_copy(update={"max_new_tokens": 16, "max_total_tokens": total})
+        changed = config.model_copy(update={"sampling": sampling})
+        return plan_annotation(
+            changed,
+            split=split_prompts(changed),
+            tokenize=lambda part: [TokenizedPrompt(prompt=prompt, token_ids=(1,) * 10) for prompt in part],
+            count=lambda text: len(text.split()),
+            response_tokens=response_tokens,
+        )
+
+    for iteration in ("iteration 0", "iteration 1"):
+        assert planned(20).parts[iteration] == planned(None, response_tokens=10).parts[iteration]
+        assert planned(40).parts[iteration] == planned(None).parts[iteration] != planned(20).parts[iteration]
+
+
 def test_the_alternatives_of_an_ensemble_are_asked_of_all_its_judges(tmp_path):
     judges = [{"model": name, "api_key_env": None, **PAIRWISE} for name in ("one", "two")]
     config = config_of(tmp_path, "http://127.0.0.1:9/v1", annotation={"kind": "ensemble", "ensemble": judges})

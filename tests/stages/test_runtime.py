@@ -41,10 +41,27 @@ def test_the_longest_text_of_the_run_selects_the_rotation(tmp_path):
     }
     judged = RunConfig.model_validate({**tree, **changes})
     assert Runtime.start(judged).model_config.rope_length == 48
+    bounded = RunConfig.model_validate({**tree, "sampling": {**tree["sampling"], "max_total_tokens": 20}})
+    assert Runtime.start(bounded).model_config.rope_length == 20
     # Stretched four times, a context of 7 ends at 28.
     edit(file, max_position_embeddings=7)
     with pytest.raises(DnoError, match="up to 32 tokens exceed the model's context of 28"):
         Runtime.start(RunConfig.model_validate(tree))
+
+
+def test_the_total_that_a_refused_length_names_fits(make_config):
+    wide = {"prompts": {"max_length": 40}, "sampling": {"max_new_tokens": 40}}
+    with pytest.raises(DnoError, match=r"up to 80 tokens exceed .* of 64 .*sampling\.max_total_tokens=64$"):
+        Runtime.start(make_config(**wide))
+    for total in (60, 64):
+        wide["sampling"]["max_total_tokens"] = total
+        assert Runtime.start(make_config(**wide)).config.max_length == total
+    wide["sampling"]["max_total_tokens"] = 65
+    with pytest.raises(DnoError, match="up to 65 tokens exceed"):
+        Runtime.start(make_config(**wide))
+    wide["sampling"]["max_total_tokens"] = 90
+    with pytest.raises(DnoError, match="up to 80 tokens exceed"):
+        Runtime.start(make_config(**wide))
 
 
 def test_the_model_attends_as_configured(make_config):

@@ -1,6 +1,7 @@
 """The sample stage over its engines: stop strings, records, a server's answers, and what a mesh is cut into."""
 
 import contextlib
+import json
 import threading
 
 import jax
@@ -67,9 +68,35 @@ def test_what_was_drawn_from_is_recorded_on_request(make_config):
 
 
 def test_the_longest_text_is_bounded(make_config):
-    _, found = drawn(make_config(sampling={"max_total_tokens": 18}))
-    lengths = [len(row.prompt_token_ids) + len(row.token_ids) for row in found.values() if row.source == "policy"]
-    assert max(lengths) == 18
+    """Prompt and response together, the teacher's too; also where it is shorter than what a prompt may have."""
+    config = make_config(prompts={"max_length": 80}, sampling={"max_total_tokens": 12})
+    _, found = drawn(config)
+    for source in ("policy", "gold"):
+        own = [row for row in found.values() if row.source == source]
+        assert max(len(row.prompt_token_ids) + len(row.token_ids) for row in own) == 12
+    cut = [row for row in found.values() if row.source == "gold" and row.finish == "length"]
+    assert cut
+    assert all(len(row.text.split()) == len(row.token_ids) for row in cut)  # the judge reads what is trained on
+    iteration.run_iteration(config, 0)  # training takes rows of 12 tokens at most
+
+
+@pytest.mark.parametrize("total", [5, 12, None])
+def test_candidates_of_the_data_are_cut_where_a_response_would_be(make_config, tmp_path, total):
+    given = [{"text": "das det " * 6}, {"text": "gam"}]
+    rows = [{"prompt": f"bam ban {last}", "candidates": given} for last in ("bat", "bes")]
+    path = tmp_path / "candidates.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, found = drawn(
+        make_config(
+            prompts={"path": str(path), "held_out_path": None},
+            sampling={"source": "data", "max_new_tokens": 10, "max_total_tokens": total},
+        )
+    )
+    limit = {5: 1, 12: 8, None: 10}[total]  # a prompt has four tokens
+    long, short = (next(row for row in found.values() if row.sample == sample) for sample in (0, 1))
+    assert (len(long.prompt_token_ids), len(long.token_ids), long.finish) == (4, limit, "length")
+    assert long.text.split() == ("das det " * 6).split()[:limit]
+    assert (len(short.token_ids), short.finish) == ((1, "length") if limit == 1 else (2, "stop"))
 
 
 @pytest.mark.parametrize("dialect", ["vllm", "tgi"])
