@@ -156,9 +156,9 @@ def test_a_7b_model_on_a_pod_that_is_not_here(seven, dno_plan):
     assert "on devices of 16.00 GiB (--memory)" in said
     assert "layers x key heads x head_dim 32 x 1 x 128" in said
     slots = planned(seven, memory=16 * 2**30, num_devices=256).sampling["sample"]
-    # An eighth of every matrix; norms are whole on every device. Two bytes a number.
+    # An eighth of every matrix, two bytes a number; norms are whole on every device, and float32.
     matrices = 2 * 32000 * 4096 + 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    assert slots.weight_bytes == 2 * (matrices // 8 + (2 * 32 + 1) * 4096)
+    assert slots.weight_bytes == 2 * matrices // 8 + 4 * (2 * 32 + 1) * 4096
     assert slots.slot_bytes == 2 * (2 * 32 * 1 * 128 * 2048) + 2 * 4096 + 24  # keys, values, hidden state, counters
     assert f"one slot {show_bytes(slots.slot_bytes)}" in said
     # 100 prompts an iteration, 4 of them on a row shard, 5 responses each.

@@ -41,6 +41,20 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
         return nn.unbox(_boxed(config))
 
 
+def computing_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+    """Return `abstract_params` as they are computed with in a dtype, so that to hold them so changes no result.
+
+    Matrices and biases are cast where they are used. Norms take their scales in float32, as training leaves them: in
+    bfloat16 they would be another policy's.
+    """
+
+    def held(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        is_norm = path[-1].key.endswith("norm")
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if is_norm else dtype)
+
+    return jax.tree.map_with_path(held, abstract_params(config))
+
+
 def param_axes(config: ModelConfig) -> dict[str, Any]:
     """Return the parameter tree as tuples of axis names, such as ("layers", "embed", "heads", "head_dim")."""
     with _without_mesh():

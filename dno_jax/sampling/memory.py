@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.params import abstract_params, param_axes
+from dno_jax.model.params import computing_params, param_axes
 from dno_jax.parallel.sharding import DECODE, AnyMesh, num_row_shards, weight_shardings
 from dno_jax.sampling.state import Program, State, abstract_start, prompt_bucket
 
@@ -233,12 +233,12 @@ def queue_length(slots: int, *, num_samples: int, fill_rows: int) -> int:
 
 
 def weight_bytes(config: ModelConfig, *, mesh: AnyMesh, dtype: Any) -> int:
-    """Return the bytes that one policy takes on one device, in the DECODE layout and in the compute dtype."""
-    shapes = abstract_params(config)
+    """Return the bytes that one policy takes on one device, in the DECODE layout and computing in a dtype."""
+    shapes = computing_params(config, dtype)
     shardings = weight_shardings(mesh, DECODE, axes=param_axes(config), shapes=shapes)
 
     def placed(leaf: Any, sharding: Any) -> Any:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return _local_bytes(jax.tree.map(placed, shapes, shardings))
 

@@ -18,7 +18,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_config
-from dno_jax.model.params import abstract_params, unstack_layers
+from dno_jax.model.params import abstract_params, computing_params, unstack_layers
 from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
@@ -124,14 +124,13 @@ class Runtime(Generic[ConfigT]):
         )
 
     def load_for_decoding(self, policy: epath.Path) -> Any:
-        """Read a policy in the compute dtype and lay it out for decoding; no token's step casts weights again.
+        """Read a policy as it is computed with and lay it out for decoding; no token's step casts weights again.
 
         All processes call this together; each gets the weights on its own part of the mesh. They are read in the TRAIN
         layout, so that each byte is read by one host and not by all, and cast there: no device ever holds the float32
         weights, which may not fit where these do. From there they move to the DECODE layout on the devices.
         """
-        dtype = jnp.dtype(self.config.model.dtype)
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(self.model_config))
+        shapes = computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
         read = load_policy(policy, shapes=shapes, shardings=self.param_shardings(TRAIN))
         params = hand_over(read, self.param_shardings(DECODE))
         own = on_part(params, param_shardings(self.model_config, self.part.mesh, DECODE))

@@ -16,7 +16,7 @@ from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
-from dno_jax.model.params import abstract_params, init_params, param_axes
+from dno_jax.model.params import abstract_params, computing_params, init_params, param_axes
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain, row_sharding, weight_shardings
@@ -215,8 +215,9 @@ def test_a_prefill_makes_a_cache_of_its_own():
 )
 def test_weights_are_the_bytes_of_one_devices_shards(config, axes, dtype):
     mesh = make_mesh(MeshSection(**axes), jax.devices()[: math.prod(axes.values())])
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(config, jax.random.key(0)))
-    shardings = weight_shardings(mesh, DECODE, axes=param_axes(config), shapes=params)
+    shapes = computing_params(config, dtype)
+    params = jax.tree.map(lambda leaf, held: leaf.astype(held.dtype), init_params(config, jax.random.key(0)), shapes)
+    shardings = weight_shardings(mesh, DECODE, axes=param_axes(config), shapes=shapes)
     placed = jax.device_put(params, shardings)
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(placed))
     assert weight_bytes(config, mesh=mesh, dtype=dtype) == held

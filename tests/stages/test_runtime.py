@@ -88,9 +88,9 @@ def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_c
     found = runtime.load_for_decoding(policy)
     assert len(found["layers"]) == runtime.model_config.num_hidden_layers
     stacked = {**found, "layers": jax.tree.map(lambda *leaves: np.stack(leaves), *found["layers"])}
-    for leaf, wanted in zip(jax.tree.leaves(stacked), jax.tree.leaves(params), strict=True):
-        assert leaf.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(jnp.bfloat16)))
+    for (path, leaf), wanted in zip(jax.tree.leaves_with_path(stacked), jax.tree.leaves(params), strict=True):
+        assert leaf.dtype == (jnp.float32 if path[-1].key.endswith("norm") else jnp.bfloat16)
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(leaf.dtype)))
     for leaf, place in zip(*map(jax.tree.leaves, (read[0], runtime.param_shardings(TRAIN))), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert read[0]["layers"]["up"].is_deleted()
