@@ -73,8 +73,9 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
     if is_primary():
         counted = _Counted()
         details = response_statistics(counted.passing(stage.read(Rollout)))
-        dropped.update(_gold_drops(counted.gold, tokenized))
-        if left_out := sum(item.prompt.prompt_id not in counted.prompts for item in tokenized):
+        answered = [item for item in tokenized if item.prompt.prompt_id in counted.prompts]
+        dropped.update(_gold_drops(counted.gold, answered))  # without responses it has no rows at all
+        if left_out := len(tokenized) - len(answered):
             dropped["no usable response from the server"] = left_out
         truncated = sum(item.truncated for item in tokenized)
         stage.finish(
