@@ -17,7 +17,7 @@ from dno_jax.config.annotation import (
     TableSection,
     TeacherSection,
 )
-from dno_jax.config.base import Section
+from dno_jax.config.base import MIN_TEMPERATURE, Section
 from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sampling import CompletionServerSection, Dialect, SamplingSection
@@ -37,6 +37,7 @@ from dno_jax.config.sections import (
 )
 
 __all__ = [
+    "MIN_TEMPERATURE",
     "AnnotationSection",
     "ChatSection",
     "CompletionServerSection",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dno_jax.config.base import MAY_CHANGE, Count, Fraction, PathStr, Section, absolute
+from dno_jax.config.base import MAY_CHANGE, Count, Fraction, PathStr, Section, Temperature, absolute
 
 
 def _rubric(name: str) -> str:
@@ -182,7 +182,7 @@ class SelfSection(Section):
     num_judgements: Count = Field(default=3, description="readings of a response, whose points are averaged")
     max_prompt_length: Count = Field(default=2048, description="tokens of the longest judge prompt, template included")
     max_new_tokens: Count = Field(default=256, description="tokens of the longest reading")
-    temperature: float = Field(default=0.7, ge=0.0)
+    temperature: Temperature = 0.7
     top_p: float = Field(default=0.9, gt=0.0, le=1.0)
 
 

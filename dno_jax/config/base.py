@@ -11,11 +11,22 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 # A field marked so may differ when a run directory is resumed: it changes cost, not results.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
 
+# Of what is sampled here. Logits are float32: 1e-38 is 0 there, by which no difference of them can be divided.
+MIN_TEMPERATURE = 1e-6
+
 
 def absolute(path: str) -> str:
     if not path:
         raise ValueError("an empty path")
     return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def drawable(temperature: float) -> float:
+    if 0.0 < temperature < MIN_TEMPERATURE:
+        raise ValueError(
+            f"{temperature} is too small to divide logits by; expected 0 (greedy), or at least {MIN_TEMPERATURE}"
+        )
+    return temperature
 
 
 def iso_date(day: Any) -> str:
@@ -24,6 +35,7 @@ def iso_date(day: Any) -> str:
 
 PathStr = Annotated[str, AfterValidator(absolute)]
 DateStr = Annotated[str, BeforeValidator(iso_date)]
+Temperature = Annotated[float, Field(ge=0.0), AfterValidator(drawable)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
 

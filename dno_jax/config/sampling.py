@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dno_jax.config.base import MAY_CHANGE, Count, Fraction, Section
+from dno_jax.config.base import MAY_CHANGE, Count, Fraction, Section, Temperature
 
 Dialect = Literal["openai", "tgi"]
 
@@ -67,7 +67,7 @@ class SamplingSection(Section):
     )
     num_samples: int = Field(default=5, description="K")
     max_new_tokens: Count = 512
-    temperature: float = Field(default=0.7, ge=0.0, description="0 is greedy")
+    temperature: Temperature = Field(default=0.7, description="0 is greedy; any other is at least 1e-6")
     top_k: int = Field(default=0, ge=0, description="0 keeps all")
     top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -132,6 +132,9 @@ class SamplingSection(Section):
     def _responses_can_end_and_differ(self) -> SamplingSection:
         if any(not text for text in self.stop):
             raise ValueError("stop has an empty string, which every response begins with; remove it")
+        for text in self.stop:
+            if "\ufffd" in text:
+                raise ValueError(f"stop has {text!r}: U+FFFD stands for bytes that are no text, or none yet; remove it")
         if self.temperature == 0.0 and self.source != "data":
             raise ValueError(
                 f"temperature is 0 with num_samples={self.num_samples}: all samples of a prompt will be equal, and no "

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from dno_jax.config import MIN_TEMPERATURE
+
 # Width of the second level of the cumulative sum: one cache-friendly row.
 _BLOCK = 128
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
@@ -26,7 +28,7 @@ class Truncation:
     """The sampling distribution, applied in Hugging Face's order: repetition, temperature, top-k, top-p, min-p.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token, of several the one with the lowest id.
+        temperature: logits are divided by it (from 1e-6 on); 0 takes the likeliest token, of several the lowest id.
         top_k: keep tokens at least as likely as the k-th likeliest (more than k where some tie with it); 0 keeps all.
         top_p: of those, keep a token iff the mass of strictly likelier ones is below p (so the likeliest always stays).
         min_p: of those, keep tokens with at least min_p times the probability of the likeliest.
@@ -46,7 +48,11 @@ class Truncation:
     def __post_init__(self) -> None:
         # Written so that NaN fails every one of them.
         for name, valid, expected in (
-            ("temperature", 0.0 <= self.temperature < math.inf, "at least 0 and finite; 0 takes the likeliest token"),
+            (
+                "temperature",
+                self.temperature == 0.0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+                f"at least {MIN_TEMPERATURE} and finite, or 0, which takes the likeliest token",
+            ),
             ("top_k", self.top_k >= 0, "at least 0; 0 keeps every token"),
             ("top_p", 0.0 < self.top_p <= 1.0, "above 0 and at most 1; 1 keeps every token, temperature 0 is greedy"),
             ("min_p", 0.0 <= self.min_p < 1.0, "at least 0 and below 1; 0 keeps every token"),

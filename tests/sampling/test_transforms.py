@@ -339,6 +339,8 @@ def test_rows_that_are_split_over_devices_stay_there():
     ("name", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 1e-38),
+        ("temperature", 9e-7),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
         ("top_k", -1),
