@@ -172,6 +172,15 @@ def test_sampling_that_makes_no_sense(command, override, said):
     assert said in command(override)
 
 
+@pytest.mark.parametrize(("stop", "name"), [("</s>", "</s>"), ("bam <s>", "<s>")])
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_stop_string_that_no_text_can_hold(command, tmp_path, stop, name, verb):
+    said = command(f'sampling.stop=["bam", "{stop}"]', verb=verb)
+    assert f"sampling.stop has '{stop}', which holds the control token '{name}': control tokens are not text" in said
+    assert "name the token's id in eos_token_id of" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_server_gives_no_mixture(command):
     said = command("sampling.engine=openai", "sampling.source=mixture")
     assert "a server gives one policy's tokens" in said
@@ -262,6 +271,19 @@ def test_more_tokens_than_rows_of_the_embedding(command, folder, tmp_path):
     (copy / "tokenizer.json").write_text((folder / "checkpoint" / "tokenizer.json").read_text())
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 76]}))
     assert "eos_token_id names 76, the model's embedding has 76 rows" in command(f"model.path={copy}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_end_id_that_is_never_drawn(command, folder, tmp_path):
+    """The embedding has a row for it, the tokenizer no token: the sampler takes it for padding."""
+    copy = copy_of(folder, tmp_path)
+    tree = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tree["model"]["vocab"]
+    del vocabulary[max(vocabulary, key=vocabulary.get)]
+    (copy / "tokenizer.json").write_text(json.dumps(tree))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 75]}))
+    said = command(f"model.path={copy}")
+    assert f"{copy}: eos_token_id names 75, the tokenizer has 75 ids, and no other is ever drawn" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -169,6 +169,7 @@ def check_fit(
             "of experts; set it to 0"
         )
     check_ids(tokenizer, model_config)
+    _check_ends(config, tokenizer)
     rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
     for name, count in rows.items():
         if count % row_shards:
@@ -192,6 +193,22 @@ def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
             f"{place}: eos_token_id names {max(tokenizer.end_ids)}, the model's embedding has {embeddings} rows; "
             "correct generation_config.json"
         )
+
+
+def _check_ends(config: RunConfig | SftConfig, tokenizer: ChatTokenizer) -> None:
+    """Raise DnoError if no response could be ended by what is to end responses: an end id or a stop string."""
+    if (last := max(tokenizer.end_ids)) >= tokenizer.vocab_size:
+        raise DnoError(
+            f"{tokenizer.path}: eos_token_id names {last}, the tokenizer has {tokenizer.vocab_size} ids, and no other "
+            "is ever drawn; give the tokenizer that the model was trained with, or correct generation_config.json"
+        )
+    for stop in config.sampling.stop if isinstance(config, RunConfig) else ():
+        for name in tokenizer.control_tokens(stop):
+            raise DnoError(
+                f"sampling.stop has {stop!r}, which holds the control token {name!r}: control tokens are not text, so "
+                "no response would be found to hold it; remove it, and name the token's id in eos_token_id of "
+                f"{tokenizer.path / 'generation_config.json'} if it is to end responses"
+            )
 
 
 def longest_text(config: RunConfig | SftConfig) -> int:
