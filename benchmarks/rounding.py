@@ -1,7 +1,7 @@
 """What rounding decides in sampled text: `python benchmarks/rounding.py --model CHECKPOINT --prompts FILE.json`.
 
 Samples the same responses (seed, prompt, sample) in several ways and counts those whose text differs from the first
-way's; and compares recorded log-probabilities with those of the whole text read at once in float32 with float32 caches.
+way's, and those whose log-probabilities have other bits; and compares recorded log-probabilities with those of the whole text read at once in float32 with float32 caches.
 Needs two devices for the meshes: XLA_FLAGS=--xla_force_host_platform_device_count=2 makes them of a CPU.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
         truncation=Truncation(temperature=options.temperature, top_p=options.top_p),
         seed=0,
     )
-    sizes = Sizes(slots=32, prompt_length=max(map(len, prompts)), entries=16)
+    sizes = Sizes(slots=64, prompt_length=max(map(len, prompts)), entries=32)
 
     def sampled(
         asked: list[Request] = requests, *, dtype: str = "float32", mesh: MeshSection | None = None, **changes: object
@@ -88,6 +88,7 @@ def main() -> None:
         fields = {}
         if base is not None:
             fields["texts_that_differ"] = sum(found[name].token_ids != base[name].token_ids for name in base)
+            fields["bits_that_differ"] = sum(found[name].logprobs != base[name].logprobs for name in base)
         report(
             "rounding",
             way=way,
@@ -101,8 +102,9 @@ def main() -> None:
 
     for dtype in ("float32", "bfloat16"):
         base = sampled(dtype=dtype)
-        compare(f"{dtype}, 32 slots", base, None)
-        compare(f"{dtype}, 5 slots", sampled(dtype=dtype, slots=5), base)
+        compare(f"{dtype}, 64 slots", base, None)
+        for slots in (96, 32, 5):
+            compare(f"{dtype}, {slots} slots", sampled(dtype=dtype, slots=slots), base)
         compare(f"{dtype}, reversed order, 7 tokens a call", sampled(requests[::-1], dtype=dtype, chunk_steps=7), base)
         if len(jax.devices()) >= 2:
             compare(f"{dtype}, data=2", sampled(dtype=dtype, mesh=MeshSection(data=2)), base)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from dno_jax.annotation.ledger.store import VerdictStore
 
 annotations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -19,11 +22,10 @@ def list_(place: Place, judge: Judge = None, state: State = None) -> None:
     """Count verdicts by judge and state, with what they took, and what each run paid."""
     from contextlib import closing
 
-    from dno_jax.annotation.ledger.store import VerdictStore
     from dno_jax.report.console import console
     from dno_jax.report.verdicts import receipt_table, verdict_table
 
-    with closing(VerdictStore(_file(place))) as store:
+    with closing(_store(place)) as store:
         console.print(verdict_table(store.tallies(judge=judge, state=_state(state))))
         if receipts := store.receipts():
             console.print(receipt_table(receipts))
@@ -40,11 +42,13 @@ def export(
     import json
     from contextlib import closing
 
-    from dno_jax.annotation.ledger.store import VerdictStore
+    from dno_jax.errors import DnoError
     from dno_jax.report.console import say
     from dno_jax.run_dir import write_lines_atomically
 
-    with closing(VerdictStore(_file(place))) as store:
+    if out.exists():
+        raise DnoError(f"{out} exists: give another name, or remove it first")
+    with closing(_store(place)) as store:
         rows = store.rows(judge=judge, state=_state(state))
         count = write_lines_atomically(out, (json.dumps(row, ensure_ascii=False) for row in rows))
     say(f"{count:,} verdicts exported to {out}")
@@ -60,14 +64,13 @@ def purge(
     """Delete verdicts, which are then asked for and paid for again; receipts stay."""
     from contextlib import closing
 
-    from dno_jax.annotation.ledger.store import VerdictStore
     from dno_jax.errors import DnoError
     from dno_jax.report.console import console, say
     from dno_jax.report.verdicts import verdict_table
 
     if judge is None and state is None:
         raise DnoError("say which: --judge, --state or both; to delete all verdicts, delete the file")
-    with closing(VerdictStore(_file(place))) as store:
+    with closing(_store(place)) as store:
         found = store.tallies(judge=judge, state=_state(state))
         console.print(verdict_table(found))
         if yes:
@@ -91,6 +94,25 @@ def salvage(place: Place) -> None:
             f"warning: no receipt is left of ${found.lost_usd:.4f} or more that its verdicts cost: the run's spending "
             "counts from what is left, so lower annotation.max_usd by as much"
         )
+
+
+def _store(place: Path) -> VerdictStore:
+    """Open a store that is one: to open another database would put tables into it."""
+    import sqlite3
+    from contextlib import closing
+
+    from dno_jax.annotation.ledger.store import VerdictStore
+    from dno_jax.errors import DnoError
+
+    file = _file(place)
+    with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+        try:
+            is_store = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'verdicts'").fetchone() is not None
+        except sqlite3.Error:
+            is_store = True  # a damaged one, for all we know: the store says what is wrong with it
+    if not is_store:
+        raise DnoError(f"{file}: no store of verdicts; give a run directory, or its annotations.sqlite")
+    return VerdictStore(file)
 
 
 def _file(place: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 import sys
 from contextlib import closing
 
@@ -76,9 +77,31 @@ def test_an_export_holds_every_verdict_as_it_is(path, dno, tmp_path):
         assert (row["judge"], row["state"], row["raw"], row["usd"]) == (judge, verdict.state, verdict.raw, verdict.usd)
         assert row["scores"] == (None if verdict.scores is None else list(verdict.scores))
     assert "日本" in out.read_text()
-    dno("export", path, out, "--state", "refused")
-    assert len(out.read_text().splitlines()) == 2
-    assert [file.name for file in out.parent.iterdir()] == [out.name]
+    some = out.with_name("refused.jsonl")
+    dno("export", path, some, "--state", "refused")
+    assert len(some.read_text().splitlines()) == 2
+    assert {file.name for file in out.parent.iterdir()} == {out.name, some.name}
+
+
+def test_an_export_replaces_nothing_and_least_of_all_the_store(path, dno):
+    before = path.read_bytes()
+    code, said = dno("export", path, path)
+    assert code == 2
+    assert f"{path} exists: give another name" in said
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", [["list"], ["export", "out.jsonl"], ["purge", "--judge", "gpt-1", "--yes"]])
+def test_another_database_is_left_as_it_is(dno, tmp_path, command):
+    other = tmp_path / "other.sqlite"
+    with closing(sqlite3.connect(other)) as database:
+        database.execute("CREATE TABLE mine (x)")
+    before = other.read_bytes()
+    name, *rest = command
+    code, said = dno(name, other, *[tmp_path / word if word.endswith("jsonl") else word for word in rest])
+    assert code == 2
+    assert f"{other}: no store of verdicts; give a run directory" in said
+    assert other.read_bytes() == before
 
 
 def test_a_purge_counts_first_and_deletes_what_is_asked_for(path, dno):

@@ -112,7 +112,7 @@ def decode(
 ) -> tuple[State, Outputs, Counts]:
     """Draw up to `chunk_steps` tokens for every slot, and refill slots on the way.
 
-    Text depends on (seed, iteration, prompt, sample) and the weights, not on slots, order, mesh or chunk.
+    Text depends on (seed, iteration, prompt, sample) and the weights; on slots, order, mesh or chunk by rounding alone.
 
     Args:
         outputs: not given away, so that the host can read them while the next call runs.

@@ -62,7 +62,6 @@ def sample_to_shards(
         [shard.prompts[place] for shard, place in places],
         draws,
         policy,
-        # Of all the prompts, closed shards' included: the process that asks a server asks for the whole list.
         num_prompts=len(prompts),
         num_lost=_lost(out, cuts, pending, size=size) if server and own else 0,
     )

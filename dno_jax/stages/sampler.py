@@ -48,7 +48,9 @@ class Sampler:
 
     Attributes:
         policy: index t of pi_t; a part of every sample's key, and of the served model's name.
-        num_prompts, num_lost: as `complete` takes them; only a server's stream reads them.
+        num_prompts: of the whole list that these are left of, all processes together. Slots follow it, and what a
+            server may refuse: a restart decodes as many rows as one run would, and stops where it would.
+        num_lost: as `complete` takes it.
         details: how the slots were used, or what the server was asked; each stream fills its own in when it ends.
     """
 
@@ -56,7 +58,7 @@ class Sampler:
     prompts: Sequence[TokenizedPrompt]
     draws: Sequence[Draw]
     policy: int
-    num_prompts: int | None = None
+    num_prompts: int
     num_lost: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -132,7 +134,7 @@ class Sampler:
             Wanted.responses(
                 self.runtime.config,
                 num_samples=draw.num_samples,
-                num_prompts=len(self.prompts),
+                num_prompts=-(-self.num_prompts // self.runtime.part.count),
                 num_policies=1 if draw.weight is None else 2,
             )
             for draw in self.draws

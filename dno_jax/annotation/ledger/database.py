@@ -184,7 +184,7 @@ def _remedy(error: sqlite3.Error, path: str) -> str:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process has held its lock for {LOCK_SECONDS:.0f} s: end that process, then start again"
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return "give a run directory that exists and can be written"
+        return "it has to lie in a folder that exists and can be written: the run directory, or annotation.store's"
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return "see to the disk (full, or failing), then start again: what was committed is kept"
     return (
