@@ -1,7 +1,8 @@
 """What rounding decides in sampled text: `python benchmarks/rounding.py --model CHECKPOINT --prompts FILE.json`.
 
 Samples the same responses (seed, prompt, sample) in several ways and counts those whose text differs from the first
-way's, and those whose log-probabilities have other bits; and compares recorded log-probabilities with those of the whole text read at once in float32 with float32 caches.
+way's, and those whose log-probabilities have other bits; and compares recorded log-probabilities with those of the
+whole text read at once in float32 with float32 caches.
 Needs two devices for the meshes: XLA_FLAGS=--xla_force_host_platform_device_count=2 makes them of a CPU.
 """
 

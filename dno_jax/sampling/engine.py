@@ -59,7 +59,7 @@ def generate(
 ) -> Iterator[Finished]:
     """Sample K responses to every prompt; yield each prompt as soon as all of its responses are there.
 
-    Text depends on (seed, iteration, prompt name, sample) and the weights, and on slots, order, chunk or mesh only where
+    Text depends on (seed, iteration, prompt name, sample) and the weights; on slots, order, chunk or mesh only where
     they make the compiler round otherwise (docs/architecture.md). The device works ahead: while one call's responses
     are looked at, the next call runs.
 

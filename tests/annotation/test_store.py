@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import os
 import signal
 import sqlite3
@@ -160,6 +162,40 @@ def test_what_arrived_is_committed_though_its_caller_is_gone(store):
     asyncio.run(work())
     put(store, "l", OK)
     assert store.get("k") == OK
+
+
+def test_the_reserve_takes_what_comes_when_the_disk_is_full(path, monkeypatch):
+    class Reserve(io.BytesIO):
+        """Room that is there once this is closed."""
+
+        def close(self) -> None:
+            if not self.closed:
+                store._database._writer.execute("PRAGMA max_page_count = 1000000")
+            super().close()
+
+    monkeypatch.setattr(database.tempfile, "TemporaryFile", lambda dir: Reserve())
+    store = VerdictStore(path, reserve=True)
+    with closing(store):
+        (pages,) = store._database._writer.execute("PRAGMA page_count").fetchone()
+        store._database._writer.execute(f"PRAGMA max_page_count = {pages + 2}")
+        long = replace(OK, raw="x" * 3000)
+        for number in range(8):
+            put(store, str(number), long)
+        assert isinstance(store.full, DnoError)
+        assert "is full; see to the disk" in str(store.full)
+        assert states(store) == {"ok": 8}
+        assert store.spent(".") == 8 * OK.usd
+
+
+def test_without_room_for_the_reserve_nothing_is_begun(path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, _) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(database.tempfile, "TemporaryFile", lambda dir: Full())
+    with pytest.raises(DnoError, match=r"no room for 8 MiB beside it \(No space left on device\)"):
+        VerdictStore(path, reserve=True)
+    VerdictStore(path).close()  # who only looks needs none
 
 
 WRITER = """

@@ -1,11 +1,13 @@
 """The annotate stage with a judge behind real HTTP: what is bought, what is found out about the judge, what is lost."""
 
+import contextlib
 import errno
 import itertools
 import json
 import os
 import shutil
 import statistics
+import subprocess
 import threading
 import time
 import traceback
@@ -200,6 +202,37 @@ def test_a_full_disk_stops_the_stage_cleanly_and_nothing_is_lost(tmp_path, monke
         before = server.requests
         assert annotate.run(config, 0).details["states"] == {"ok": 40}
         assert server.requests - before == 40 - kept
+
+
+def test_what_is_in_flight_when_a_disk_fills_up_is_kept(tmp_path):
+    """A disk of its own, as small as a mount allows."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=False, capture_output=True)
+    if mount.returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        with FakeJudge(prefers="marker", delay=0.05) as server:
+            config = sampled_run(disk, server.url, prompts=400, pairing={"reward": "score"})
+            filled = disk / "filled"
+
+            def fill_up() -> bool:
+                if server.requests >= 40 and not filled.exists():
+                    with filled.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                        while file.write(b"x" * 4096):
+                            pass
+                return False
+
+            with pytest.raises(DnoError, match=r"full.*see to the disk|No space left"):
+                annotate.run(config, 0, abandoned=fill_up)
+            assert 40 <= server.requests < 400
+            filled.unlink()
+            with closing(VerdictStore(RunDir(config.run_dir).annotations_path)) as store:
+                assert sum(tally.verdicts for tally in store.tallies(state="ok")) == server.requests
+            assert annotate.run(config, 0).details["states"] == {"ok": 400}
+            assert (server.requests, server.duplicates) == (400, 0)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def test_receipts_hold_every_store_that_was_paid_through(tmp_path):

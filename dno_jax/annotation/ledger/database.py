@@ -5,6 +5,9 @@ replays. `synchronous` is FULL, not WAL's usual NORMAL, because NORMAL may lose 
 dies (a preempted node), and each was paid for. A commit then waits for the disk, 0.2 to 4 ms on local ones (measured,
 idle and busy), and a fast judge answers more often than that. So one thread commits, and whatever arrives while it
 waits for the disk shares the next commit; each caller still waits for its own, and nobody sees what is not yet there.
+
+What is in flight when the disk fills up is paid for, too. So a database may hold a reserve: a file without a name,
+which is gone when the process is, and makes room when nothing else does.
 """
 
 from __future__ import annotations
@@ -14,16 +17,18 @@ import queue
 import random
 import shlex
 import sqlite3
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from dno_jax.errors import DnoError
 
 LOCK_SECONDS = 30.0
+RESERVE_BYTES = 8 * 2**20  # a thousand long replies
 _MOST_AT_ONCE = 256  # writes of one commit: bounds what one failing disk takes down together
 
 T = TypeVar("T")
@@ -33,14 +38,15 @@ Write = Callable[[sqlite3.Connection], T]
 class Database:
     """One file; several processes may have it open, each through a database of its own."""
 
-    def __init__(self, path: str | os.PathLike[str], *, prepare: Write[None]):
+    def __init__(self, path: str | os.PathLike[str], *, prepare: Write[None], reserve: bool = False):
         """Open the file, making it if there is none.
 
         Args:
             prepare: makes or brings up to date the tables; it runs before anything else does.
+            reserve: hold `RESERVE_BYTES` of the disk.
 
         Raises:
-            DnoError: it cannot be opened, is no database, or is locked.
+            DnoError: it cannot be opened, is no database, or is locked; or there is no room for the reserve.
         """
         self.path = os.fspath(path)
         if "://" in self.path:
@@ -48,6 +54,8 @@ class Database:
         self._jobs: queue.SimpleQueue[tuple[Write[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        self.full: DnoError | None = None
+        """That the disk was full, once the reserve was needed: what was written is kept, and more should not come."""
         self._reading = threading.Lock()  # a stage may build it in one thread and run its event loop in another
         self._writer = self._connect()
         try:
@@ -56,6 +64,7 @@ class Database:
                 self._writer.execute("PRAGMA synchronous = FULL")
                 prepare(self._writer)
             self._reader = self._connect()
+            self._reserve = self._hold() if reserve else None
         except BaseException:
             self._writer.close()
             raise
@@ -104,6 +113,8 @@ class Database:
             self._thread.join()
         self._reader.close()
         self._writer.close()
+        if self._reserve is not None:
+            self._reserve.close()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -111,7 +122,24 @@ class Database:
         try:
             yield
         except sqlite3.Error as error:
-            raise DnoError(f"{self.path}: {error}; {_remedy(error, self.path)}") from None
+            raise self._error(error) from None
+
+    def _error(self, error: sqlite3.Error) -> DnoError:
+        return DnoError(f"{self.path}: {error}; {_remedy(error, self.path)}")
+
+    def _hold(self) -> Any:
+        reserve = tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(self.path)))  # noqa: SIM115
+        try:
+            reserve.write(os.urandom(RESERVE_BYTES))  # zeros take no room where a file system compresses
+            reserve.flush()
+        except OSError as error:
+            with suppress(OSError):  # the same, of what stands in its buffer
+                reserve.close()
+            raise DnoError(
+                f"{self.path}: no room for {RESERVE_BYTES / 2**20:.0f} MiB beside it ({error.strerror}), which keep "
+                "what is in flight when the disk fills up; make room, then start again"
+            ) from None
+        return reserve
 
     def _connect(self) -> sqlite3.Connection:
         with self.explained():
@@ -130,8 +158,8 @@ class Database:
 
     def _commit(self, jobs: list[tuple[Write[Any], Future[Any]]]) -> None:
         try:
-            with self.explained(), transaction(self._writer):
-                results = [job(self._writer) for job, _ in jobs]
+            with self.explained():
+                results = self._transact(jobs)
         except BaseException as error:
             # What is wrong with the file (a lock, a full disk) is a DnoError, and wrong for all. Anything else is one
             # job's own, and must not take the others' verdicts with it.
@@ -144,6 +172,18 @@ class Database:
         else:
             for (_, future), result in zip(jobs, results, strict=True):
                 future.set_result(result)
+
+    def _transact(self, jobs: list[tuple[Write[Any], Future[Any]]]) -> list[Any]:
+        try:
+            with transaction(self._writer):
+                return [job(self._writer) for job, _ in jobs]
+        except sqlite3.Error as error:
+            if primary_code(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or self._reserve is None:
+                raise
+            self.full = self.full or self._error(error)
+            self._reserve.close()
+        with transaction(self._writer):
+            return [job(self._writer) for job, _ in jobs]
 
 
 @contextmanager

@@ -122,14 +122,22 @@ class Tally:
 class VerdictStore:
     """The file of verdicts; several processes may have it open, each through a store of its own."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], *, reserve: bool = False):
         """Open the file, making it if there is none; one of an earlier version is brought up to date in place.
 
+        Args:
+            reserve: hold room on the disk for what is in flight when it fills up: for who pays.
+
         Raises:
-            DnoError: it cannot be opened, is no database of ours, or is locked.
+            DnoError: it cannot be opened, is no database of ours, or is locked; or there is no room for the reserve.
         """
         self.path = os.fspath(path)
-        self._database = Database(path, prepare=functools.partial(_prepare, self.path))
+        self._database = Database(path, prepare=functools.partial(_prepare, self.path), reserve=reserve)
+
+    @property
+    def full(self) -> DnoError | None:
+        """Why nothing more should be paid for: the disk is full, and what comes is written into the reserve."""
+        return self._database.full
 
     def get(self, key: str) -> Verdict | None:
         """Return the answer to a request, or None where it has to be asked (again).
