@@ -99,6 +99,8 @@ def test_empty_prompt_file(command, tmp_path):
     [
         ('{"prompt": "babe dam"', "rows.jsonl:2: not valid JSON"),
         ("[1]", "rows.jsonl:2: expected a JSON object"),
+        pytest.param("[" * 100_000, "rows.jsonl:2: not valid JSON: maximum recursion depth", id="deep"),
+        pytest.param('{"prompt": ' + "1" * 5000 + "}", "rows.jsonl:2: not valid JSON: Exceeds the limit", id="long"),
         ('{"prompt": ""}', "rows.jsonl:2: not a valid prompt"),
         ('{"question": "babe"}', "rows.jsonl:2"),
         ('{"prompt": "bam", "prompt_id": "p"}', "prompt_id 'p' comes 2 times"),
@@ -107,6 +109,18 @@ def test_empty_prompt_file(command, tmp_path):
 def test_malformed_rows(command, tmp_path, line, named):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "bam", "prompt_id": "p"}\n' + line + "\n")
     assert named in command(f"prompts.path={tmp_path / 'rows.jsonl'}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["path", "held_out_path"])
+@pytest.mark.parametrize("contents", [None, '{"prompt": "b\u00e9"}'.encode("latin-1")], ids=["folder", "latin-1"])
+def test_prompts_that_cannot_be_read(command, tmp_path, field, contents):
+    path = tmp_path / "rows.jsonl"
+    path.mkdir() if contents is None else path.write_bytes(contents)
+    said = command(f"prompts.{field}={path}")
+    assert f"{path}: cannot be read (" in said
+    assert ("Is a directory" if contents is None else "can't decode byte 0xe9") in said
+    assert "; expected UTF-8 JSON lines" in said
     assert not (tmp_path / "run").exists()
 
 

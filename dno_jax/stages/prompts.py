@@ -41,19 +41,23 @@ def read_rows(path: str) -> list[tuple[dict[str, Any], str]]:
     """Read JSON objects with their places ("file:line").
 
     Raises:
-        DnoError: no such file, or a line that is no JSON object.
+        DnoError: no such file, one that cannot be read, or a line that is no JSON object.
     """
     file = epath.Path(path)
-    if not file.exists():
-        raise DnoError(f"{path}: no such file")
+    try:
+        if not file.exists():
+            raise DnoError(f"{path}: no such file")
+        lines = file.read_text(encoding="utf-8").split("\n")  # texts may have U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise DnoError(f"{path}: cannot be read ({error}); expected UTF-8 JSON lines") from None
     rows = []
-    for number, line in enumerate(file.read_text().split("\n"), start=1):  # texts may have U+2028
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError
             raise DnoError(f"{place}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise DnoError(f"{place}: expected a JSON object, got {type(row).__name__}")
