@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from dno_jax.model.tokenizer import ChatTokenizer
 from dno_jax.model.truncation import shorten_chat
 from dno_jax.records import Message, Prompt, explain
 from dno_jax.run_dir import is_lookahead
+
+_HALF = re.compile(r"[\ud800-\udfff]")  # half of a character, as JSON's \ud800 may spell one
+_DEEPEST = 20  # levels of a row: the fields that a row may have need three
 
 
 def load_prompts(path: str) -> list[Prompt]:
@@ -41,7 +45,7 @@ def read_rows(path: str) -> list[tuple[dict[str, Any], str]]:
     """Read JSON objects with their places ("file:line").
 
     Raises:
-        DnoError: no such file, one that cannot be read, or a line that is no JSON object.
+        DnoError: no such file, one that cannot be read, or a line that is no JSON object of whole characters.
     """
     file = epath.Path(path)
     try:
@@ -61,6 +65,7 @@ def read_rows(path: str) -> list[tuple[dict[str, Any], str]]:
             raise DnoError(f"{place}: not valid JSON: {error}") from None
         if not isinstance(row, dict):
             raise DnoError(f"{place}: expected a JSON object, got {type(row).__name__}")
+        _check_texts(row, place=place)
         rows.append((row, place))
     return rows
 
@@ -75,6 +80,25 @@ def with_messages(row: dict[str, Any]) -> dict[str, Any]:
         identity = ", ".join(json.dumps(part, sort_keys=True) for part in parts)
         row = {**row, "prompt_id": hashlib.sha256(identity.encode()).hexdigest()[:16]}
     return row
+
+
+def _check_texts(value: Any, *, place: str, field: str = "", depth: int = 0) -> None:
+    """Refuse halves of characters, which no tokenizer takes, and nesting that is too deep to be written again."""
+    if isinstance(value, str) and (half := _HALF.search(value)):
+        shown = value[max(0, half.start() - 20) : half.end() + 20]
+        raise DnoError(
+            f"{place}: {field}: {shown!r} holds {half[0]!r}, half of a surrogate pair; expected whole characters: "
+            "write both halves, or remove this one"
+        )
+    if depth > _DEEPEST:
+        raise DnoError(f"{place}: {field}: nested more than {_DEEPEST} deep; expected a prompt or an example")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_texts(name, place=place, field="a name")
+            _check_texts(item, place=place, field=field or name, depth=depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_texts(item, place=place, field=field, depth=depth + 1)
 
 
 def _prompt(row: dict[str, Any], *, place: str) -> Prompt:

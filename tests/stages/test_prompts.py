@@ -3,7 +3,7 @@ import json
 import pytest
 
 from dno_jax.errors import DnoError
-from dno_jax.stages.prompts import TokenizedPrompt, load_prompts, split_prompts, tokenize_prompts
+from dno_jax.stages.prompts import TokenizedPrompt, load_prompts, read_rows, split_prompts, tokenize_prompts
 from dno_jax.stages.runtime import load_tokenizer
 
 
@@ -90,6 +90,26 @@ def test_prompts_may_hold_separators_that_are_no_line_breaks(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_bytes('{"prompt": "a\u2028b"}\r\n{"prompt": "c\u2029d\x85e"}\n'.encode())
     assert [prompt.messages[0].content for prompt in load_prompts(str(path))] == ["a\u2028b", "c\u2029d\x85e"]
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        (r'{"messages": [{"role": "user", "content": "bam \udc00"}]}', "messages"),
+        (r'{"prompt": "bam", "assistant_prefix": "\ud83d"}', "assistant_prefix"),
+        (r'{"prompt": "bam", "gold": "\ude00\ud83d"}', "gold"),
+        (r'{"prompt": "bam", "candidates": [{"text": "dom"}, {"text": "\ud83d dom"}]}', "candidates"),
+        (r'{"prompt": "bam", "response": "\ud83d"}', "response"),
+        (r'{"prompt": "bam", "\ud83d": "dom"}', "a name"),
+    ],
+)
+def test_half_of_a_character_is_named_in_every_text(tmp_path, row, field):
+    path = tmp_path / "p.jsonl"
+    path.write_text(r'{"prompt": "\ud83d\ude00"}' + "\n" + row)
+    with pytest.raises(DnoError, match=rf"p\.jsonl:2: {field}: '.*' holds '\\ud[89a-f].*', half of a surrogate pair"):
+        read_rows(str(path))
+    path.write_text(r'{"prompt": "\ud83d\ude00"}')
+    assert load_prompts(str(path))[0].messages[0].content == "\U0001f600"
 
 
 def test_names_of_prompts_are_stable(tmp_path):
