@@ -79,6 +79,17 @@ def test_bad_files_are_named(tmp_path, text):
         load_config(RunConfig, tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize("contents", [None, "seed: 1  # \u00e9".encode("latin-1")], ids=["folder", "latin-1"])
+def test_files_that_cannot_be_read_are_named(tmp_path, contents):
+    path = tmp_path / "odd.yaml"
+    path.mkdir() if contents is None else path.write_bytes(contents)
+    with pytest.raises(DnoError, match=r"odd\.yaml: cannot be read: .*; expected a YAML file in UTF-8"):
+        load_config(RunConfig, path)
+    over = write(tmp_path, MINIMAL | {"base": "odd.yaml"})
+    with pytest.raises(DnoError, match=rf"odd\.yaml: cannot be read \(the base of {over}\): "):
+        load_config(RunConfig, over)
+
+
 def test_changes_that_decide_results_are_named_and_others_are_not(tmp_path):
     config = load_config(RunConfig, write(tmp_path))
     other = load_config(

@@ -34,11 +34,13 @@ def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] 
 
 def _read(path: Path, *, above: tuple[Path, ...]) -> dict[str, Any]:
     """Read one file, laid over its bases; `above` are the files that led here."""
+    named = f" (the base of {above[-1]})" if above else ""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        named = f" (the base of {above[-1]})" if above else ""
         raise DnoError(f"{path}: no such configuration file{named}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DnoError(f"{path}: cannot be read{named}: {error}; expected a YAML file in UTF-8") from None
     except yaml.YAMLError as error:
         raise DnoError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
