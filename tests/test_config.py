@@ -62,6 +62,8 @@ def test_a_dumped_configuration_reads_back_equal(tmp_path):
         ("sampling", "expected a.b=value"),
         ("model.path.x=1", "is a value, not a section"),
         ("model.path=", r"model\.path"),
+        ("model.template_date=2024-13-01", "override 'model.template_date=2024-13-01': .*month must be in 1..12"),
+        pytest.param("model.path=" + "[" * 1000, "not valid YAML: maximum recursion depth", id="deep"),
     ],
 )
 def test_bad_fields_are_named(tmp_path, override, message):
@@ -69,7 +71,7 @@ def test_bad_fields_are_named(tmp_path, override, message):
         load_config(RunConfig, write(tmp_path), ["prompts.held_out=2", override])
 
 
-@pytest.mark.parametrize("text", ["- a list", "a: [1", ""])
+@pytest.mark.parametrize("text", ["- a list", "a: [1", "", "day: 2024-13-01"])
 def test_bad_files_are_named(tmp_path, text):
     path = tmp_path / "broken.yaml"
     path.write_text(text)

@@ -41,7 +41,7 @@ def _read(path: Path, *, above: tuple[Path, ...]) -> dict[str, Any]:
         raise DnoError(f"{path}: no such configuration file{named}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DnoError(f"{path}: cannot be read{named}: {error}; expected a YAML file in UTF-8") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # what looks like a date is made one: 2024-13-01
         raise DnoError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise DnoError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
@@ -83,7 +83,7 @@ def lay_over(tree: dict[str, Any], override: str) -> None:
         raise DnoError(f"override {override!r}: expected a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DnoError(f"override {override!r}: the value is not valid YAML: {error}") from None
     *parents, leaf = name.split(".")
     for parent in parents:
