@@ -71,6 +71,29 @@ def test_bad_fields_are_named(tmp_path, override, message):
         load_config(RunConfig, write(tmp_path), ["prompts.held_out=2", override])
 
 
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("iterations=true", "iterations"),
+        ("iterations=yes", "iterations"),
+        ("mesh.data=true", r"mesh\.data"),
+        ("loss.beta=on", r"loss\.beta"),
+        ("sampling.temperature=no", r"sampling\.temperature"),
+        ("training.save_every=false", r"training\.save_every"),
+        ("annotation.max_usd=true", r"annotation\.max_usd"),
+        ("annotation.table={answers: [a, b], preferences: [[0.5, true], [false, 0.5]]}", "preferences"),
+    ],
+)
+def test_truth_values_are_no_numbers(tmp_path, override, field):
+    with pytest.raises(DnoError, match=rf"{field}: .*(True|False) is a truth value; expected a number"):
+        load_config(RunConfig, write(tmp_path), [override])
+
+
+def test_numbers_may_be_text_and_switches_may_be_words(tmp_path):
+    config = load_config(RunConfig, write(tmp_path), ["optimizer.learning_rate=1e-3", "report.tensorboard=no"])
+    assert (config.optimizer.learning_rate, config.report.tensorboard) == (1e-3, False)
+
+
 @pytest.mark.parametrize("text", ["- a list", "a: [1", "", "day: 2024-13-01"])
 def test_bad_files_are_named(tmp_path, text):
     path = tmp_path / "broken.yaml"

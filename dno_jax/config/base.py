@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 # A field marked so may differ when a run directory is resumed: it changes cost, not results.
 MAY_CHANGE: dict[str, Any] = {"may_change": True}
@@ -42,3 +42,24 @@ Count = Annotated[int, Field(ge=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers_are_no_truth_values(cls, value: Any, info: Any) -> Any:
+        """Refuse what pydantic takes for 0 and 1: `iterations: yes` is a slip."""
+        if _is_number(cls.model_fields[info.field_name].annotation):
+            _refuse_truth_values(value)
+        return value
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a field takes numbers, maybe in tuples."""
+    return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
+
+
+def _refuse_truth_values(value: Any) -> None:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is a truth value; expected a number (yes and on are true to YAML, no and off false)")
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_truth_values(item)
