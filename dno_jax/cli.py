@@ -301,7 +301,7 @@ def fake_judge(
         list[str] | None, typer.Argument(help="such as prefers=longest delay=0.05 fraction=0.2", show_default=False)
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
     show: Annotated[bool, typer.Option("--settings", help="say what can be set, and stop")] = False,
 ) -> None:
     """Serve a judge that prefers, errs and fails as it is told, to rehearse a run without paying one."""

@@ -332,6 +332,15 @@ def test_a_date_that_is_none(command):
     assert "template_date" in command("model.template_date=yesterday")
 
 
+@pytest.mark.parametrize("port", ["99999", "-1"])
+def test_a_port_that_there_is_not(capsys, monkeypatch, port):
+    monkeypatch.setattr(sys, "argv", ["dno", "fake-judge", "--port", port])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "Invalid value for '--port'" in capsys.readouterr().err
+
+
 def test_the_installed_command_answers(tmp_path):
     done = subprocess.run(
         [Path(sys.executable).parent / "dno", "run", tmp_path / "none.yaml"],
