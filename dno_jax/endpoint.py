@@ -345,10 +345,17 @@ def _checked_url(url: str, *, place: str) -> str:
     except ValueError:
         raise DnoError(f"{place}.base_url: not a URL; expected http(s)://host[:port]/path") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise DnoError(f"{place}.base_url: {shown!r}: expected http(s)://host[:port]/path")
+        bare = shown if parts.scheme and parts.hostname else _without_secrets(url)
+        raise DnoError(f"{place}.base_url: {bare!r}: expected http(s)://host[:port]/path")
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
         raise DnoError(
             f"{place}.base_url: {shown} with a user, a query or a fragment; give the bare URL, and the key "
             f"in the environment variable that {place}.api_key_env names"
         )
     return url
+
+
+def _without_secrets(text: str) -> str:
+    """Leave out what may be a user, a password or a query of a text that is no URL, whichever parts it has."""
+    user, _, rest = text.rpartition("@")
+    return "..." if re.search(r"[?#]", user) else re.split(r"[?#]", rest)[0]
