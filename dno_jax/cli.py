@@ -153,7 +153,7 @@ def export(
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
     max_shard_size: Annotated[str, typer.Option(help="of one file, such as 500MB")] = "5GB",
-    overwrite: Annotated[bool, typer.Option(help="replace what is at the path")] = False,
+    overwrite: Annotated[bool, typer.Option(help="replace an earlier export, or an empty directory")] = False,
 ) -> None:
     """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
     from dno_jax.report.console import say

@@ -267,6 +267,83 @@ def test_export_over_something_that_is_there(folder, tmp_path, capsys, monkeypat
     assert "--overwrite" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A run directory with policy 0, in a folder of runs; its checkpoint beside it."""
+    from dno_jax import iteration
+    from dno_jax.config import RunConfig, parse_config
+
+    folder = tmp_path_factory.mktemp("imported")
+    iteration.prepare(parse_config(RunConfig, small_tree(folder, run_dir="runs/run"), place="test"))
+    return folder
+
+
+@pytest.fixture
+def export(imported, tmp_path, capsys, monkeypatch):
+    """Run `dno export` on a copy of that folder, from inside its run directory; return (exit status, what it said)."""
+    copy = tmp_path / "copy"
+    shutil.copytree(imported, copy)
+    config = copy / "runs" / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(imported), str(copy)))
+    monkeypatch.chdir(config.parent)
+
+    def run(target, *options):
+        monkeypatch.setattr(sys, "argv", ["dno", "export", str(config.parent), str(target), "--policy", "0", *options])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return caught.value.code, said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("../run", "would replace the run directory"),
+        (".", "would replace the run directory"),
+        ("..", "would replace the run directory"),
+        ("../../link", "would replace the run directory"),
+        ("../../..", "would replace the run directory"),
+        ("../../checkpoint", "would replace model.path"),
+        ("policies", "is the run's own"),
+        ("policies/000/params", "is the run's own"),
+        ("iterations/000/new", "is the run's own"),
+        ("../../notes", "neither empty nor an exported checkpoint"),
+        ("../../half", "neither empty nor an exported checkpoint"),
+        ("../../prompts.jsonl", "Not a directory"),
+    ],
+)
+def test_an_export_overwrites_nothing_but_exports(export, tmp_path, target, named):
+    (tmp_path / "copy" / "link").symlink_to(tmp_path / "copy" / "runs")
+    for name, file in (("notes", "todo.txt"), ("half", "config.json")):
+        (tmp_path / "copy" / name).mkdir()
+        (tmp_path / "copy" / name / file).write_text("kept")
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    code, said = export(target, "--overwrite")
+    assert files() == before
+    assert code == 2
+    assert named in said
+    assert f"{target}: " in said
+
+
+def test_an_export_overwrites_an_empty_directory_and_an_export(export):
+    Path("export").mkdir()
+    for _ in range(2):
+        code, said = export("export", "--overwrite")
+        assert code in (0, None), said
+        assert Path("export", "model.safetensors").exists()
+    assert not [path.name for path in Path().iterdir() if path.name.startswith(".")]
+    code, said = export("export")
+    assert code == 2
+    assert "--overwrite" in said
+
+
 def test_a_template_that_parts_from_its_own_prompt_is_refused(tmp_path, command):
     """The whole chat must begin with the prompt's ids, else what is trained is not what was sampled."""
     template = (

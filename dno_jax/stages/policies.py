@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,14 @@ def export(
     """Write a policy as a Hugging Face checkpoint that reloads to the same values and logits.
 
     Raises:
-        DnoError: the policy does not exist, the target does, or what was written does not reload to the same model.
+        DnoError: the policy does not exist, the target does and may not be replaced, it is no place for an export, or
+            what was written does not reload to the same model.
     """
-    if epath.Path(path).exists() and not overwrite:
-        raise DnoError(f"{path} exists; give another path, or --overwrite")
+    _check_target(config, path)
+    if epath.Path(path).exists():
+        if not overwrite:
+            raise DnoError(f"{path} exists; give another path, or --overwrite")
+        hf.check_replaceable(path)
     if dtype not in (None, "float32", "bfloat16"):
         raise DnoError(f"dtype of an export is {dtype!r}; expected float32 or bfloat16, or nothing for the base's own")
     runtime = Runtime.start(config)
@@ -77,6 +82,22 @@ def export(
         overwrite=overwrite,
     )
     barrier(f"export {policy}")
+
+
+def _check_target(config: RunConfig, path: str) -> None:
+    """Raise DnoError where an export would take the place of what it is made from, or lie among it."""
+    target = _resolved(path)
+    for name, kept in (("the run directory", config.run_dir), ("model.path", config.model.path)):
+        if _resolved(kept).is_relative_to(target):
+            raise DnoError(f"{path}: an export there would replace {name}, {kept}; give a directory of its own")
+    for folder in (RunDir(config.run_dir).path / name for name in ("policies", "iterations")):
+        if target.is_relative_to(_resolved(os.fspath(folder))):
+            raise DnoError(f"{path}: lies in {folder}, which is the run's own; give a directory outside of it")
+
+
+def _resolved(path: str) -> Path:
+    """Follow the links of a path; one in an object store has none, and is in no local directory."""
+    return Path(path if "://" in path else os.path.realpath(path))
 
 
 def export_facts(config: RunConfig, *, policy: int) -> hf.ExportFacts:

@@ -79,6 +79,8 @@ def test_save_refuses_what_is_wrong(tmp_path, config, params, checkpoint):
     moved = {**params, "final_norm": params["final_norm"] + 1}
     hf.save(checkpoint, config, moved, source=checkpoint, overwrite=True)
     assert (checkpoint / "model.safetensors").read_bytes() != before
+    with pytest.raises(DnoError, match="neither empty nor an exported checkpoint"):
+        hf.save(tmp_path, config, moved, source=checkpoint, overwrite=True)
     target = tmp_path / "target"
     cases = [
         (dataclasses.replace(config, rms_norm_eps=1e-6), params, "rms_norm_eps is 1e-05"),

@@ -2,7 +2,7 @@
 
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
 from dno_jax.model.hf.config_json import read_config, read_end_token_ids, read_pad_token_id
-from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, save
+from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
 from dno_jax.model.hf.importer import check, load
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "ExportFacts",
     "HeldOutRate",
     "check",
+    "check_replaceable",
     "load",
     "read_config",
     "read_end_token_ids",

@@ -68,11 +68,11 @@ def save(
             names, where the source has no weights).
         max_shard_bytes: several files and an index are written where one file would be larger.
         facts: what the model card says of the run.
-        overwrite: replace an existing directory.
+        overwrite: replace a directory that is empty or holds an exported checkpoint.
 
     Raises:
-        DnoError: the target exists, the source disagrees with `config`, a parameter is missing, unexpected or of
-            another shape, or the checkpoint read back holds other values or gives other logits.
+        DnoError: the target exists and may not be replaced, the source disagrees with `config`, a parameter is missing,
+            unexpected or of another shape, or the checkpoint read back holds other values or gives other logits.
     """
     path, source = Path(path), Path(source)
     if dtype is not None and np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
@@ -86,8 +86,10 @@ def save(
 
     def begin() -> None:
         _recover(path)
-        if (path.exists() or path.is_symlink()) and not overwrite:
-            raise DnoError(f"{path}: exists already; choose another directory or allow overwriting")
+        if path.exists() or path.is_symlink():
+            if not overwrite:
+                raise DnoError(f"{path}: exists already; choose another directory or allow overwriting")
+            check_replaceable(path)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(text, encoding="utf-8")
@@ -107,6 +109,19 @@ def save(
     finally:
         if _is_primary():
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Raise DnoError unless nothing is lost with a directory but an export: what is replaced is deleted."""
+    try:
+        names = os.listdir(path)
+    except OSError as error:
+        raise DnoError(f"{path}: cannot be overwritten ({error.strerror or error}); give another path") from None
+    if names and not ("config.json" in names and any(name.endswith(".safetensors") for name in names)):
+        raise DnoError(
+            f"{path}: not overwritten, as it is neither empty nor an exported checkpoint (config.json and "
+            "*.safetensors); give another path, or remove it first"
+        )
 
 
 def _config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
