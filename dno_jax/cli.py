@@ -148,7 +148,7 @@ def import_(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
+    run_dir: Annotated[str, typer.Argument(help="a run directory", show_default=False)],
     path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
@@ -156,12 +156,14 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="replace an earlier export, or an empty directory")] = False,
 ) -> None:
     """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
+    from dno_jax.config.base import absolute
     from dno_jax.report.console import say
     from dno_jax.report.summary import best_policy_of
     from dno_jax.run_dir import RunDir
 
-    folder = RunDir(str(run_dir))
-    settings = folder.load_config()
+    folder = RunDir(run_dir)
+    # The directory may have been copied or moved since its config.yaml was written.
+    settings = folder.load_config().model_copy(update={"run_dir": absolute(str(folder.path))})
     if policy is None:
         policy = best_policy_of(folder, iterations=settings.iterations)
     from dno_jax.stages import policies

@@ -30,7 +30,7 @@ def dno(monkeypatch):
     return run
 
 
-def test_stage_by_stage_equals_one_run(folder, dno, capsys):
+def test_stage_by_stage_equals_one_run(folder, dno, capsys, monkeypatch):
     config = folder / "stages.yaml"
     config.write_text(yaml.safe_dump({**small_tree(folder, run_dir="stages"), "iterations": 1, "prompts": {
         **small_tree(folder)["prompts"], "split": "shared"}}))  # fmt: skip
@@ -65,6 +65,11 @@ def test_stage_by_stage_equals_one_run(folder, dno, capsys):
     if int(two.stage("evaluate", 0).require().details["best"]) == 1:
         for name in ("embed", "final_norm"):
             np.testing.assert_array_equal(params[name], best[name])
+    (folder / "stages").rename(folder / "moved")  # its config.yaml names where it was
+    monkeypatch.chdir(folder)
+    dno("export", "moved", "again", "--policy", "1")
+    for path in (folder / "out").iterdir():
+        assert (folder / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_inspect_shows_where_the_loss_starts_and_ends(folder, dno, capsys):
