@@ -344,6 +344,24 @@ def test_an_export_overwrites_an_empty_directory_and_an_export(export):
     assert "--overwrite" in said
 
 
+@pytest.mark.parametrize("target", ["../../prompts.jsonl/x", "/proc/foo/bar", "long" * 99])
+def test_an_export_to_where_nothing_can_be_written(export, target):
+    before = sorted(Path().iterdir())
+    code, said = export(target)
+    assert code == 2
+    assert f"{Path(target).resolve()}: the checkpoint cannot be written (" in said
+    assert sorted(Path().iterdir()) == before
+
+
+def test_an_export_to_the_working_directory(export, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, said = export(".", "--overwrite")
+    assert code in (0, None), said
+    assert (tmp_path / "here" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copy", "here"]
+
+
 def test_a_template_that_parts_from_its_own_prompt_is_refused(tmp_path, command):
     """The whole chat must begin with the prompt's ids, else what is trained is not what was sampled."""
     template = (

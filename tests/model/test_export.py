@@ -81,6 +81,8 @@ def test_save_refuses_what_is_wrong(tmp_path, config, params, checkpoint):
     assert (checkpoint / "model.safetensors").read_bytes() != before
     with pytest.raises(DnoError, match="neither empty nor an exported checkpoint"):
         hf.save(tmp_path, config, moved, source=checkpoint, overwrite=True)
+    with pytest.raises(DnoError, match=r"config.json/x: the checkpoint cannot be written \(.*Not a directory"):
+        hf.save(checkpoint / "config.json" / "x", config, params, source=checkpoint)
     target = tmp_path / "target"
     cases = [
         (dataclasses.replace(config, rms_norm_eps=1e-6), params, "rms_norm_eps is 1e-05"),

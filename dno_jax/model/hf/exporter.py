@@ -71,10 +71,11 @@ def save(
         overwrite: replace a directory that is empty or holds an exported checkpoint.
 
     Raises:
-        DnoError: the target exists and may not be replaced, the source disagrees with `config`, a parameter is missing,
-            unexpected or of another shape, or the checkpoint read back holds other values or gives other logits.
+        DnoError: the target exists and may not be replaced, or cannot be written; the source disagrees with `config`; a
+            parameter is missing, unexpected or of another shape; or the checkpoint read back holds other values or
+            gives other logits.
     """
-    path, source = Path(path), Path(source)
+    path, source = Path(os.path.realpath(path)), Path(source)  # "." has no name that could be given to another
     if dtype is not None and np.dtype(dtype) not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
         raise DnoError(f"dtype of a checkpoint is {np.dtype(dtype)}; expected float32 or bfloat16")
     if max_shard_bytes < 1:
@@ -101,11 +102,11 @@ def save(
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
     try:
-        _on_primary(begin)
+        _on_primary(begin, path=path)
         _write_tensors(temporary, plan, params, max_shard_bytes=max_shard_bytes)
         _compare_tensors(temporary, config, plan, params)
         _compare_logits(temporary, config, plan, params)
-        _on_primary(lambda: _rename_into_place(temporary, path))
+        _on_primary(lambda: _rename_into_place(temporary, path), path=path)
     finally:
         if _is_primary():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -173,11 +174,13 @@ def _agree(error: Exception | None) -> None:
         raise DnoError("export: process 0 gave up; its message says why")
 
 
-def _on_primary(act: Callable[[], None]) -> None:
-    error = None
+def _on_primary(act: Callable[[], None], *, path: Path) -> None:
+    error: Exception | None = None
     if _is_primary():
         try:
             act()
+        except OSError as caught:
+            error = DnoError(f"{path}: the checkpoint cannot be written ({caught}); give a directory that can")
         except Exception as caught:
             error = caught
     _agree(error)
