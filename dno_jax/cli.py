@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -349,12 +355,36 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
 
 
-def main() -> None:
-    """Run the command line; a DnoError is printed without a traceback, exit status 2."""
-    from dno_jax.errors import DnoError
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Send a Ctrl-C again where Python drops it: in a callback of the garbage collector, of which jax has one."""
+    before = sys.unraisablehook
 
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            before(dropped)
+            return
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # at once, it would end up in this hook
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
     try:
-        app()
-    except DnoError as error:
-        typer.echo(f"dno: {error}", err=True)
-        raise SystemExit(2) from None
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def main() -> None:
+    """Run the command line; a DnoError is printed without a traceback, exit status 2, and 130 after a Ctrl-C."""
+    try:
+        from dno_jax.errors import DnoError
+
+        try:
+            with _no_interrupt_is_lost():
+                app()
+        except DnoError as error:
+            typer.echo(f"dno: {error}", err=True)
+            raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the command has begun, or after it
+        raise SystemExit(130) from None
