@@ -93,15 +93,16 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
         judge = {"self": "self_judge", "reward_model": "reward_model"}.get(settings.annotation.kind)
         on_devices = name == "annotate" and judge is not None
         stage = importlib.import_module(f"dno_jax.stages.{judge if on_devices else module or name}").run
+        options = {"stage_name": name} if module else {}
         if needs_devices or on_devices:
-            from dno_jax.iteration import prepare
+            from dno_jax.iteration import prepared
 
             _join(coordinator, num_processes, process_id)
-            prepare(settings)
+            with prepared(settings):
+                stage(settings, iteration, **options)
         else:  # it may be there first, or on a machine of its own: then it must be the same configuration
             RunDir(settings.run_dir).open(settings)
-        options = {"stage_name": name} if module else {}
-        stage(settings, iteration, **options)
+            stage(settings, iteration, **options)
 
     command.__doc__ = summary
     app.command(name.replace("_", "-"))(command)

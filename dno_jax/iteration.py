@@ -6,7 +6,8 @@ Every stage reads files and leaves files; this module only says in which order, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from dno_jax.annotation.transport.routes import Unreachable
@@ -42,27 +43,40 @@ class RunResult:
 
 def run(config: RunConfig) -> RunResult:
     """Run, or go on with, everything the configuration asks for; return the best policy's checkpoint (line 9)."""
-    prepare(config)
-    for iteration in range(config.iterations):
-        run_iteration(config, iteration)
+    with prepared(config):
+        for iteration in range(config.iterations):
+            run_iteration(config, iteration)
+        run_dir = RunDir(config.run_dir)
+        best = int(run_dir.stage("evaluate", config.iterations - 1).require().details["best"])
+        if not run_dir.export_path.exists():
+            policies.export(config, policy=best, path=str(run_dir.export_path))
+        if config.outer.scheme == "average" and not (run_dir.export_average_path / "mixture.json").exists():
+            policies.export_pool(config, path=str(run_dir.export_average_path))
+        return RunResult(best=best, export=str(run_dir.export_path))
+
+
+@contextmanager
+def prepared(config: RunConfig) -> Iterator[None]:
+    """Check everything that can be checked before work is paid for; hold and open the run directory, import policy 0.
+
+    Process 0 holds it for all, until the work inside is done.
+    """
+    runtime = inspect.check(config)
     run_dir = RunDir(config.run_dir)
-    best = int(run_dir.stage("evaluate", config.iterations - 1).require().details["best"])
-    if not run_dir.export_path.exists():
-        policies.export(config, policy=best, path=str(run_dir.export_path))
-    if config.outer.scheme == "average" and not (run_dir.export_average_path / "mixture.json").exists():
-        policies.export_pool(config, path=str(run_dir.export_average_path))
-    return RunResult(best=best, export=str(run_dir.export_path))
+    with run_dir.held() if is_primary() else nullcontext():
+        if is_primary():
+            run_dir.open(config)
+        barrier("config")
+        if is_primary():
+            template.save_template(runtime)
+        policies.import_initial(config)
+        yield
 
 
 def prepare(config: RunConfig) -> None:
-    """Check everything that can be checked before work is paid for, open the run directory, import policy 0."""
-    runtime = inspect.check(config)
-    if is_primary():
-        RunDir(config.run_dir).open(config)
-    barrier("config")
-    if is_primary():
-        template.save_template(runtime)
-    policies.import_initial(config)
+    """Do what comes before any work, and let go of the run directory."""
+    with prepared(config):
+        pass
 
 
 def run_iteration(config: RunConfig, iteration: int) -> None:

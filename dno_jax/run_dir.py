@@ -1,6 +1,6 @@
 """The run directory: shards, manifests and digests, so that restarting is the normal case.
 
-    <run_dir>/config.yaml  metrics.jsonl  annotations.sqlite  tensorboard/  policies/000/ ...
+    <run_dir>/config.yaml  metrics.jsonl  annotations.sqlite  tensorboard/  policies/000/ ...  .lock
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
 A stage writes closed shards (temporary file, then rename) and, last, MANIFEST.json. What has a manifest is done; what
@@ -10,9 +10,11 @@ imports jax.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -206,6 +208,7 @@ class RunDir:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = epath.Path(path)
         self.config_path = self.path / "config.yaml"
+        self.lock_path = self.path / ".lock"
         self.metrics_path = self.path / "metrics.jsonl"
         self.annotations_path = self.path / "annotations.sqlite"
         self.receipts_path = self.path / "receipts.json"
@@ -253,6 +256,43 @@ class RunDir:
                     + "\nset these fields back, or give another run_dir"
                 )
         write_atomically(self.config_path, dump_config(config))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the directory to this process; what writes shards or policies does so inside. A kill lets go of it too.
+
+        An object store has no locks, and neither have some file systems: nothing is held there.
+
+        Raises:
+            DnoError: another process holds it.
+        """
+        if "://" in os.fspath(self.path):
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError:  # open() says what is wrong with the directory
+            yield
+            return
+        try:
+            with suppress(OSError):
+                self._lock(file)
+            yield
+        finally:
+            os.close(file)
+
+    def _lock(self, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
+            raise DnoError(
+                f"run_dir {self.path}: in use by {holder}; wait until it ends, stop it, or give another run_dir (where "
+                f"its machine has died and the file system has not noticed, remove {self.lock_path})"
+            ) from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def load_config(self, kind: type[Any] = RunConfig) -> Any:
         """The configuration the directory was made by."""

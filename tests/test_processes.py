@@ -106,6 +106,21 @@ def test_the_launcher_reports_a_failing_process(runs):
     assert "loss.beta" in done.stderr
 
 
+def test_the_launcher_ends_where_the_directory_is_in_use(tmp_path):
+    """Process 0 alone asks for it; the other must not wait for it."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(small_tree(tmp_path)))
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "DNO": f"{Path(sys.executable).parent}/dno"}
+    with RunDir(tmp_path / "run").held():
+        done = subprocess.run(
+            [str(ROOT / "launch" / "local.sh"), "2", str(path)],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert f"in use by process {os.getpid()} on" in done.stderr
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 @pytest.mark.soak
 def test_a_model_that_lies_across_processes_draws_the_same(tmp_path):
     """Neither process could sample alone: each holds half of every head. All decisions must fall alike in both."""

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,33 @@ def test_no_verdict_is_bought_twice_beyond_those_in_flight(folder):
     judgements = list(run_dir.stage("annotate", 0).read(Judgement))
     assert len(judgements) == 12
     assert all(row.state == "ok" and row.scores is not None for row in judgements)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_directory_in_use_is_refused_until_a_kill_lets_go_of_it(folder):
+    path = write_config(folder, "used", iterations=1)
+    run_dir = folder / "used"
+    command = [sys.executable, "-m", "dno_jax", "run", str(path)]
+    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "policies" / "000" / "FINGERPRINT").exists():
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # amid its work, for as long as it takes
+        before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
+        for verb in ("run", "train"):
+            second = start(verb, path)
+            assert second.returncode == 2, second.stderr[-3000:]
+            assert f"{run_dir}: in use by process {first.pid} on {socket.gethostname()};" in second.stderr
+            assert "Traceback" not in second.stderr
+        assert {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")} == before
+        assert start("status", run_dir).returncode == 0
+        beside = start("pair", path)  # needs no device: it is not kept out, but there is nothing to pair yet
+        assert "stage 'annotate' of iteration 0 is not finished" in beside.stderr
+    finally:
+        first.kill()
+        first.wait()
+    finish(path)

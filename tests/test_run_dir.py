@@ -1,5 +1,9 @@
+import errno
+import fcntl
 import json
+import os
 import resource
+import socket
 
 import pytest
 
@@ -67,10 +71,43 @@ def test_a_changed_configuration_is_refused_by_name(tmp_path):
     assert run_dir.load_config().loss.beta == 0.1
 
 
+def test_a_directory_is_held_by_one_at_a_time(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    holder = f"in use by process {os.getpid()} on {socket.gethostname()};"
+    with run_dir.held():
+        with pytest.raises(DnoError, match=holder), RunDir(tmp_path / "run").held():
+            pass
+        run_dir.open(config(run_dir.path))  # what annotates beside it may
+        with RunDir(tmp_path / "other").held():
+            pass
+    with pytest.raises(ZeroDivisionError), run_dir.held():
+        raise ZeroDivisionError
+    with run_dir.held():
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with RunDir(tmp_path).held(), RunDir(tmp_path).held():
+        pass
+
+
+def test_an_object_store_has_no_lock(monkeypatch):
+    monkeypatch.setattr(os, "open", None)
+    with RunDir("gs://bucket/run").held():
+        pass
+
+
 def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DnoError, match="cannot be written"):
         RunDir(tmp_path / "file" / "run").open(config(tmp_path))
+    with RunDir(tmp_path / "file" / "run").held():  # it is left to open() to say so
+        pass
     with pytest.raises(DnoError, match=r"no config\.yaml"):
         RunDir(tmp_path / "empty").load_config()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -32,10 +33,15 @@ def run(config: SftConfig) -> epath.Path:
     start = time.perf_counter()
     runtime = Runtime.start(config)
     refuse_template(runtime)
-    if is_primary():
-        runtime.run_dir.open(config)
-        save_template(runtime)
-    barrier("sft config")
+    with runtime.run_dir.held() if is_primary() else nullcontext():
+        if is_primary():
+            runtime.run_dir.open(config)
+            save_template(runtime)
+        barrier("sft config")
+        return _fine_tune(runtime, config, start=start)
+
+
+def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) -> epath.Path:
     target = runtime.run_dir.export_path
     if target.exists():
         if is_primary():

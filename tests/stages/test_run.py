@@ -128,7 +128,8 @@ def test_a_finished_run_is_not_touched_again(finished):
     before = files(run_dir)
     assert iteration.run(config) == result
     after = files(run_dir)
-    rewritten = {"config.yaml", "template.txt", "prompts.jsonl", "report.html"}  # rewritten whole, with the same bytes
+    # Rewritten whole, with the same bytes.
+    rewritten = {".lock", "config.yaml", "template.txt", "prompts.jsonl", "report.html"}
     changed = {path for path in before if before[path] != after.get(path)}
     assert {path.rsplit("/", 1)[-1] for path in changed} <= rewritten
     assert before.keys() == after.keys()
