@@ -87,7 +87,7 @@ def salvage(place: Place) -> None:
 
     file = _file(place)
     found = work(file)
-    rows = ", ".join(f"{count:,} {table}" for table, count in found.rows.items())
+    rows = ", ".join(f"{count:,} {table}" for table, count in found.rows.items() if table != "identity")
     say(f"salvaged to {file}: {rows}; the damaged file is now {found.aside}")
     if found.lost_usd > 0.0:
         say(

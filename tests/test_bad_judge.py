@@ -141,7 +141,8 @@ def test_a_damaged_store_is_salvaged_by_the_command_that_is_named(dno, sampled):
     assert len(list(run_dir.stage("annotate", 0).read(Judgement))) == 40
 
 
-def test_a_full_disk_stops_it_and_the_next_run_goes_on(dno, sampled):
+def test_a_full_disk_stops_it_and_the_next_run_goes_on(dno, sampled, monkeypatch):
+    monkeypatch.setattr("dno_jax.annotation.ledger.database.RESERVE_BYTES", 100_000)  # of which this disk gives nothing
     prompts = 60
     with FakeJudge(prefers="marker") as server:
         run_dir, path = sampled(server, prompts=prompts)

@@ -79,8 +79,11 @@ def test_what_is_paid_stands_in_the_receipt_with_the_prices(path):
     client = FakeClient(probe=Used(100, 1))
     _, spent, receipt = ask_all(client, section(), path, names(3))
     assert spent == pytest.approx(3 * REAL + 100 * 10e-6 + 20e-6)
+    with closing(VerdictStore(path)) as store:
+        store_id = store.store_id
     assert receipt == {
-        "store": str(path),
+        "store": store_id,
+        "path": str(path),
         "max_usd": None,
         "usd": spent,
         "models": {

@@ -365,8 +365,11 @@ def test_salvage_tells_of_lost_receipts_and_leaves_a_file_in_use_alone(path):
         assert not path.with_name(f"{path.name}.salvaged").exists()
         put(store, "b", OK)
         store._execute("DELETE FROM receipts", ())
+        before = store.store_id
     found = salvage(path)
-    assert found.rows == {"verdicts": 2, "receipts": 0, "batches": 0}
+    assert found.rows == {"verdicts": 2, "receipts": 0, "batches": 0, "identity": 1}
+    with closing(VerdictStore(path)) as store:
+        assert store.store_id == before
     assert found.lost_usd == 2 * OK.usd
 
 

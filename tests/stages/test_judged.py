@@ -247,9 +247,26 @@ def test_receipts_hold_every_store_that_was_paid_through(tmp_path):
             shard.unlink()
         annotate.run(elsewhere, 0)
     found = json.loads(RunDir(config.run_dir).receipts_path.read_text())
-    assert found["stores"].keys() == {str(tmp_path / "run" / "annotations.sqlite"), other["store"]}
-    assert found["stores"][str(tmp_path / "run" / "annotations.sqlite")] == own
-    assert found["usd"] == found["stores"][other["store"]]["usd"] > 0.0
+    stores = {receipt["path"]: receipt for receipt in found["stores"].values()}
+    assert stores.keys() == {str(tmp_path / "run" / "annotations.sqlite"), other["store"]}
+    assert stores[str(tmp_path / "run" / "annotations.sqlite")] == own
+    assert found["usd"] == stores[other["store"]]["usd"] > 0.0
+
+
+def test_a_run_directory_that_is_moved_has_paid_once(tmp_path):
+    prices = {"judge": {"input": 1.0, "output": 1.0}}
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path / "run", server.url, prompts=4, annotation={"prices": prices})
+        annotate.run(config, 0)
+        before = json.loads(RunDir(config.run_dir).receipts_path.read_text())
+        (tmp_path / "run").rename(tmp_path / "moved")
+        stage = RunDir(str(tmp_path / "moved")).stage("annotate", 0)
+        stage.manifest_path.unlink()
+        annotate.run(config.model_copy(update={"run_dir": str(tmp_path / "moved")}), 0)
+        assert (server.requests, server.duplicates) == (4, 0)
+    after = json.loads(RunDir(str(tmp_path / "moved")).receipts_path.read_text())
+    assert after["usd"] == before["usd"] > 0.0
+    assert [receipt["path"] for receipt in after["stores"].values()] == [str(tmp_path / "moved" / "annotations.sqlite")]
 
 
 @pytest.mark.parametrize("expired", [0.0, 0.3])

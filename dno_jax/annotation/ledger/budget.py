@@ -164,7 +164,8 @@ class Budget:
         """Return what this run has paid by model, with the prices by which it counts now, for receipts.json."""
         receipts = [receipt for receipt in self._store.receipts() if receipt.run == self._run]
         return {
-            "store": os.path.abspath(self._store.path),
+            "store": self._store.store_id,
+            "path": os.path.abspath(self._store.path),
             "max_usd": self._limit,
             "usd": sum(receipt.usd for receipt in receipts),
             "models": {

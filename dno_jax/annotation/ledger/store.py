@@ -21,7 +21,7 @@ from dno_jax.annotation.question import Verdict
 from dno_jax.annotation.transport.batch import OpenBatch
 from dno_jax.errors import DnoError
 
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _VERDICTS = """
     CREATE TABLE IF NOT EXISTS verdicts (
         key        TEXT PRIMARY KEY,  -- sha256 of the canonical JSON of judge, request and repetition
@@ -59,6 +59,13 @@ _BATCHES = """
         batch_id TEXT               -- NULL while it is not known whether it was made
     )
 """
+_IDENTITY = """
+    CREATE TABLE IF NOT EXISTS identity (
+        one      INTEGER PRIMARY KEY CHECK (one = 1),
+        store_id TEXT NOT NULL  -- tells it from others, wherever it lies
+    )
+"""
+_IDENTIFY = "INSERT OR IGNORE INTO identity VALUES (1, lower(hex(randomblob(8))))"
 # An answer stays: neither a later failure nor a second answer (two processes asking at once) replaces it.
 _PUT = """
     INSERT INTO verdicts (key, judge, prompt_id, state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd,
@@ -81,7 +88,7 @@ _COLUMNS = "state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd
 _ROW = f"key, judge, prompt_id, {_COLUMNS}, created_at"
 _RECEIPT = "run, model, requests, tokens_in, tokens_out, usd, unmetered"
 _BATCH = "token, url, keys, batch_id"
-TABLES = {"verdicts": _ROW, "receipts": _RECEIPT, "batches": _BATCH}
+TABLES = {"verdicts": _ROW, "receipts": _RECEIPT, "batches": _BATCH, "identity": "one, store_id"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,11 @@ class VerdictStore:
     def full(self) -> DnoError | None:
         """Why nothing more should be paid for: the disk is full, and what comes is written into the reserve."""
         return self._database.full
+
+    @property
+    def store_id(self) -> str:
+        """Tells the file from others: it goes with it where it is moved."""
+        return self._database.read("SELECT store_id FROM identity")[0][0]
 
     def get(self, key: str) -> Verdict | None:
         """Return the answer to a request, or None where it has to be asked (again).
@@ -240,7 +252,7 @@ class VerdictStore:
 
         def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
             names, places = ", ".join(row), ", ".join("?" * len(row))
-            command = f"INSERT OR IGNORE INTO {table} ({names}) VALUES ({places})"
+            command = f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({places})"
             return connection.execute(command, tuple(row.values())).rowcount
 
         def job(connection: sqlite3.Connection) -> dict[str, int]:
@@ -284,6 +296,8 @@ def _prepare(path: str, connection: sqlite3.Connection) -> None:
             connection.execute(_VERDICTS)
             connection.execute(_RECEIPTS)
             connection.execute(_BATCHES)
+            connection.execute(_IDENTITY)
+            connection.execute(_IDENTIFY)
             # By shape, not by number: another process may have been here, and a salvaged file has no number.
             if "usd" not in {column[1] for column in connection.execute("PRAGMA table_info(verdicts)")}:
                 connection.execute("ALTER TABLE verdicts ADD COLUMN usd REAL NOT NULL DEFAULT 0")
