@@ -339,7 +339,21 @@ def broken(state, where=lambda question: True):
     return verdict
 
 
-ENSEMBLE = AnnotationSection(kind="ensemble", ensemble=(LISTWISE, PAIRWISE, TOURNAMENT))
+OTHERS = TOURNAMENT.model_copy(update={"model": "another"})
+ENSEMBLE = AnnotationSection(kind="ensemble", ensemble=(LISTWISE, PAIRWISE, OTHERS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"base_url": "http://there"}, {"schedule": "tournament"}, {"batch": True}, {"rubric": "pairwise_verdict"}],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_ensemble_does_not_count_one_verdict_twice(change):
+    again = PAIRWISE.model_copy(update=change)
+    with pytest.raises(ValueError, match=r"ensemble: 1 and 2 ask 'gpt-4.1-mini' the same.*--served-model-name"):
+        AnnotationSection(kind="ensemble", ensemble=(LISTWISE, PAIRWISE, again))
+    for other in ({"temperature": 0.5}, {"max_tokens": 7}, {"send_seed": False}, {"model": "another"}):
+        AnnotationSection(kind="ensemble", ensemble=(LISTWISE, PAIRWISE, again.model_copy(update=other)))
 
 
 @pytest.mark.parametrize("state", ["refused", "unparsable", "failed", "over budget"])
