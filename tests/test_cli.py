@@ -198,6 +198,8 @@ class Broken:
     def __del__(self):
         raise ValueError("of another kind")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
+
 def interrupt(phase, info):
     if phase == "start":
         os.kill(os.getpid(), signal.SIGINT)
