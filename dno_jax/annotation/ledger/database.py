@@ -57,16 +57,20 @@ class Database:
         self.full: DnoError | None = None
         """That the disk was full, once the reserve was needed: what was written is kept, and more should not come."""
         self._reading = threading.Lock()  # a stage may build it in one thread and run its event loop in another
+        self._reserve: Any = None
         self._writer = self._connect()
         try:
             with self.explained():
                 _keep_a_wal(self._writer)
                 self._writer.execute("PRAGMA synchronous = FULL")
                 prepare(self._writer)
+            if reserve:
+                self._reserve = self._hold()
             self._reader = self._connect()
-            self._reserve = self._hold() if reserve else None
         except BaseException:
             self._writer.close()
+            if self._reserve is not None:
+                self._reserve.close()
             raise
 
     def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
