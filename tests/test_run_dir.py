@@ -93,13 +93,16 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number)
 
     monkeypatch.setattr(fcntl, "flock", refused)
     with RunDir(tmp_path).held(), RunDir(tmp_path).held():
-        pass
+        assert (tmp_path / ".lock").read_text() == ""  # nobody says to hold it
 
 
-def test_an_object_store_has_no_lock(monkeypatch):
-    monkeypatch.setattr(os, "open", None)
+def test_an_object_store_has_no_lock(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: asked.append(arguments))
     with RunDir("gs://bucket/run").held():
-        pass
+        assert asked == []
+        assert list(tmp_path.iterdir()) == []  # nor a folder of that name
 
 
 def test_an_unwritable_directory_is_refused(tmp_path):

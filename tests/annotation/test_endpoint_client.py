@@ -983,6 +983,45 @@ def test_a_key_of_any_length_is_scrubbed_in_headers_and_urls_too(key, monkeypatc
         assert quote(key, safe="") not in text
 
 
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda char: char,
+        lambda char: "\\/" if char == "/" else char,
+        lambda char: f"\\u{ord(char):04x}",
+        lambda char: f"\\u{ord(char):04X}" if char in "/+" else char,
+        lambda char: f"%{ord(char):02X}",
+        lambda char: f"%{ord(char):02x}" if char == "=" else char,
+    ],
+    ids=["as it is", "PHP", "escaped", "partly escaped", "URL", "partly URL"],
+)
+def test_a_key_is_found_however_json_or_a_url_spells_it(spell, monkeypatch):
+    key = "Zm9v/YmFy+cXV4/b3JnMTIz=="
+    monkeypatch.setenv("PLANTED_KEY", key)
+    spelt = "".join(map(spell, key))
+    with Scripted(after_probe(lambda _: completion(f"50 % of {spelt} \\n"))) as server:
+        assert send_one(section(server, api_key_env="PLANTED_KEY")).text == "50 % of [key] \\n"
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "idna", "hex", "rot13", "undefined", "nonesuch"])
+def test_a_charset_that_no_text_has_is_no_reason_to_stop(charset):
+    """JSON is UTF-8, and an error page may be anything: a failed try, and no traceback."""
+    headers = {"content-type": f"text/html; charset={charset}"}
+    answers = [Answer(body=completion("good").body, headers=headers), Answer(503, {"error": "x"}, headers=headers)]
+    with Scripted(first_then(*answers)) as server:
+        reply, trouble = send_all(section(server, max_concurrency=1), 2)
+    assert reply.text == "good"
+    assert isinstance(trouble, Trouble)
+    assert trouble.then == "retry"
+
+
+def test_a_log_probability_beyond_every_float_is_none():
+    body = completion(logprobs={"content": [{"token": "m", "logprob": -(10**400), "top_logprobs": []}]}).body
+    found = read_completion(json.dumps(body))
+    assert found is not None
+    assert found.first_logprobs is None
+
+
 @pytest.mark.parametrize("key", ["none", "EMPTY", "x", "Not-Needed"])
 def test_a_placeholder_is_no_secret_and_garbles_no_word(key, monkeypatch):
     monkeypatch.setenv("PLANTED_KEY", key)

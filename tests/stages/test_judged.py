@@ -212,7 +212,7 @@ def test_what_is_in_flight_when_a_disk_fills_up_is_kept(tmp_path):
     if mount.returncode:
         pytest.skip("this user may not mount a file system")
     try:
-        with FakeJudge(prefers="marker", delay=0.05) as server:
+        with FakeJudge(prefers="marker", delay=0.2) as server:
             config = sampled_run(disk, server.url, prompts=400, pairing={"reward": "score"})
             filled = disk / "filled"
 

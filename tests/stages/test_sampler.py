@@ -173,6 +173,23 @@ def filtering_server(config, *, prompts):
         yield server
 
 
+def test_a_restart_plans_slots_for_the_whole_list(make_config, monkeypatch):
+    """As many rows as before: products of fewer may round otherwise."""
+    planned, real = [], sampler.plan
+    monkeypatch.setattr(sampler, "plan", lambda runtime, wanted: planned.append(wanted) or real(runtime, wanted))
+    config = make_config(sampling={"shard_prompts": 1})
+    iteration.prepare(config)
+    sample.run(config, 0)
+    stage = RunDir(config.run_dir).stage("sample", 0)
+    stage.manifest_path.unlink()
+    for name in stage.shard_names()[1:]:
+        (stage.path / f"{name}.jsonl").unlink()
+    sample.run(config, 0)
+    before, after = planned
+    assert before == after
+    assert before.num_prompts > 1
+
+
 def asking(make_config, server, *, max_refused):
     """A run that asks one thing at a time; a shard of it is a prompt."""
     section = {"base_url": server.url, "max_concurrency": 1, "max_tries": 2, "max_refused": max_refused}

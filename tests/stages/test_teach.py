@@ -82,6 +82,24 @@ def test_failures_stop_the_stage_and_only_they_are_asked_again(tmp_path, monkeyp
     assert all(gold_of(config)[f"p{i:02d}"] for i in range(20) if i != 4)
 
 
+def test_shards_of_other_prompts_are_written_anew(tmp_path, monkeypatch):
+    """Prompts that come in front move all that follow into other shards."""
+    monkeypatch.setattr(teach, "_SHARD_PROMPTS", 4)
+    with FakeJudge(schedule=["ok"] * 11 + ["500"] * 100) as server:
+        config = taught(tmp_path, server.url, max_tries=1)
+        with pytest.raises(DnoError, match="have no response"):
+            teach.run(config, 0)
+        closed = RunDir(config.run_dir).stage("teach", 0).shard_names()
+        assert closed
+        server.schedule = []
+        rows = [json.dumps({"prompt_id": f"n{i}", "prompt": f"New {i}?"}) for i in range(3)]
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("\n".join(rows) + "\n" + prompts.read_text())
+        assert teach.run(config, 0).rows == 21
+        assert server.duplicates == 0
+    assert [name for name, text in gold_of(config).items() if not text] == ["p04"]
+
+
 def test_a_tolerated_share_of_failures_goes_on_without_gold(tmp_path, monkeypatch):
     monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
     with FakeJudge(fraction=0.3, faults=("500",)) as server:

@@ -357,8 +357,6 @@ class _Batches:
             found = None
         if not isinstance(found, dict) or (id_needed and not isinstance(found.get("id"), str)):
             return Trouble(f"HTTP 200 without what was asked for: {self._client.words(response.text)}")
-        if id_needed and self._client.scrub(found["id"]) != found["id"]:
-            return Trouble("HTTP 200 with an id that looks like a key, and can be kept nowhere")
         return found
 
     async def _persist(self, endpoint: Endpoint, attempt: Callable[[], Awaitable[T | Trouble]]) -> T:
