@@ -29,10 +29,11 @@ from typing import Any
 
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.config import RunConfig, load_config, parse_config
+from dno_jax.data.pools import by_prompt, pools_of
+from dno_jax.files import write_atomically
 from dno_jax.records import Prompt, Rollout
-from dno_jax.run_dir import RunDir, write_atomically
+from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate
-from dno_jax.stages.pools import by_prompt, pools_of
 
 _TALE = "a tale of the small red fox who went over the hill to find what lay there and came home late"
 _SHARD = 16

@@ -1,5 +1,5 @@
 """`python -m dno_jax` is `dno`."""
 
-from dno_jax.cli import main
+from dno_jax.cli.main import main
 
 main()

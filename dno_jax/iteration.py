@@ -12,25 +12,14 @@ from dataclasses import dataclass
 
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
+from dno_jax.console import Reminder, say
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
-from dno_jax.report.console import Reminder, say
-from dno_jax.report.html import write_report
+from dno_jax.report.page import write_report
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
-from dno_jax.stages import (
-    annotate,
-    evaluate,
-    inspect,
-    pair,
-    policies,
-    reward_model,
-    sample,
-    score,
-    self_judge,
-    teach,
-    template,
-    train,
-)
-from dno_jax.stages.scheme import updates
+from dno_jax.runtime.scheme import updates
+from dno_jax.stages import annotate, checkpoints, evaluate, pair, sample, score, teach, template, train
+from dno_jax.stages.judge_on_devices import policy as self_judge
+from dno_jax.stages.judge_on_devices import reward_model
 
 _OUTAGE_SECONDS = 60.0  # between calls of a judge that does not answer, while there is sampling to be done
 
@@ -49,9 +38,9 @@ def run(config: RunConfig) -> RunResult:
         run_dir = RunDir(config.run_dir)
         best = int(run_dir.stage("evaluate", config.iterations - 1).require().details["best"])
         if not run_dir.export_path.exists():
-            policies.export(config, policy=best, path=str(run_dir.export_path))
+            checkpoints.export(config, policy=best, path=str(run_dir.export_path))
         if config.outer.scheme == "average" and not (run_dir.export_average_path / "mixture.json").exists():
-            policies.export_pool(config, path=str(run_dir.export_average_path))
+            checkpoints.export_pool(config, path=str(run_dir.export_average_path))
         return RunResult(best=best, export=str(run_dir.export_path))
 
 
@@ -69,7 +58,7 @@ def prepared(config: RunConfig) -> Iterator[None]:
         barrier("config")
         if is_primary():
             template.save_template(runtime)
-        policies.import_initial(config)
+        checkpoints.import_initial(config)
         yield
 
 

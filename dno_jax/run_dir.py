@@ -11,7 +11,6 @@ imports jax.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -28,6 +27,7 @@ from pydantic import Field
 
 from dno_jax.config import RunConfig, Section, changed_fields, dump_config, parse_config
 from dno_jax.errors import DnoError
+from dno_jax.files import digest_of, explained, write_atomically
 from dno_jax.records import Record, parse_lines
 
 RecordT = TypeVar("RecordT", bound=Record)
@@ -302,7 +302,7 @@ class RunDir:
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
-        with _explained(self.metrics_path), self.metrics_path.open("a") as file:
+        with explained(self.metrics_path), self.metrics_path.open("a") as file:
             file.write(json.dumps(dict(row)) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -332,62 +332,6 @@ def read_manifest(path: epath.Path) -> Manifest | None:
     if not path.exists():
         return None
     return next(parse_lines(Manifest, [path.read_text().replace("\n", " ")], place=str(path)))
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file that is there whole or not at all.
-
-    Raises:
-        DnoError: it cannot be written (a full disk, no permission); what was there before is kept.
-    """
-    _write_atomically(path, [text])
-
-
-def write_lines_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> int:
-    """Write a file line by line, there whole or not at all, and return how many lines it has."""
-    return _write_atomically(path, (f"{line}\n" for line in lines))
-
-
-def _write_atomically(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
-    path = epath.Path(path)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    count = 0
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w") as file:
-                for text in texts:
-                    file.write(text)
-                    count += 1
-                file.flush()
-                if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
-                    os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError:
-            with suppress(OSError):  # it takes room that may be wanted
-                temporary.unlink()
-            raise
-    return count
-
-
-@contextmanager
-def _explained(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DnoError(
-            f"{path}: cannot be written ({error.strerror or error}); see to the disk (full, or failing), then start "
-            "again: what is finished is kept"
-        ) from None
-
-
-def digest_of(path: str | os.PathLike[str]) -> str:
-    """sha256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _is_shard(name: str) -> bool:

@@ -23,11 +23,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dno_jax import games, iteration
 from dno_jax.config import RunConfig, SftConfig, load_config, parse_config
+from dno_jax.console import console
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import Message
-from dno_jax.report.console import console
+from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import sft
-from dno_jax.stages.runtime import Runtime
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.step import score_step
 

@@ -9,8 +9,9 @@ import pytest
 
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
+from dno_jax.files import digest_of, write_atomically
 from dno_jax.records import Message, Prompt, ReferenceScore, parse_lines
-from dno_jax.run_dir import RunDir, digest_of, write_atomically
+from dno_jax.run_dir import RunDir
 
 
 def config(root, **changes):

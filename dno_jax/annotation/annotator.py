@@ -131,7 +131,7 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
         case "given":
             return embedded.GivenAnnotator()
         case "openai" | "ensemble":
-            from dno_jax.annotation.desk import open_desk
+            from dno_jax.annotation.client import open_desk
             from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
             from dno_jax.annotation.judges.functions import build_function
 

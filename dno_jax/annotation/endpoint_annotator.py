@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.client import Desk
 from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
 from dno_jax.records import Judgement, Message, Prompt

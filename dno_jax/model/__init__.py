@@ -5,9 +5,9 @@ from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache
 from dno_jax.model.config import ModelConfig, RopeConfig
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
 from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
-from dno_jax.model.templates import Finding, TemplateStrip, lint, template_strip
-from dno_jax.model.tokenizer import ChatTokenizer
-from dno_jax.model.truncation import shorten_chat
+from dno_jax.model.text.templates import Finding, TemplateStrip, lint, template_strip
+from dno_jax.model.text.tokenizer import ChatTokenizer
+from dno_jax.model.text.truncation import shorten_chat
 
 __all__ = [
     "ChatTokenizer",

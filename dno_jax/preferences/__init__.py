@@ -13,7 +13,6 @@ from dno_jax.preferences.estimates import (
     win_matrix,
     win_rates,
 )
-from dno_jax.preferences.intervals import Z95, share_interval
 from dno_jax.preferences.pairs import (
     PairChoice,
     ScoredCandidate,
@@ -27,6 +26,7 @@ from dno_jax.preferences.pairs import (
     spin_pairs,
     verdict_pairs,
 )
+from dno_jax.statistics import Z95, share_interval
 
 __all__ = [
     "Z95",

@@ -183,7 +183,7 @@ def play(
     played = []
     for name, drawn, used, pull in asked:
         if drawn:
-            from dno_jax.sampled_games import solve_sampled
+            from dno_jax.games.sampled import solve_sampled
 
             solution = solve_sampled(
                 P,

@@ -12,7 +12,7 @@ from rich.table import Table
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
-from dno_jax.report.annotation import quality_lines
+from dno_jax.report.judge import quality_lines
 from dno_jax.report.tables import stacked
 from dno_jax.run_dir import Manifest, RunDir, stage_names
 

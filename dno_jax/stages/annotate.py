@@ -13,21 +13,21 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
-from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.client import Desk
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings
+from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig, config_digest
+from dno_jax.console import Meter, Reminder, say
+from dno_jax.data.pools import Pools, Survey, survey, tell_quality
+from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
-from dno_jax.report.console import Meter, Reminder, say
 from dno_jax.run_dir import Manifest, RunDir, StageDir
-from dno_jax.stages.pools import Pools, Survey, survey, tell_quality
-from dno_jax.stages.prompts import name_bits
-from dno_jax.stages.receipts import closing
 
 T = TypeVar("T")
 

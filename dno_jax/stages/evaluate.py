@@ -15,22 +15,22 @@ import numpy as np
 
 from dno_jax.annotation.annotator import Candidate, Pool, build_annotator
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
+from dno_jax.annotation.receipts import closing
 from dno_jax.config import RunConfig
+from dno_jax.console import Meter
+from dno_jax.data.prompts import split_prompts, tokenize_prompts
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
 from dno_jax.parallel.mesh import is_primary, wait_until
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
-from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.sampler import Draw
 from dno_jax.stages.annotate import judge_pools
-from dno_jax.stages.policies import pool_member
-from dno_jax.stages.prompts import split_prompts, tokenize_prompts
-from dno_jax.stages.receipts import closing
-from dno_jax.stages.rollouts import sample_to_shards
-from dno_jax.stages.runtime import Runtime
+from dno_jax.stages.checkpoints import pool_member
+from dno_jax.stages.draw import sample_to_shards
 from dno_jax.stages.sample import response_statistics
-from dno_jax.stages.sampler import Draw
 from dno_jax.stages.teach import with_gold
 
 GOLD = "gold"

@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from dno_jax.config import LossSection, PairingSection, RunConfig, config_digest
+from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
     PairChoice,
@@ -35,7 +36,6 @@ from dno_jax.preferences import (
 )
 from dno_jax.records import Judgement, Pair, PairKind, Rollout
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
-from dno_jax.stages.prompts import name_bits
 
 _NEW, _REPLAYED = "new", "replayed"
 

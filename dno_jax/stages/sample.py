@@ -14,16 +14,17 @@ from etils import epath
 
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
+from dno_jax.data.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.errors import DnoError
+from dno_jax.files import write_atomically
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.records import Prompt, Rollout, Source
-from dno_jax.run_dir import Manifest, StageDir, write_atomically
+from dno_jax.run_dir import Manifest, StageDir
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.sampler import Draw
+from dno_jax.runtime.scheme import center_of, mixture_weight
 from dno_jax.stages import audit
-from dno_jax.stages.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
-from dno_jax.stages.rollouts import sample_to_shards
-from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.sampler import Draw
-from dno_jax.stages.scheme import center_of, mixture_weight
+from dno_jax.stages.draw import sample_to_shards
 from dno_jax.stages.teach import with_gold
 
 

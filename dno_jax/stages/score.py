@@ -9,15 +9,15 @@ import numpy as np
 from etils import epath
 
 from dno_jax.config import RunConfig
+from dno_jax.console import Meter, say
+from dno_jax.data.rows import batches_by_length, frozen_logprobs, load_pairs, training_rows
 from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
 from dno_jax.parallel.sharding import owned_rows
 from dno_jax.records import Pair, ReferenceScore, Rollout
-from dno_jax.report.console import Meter, say
 from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.scheme import Update, update_of
 from dno_jax.stages import audit
-from dno_jax.stages.rows import batches_by_length, frozen_logprobs, load_pairs, training_rows
-from dno_jax.stages.runtime import Runtime
-from dno_jax.stages.scheme import Update, update_of
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import policy_fingerprint
 

@@ -11,16 +11,16 @@ from etils import epath
 from pydantic import ValidationError
 
 from dno_jax.config import SftConfig
+from dno_jax.console import say
+from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, explain
-from dno_jax.report.console import say
-from dno_jax.stages.policies import read_checkpoint
-from dno_jax.stages.prompts import read_rows, with_messages
-from dno_jax.stages.runtime import Runtime
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.stages.checkpoints import read_checkpoint
 from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import train
 from dno_jax.training.batches import TrainingRow

@@ -12,16 +12,16 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from dno_jax.annotation.desk import Desk, open_desk
+from dno_jax.annotation.client import Desk, open_desk
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
+from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig, TeacherSection, config_digest
+from dno_jax.console import Meter
+from dno_jax.data.prompts import split_prompts
 from dno_jax.errors import DnoError
 from dno_jax.records import Prompt, TaughtResponse
-from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest, RunDir, StageDir
-from dno_jax.stages.prompts import split_prompts
-from dno_jax.stages.receipts import closing
 
 _SHARD_PROMPTS = 256
 _HELD_OUT = "held-out"

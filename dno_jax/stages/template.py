@@ -11,15 +11,15 @@ from pydantic import ValidationError
 from rich.text import Text
 
 from dno_jax.config import ModelConfigSection, RunConfig
+from dno_jax.console import say
+from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
+from dno_jax.files import write_atomically
 from dno_jax.model.hf import read_config
-from dno_jax.model.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
-from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
+from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message, Prompt
-from dno_jax.report.console import say
-from dno_jax.run_dir import write_atomically
-from dno_jax.stages.prompts import read_rows, with_messages
-from dno_jax.stages.runtime import Runtime, load_tokenizer
+from dno_jax.runtime.runtime import Runtime, load_tokenizer
 
 _STAND_IN = "A response."
 _TRIED = 100  # rows of the data that are tried for an example

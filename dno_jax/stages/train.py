@@ -11,16 +11,16 @@ import jax
 import numpy as np
 
 from dno_jax.config import RunConfig
+from dno_jax.console import Meter
+from dno_jax.data.rows import load_pairs, training_rows
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
-from dno_jax.report.console import Meter
 from dno_jax.run_dir import Manifest
+from dno_jax.runtime.runtime import ConfigT, Runtime
+from dno_jax.runtime.scheme import update_of
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
-from dno_jax.stages.rows import load_pairs, training_rows
-from dno_jax.stages.runtime import ConfigT, Runtime
-from dno_jax.stages.scheme import update_of
 from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy

@@ -11,8 +11,8 @@ from typing import Any
 
 import openai
 
-from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.annotation.judges.rubric import load_rubric
+from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Message
 
 QUESTION = Message(role="user", content="Tell a story about a brave cat.")

@@ -15,8 +15,8 @@ from dno_jax.annotation.judges.pair_rubric import TokenRubric
 from dno_jax.annotation.judges.rubric import load_token_rubric
 from dno_jax.annotation.question import Reply
 from dno_jax.config import OpenAISection
+from dno_jax.data.pools import distinct_candidates, pools_of
 from dno_jax.records import Message, Prompt, Rollout
-from dno_jax.stages.pools import distinct_candidates, pools_of
 from tests.annotation.planted import shown_by
 
 # Recorded with log-probabilities; the other models' rows have preferences only.

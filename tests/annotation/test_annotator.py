@@ -137,6 +137,6 @@ def test_importing_the_package_is_cheap():
 
 
 def test_no_annotator_imports_jax_and_the_client_no_openai():
-    modules = "dno_jax.annotation.transport.client, dno_jax.annotation.desk, dno_jax.annotation.embedded"
+    modules = "dno_jax.annotation.transport.client, dno_jax.annotation.client, dno_jax.annotation.embedded"
     code = f"import sys, {modules}; print([m for m in ('jax', 'openai') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, closing
 
 import pytest
 
-from dno_jax.annotation.desk import Desk, run_name
+from dno_jax.annotation.client import Desk, run_name
 from dno_jax.annotation.ledger.budget import Budget, Usage, cost, most_usage
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Verdict
@@ -191,7 +191,7 @@ def test_a_reply_without_usage_counts_as_the_most_it_can_have_cost(path):
 def test_a_failed_try_is_free_where_the_endpoint_refused_it_and_counts_where_nobody_knows(
     path, monkeypatch, trouble, usd
 ):
-    monkeypatch.setattr("dno_jax.annotation.desk.wait_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr("dno_jax.annotation.client.wait_seconds", lambda *_, **__: 0.0)
     client = FakeClient([trouble], probe=Used(1, 0))
     verdicts, spent, receipt = ask_all(client, section(), path, names(1))
     assert verdicts[0].tries == 2
@@ -258,7 +258,7 @@ def test_what_a_batch_answers_is_billed_at_its_price(path):
 
 def test_no_order_of_events_passes_the_limit(path, monkeypatch):
     """Calls of random sizes and lengths, with failures and replies to be asked again: never is more served."""
-    monkeypatch.setattr("dno_jax.annotation.desk.wait_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr("dno_jax.annotation.client.wait_seconds", lambda *_, **__: 0.0)
     rng = random.Random(5)
     served = [10e-6]
 

@@ -20,9 +20,8 @@ from pathlib import Path
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
-from dno_jax.annotation.desk import Desk
+from dno_jax.annotation.client import Desk
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
-from dno_jax.annotation.fake_judge import FAULTS, FakeJudge
 from dno_jax.annotation.ledger.budget import Budget
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Verdict
@@ -31,6 +30,7 @@ from dno_jax.annotation.transport.stop import Stop
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
+from dno_jax.fake_judge import FAULTS, FakeJudge
 from dno_jax.records import Judgement, Message, Prompt
 from tests.annotation.paid_judge import SECTION, FakeClient, question, said
 
@@ -111,7 +111,7 @@ def test_planted_scores_come_back_whatever_the_order(store_path):
 
 
 def test_a_judge_that_nobody_can_read_is_not_paid_for_long(store_path, monkeypatch):
-    monkeypatch.setattr("dno_jax.annotation.desk._MOST_UNREAD", 6)
+    monkeypatch.setattr("dno_jax.annotation.client._MOST_UNREAD", 6)
     config = {"max_tries": 3, "max_concurrency": 2}
     with FakeJudge(fraction=1.0, faults=("garbage",)) as server:
         with pytest.raises(DnoError, match=r"none of the first 6 replies of 'judge-1' could be read \(not one JSON"):

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from dno_jax.annotation.desk import open_desk
+from dno_jax.annotation.client import open_desk
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore

@@ -8,8 +8,8 @@ from rich.console import Console
 from dno_jax.annotation.quality.figures import Quality, Response, scalars
 from dno_jax.config import QualitySection, RunConfig
 from dno_jax.records import Answer, Judgement
-from dno_jax.report.annotation import quality_lines, quality_table
-from dno_jax.report.html import write_report
+from dno_jax.report.judge import quality_lines, quality_table
+from dno_jax.report.page import write_report
 from dno_jax.report.summary import iteration_table
 from dno_jax.run_dir import RunDir
 

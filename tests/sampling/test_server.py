@@ -18,7 +18,7 @@ import scipy.stats
 from dno_jax.config import CompletionServerSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.model.tokenizer import ChatTokenizer
+from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message
 from dno_jax.sampling import server as server_module
 from dno_jax.sampling.completion import Codec, request_seed

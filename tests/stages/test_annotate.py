@@ -11,8 +11,9 @@ from collections import Counter
 import pytest
 
 from dno_jax.errors import DnoError
+from dno_jax.files import write_atomically
 from dno_jax.records import Judgement, Message, Prompt, Rollout
-from dno_jax.run_dir import RunDir, write_atomically
+from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate
 
 WORDS = ["bam", "dom", "fen", "gat", "kos", "lem", "bes", "dan"]

@@ -12,11 +12,13 @@ from etils import epath
 
 from dno_jax import iteration
 from dno_jax.config import RunConfig, parse_config
+from dno_jax.console import console
+from dno_jax.data import rows
 from dno_jax.errors import DnoError
 from dno_jax.records import Pair, ReferenceScore, Rollout
-from dno_jax.report.console import console
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import audit, pair, rows, sample, sampler, score, train
+from dno_jax.runtime import sampler
+from dno_jax.stages import audit, pair, sample, score, train
 from tests.small import small_tree, write_prompts
 from tests.stages.conftest import deep_merge
 
@@ -172,8 +174,8 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
 
 
 def runtime_and_update(config):
-    from dno_jax.stages.runtime import Runtime
-    from dno_jax.stages.scheme import update_of
+    from dno_jax.runtime.runtime import Runtime
+    from dno_jax.runtime.scheme import update_of
 
     return Runtime.start(config), update_of(config, 0, stage="score")
 

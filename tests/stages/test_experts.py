@@ -13,7 +13,7 @@ from dno_jax.model import hf
 from dno_jax.model.params import init_params
 from dno_jax.records import Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.stages.runtime import Runtime
+from dno_jax.runtime.runtime import Runtime
 from tests.small import small_tree
 
 

@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 
-from dno_jax.annotation.fake_judge import OUTCOMES, FakeJudge
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.errors import DnoError
+from dno_jax.fake_judge import OUTCOMES, FakeJudge
 from dno_jax.records import Judgement, Pair
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair

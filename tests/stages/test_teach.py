@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from dno_jax.annotation.fake_judge import FakeJudge
 from dno_jax.config import RunConfig, parse_config
+from dno_jax.data.prompts import split_prompts
 from dno_jax.errors import DnoError
+from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import TaughtResponse
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.stages import teach
-from dno_jax.stages.prompts import split_prompts
 from tests.stages.judged import judged_tree, paid
 
 
@@ -114,7 +114,7 @@ def test_a_tolerated_share_of_failures_goes_on_without_gold(tmp_path, monkeypatc
 def test_refusals_in_words_are_no_gold_and_are_asked_once_a_call(tmp_path, monkeypatch):
     monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(
-        "dno_jax.annotation.fake_judge.completion.teach", lambda *_, **__: "I'm sorry, but I can't help with that."
+        "dno_jax.fake_judge.completion.teach", lambda *_, **__: "I'm sorry, but I can't help with that."
     )
     with FakeJudge(fraction=0.3, faults=("500", "refusal")) as server:
         config = taught(tmp_path, server.url, max_tries=1)
@@ -127,7 +127,7 @@ def test_refusals_in_words_are_no_gold_and_are_asked_once_a_call(tmp_path, monke
 
 def test_words_that_only_look_like_keys_stay_in_what_is_trained_on(tmp_path, monkeypatch):
     text = "Bearer authentication sends a token; sk-learning-rate is none."
-    monkeypatch.setattr("dno_jax.annotation.fake_judge.completion.teach", lambda *_, **__: text)
+    monkeypatch.setattr("dno_jax.fake_judge.completion.teach", lambda *_, **__: text)
     with FakeJudge() as server:
         config = taught(tmp_path, server.url)
         teach.run(config, 0)

@@ -11,14 +11,14 @@ import pytest
 from dno_jax import iteration
 from dno_jax.annotation.annotator import Candidate
 from dno_jax.config import SftConfig, parse_config
+from dno_jax.data.pools import pools_of
+from dno_jax.data.prompts import load_prompts
+from dno_jax.data.rows import training_rows
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Pair, Prompt, Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import annotate, pair, policies, sample
-from dno_jax.stages.pools import pools_of
-from dno_jax.stages.prompts import load_prompts
-from dno_jax.stages.rows import training_rows
-from dno_jax.stages.runtime import Runtime, load_tokenizer
+from dno_jax.runtime.runtime import Runtime, load_tokenizer
+from dno_jax.stages import annotate, checkpoints, pair, sample
 from dno_jax.stages.sft import supervised_rows
 from dno_jax.training.batches import make_batch
 from tests.small import TEMPLATE, WORDS, small_tree
@@ -156,7 +156,7 @@ def test_an_export_brings_the_template_of_the_run(run, tmp_path):
     from transformers import AutoTokenizer
 
     config, _ = run
-    policies.export(config, policy=0, path=str(tmp_path / "out"))
+    checkpoints.export(config, policy=0, path=str(tmp_path / "out"))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "out"), local_files_only=True)
     chat = [{"role": "user", "content": "bam kos"}]
     ids = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)

@@ -1,0 +1,391 @@
+"""The command line. Heavy imports happen inside commands, so that `dno --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dno_jax.cli.annotations import annotations
+
+if TYPE_CHECKING:
+    from dno_jax.config import RunConfig
+
+app = typer.Typer(
+    help="Direct Nash Optimization: a language model improves itself against a general preference.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a traceback of ours shows locals of nobody
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="a YAML file (see configs/)", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
+]
+Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
+Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
+NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
+ProcessId = Annotated[int | None, typer.Option(help="which of them this is, from 0")]
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+) -> None:
+    """Run all iterations, or go on where an earlier run stopped; export the best policy."""
+    from dno_jax import iteration
+    from dno_jax.console import console
+    from dno_jax.parallel.mesh import is_primary
+    from dno_jax.report.summary import iteration_table, policy_table
+    from dno_jax.run_dir import RunDir
+
+    settings = _load(config, overrides)
+    _join(coordinator, num_processes, process_id)
+    result = iteration.run(settings)
+    if is_primary():
+        folder = RunDir(settings.run_dir)
+        console.print(policy_table(folder, iterations=settings.iterations))
+        console.print(iteration_table(folder, settings))
+        console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", markup=False)
+
+
+def _stage_command(name: str, summary: str, *, module: str | None = None, needs_devices: bool = True) -> None:
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        iteration: Iteration = 0,
+        coordinator: Coordinator = None,
+        num_processes: NumProcesses = None,
+        process_id: ProcessId = None,
+    ) -> None:
+        import importlib
+
+        settings = _load(config, overrides)
+        if not 0 <= iteration < settings.iterations:
+            from dno_jax.errors import DnoError
+
+            raise DnoError(
+                f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}"
+            )
+        from dno_jax.run_dir import RunDir, stage_names
+
+        if name not in stage_names(settings, iteration):
+            from dno_jax.errors import DnoError
+
+            raise DnoError(
+                f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
+                f"it has {', '.join(stage_names(settings, iteration))}"
+            )
+        judge = {"self": "self_judge", "reward_model": "reward_model"}.get(settings.annotation.kind)
+        on_devices = name == "annotate" and judge is not None
+        stage = importlib.import_module(f"dno_jax.stages.{judge if on_devices else module or name}").run
+        options = {"stage_name": name} if module else {}
+        if needs_devices or on_devices:
+            from dno_jax.iteration import prepared
+
+            _join(coordinator, num_processes, process_id)
+            with prepared(settings):
+                stage(settings, iteration, **options)
+        else:  # it may be there first, or on a machine of its own: then it must be the same configuration
+            RunDir(settings.run_dir).open(settings)
+            stage(settings, iteration, **options)
+
+    command.__doc__ = summary
+    app.command(name.replace("_", "-"))(command)
+
+
+_stage_command(
+    "teach",
+    "Have a teacher write the gold responses that the data has not; needs no accelerator.",
+    needs_devices=False,
+)
+_stage_command("sample", "Sample K responses a prompt from policy t.")
+_stage_command(
+    "annotate",
+    "Judge the candidates; needs no accelerator, any machine with the run directory will do.",
+    needs_devices=False,
+)
+_stage_command("pair", "Choose the training pairs.", needs_devices=False)
+_stage_command("score", "Write the reference log-probabilities of the pairs.")
+_stage_command("train", "Train policy t into policy t+1.")
+_stage_command("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
+_stage_command("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
+_stage_command("evaluate", "Measure policy t+1 on held-out prompts.")
+
+
+@app.command()
+def sft(
+    config: Config,
+    overrides: Overrides = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+) -> None:
+    """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
+    from dno_jax.config import SftConfig, load_config
+
+    settings = load_config(SftConfig, config, overrides or [])
+    _join(coordinator, num_processes, process_id)
+    from dno_jax.stages import sft as stage
+
+    stage.run(settings)
+
+
+@app.command("import")
+def import_(config: Config, overrides: Overrides = None) -> None:
+    """Check the configuration, open the run directory and import the checkpoint as policy 0."""
+    from dno_jax import iteration
+
+    iteration.prepare(_load(config, overrides))
+
+
+@app.command()
+def export(
+    run_dir: Annotated[str, typer.Argument(help="a run directory", show_default=False)],
+    path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
+    policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="of one file, such as 500MB")] = "5GB",
+    overwrite: Annotated[bool, typer.Option(help="replace an earlier export, or an empty directory")] = False,
+) -> None:
+    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
+    from dno_jax.config.base import absolute
+    from dno_jax.console import say
+    from dno_jax.report.summary import best_policy_of
+    from dno_jax.run_dir import RunDir
+
+    folder = RunDir(run_dir)
+    # The directory may have been copied or moved since its config.yaml was written.
+    settings = folder.load_config().model_copy(update={"run_dir": absolute(str(folder.path))})
+    if policy is None:
+        policy = best_policy_of(folder, iterations=settings.iterations)
+    from dno_jax.stages import checkpoints
+
+    checkpoints.export(
+        settings,
+        policy=policy,
+        path=str(path),
+        dtype=dtype,
+        max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
+        overwrite=overwrite,
+    )
+    say(f"policy {policy} exported to {path}")
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    memory: Annotated[str | None, typer.Option(help="of one device, such as 16GiB; by default what is here")] = None,
+    devices: Annotated[int | None, typer.Option(help="how many; none need be here, then say --memory too")] = None,
+    response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a response that a judge reads; by default the longest there can be")
+    ] = None,
+    reply_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of a judge's reply; by default the longest there can be")
+    ] = None,
+) -> None:
+    """Say what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
+    from dno_jax.console import console
+    from dno_jax.plan import run as planning
+
+    capacity = None if memory is None else _bytes(memory, option="--memory")
+    found = planning.plan_run(
+        _load(config, overrides),
+        memory=capacity,
+        num_devices=devices,
+        response_tokens=response_tokens,
+        reply_tokens=reply_tokens,
+    )
+    console.print(planning.render(found))
+
+
+@app.command()
+def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+    """Say which stages are done, with rows and seconds, and what comes next."""
+    from dno_jax.console import console
+    from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
+    from dno_jax.run_dir import RunDir
+
+    folder = RunDir(str(run_dir))
+    settings = folder.load_config()
+    console.print(status_table(stage_statuses(folder, settings)))
+    console.print(policy_table(folder, iterations=settings.iterations))
+    console.print(iteration_table(folder, settings))
+
+
+class _TemplateByDefault(TyperGroup):
+    """A group whose first argument may be left out: `dno inspect CONFIG` is `dno inspect template CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["template", *args]
+        return super().parse_args(ctx, args)
+
+
+app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export, purge or salvage it.")
+
+_inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")
+
+
+@_inspect.callback()
+def _inspect_group() -> None:
+    """Keep the group a group though it has one command."""
+
+
+@_inspect.command("template")
+def inspect_template(config: Config, overrides: Overrides = None) -> None:
+    """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
+    from rich.console import Console
+
+    from dno_jax.stages import template as stage
+
+    settings = _load(config, overrides)
+    found = stage.report(settings.model, settings.prompts.path)
+    Console(highlight=False).print(stage.render(found), end="", soft_wrap=True)
+    stage.refuse(found.findings, place=settings.model.path)
+
+
+@app.command()
+def game(
+    game: Annotated[str, typer.Option(help="cycle, rps, random, bradley-terry or contextual")] = "cycle",
+    algorithms: Annotated[str | None, typer.Option(help="names of dno_jax.games, with commas between them")] = None,
+    iterations: Annotated[int, typer.Option(help="how many policies each one plays")] = 2000,
+    eta: Annotated[float | None, typer.Option(help="KL coefficient of all; each one's own by default")] = None,
+    tau: Annotated[float | None, typer.Option(help="regularisation of all that have one; by default their own")] = None,
+    start: Annotated[str | None, typer.Option(help="the first policy and reference, such as .5,.3,.2")] = None,
+    num_responses: Annotated[int | None, typer.Option(help="of random, bradley-terry and contextual")] = None,
+    strength: Annotated[float | None, typer.Option(help="of the preferences; 1 by default")] = None,
+    seed: Annotated[int, typer.Option(help="of a random game, and of samples")] = 0,
+    out: Annotated[Path | None, typer.Option(help="a plot of the gaps: .svg, .png or .pdf")] = None,
+    sampled: Annotated[bool, typer.Option("--sampled", help="play them from samples with the losses too")] = False,
+    pairs: Annotated[int, typer.Option(help="sampled: pairs for each iteration and prompt")] = 4096,
+    samples: Annotated[int, typer.Option(help="sampled: verdicts behind each win rate")] = 8,
+) -> None:
+    """Play algorithms on a game small enough to know its Nash policy: who gets there, and who goes in circles."""
+    from dno_jax.console import console, say
+    from dno_jax.report import game as report
+
+    P = report.build_game(game, num_responses=num_responses, strength=strength, seed=seed)
+    if out is not None:
+        report.check_plot_path(out)
+    played = report.play(
+        P,
+        algorithms=report.parse_algorithms(algorithms),
+        iterations=iterations,
+        eta=eta,
+        tau=tau,
+        start=report.parse_start(start, P, game=game),
+        sampled=sampled,
+        num_pairs=pairs,
+        num_samples=samples,
+        seed=seed,
+    )
+    console.print(report.game_table(played, P))
+    for line in report.nash_lines(P):
+        say(line)
+    if out is not None:
+        report.save_plot(played, out, title=f"{game}, {P.shape[-1]} responses")
+        say(f"plot written to {out}")
+
+
+@app.command()
+def fake_judge(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="such as prefers=longest delay=0.05 fraction=0.2", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
+    show: Annotated[bool, typer.Option("--settings", help="say what can be set, and stop")] = False,
+) -> None:
+    """Serve a judge that prefers, errs and fails as it is told, to rehearse a run without paying one."""
+    import signal
+    import threading
+
+    from dno_jax.console import console
+    from dno_jax.fake_judge import FakeJudge, counts_table, read_settings, settings_table
+
+    behaviour = read_settings(settings or [])
+    if show:
+        console.print(settings_table(behaviour))
+        return
+    asked_to_stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked_to_stop.set())
+    with FakeJudge(behaviour, host=host, port=port, record=False) as server:
+        typer.echo(server.url)  # on standard output, for scripts
+        asked_to_stop.wait()
+    console.print(counts_table(server.counts))
+
+
+def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+    from dno_jax.config import RunConfig, load_config
+
+    return load_config(RunConfig, path, overrides or [])
+
+
+def _bytes(text: str, *, option: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)|([KMGT])i)B", text)
+    if found is None or not float(found[1]):
+        from dno_jax.errors import DnoError
+
+        raise DnoError(f"{option} is {text!r}; expected a number above 0 and a unit, such as 500MB, 5GB or 16GiB")
+    number, decimal, binary = found.groups()
+    unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
+    return int(float(number) * unit)
+
+
+def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    from dno_jax.parallel.mesh import initialize
+
+    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+
+
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Send a Ctrl-C again where Python drops it: in a callback of the garbage collector, of which jax has one."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            before(dropped)
+            return
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # at once, it would end up in this hook
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+def main() -> None:
+    """Run the command line; a DnoError is printed without a traceback, exit status 2, and 130 after a Ctrl-C."""
+    try:
+        from dno_jax.errors import DnoError
+
+        try:
+            with _no_interrupt_is_lost():
+                app()
+        except DnoError as error:
+            typer.echo(f"dno: {error}", err=True)
+            raise SystemExit(2) from None
+    except KeyboardInterrupt:  # before the command has begun, or after it
+        raise SystemExit(130) from None

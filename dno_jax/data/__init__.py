@@ -1,0 +1,1 @@
+"""What stages read and write: prompts, rollouts, pools of candidates, pairs."""

@@ -1,0 +1,172 @@
+"""What a judge is shown: the candidates of each prompt, shard by shard, none of them held longer than it is judged."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from etils import epath
+
+from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.quality.figures import Quality, Response, scalars
+from dno_jax.annotation.quality.warnings import warnings
+from dno_jax.config import AnnotationSection
+from dno_jax.console import console
+from dno_jax.errors import DnoError
+from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
+from dno_jax.report.judge import quality_table
+from dno_jax.run_dir import RunDir, StageDir
+
+
+class PromptFile:
+    """The prompts of an iteration, read from their file when they are asked for: there may be a million candidates.
+
+    Args:
+        path: JSONL of Prompt rows, complete.
+    """
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+        self._places: dict[str, tuple[int, int]] = {}  # prompt id -> first byte, length
+        place = 0
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    self._places[json.loads(line)["prompt_id"]] = place, len(line)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, prompt_ids: Sequence[str]) -> dict[str, Prompt]:
+        """Return prompts by id.
+
+        Raises:
+            DnoError: an id that the file has not.
+        """
+        found: dict[str, Prompt] = {}
+        with self.path.open("rb") as file:
+            for prompt_id in prompt_ids:
+                if prompt_id not in self._places:
+                    raise DnoError(
+                        f"{self.path}: no prompt {prompt_id!r}, of which there are rollouts; restore the file"
+                    )
+                first, length = self._places[prompt_id]
+                file.seek(first)
+                line = file.read(length).decode()
+                found[prompt_id] = next(parse_lines(Prompt, [line], place=f"{self.path} at byte {first}"))
+        return found
+
+
+class Pools:
+    """The pools of an iteration, shard by shard of its rollouts.
+
+    Args:
+        sampled: the stage that writes the rollouts; it may still be at work.
+        prompts_path: the iteration's prompts; there when the first shard is.
+    """
+
+    def __init__(self, sampled: StageDir, prompts_path: epath.Path):
+        self.sampled = sampled
+        self._prompts_path = prompts_path
+
+    @cached_property
+    def prompts(self) -> PromptFile:
+        return PromptFile(self._prompts_path)
+
+    def read(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
+        """The pools of one shard; what is in none of them is counted by reason."""
+        return self.of(self.sampled.read_shard(Rollout, shard), dropped=dropped)
+
+    def of(self, rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> list[Pool]:
+        prompts = self.prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
+        return pools_of(rollouts, prompts, dropped=dropped)
+
+
+@dataclass
+class Survey:
+    """What was judged, over all shards, in whichever call each was closed.
+
+    Attributes:
+        states: judgements by state.
+        dropped: what went in and has no verdict, by reason.
+        quality: figures of the judge's own answers.
+    """
+
+    states: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    quality: Quality = field(default_factory=Quality)
+
+
+def survey(pools: Pools, judged: StageDir, *, also: Callable[[Pool, Judgement, Quality], None] | None = None) -> Survey:
+    """Go once over all rollouts and their judgements.
+
+    Args:
+        also: adds to the quality what more is known of a pool than its judgement.
+    """
+    found = Survey()
+    for shard in pools.sampled.shard_names():
+        rollouts = pools.sampled.read_shard(Rollout, shard)
+        own = {pool.prompt.prompt_id: pool for pool in pools.of(rollouts, dropped=found.dropped)}
+        responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
+        for judgement in judged.read_shard(Judgement, shard):
+            found.states[judgement.state] += 1
+            found.quality.add(judgement, responses=responses)
+            if also is not None:
+                also(own[judgement.prompt_id], judgement, found.quality)
+    found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
+    return found
+
+
+def tell_quality(run_dir: RunDir, quality: Quality, section: AnnotationSection, *, iteration: int) -> dict[str, Any]:
+    """Say how good a judge is, leave its figures in the metrics, and return the manifest's details of it."""
+    figures = quality.figures()
+    found = warnings(figures, section.quality)
+    if section.judges or section.on_devices:  # what is embedded need not be watched
+        console.print(quality_table(figures, section.quality, iteration=iteration))
+        run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
+        row = {"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)}
+        run_dir.append_metrics(row | ({"warnings": found} if found else {}))
+    return {"quality": figures, "warnings": found}
+
+
+def by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
+    """Rollouts of each prompt, in their order."""
+    found: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        found.setdefault(rollout.prompt_id, []).append(rollout)
+    return found
+
+
+def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str]) -> list[Pool]:
+    """Return one pool a prompt, each candidate with the prefix it continues; what is in none is counted by reason."""
+    pools = []
+    for prompt_id, own in by_prompt(rollouts).items():
+        candidates = distinct_candidates(own, dropped=dropped)
+        if len(candidates) >= 2:
+            prefix = prompts[prompt_id].assistant_prefix
+            shown = tuple(replace(candidate, text=prefix + candidate.text) for candidate in candidates)
+            pools.append(Pool(prompt=prompts[prompt_id], candidates=shown))
+        else:
+            dropped["fewer than two distinct candidates"] += 1
+    return pools
+
+
+def distinct_candidates(rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> tuple[Candidate, ...]:
+    """Return the candidates a judge is shown: no empty text, none twice (the first stays, the teacher's before all)."""
+    seen: set[str] = set()
+    kept: list[Rollout] = []
+    for rollout in sorted(rollouts, key=lambda row: row.sample):
+        text = rollout.text.strip()
+        if not text:
+            dropped["empty response"] += 1
+        elif text in seen:
+            dropped["duplicate response"] += 1
+        else:
+            seen.add(text)
+            kept.append(rollout)
+    return tuple(Candidate(rollout.rollout_id, rollout.text) for rollout in kept)

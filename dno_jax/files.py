@@ -1,0 +1,69 @@
+"""Files that are there whole or not at all, and the digests that name their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+from etils import epath
+
+from dno_jax.errors import DnoError
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file that is there whole or not at all.
+
+    Raises:
+        DnoError: it cannot be written (a full disk, no permission); what was there before is kept.
+    """
+    _write_atomically(path, [text])
+
+
+def write_lines_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -> int:
+    """Write a file line by line, there whole or not at all, and return how many lines it has."""
+    return _write_atomically(path, (f"{line}\n" for line in lines))
+
+
+def _write_atomically(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    count = 0
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w") as file:
+                for text in texts:
+                    file.write(text)
+                    count += 1
+                file.flush()
+                if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
+                    os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError:
+            with suppress(OSError):  # it takes room that may be wanted
+                temporary.unlink()
+            raise
+    return count
+
+
+@contextmanager
+def explained(path: epath.Path) -> Iterator[None]:
+    """Raise an OSError of the work inside as a DnoError that names the file and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise DnoError(
+            f"{path}: cannot be written ({error.strerror or error}); see to the disk (full, or failing), then start "
+            "again: what is finished is kept"
+        ) from None
+
+
+def digest_of(path: str | os.PathLike[str]) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

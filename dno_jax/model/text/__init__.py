@@ -1,0 +1,1 @@
+"""Texts: tokenizer, chat templates, and how long ones are shortened."""

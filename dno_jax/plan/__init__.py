@@ -1,0 +1,1 @@
+"""What a run takes and costs and whether it fits, before it starts."""

@@ -1,0 +1,179 @@
+"""The engine that a run samples with, as its configuration says: ours on this process's devices, or a server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from etils import epath
+
+from dno_jax.config import RunConfig
+from dno_jax.data.prompts import TokenizedPrompt
+from dno_jax.parallel.sharding import DECODE
+from dno_jax.records import Source
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.slots import Wanted, plan
+from dno_jax.sampling.completion import Codec
+from dno_jax.sampling.engine import Statistics, generate
+from dno_jax.sampling.requests import Finished, Generation, Request
+from dno_jax.sampling.server import complete
+from dno_jax.sampling.state import Mixture, Sizes
+from dno_jax.sampling.stops import stopped
+from dno_jax.sampling.transforms import Truncation
+
+Stream = Generator[Finished, None, None]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`.
+
+    Attributes:
+        weight: the center's share of the mixture; None draws from the policy alone.
+    """
+
+    source: Source
+    num_samples: int
+    first_sample: int = 0
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What answers this process's prompts, draw by draw.
+
+    Attributes:
+        policy: index t of pi_t; a part of every sample's key, and of the served model's name.
+        num_prompts: of the whole list that these are left of, all processes together. Slots follow it, and what a
+            server may refuse: a restart decodes as many rows as one run would, and stops where it would.
+        num_lost: as `complete` takes it.
+        details: how the slots were used, or what the server was asked; each stream fills its own in when it ends.
+    """
+
+    runtime: Runtime[RunConfig]
+    prompts: Sequence[TokenizedPrompt]
+    draws: Sequence[Draw]
+    policy: int
+    num_prompts: int
+    num_lost: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def streams(self, policies: Mapping[str, epath.Path]) -> list[Stream]:
+        """Return a stream a draw: prompts, by their index, as their responses are there.
+
+        All processes call this together, also one that has no prompts. A stream must be closed where it is left before
+        its end: it holds requests to a server, or a program's memory.
+
+        Args:
+            policies: paths by name, as `sample_to_shards` takes them; a server has weights of its own.
+
+        Raises:
+            DnoError: the slots do not fit; from a stream, as `generate` or `complete`.
+        """
+        if self.runtime.config.sampling.engine == "openai":
+            counts: Counter[str] = Counter()
+            return [self._from_server(draw, counts) for draw in self.draws]
+        sizes = self._sizes()  # before weights take the memory that is asked about
+        params = {name: self.runtime.load_for_decoding(path) for name, path in policies.items()}
+        return [self._from_devices(draw, size, params) for draw, size in zip(self.draws, sizes, strict=True)]
+
+    def _from_devices(self, draw: Draw, sizes: Sizes, params: Mapping[str, Any]) -> Stream:
+        """Sample on the devices of this process's part of the mesh."""
+        runtime, section = self.runtime, self.runtime.config.sampling
+        statistics = Statistics()
+        yield from generate(
+            params["policy"],
+            self._requests(),
+            model=runtime.model(DECODE, mesh=runtime.part.mesh),
+            generation=self._generation(draw),
+            sizes=sizes,
+            iteration=self.policy,
+            mesh=runtime.part.mesh,
+            mixture=None if draw.weight is None else Mixture(params["center"], jnp.float32(draw.weight)),
+            stop=self._stop if section.stop else None,
+            record_drawn=section.record_drawn_logprob,
+            statistics=statistics,
+        )
+        self.details[f"slots {draw.source}" if len(self.draws) > 1 else "slots"] = {
+            "slots": sizes.slots,
+            "utilisation": round(statistics.utilisation, 4),
+            "decode_calls": statistics.decode_calls,
+        }
+
+    def _from_server(self, draw: Draw, counts: Counter[str]) -> Stream:
+        """Sample from the configured server."""
+        section = self.runtime.config.sampling
+        yield from complete(
+            self._requests(),
+            section=section.server,
+            generation=self._generation(draw),
+            codec=Codec(
+                encode=self._encode,
+                decode=self._decode,
+                text_ids=self.runtime.tokenizer.text_ids,
+                prompt_text=self._prompt_text,
+            ),
+            iteration=self.policy,
+            stop=section.stop,
+            counts=counts,
+            num_prompts=self.num_prompts,
+            num_lost=self.num_lost,
+        )
+        self.details["server"] = dict(counts)
+
+    def _requests(self) -> list[Request]:
+        return [Request(prompt.token_ids, prompt.name) for prompt in self.prompts]
+
+    def _sizes(self) -> list[Sizes]:
+        """Of every draw: what all of them hold is in memory together."""
+        first, *others = (
+            Wanted.responses(
+                self.runtime.config,
+                num_samples=draw.num_samples,
+                num_prompts=-(-self.num_prompts // self.runtime.part.count),
+                num_policies=1 if draw.weight is None else 2,
+            )
+            for draw in self.draws
+        )
+        found = plan(self.runtime, replace(first, beside=tuple(others)))
+        return [one.program.sizes for one in (found, *found.beside)]
+
+    def _generation(self, draw: Draw) -> Generation:
+        section = self.runtime.config.sampling
+        return Generation(
+            num_samples=draw.num_samples,
+            first_sample=draw.first_sample,
+            max_new_tokens=section.max_new_tokens,
+            end_ids=self.runtime.end_ids,
+            num_ids=self.runtime.tokenizer.vocab_size,
+            truncation=Truncation(
+                temperature=section.temperature,
+                top_k=section.top_k,
+                top_p=section.top_p,
+                min_p=section.min_p,
+                repetition_penalty=section.repetition_penalty,
+            ),
+            seed=self.runtime.config.seed,
+            max_total_tokens=section.max_total_tokens,
+        )
+
+    def _decode(self, index: int, ids: Sequence[int]) -> str:
+        return self.runtime.tokenizer.decode(ids, after=self.prompts[index].text_ids_before)
+
+    def _encode(self, index: int, text: str) -> Sequence[int]:
+        prompt = self.prompts[index].prompt
+        ids = self.runtime.tokenizer.response_ids(
+            prompt.messages, text, end_id=self.runtime.end_ids[0], assistant_prefix=prompt.assistant_prefix
+        )
+        return ids[:-1]
+
+    def _prompt_text(self, index: int) -> str | None:
+        prompt = self.prompts[index].prompt
+        return self.runtime.tokenizer.whole_text(prompt.messages, prompt.assistant_prefix)
+
+    def _stop(self, index: int, ids: Sequence[int]) -> tuple[int, str] | None:
+        return stopped(self.runtime.config.sampling.stop, ids, decode=partial(self._decode, index))

@@ -1,0 +1,160 @@
+"""How many rows a stage decodes together: what it is about to sample, against the memory of the devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dno_jax.config import RunConfig
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder
+from dno_jax.parallel.mesh import of_every_process
+from dno_jax.parallel.sharding import AnyMesh
+from dno_jax.runtime.capacity import device_capacity
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
+from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.state import Program, Sizes
+from dno_jax.sampling.transforms import Truncation
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a stage is about to sample: the longest texts, and how many; and what it samples meanwhile, `beside`."""
+
+    num_samples: int
+    num_prompts: int
+    prompt_length: int
+    max_new_tokens: int
+    num_policies: int = 1
+    max_total_tokens: int | None = None
+    beside: tuple[Wanted, ...] = ()
+
+    @classmethod
+    def responses(
+        cls,
+        config: RunConfig,
+        *,
+        num_samples: int,
+        num_prompts: int,
+        num_policies: int = 1,
+        beside: tuple[Wanted, ...] = (),
+    ) -> Wanted:
+        """Responses to prompts, of one policy or of the mixture of two."""
+        return cls(
+            num_samples=num_samples,
+            num_prompts=num_prompts,
+            prompt_length=config.prompts.max_length,
+            max_new_tokens=config.sampling.max_new_tokens,
+            num_policies=num_policies,
+            max_total_tokens=config.sampling.max_total_tokens,
+            beside=beside,
+        )
+
+    @classmethod
+    def readings(cls, config: RunConfig, *, num_responses: int) -> Wanted:
+        """The policy's judgements of responses."""
+        judge = config.annotation.self_judge
+        return cls(
+            num_samples=judge.num_judgements,
+            num_prompts=num_responses,
+            prompt_length=judge.max_prompt_length,
+            max_new_tokens=judge.max_new_tokens,
+        )
+
+
+def wanted_by_stage(config: RunConfig, *, num_prompts: int, num_held_out: int) -> dict[str, Wanted]:
+    """What each stage samples on devices; a server's memory is its own affair.
+
+    Args:
+        num_prompts: of the largest iteration.
+    """
+    section = config.sampling
+    wanted: dict[str, Wanted] = {}
+    if section.engine == "jax" and section.source != "data":
+        responses = partial(Wanted.responses, config, num_prompts=num_prompts)
+        mixes, opponents = section.source == "mixture", section.num_opponents
+        wanted["sample"] = responses(
+            num_samples=section.num_samples,
+            num_policies=2 if mixes else 1,
+            beside=(responses(num_samples=opponents, num_policies=2),) if opponents and not mixes else (),
+        )
+    if config.annotation.kind == "self":
+        candidates = num_prompts * (section.num_samples + section.num_opponents)
+        wanted["annotate"] = Wanted.readings(config, num_responses=candidates)
+    if section.engine == "jax" and num_held_out:
+        samples = config.evaluation.num_samples
+        wanted["evaluate"] = Wanted.responses(config, num_samples=samples, num_prompts=num_held_out)
+    return wanted
+
+
+def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
+    """Say how many rows decode together; to be asked before weights are loaded, alike on every process.
+
+    Raises:
+        DnoError: the configured slots do not fit, or not even one does.
+    """
+    mesh = runtime.part.mesh
+    found = plan_on(
+        mesh,
+        wanted,
+        config=runtime.config,
+        model_config=runtime.model_config,
+        capacity=device_capacity(mesh.local_devices),
+        platform=mesh.local_devices[0].platform,
+    )
+    if runtime.part.count == jax.process_count():
+        return found
+    # Processes that share a model must decode the same rows. Every process asks, also one that shares none: all of
+    # them together, or none. Where no model is shared they need not even wait for each other.
+    slots = of_every_process(np.asarray(found.slots))
+    return found.with_slots(min(int(slots[device.process_index]) for device in mesh.devices.flat))
+
+
+def plan_on(
+    mesh: AnyMesh,
+    wanted: Wanted,
+    *,
+    config: RunConfig,
+    model_config: ModelConfig,
+    capacity: Capacity,
+    platform: str | None,
+) -> SlotPlan:
+    """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
+    section = config.sampling
+    program = partial(_program, config=config, model_config=model_config, mesh=mesh)
+    return plan_slots(
+        program(wanted),
+        capacity=capacity,
+        num_prompts=wanted.num_prompts,
+        slots=section.slots,
+        num_policies=wanted.num_policies,
+        beside=[(program(other), other.num_policies) for other in wanted.beside],
+        platform=platform,
+    )
+
+
+def _program(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, mesh: AnyMesh) -> Program:
+    """Return what would sample it, of one slot."""
+    section, dtype = config.sampling, config.model.dtype
+    generation = Generation(
+        num_samples=wanted.num_samples,
+        max_new_tokens=wanted.max_new_tokens,
+        end_ids=(0,),  # which ids end a response takes no memory
+        truncation=Truncation(repetition_penalty=section.repetition_penalty),
+        seed=config.seed,
+        max_total_tokens=wanted.max_total_tokens,
+    )
+    sizes = Sizes(
+        slots=1,
+        prompt_length=wanted.prompt_length,
+        prefill_chunk=section.prefill_chunk,
+        chunk_steps=section.chunk_steps,
+        kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
+    )
+    model = Decoder(model_config, dtype=jnp.dtype(dtype))
+    return Program(model, generation, sizes, mesh, section.record_drawn_logprob)

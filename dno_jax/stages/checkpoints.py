@@ -1,0 +1,166 @@
+"""In and out: a Hugging Face checkpoint becomes policy 0, a policy becomes a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dno_jax.config import AnnotationSection, RunConfig
+from dno_jax.console import Meter, say
+from dno_jax.errors import DnoError
+from dno_jax.files import write_atomically
+from dno_jax.model import hf
+from dno_jax.model.config import Head
+from dno_jax.parallel.mesh import barrier, is_primary
+from dno_jax.parallel.sharding import TRAIN
+from dno_jax.run_dir import RunDir, is_lookahead
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.training.checkpoint import policy_fingerprint, save_policy
+
+
+def import_initial(config: RunConfig) -> str:
+    """Make policy 0 of the run directory from `model.path`, once; return its fingerprint."""
+    runtime = Runtime.start(config)
+    path = runtime.run_dir.policy(0)
+    found = policy_fingerprint(path)
+    if found is not None:
+        return found
+    digest = save_policy(path, read_checkpoint(config.model.path, shardings=runtime.param_shardings(TRAIN)))
+    if is_primary():
+        say(f"imported {config.model.path} as policy 0 ({digest[:12]})")
+    return digest
+
+
+def read_checkpoint(path: str, *, shardings: Any, head: Head = "logits", dtype: Any = np.float32) -> Any:
+    """Read a checkpoint's parameters into sharded arrays; process 0 shows how far it is."""
+    with Meter(f"import {Path(path).name}", total=0, unit="GB", scale=10**9, enabled=is_primary()) as meter:
+
+        def show(count: int, total: int) -> None:
+            meter.expect(total)
+            meter.advance(count)
+
+        return hf.load(path, head=head, shardings=shardings, dtype=dtype, progress=show)[1]
+
+
+def export(
+    config: RunConfig,
+    *,
+    policy: int,
+    path: str,
+    dtype: str | None = None,
+    max_shard_bytes: int = hf.MAX_SHARD_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write a policy as a Hugging Face checkpoint that reloads to the same values and logits.
+
+    Raises:
+        DnoError: the policy does not exist, the target does and may not be replaced, it is no place for an export, or
+            what was written does not reload to the same model.
+    """
+    _check_target(config, path)
+    if epath.Path(path).exists():
+        if not overwrite:
+            raise DnoError(f"{path} exists; give another path, or --overwrite")
+        hf.check_replaceable(path)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise DnoError(f"dtype of an export is {dtype!r}; expected float32 or bfloat16, or nothing for the base's own")
+    runtime = Runtime.start(config)
+    hf.save(
+        path,
+        runtime.model_config,
+        runtime.load_policy(runtime.run_dir.policy(policy), TRAIN),
+        source=config.model.path,
+        chat_template=runtime.own_template,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        facts=export_facts(config, policy=policy),
+        overwrite=overwrite,
+    )
+    barrier(f"export {policy}")
+
+
+def _check_target(config: RunConfig, path: str) -> None:
+    """Raise DnoError where an export would take the place of what it is made from, or lie among it."""
+    target = _resolved(path)
+    for name, kept in (("the run directory", config.run_dir), ("model.path", config.model.path)):
+        if _resolved(kept).is_relative_to(target):
+            raise DnoError(f"{path}: an export there would replace {name}, {kept}; give a directory of its own")
+    for folder in (RunDir(config.run_dir).path / name for name in ("policies", "iterations")):
+        if target.is_relative_to(_resolved(os.fspath(folder))):
+            raise DnoError(f"{path}: lies in {folder}, which is the run's own; give a directory outside of it")
+
+
+def _resolved(path: str) -> Path:
+    """Follow the links of a path; one in an object store has none, and is in no local directory."""
+    return Path(path if "://" in path else os.path.realpath(path))
+
+
+def export_facts(config: RunConfig, *, policy: int) -> hf.ExportFacts:
+    """Gather what the run directory knows of a policy."""
+    run_dir = RunDir(config.run_dir)
+    trained = [policy - 1] if policy and is_lookahead(config, policy - 1) else range(policy)
+    paired = [run_dir.stage("pair", iteration).manifest() for iteration in trained]
+    evaluated = run_dir.stage("evaluate", policy - 1).manifest() if policy else None
+    rates = evaluated.details["win_rates"] if evaluated is not None else {}
+    dno = config.loss.name == "dno"
+    return hf.ExportFacts(
+        method=("Direct Nash Optimization" if dno else "iterated preference optimization") + " (arXiv 2404.03715)",
+        loss=config.loss.name,
+        scheme=config.outer.scheme,
+        policy=policy,
+        iterations=policy,
+        annotator=annotator_name(config.annotation),
+        held_out_judge=annotator_name(config.evaluation_judge) if rates else None,
+        num_pairs=sum(manifest.rows for manifest in paired if manifest is not None),
+        win_rates=tuple(
+            hf.HeldOutRate(f"policy {opponent}" if opponent.isdigit() else opponent, **found)
+            for opponent, found in rates.items()
+        ),
+    )
+
+
+def annotator_name(section: AnnotationSection) -> str:
+    """Say who judges, in words that mean something outside this run directory."""
+    if section.judges:
+        return " and ".join(f"{judge.model}, rubric {Path(judge.rubric_name).name}" for judge in section.judges)
+    if section.kind == "reward_model" and section.reward_model:
+        return f"reward model {Path(section.reward_model.path).name}"
+    if section.kind == "self":
+        return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
+    if section.reward_model is not None and section.kind == "reward_model":
+        return f"reward model {Path(section.reward_model.path).name}"
+    names = {
+        "oracle": f"embedded oracle ({', '.join(section.oracle.criteria)})",
+        "table": "embedded table of preferences",
+        "given": "points that came with the data",
+        "gold": "the prompts' own responses win by definition",
+    }
+    return names[section.kind]
+
+
+def export_pool(config: RunConfig, *, path: str) -> None:
+    """Write the mixture that Algorithm 1 returns: policies 0 .. T-1, of which each prompt draws one.
+
+    `mixture.json`, written last, marks the pool whole and says how `pool_member` draws.
+    """
+    size = config.iterations
+    names = [f"policy-{policy:03d}" for policy in range(size)]
+    for policy, name in enumerate(names):
+        if not (epath.Path(path) / name).exists():
+            export(config, policy=policy, path=str(epath.Path(path) / name))
+    if is_primary():
+        rule = "int(sha256('<seed>/<prompt_id>')[:8 bytes], big endian) mod the number of policies, for each prompt"
+        text = json.dumps({"policies": names, "seed": config.seed, "draw": rule}, indent=2)
+        write_atomically(epath.Path(path) / "mixture.json", text + "\n")
+    barrier("export pool")
+
+
+def pool_member(prompt_id: str, *, seed: int, size: int) -> int:
+    """Draw the policy that answers a prompt, uniformly of `size`: unif(pi_1 .. pi_T), Algorithm 1, line 6."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:8], "big") % size

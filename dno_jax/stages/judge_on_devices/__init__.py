@@ -1,0 +1,1 @@
+"""Judges that need the devices: the policy itself, and a reward model."""

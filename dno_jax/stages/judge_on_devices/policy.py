@@ -1,0 +1,299 @@
+"""The policy as its own judge (Self-Rewarding, arXiv 2401.10020): readings of every response, their points averaged.
+
+A stage on the devices (device_judge.py), as the judge needs the sampler. A reading is a function of the weights and of
+(seed, iteration, rollout, reading).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from etils import epath
+
+from dno_jax.annotation.annotator import Pool
+from dno_jax.annotation.judges.rubric import PointRubric, Unparsable, load_point_rubric
+from dno_jax.config import RunConfig
+from dno_jax.console import Meter, say
+from dno_jax.data.pools import Pools
+from dno_jax.data.prompts import name_bits
+from dno_jax.errors import DnoError
+from dno_jax.parallel.mesh import is_primary
+from dno_jax.parallel.sharding import DECODE
+from dno_jax.records import Judgement, Message
+from dno_jax.run_dir import Manifest, StageDir
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.slots import Wanted, plan
+from dno_jax.sampling.engine import generate
+from dno_jax.sampling.requests import Finished, Generation, Request, Response
+from dno_jax.sampling.state import Sizes
+from dno_jax.sampling.transforms import Truncation
+from dno_jax.stages.judge_on_devices.shards import judge_on_devices
+
+# Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
+_JUDGE_KEYS = 1 << 30
+
+
+def check(config: RunConfig) -> None:
+    """Raise now what no reading could mend later: the rubric, its length, the model's context, the chat template.
+
+    Says so where the longest prompts and responses would leave their pools without a verdict.
+
+    Raises:
+        DnoError: naming what does not fit.
+    """
+    judge = _Judge.start(Runtime.start(config))
+    longest, limit = judge.num_fixed + config.max_length, config.annotation.self_judge.max_prompt_length
+    if longest > limit and is_primary():
+        say(
+            f"judge prompts may take about {longest} tokens (the rubric alone {judge.num_fixed}); pools with one above "
+            f"annotation.self_judge.max_prompt_length={limit} get no verdict"
+        )
+
+
+def run(config: RunConfig, iteration: int) -> Manifest:
+    """Have policy t judge iteration t's rollouts; closed shards are not judged again.
+
+    Raises:
+        DnoError: more pools than `annotation.max_failed` allows have no verdict; or as `check`.
+    """
+    runtime = Runtime.start(config)
+    policy = runtime.run_dir.policy(iteration)
+    judge = _Judge.start(runtime)
+    inputs = runtime.policy_inputs(policy)
+    identity = judge.identity(policy=inputs[f"policies/{policy.name}"])
+    return judge_on_devices(
+        runtime,
+        iteration,
+        identity=identity,
+        inputs=inputs | {f"rubric {judge.rubric.name}": judge.rubric.digest},
+        judge_shards=partial(_judge_shards, judge, policy, identity=identity),
+        figures=lambda judgements: {"readings": _reading_states(judgements)},
+        who="the policy",
+        remedy="would read the same: teach the policy to judge first (dno sft on examples of the rubric), start a run "
+        "with another annotation.self_judge",
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    text: str
+    score: int | None  # None where the text is no answer
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """The rubric, and what the model's sampler needs to read it out."""
+
+    runtime: Runtime[RunConfig]
+    rubric: PointRubric
+    num_fixed: int  # tokens of a judge prompt besides what is judged
+    control: Counter[int]  # ids that begin or end a text, as often as every judge prompt has them
+
+    @classmethod
+    def start(cls, runtime: Runtime[RunConfig]) -> _Judge:
+        """Read the rubric and lay it beside the model.
+
+        Raises:
+            DnoError: an unknown or unusable rubric, a template that refuses it, or lengths that cannot be met.
+        """
+        section = runtime.config.annotation.self_judge
+        rubric = load_point_rubric(section.rubric)
+        context = runtime.model_config.context
+        if section.max_prompt_length + section.max_new_tokens > context:
+            raise DnoError(
+                f"annotation.self_judge.max_prompt_length {section.max_prompt_length} and max_new_tokens "
+                f"{section.max_new_tokens} exceed the model's context of {context} (max_position_embeddings of "
+                f"{runtime.config.model.path}); lower one of them"
+            )
+        judge = cls(runtime, rubric, num_fixed=0, control=Counter())
+        shortest = judge._ids((Message(role="user", content="q"),), "a")
+        if len(shortest) >= section.max_prompt_length:
+            raise DnoError(
+                f"annotation.self_judge.rubric {section.rubric!r} alone takes {len(shortest)} tokens, and "
+                f"annotation.self_judge.max_prompt_length is {section.max_prompt_length}: raise it, or give a shorter "
+                "rubric"
+            )
+        return replace(judge, num_fixed=len(shortest), control=judge._control(shortest))
+
+    def identity(self, *, policy: str) -> str:
+        """Everything that changes a verdict."""
+        section = self.runtime.config.annotation.self_judge
+        return (
+            f"self rubric={self.rubric.identity} readings={section.num_judgements} temperature={section.temperature} "
+            f"top_p={section.top_p} max_new_tokens={section.max_new_tokens} seed={self.runtime.config.seed} "
+            f"policy={policy[:12]}"
+        )
+
+    def request(self, conversation: Sequence[Message], text: str) -> tuple[int, ...] | str:
+        """Return the ids of a judge prompt, or why there are none."""
+        ids = self._ids(conversation, text)
+        limit = self.runtime.config.annotation.self_judge.max_prompt_length
+        if len(ids) > limit:
+            return f"a judge prompt has {len(ids)} tokens, annotation.self_judge.max_prompt_length is {limit}"
+        if spelt := self._control(ids) - self.control:
+            # The tokenizer made an id of it, which would close the judge's turn whatever fence it stands in.
+            return f"the text to judge spells the control token {self.runtime.tokenizer.strip(sorted(spelt))[0]!r}"
+        return ids
+
+    def sizes(self, *, num_requests: int) -> Sizes:
+        """Say how many readings decode together; before weights are loaded."""
+        wanted = Wanted.readings(self.runtime.config, num_responses=num_requests)
+        return plan(self.runtime, wanted).program.sizes
+
+    def generate(
+        self, params: Any, requests: Iterable[_Request], *, sizes: Sizes, iteration: int
+    ) -> Generator[Finished, None, None]:
+        """Read requests out on this process's part of the mesh."""
+        config, mesh = self.runtime.config, self.runtime.part.mesh
+        section = config.annotation.self_judge
+        yield from generate(
+            params,
+            (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
+            model=self.runtime.model(DECODE, mesh=mesh),
+            generation=Generation(
+                num_samples=section.num_judgements,
+                max_new_tokens=section.max_new_tokens,
+                end_ids=self.runtime.end_ids,
+                num_ids=self.runtime.tokenizer.vocab_size,
+                truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
+                seed=config.seed,
+            ),
+            sizes=sizes,
+            iteration=_JUDGE_KEYS + iteration,
+            mesh=mesh,
+        )
+
+    def read(self, response: Response) -> _Reading:
+        """Parse one reading."""
+        return self._parse(self.runtime.tokenizer.decode(response.token_ids), whole=response.finish == "stop")
+
+    def _parse(self, text: str, *, whole: bool) -> _Reading:
+        if not whole:
+            limit = self.runtime.config.annotation.self_judge.max_new_tokens
+            return _Reading(text, None, f"the reading was cut at annotation.self_judge.max_new_tokens={limit}")
+        try:
+            return _Reading(text, self.rubric.parse(text))
+        except Unparsable as error:
+            return _Reading(text, None, str(error))
+
+    def _ids(self, conversation: Sequence[Message], text: str) -> tuple[int, ...]:
+        messages = self.rubric.messages(conversation, text)
+        return self.runtime.tokenizer.prompt_ids([Message.model_validate(message) for message in messages])
+
+    def _control(self, ids: Sequence[int]) -> Counter[int]:
+        control = self.runtime.tokenizer.control_ids
+        return Counter(token for token in ids if token in control)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of one candidate."""
+
+    candidate_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass
+class _Sheet:
+    """One shard under judgement."""
+
+    shard: str
+    pools: list[Pool]
+    requests: dict[str, _Request] = field(default_factory=dict)
+    unasked: dict[str, str] = field(default_factory=dict)  # prompt id -> why its pool cannot be asked about
+    readings: dict[str, list[_Reading]] = field(default_factory=dict)
+
+    @classmethod
+    def lay_out(cls, judge: _Judge, shard: str, pools: list[Pool]) -> _Sheet:
+        sheet = cls(shard, pools)
+        for pool in pools:
+            asked = {item.candidate_id: judge.request(pool.prompt.messages, item.text) for item in pool.candidates}
+            problems = [found for found in asked.values() if isinstance(found, str)]
+            if problems:
+                sheet.unasked[pool.prompt.prompt_id] = problems[0]
+            sheet.requests |= {
+                name: _Request(name, found)
+                for name, found in asked.items()
+                if not problems and not isinstance(found, str)
+            }
+        return sheet
+
+    @property
+    def is_read(self) -> bool:
+        return len(self.readings) == len(self.requests)
+
+    def judgements(self, *, identity: str) -> list[Judgement]:
+        return [self._judgement(pool, identity=identity) for pool in self.pools]
+
+    def _judgement(self, pool: Pool, *, identity: str) -> Judgement:
+        fields = {"prompt_id": pool.prompt.prompt_id, "candidate_ids": pool.candidate_ids, "judge": identity}
+        if why := self.unasked.get(pool.prompt.prompt_id):
+            return Judgement(**fields, state="failed", detail=why)
+        readings = {name: self.readings[name] for name in pool.candidate_ids}
+        kept = {name: [{"score": one.score, "text": one.text} for one in own] for name, own in readings.items()}
+        raw = json.dumps(kept, ensure_ascii=False)
+        points = [[one.score for one in own if one.score is not None] for own in readings.values()]
+        unread = [own[0].why for own, known in zip(readings.values(), points, strict=True) if not known]
+        if unread:
+            detail = f"{len(unread)} of {len(points)} candidates without a readable reading ({unread[0]})"
+            return Judgement(**fields, state="unparsable", raw=raw, detail=detail)
+        return Judgement(**fields, state="ok", raw=raw, scores=tuple(sum(known) / len(known) for known in points))
+
+
+def _judge_shards(
+    judge: _Judge, policy: epath.Path, pools: Pools, shards: Sequence[str], *, out: StageDir, identity: str
+) -> None:
+    """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
+    part, iteration = judge.runtime.part, out.iteration
+    own = shards[part.index :: part.count]
+    # Of all shards, whoever judges them: processes that share a model must decode as many rows. Counted, not kept.
+    counts = {shard: [len(pool.candidate_ids) for pool in pools.read(shard, dropped=Counter())] for shard in shards}
+    sizes = judge.sizes(num_requests=sum(map(sum, counts.values())))
+    params = judge.runtime.load_for_decoding(policy)
+    asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
+
+    def coming() -> Iterator[_Request]:
+        """Lay shards out one after the other, as the sampler takes requests."""
+        numbers = itertools.count()
+        for shard in own:
+            sheet = _Sheet.lay_out(judge, shard, pools.read(shard, dropped=Counter()))
+            if sheet.is_read:
+                close(sheet)
+            # Prompts of like length side by side pad little.
+            for request in sorted(sheet.requests.values(), key=lambda request: len(request.token_ids)):
+                asked[next(numbers)] = sheet, request
+                yield request
+
+    def close(sheet: _Sheet) -> None:
+        if part.leads:
+            out.write_shard(sheet.shard, sheet.judgements(identity=identity))
+        meter.advance(len(sheet.pools))
+
+    total = sum(len(counts[shard]) for shard in own)
+    stream = judge.generate(params, coming(), sizes=sizes, iteration=iteration)
+    with (
+        contextlib.closing(stream),
+        Meter(f"judge     {iteration}", total=total, unit="pools", enabled=is_primary()) as meter,
+    ):
+        for finished in stream:
+            sheet, request = asked.pop(finished.index)
+            sheet.readings[request.candidate_id] = [judge.read(response) for response in finished.responses]
+            if sheet.is_read:
+                close(sheet)
+
+
+def _reading_states(judgements: Iterable[Judgement]) -> dict[str, int]:
+    """How many readings were answers, over all pools that were asked about."""
+    states = Counter({"ok": 0, "unparsable": 0})
+    for judgement in judgements:
+        pool = json.loads(judgement.raw) if judgement.raw else {}
+        states.update("unparsable" if one["score"] is None else "ok" for own in pool.values() for one in own)
+    return dict(states)

@@ -1,0 +1,302 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dno_jax.config import (
+    RunConfig,
+    SftConfig,
+    changed_fields,
+    config_digest,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from dno_jax.errors import DnoError
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = {"run_dir": "runs/x", "model": {"path": "m"}, "prompts": {"path": "p.jsonl"}, "pairing": {
+    "reward": "win_rate", "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2}}  # fmt: skip
+
+
+def write(tmp_path, tree=MINIMAL):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_overrides_are_yaml_laid_over_the_file(tmp_path):
+    config = load_config(
+        RunConfig,
+        write(tmp_path),
+        ["sampling.num_samples=8", "optimizer.learning_rate=1.0e-6", "mesh.fsdp=-1", "mesh.data=1"],
+    )
+    assert (config.sampling.num_samples, config.optimizer.learning_rate, config.mesh.fsdp) == (8, 1e-6, -1)
+
+
+def test_a_dumped_configuration_reads_back_equal(tmp_path):
+    config = load_config(RunConfig, write(tmp_path))
+    again = parse_config(RunConfig, yaml.safe_load(dump_config(config)), place="dump")
+    assert again == config
+    assert config_digest(again) == config_digest(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.temprature=1", r"(?s)sampling\.temprature.*known here: .*num_samples"),
+        ("unknown=1", "(?s)unknown.*known here: run_dir"),
+        ("sampling.num_samples=1", "num_samples is 1.*K >= 2"),
+        ("sampling.top_p=1.5", r"sampling\.top_p.*got 1\.5"),
+        ("loss.beta=0", r"loss\.beta"),
+        ("mesh.data=0", "data is 0"),
+        ("mesh.fsdp=-1", "more than one axis is -1"),
+        ("pairing.positive_floor=5", "no win rate"),
+        ("pairing={rule: best_worst, reward: win_rate, margin: 2}", r"margin is 2\.0, no win rate"),
+        ("pairing.reward=score", "gives pairwise verdicts, no scores"),
+        ("pairing.replay=0.9", "leaves no room"),
+        ("training.micro_batch_size=7", "does not divide batch_size 64"),
+        ("annotation.oracle.criteria=[variety, relevance]", "odd number"),
+        ("prompts.held_out_path=h.jsonl", "choose one"),
+        ("sampling", "expected a.b=value"),
+        ("model.path.x=1", "is a value, not a section"),
+        ("model.path=", r"model\.path"),
+        ("model.template_date=2024-13-01", "override 'model.template_date=2024-13-01': .*month must be in 1..12"),
+        pytest.param("model.path=" + "[" * 1000, "not valid YAML: maximum recursion depth", id="deep"),
+    ],
+)
+def test_bad_fields_are_named(tmp_path, override, message):
+    with pytest.raises(DnoError, match=message):
+        load_config(RunConfig, write(tmp_path), ["prompts.held_out=2", override])
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("iterations=true", "iterations"),
+        ("iterations=yes", "iterations"),
+        ("mesh.data=true", r"mesh\.data"),
+        ("loss.beta=on", r"loss\.beta"),
+        ("sampling.temperature=no", r"sampling\.temperature"),
+        ("training.save_every=false", r"training\.save_every"),
+        ("annotation.max_usd=true", r"annotation\.max_usd"),
+        ("annotation.table={answers: [a, b], preferences: [[0.5, true], [false, 0.5]]}", "preferences"),
+    ],
+)
+def test_truth_values_are_no_numbers(tmp_path, override, field):
+    with pytest.raises(DnoError, match=rf"{field}: .*(True|False) is a truth value; expected a number"):
+        load_config(RunConfig, write(tmp_path), [override])
+
+
+def test_numbers_may_be_text_and_switches_may_be_words(tmp_path):
+    config = load_config(RunConfig, write(tmp_path), ["optimizer.learning_rate=1e-3", "report.tensorboard=no"])
+    assert (config.optimizer.learning_rate, config.report.tensorboard) == (1e-3, False)
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [1", "", "day: 2024-13-01"])
+def test_bad_files_are_named(tmp_path, text):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(DnoError, match=r"broken\.yaml"):
+        load_config(RunConfig, path)
+    with pytest.raises(DnoError, match="no such configuration file"):
+        load_config(RunConfig, tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("contents", [None, "seed: 1  # \u00e9".encode("latin-1")], ids=["folder", "latin-1"])
+def test_files_that_cannot_be_read_are_named(tmp_path, contents):
+    path = tmp_path / "odd.yaml"
+    path.mkdir() if contents is None else path.write_bytes(contents)
+    with pytest.raises(DnoError, match=r"odd\.yaml: cannot be read: .*; expected a YAML file in UTF-8"):
+        load_config(RunConfig, path)
+    over = write(tmp_path, MINIMAL | {"base": "odd.yaml"})
+    with pytest.raises(DnoError, match=rf"odd\.yaml: cannot be read \(the base of {over}\): "):
+        load_config(RunConfig, over)
+
+
+def test_changes_that_decide_results_are_named_and_others_are_not(tmp_path):
+    config = load_config(RunConfig, write(tmp_path))
+    other = load_config(
+        RunConfig,
+        write(tmp_path),
+        [
+            "loss.beta=0.2",
+            "mesh.fsdp=4",
+            "run_dir=elsewhere",
+            "annotation.openai.max_concurrency=4",
+            "annotation.quality.max_longer_wins=null",
+            "annotation.quality.max_cyclic_share=0.4",
+        ],
+    )
+    assert changed_fields(config, other) == ["loss.beta: 0.1 -> 0.2"]
+    same = load_config(RunConfig, write(tmp_path), ["mesh.fsdp=4", "training.save_every=7"])
+    assert config_digest(same) == config_digest(config) != config_digest(other)
+
+
+def test_no_field_holds_a_secret():
+    """The key's variable is named, the key never is: a field called key or token would invite it."""
+
+    def names(kind):
+        for name, field in kind.model_fields.items():
+            yield name
+            if isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields"):
+                yield from names(field.annotation)
+
+    assert "api_key_env" in set(names(RunConfig))
+    assert not [name for name in names(RunConfig) if name in ("api_key", "key", "token", "secret", "password")]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_loads(path):
+    kind = SftConfig if path.name == "sft.yaml" else RunConfig
+    config = load_config(kind, path)
+    assert config.run_dir
+    assert "shared" not in path.read_text().replace("split: shared", "")
+
+
+WIN_RATES = {"pairing.reward": "win_rate", "pairing.opponents": "policy", "pairing.replay": 0.0}
+MATCHING = WIN_RATES | {"pairing.rule": "matching"}
+MIXTURE = {"reference.kind": "mixture", "reference.tau": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # sections
+        ({"sampling.source": "mixture", "sampling.num_opponents": 2}, "num_opponents is 2 with source=mixture"),
+        ({"loss.name": "spin", "loss.target": "soft"}, "name=spin takes no target; target=soft is for dno, chi_po"),
+        ({"loss.name": "rebel", "loss.label_smoothing": 0.1}, "name=rebel takes no label_smoothing; it is for dno"),
+        ({"loss.name": "sft", "loss.length_penalty": 0.1}, "name=sft has no reference that length_penalty"),
+        ({"loss.name": "ppo"}, r"loss\.name.*'dno'.*got 'ppo'"),
+        ({"loss.label_smoothing": 0.5}, r"loss\.label_smoothing.*less than 0\.5"),
+        ({"reference.kind": "mixture"}, r"kind=mixture with tau=0\.0; tau > 0 goes with kind=mixture"),
+        ({"reference.kind": "initial", "reference.tau": 0.1}, r"kind=initial with tau=0\.1"),
+        ({"outer.scheme": "proximal", **MIXTURE}, "scheme=proximal with every=None; `every` goes with"),
+        ({"outer.scheme": "average", "outer.every": 2}, "scheme=average with every=2"),
+        ({"pairing.rule": "restrictive", "pairing.margin": 2.0}, r"margin is 2\.0, no win rate"),
+        ({"pairing.replay_decay": 1.0, "pairing.replay": 1.0}, "leaves no room for new pairs"),
+        ({"annotation.kind": "oracle", "annotation.quality.repeat": 0.1}, "quality.repeat=0.1 asks an endpoint"),
+        ({"annotation.quality.calibration": "f"}, "quality.calibration=.*annotation.kind=oracle has none"),
+        ({"annotation.kind": "openai", "annotation.apart": True}, "apart=true without annotation.store"),
+        ({"annotation.kind": "table"}, r"kind=table needs annotation\.table"),
+        # the judge
+        ({"annotation.kind": "gold", "pairing.reward": "score"}, "kind=gold gives pairwise verdicts, no scores"),
+        ({"annotation.kind": "gold", "prompts.held_out": 2}, "kind=gold cannot judge held-out responses"),
+        ({"annotation.kind": "self", "prompts.held_out_path": "h"}, "kind=self cannot judge held-out responses"),
+        ({"evaluation.annotation": {"kind": "given"}, "prompts.held_out": 2}, "kind=given cannot judge held-out"),
+        # the mixture
+        ({"sampling.source": "mixture", "pairing.opponents": "mixture"}, "sampling from the mixture needs its weight"),
+        ({"sampling.num_opponents": 2, "pairing.opponents": "mixture"}, "sampling from the mixture needs its weight"),
+        ({"sampling.source": "mixture", **MIXTURE}, "opponents=pool with sampling.source=mixture"),
+        ({"pairing.opponents": "mixture"}, "opponents=mixture with sampling.source=policy and num_opponents=0"),
+        ({"loss.beta_schedule": "nash_md"}, "beta_schedule=nash_md is made of tau"),
+        ({"reference.kind": "mixture", "reference.tau": 0.2}, r"tau is 0\.2, above loss\.beta 0\.1"),
+        # the loss
+        ({"loss.name": "inpo"}, r"loss\.name=inpo is regularised: set reference\.kind=mixture"),
+        ({"loss.name": "nash_md_pg", **MATCHING}, r"loss\.name=nash_md_pg is regularised"),
+        ({"loss.name": "spin"}, r"loss\.name=spin with pairing\.rule=large_margin: set pairing\.rule=spin"),
+        ({"loss.name": "sppo", **WIN_RATES}, r"loss\.name=sppo reads each sample's own win rate"),
+        ({"loss.name": "sppo", **MATCHING, "pairing.opponents": "pool"}, "reads each sample's own win rate"),
+        ({"loss.name": "spo", **MATCHING, "pairing.replay": 0.3}, r"loss\.name=spo needs samples of policy t"),
+        ({"loss.name": "spo", **MATCHING, "sampling.source": "data"}, r"loss\.name=spo needs samples of policy t"),
+        # the scheme
+        ({"outer.scheme": "proximal", "outer.every": 2}, r"scheme=proximal moves pi_ref: set reference\.kind"),
+        ({"outer.scheme": "lookahead", "iterations": 1}, "lookahead pools .* iterations >= 2"),
+        (
+            {"loss.name": "spo", **MATCHING, "outer.scheme": "optimistic"},
+            r"optimistic regresses twice; loss\.name=spo is a policy gradient",
+        ),
+    ],
+    ids=lambda value: ",".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, dict) else "",
+)
+def test_sections_that_do_not_fit_together_are_refused(tmp_path, changes, message):
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]  # JSON is YAML
+    with pytest.raises(DnoError, match=f"(?s){message}"):
+        load_config(RunConfig, write(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        MATCHING | {"loss.name": "sppo", "pairing.replay": 0.3},  # a regression may replay
+        MATCHING | MIXTURE | {"loss.name": "nash_md_pg"},
+        MIXTURE | {"loss.name": "inpo", "outer.scheme": "optimistic"},
+        MIXTURE | {"reference.tau": 0.1},  # tau = beta: the reference is pi_ref
+        MIXTURE | {"reference.tau": 0.5, "loss.beta_schedule": "nash_md"},  # beta is not read
+        {"reference.kind": "initial", "outer.scheme": "proximal", "outer.every": 3},
+        {"pairing.opponents": "mixture", "sampling.num_opponents": 2, "sampling.mixture_weight": 0.5},
+        {"pairing.rule": "all", "pairing.positive_floor": 5.0, "pairing.margin": 2.0},  # which this rule does not read
+        {"annotation.kind": "gold", "prompts.held_out": 2, "evaluation.annotation": {"kind": "oracle"}},
+        {"outer.scheme": "lookahead", "iterations": 2},
+    ],
+    ids=str,
+)
+def test_sections_that_fit_together_load(tmp_path, changes):
+    overrides = [f"{name}={json.dumps(value)}" for name, value in changes.items()]  # JSON is YAML
+    assert load_config(RunConfig, write(tmp_path), overrides)
+
+
+def test_the_nash_md_schedule_replaces_beta(tmp_path):
+    schedule = ["reference.kind=mixture", "reference.tau=0.02", "loss.beta_schedule=nash_md", "loss.beta=7"]
+    config = load_config(RunConfig, write(tmp_path), schedule)
+    assert [config.loss_at(t).beta for t in range(4)] == pytest.approx([0.02, 0.03, 0.04, 0.05])
+    constant = load_config(RunConfig, write(tmp_path))
+    assert constant.loss_at(5) == constant.loss
+    assert [c.uses_initial for c in (config, constant)] == [True, False]
+
+
+def lay(folder, name, tree):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def test_a_file_says_only_what_it_changes_in_its_base(tmp_path, monkeypatch):
+    lay(tmp_path, "base.yaml", MINIMAL | {"sampling": {"num_samples": 8, "temperature": 1.0}, "seed": 5})
+    lay(tmp_path, "a/middle.yaml", {"base": "../base.yaml", "sampling": {"temperature": 0.5}, "loss": {"beta": 0.3}})
+    top = lay(tmp_path, "a/b/top.yaml", {"base": "../middle.yaml", "seed": 6, "loss": {"label_smoothing": 0.1}})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)  # a base is relative to its file, not to where the command runs
+    config = load_config(RunConfig, top, ["loss.beta=0.4"])
+    assert (config.sampling.num_samples, config.sampling.temperature, config.seed) == (8, 0.5, 6)
+    assert (config.loss.beta, config.loss.label_smoothing) == (0.4, 0.1)
+    assert config.pairing.margin == 0.2
+    assert "base" not in config.model_dump()
+
+
+def test_an_overlay_replaces_lists_and_can_unset_a_section(tmp_path):
+    judged = MINIMAL | {
+        "annotation": {"kind": "oracle", "oracle": {"criteria": ["relevance", "variety", "brevity"]}},
+        "evaluation": {"annotation": {"kind": "oracle"}, "num_samples": 3},
+    }
+    lay(tmp_path, "base.yaml", judged)
+    changes = {
+        "annotation": {"oracle": {"criteria": ["variety", "brevity", "freshness"]}},
+        "evaluation": {"annotation": None},
+    }
+    config = load_config(RunConfig, lay(tmp_path, "top.yaml", {"base": "base.yaml"} | changes))
+    assert config.annotation.oracle.criteria == ("variety", "brevity", "freshness")
+    assert (config.evaluation.annotation, config.evaluation.num_samples) == (None, 3)
+
+
+def test_a_base_that_is_not_there_is_named_with_the_file_that_names_it(tmp_path):
+    top = lay(tmp_path, "top.yaml", {"base": "absent.yaml"})
+    with pytest.raises(DnoError, match=r"absent\.yaml: no such configuration file \(the base of .*top\.yaml\)"):
+        load_config(RunConfig, top)
+
+
+@pytest.mark.parametrize("names", [["one.yaml"], ["one.yaml", "two.yaml"], ["one.yaml", "two.yaml", "three.yaml"]])
+def test_bases_in_a_circle_are_refused(tmp_path, names):
+    for name, base in zip(names, [*names[1:], names[0]], strict=True):
+        lay(tmp_path, name, {"base": base})
+    with pytest.raises(DnoError, match=r"one\.yaml: base: .* leads back to this file"):
+        load_config(RunConfig, tmp_path / "one.yaml")
+
+
+@pytest.mark.parametrize("base", [["a.yaml", "b.yaml"], 3, {"path": "a.yaml"}])
+def test_a_base_is_one_path(tmp_path, base):
+    with pytest.raises(DnoError, match=r"top\.yaml: base: expected the path of a YAML file, got"):
+        load_config(RunConfig, lay(tmp_path, "top.yaml", MINIMAL | {"base": base}))

@@ -1,0 +1,65 @@
+"""`python -m tests.end_to_end.crash POINT -- DNO_ARGUMENTS`: the command line, killed by SIGKILL at a named point.
+
+A point is "<what>:<n>": at the n-th call of <what> (from 1) the process dies as by kill -9, before the call does
+anything, or, for "after-...", right after it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+def die_at(
+    owner: object, name: str, count: int, *, after: bool = False, only: Callable[..., bool] = lambda *a, **k: True
+) -> None:
+    original, seen = getattr(owner, name), 0
+
+    def killer(*args, **kwargs):
+        nonlocal seen
+        seen += only(*args, **kwargs)
+        if seen == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if seen == count and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, killer)
+
+
+def arm(point: str) -> None:
+    """Patch the one function that the point names."""
+    from dno_jax import run_dir
+    from dno_jax.stages import train
+    from dno_jax.training import checkpoint
+
+    what, number = point.rsplit(":", 1)
+    after, what = what.startswith("after-"), what.removeprefix("after-")
+    if what.startswith("shard-"):  # a shard of this stage
+        stage = what.removeprefix("shard-")
+        die_at(run_dir.StageDir, "write_shard", int(number), after=after, only=lambda self, *_: self.stage == stage)
+    elif what.startswith("finish-"):  # the manifest of this stage
+        stage = what.removeprefix("finish-")
+        die_at(run_dir.StageDir, "finish", int(number), after=after, only=lambda self, **_: self.stage == stage)
+    elif what == "step":
+        die_at(train, "train_step", int(number), after=after)
+    elif what == "state":
+        die_at(checkpoint.StateCheckpoints, "save", int(number), after=after)
+    elif what == "policy":  # the weights are written, FINGERPRINT is not
+        die_at(checkpoint, "write_atomically", int(number), after=after)
+    elif what == "export":
+        die_at(policies.hf, "save", int(number), after=after)
+    else:
+        raise SystemExit(f"unknown point {point!r}")
+
+
+if __name__ == "__main__":
+    separator = sys.argv.index("--")
+    arm(sys.argv[1])
+    sys.argv = ["dno", *sys.argv[separator + 1 :]]
+    from dno_jax.cli.main import main
+
+    main()

@@ -1,0 +1,53 @@
+"""The demo as a newcomer runs it, for one seed: the whole loop on the committed policy improves it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dno_jax.run_dir import RunDir
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_three_iterations_beat_the_policy_they_started_from(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [Path(sys.executable).parent / "dno", "run", "configs/demo.yaml", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "best on held-out prompts: policy" in done.stderr
+    run_dir = RunDir(tmp_path / "run")
+    details = run_dir.stage("evaluate", 2).require().details
+    against_start = details["win_rates"]["0"]
+    # docs/demo.md: 78 to 86 % for three seeds. The direction is what is asserted, with its interval.
+    assert against_start["low"] > 0.5
+    assert against_start["comparisons"] == 80 * 4
+    assert details["best"] > 0
+    assert Path(run_dir.export_path, "model.safetensors").stat().st_size < 2_000_000
+
+
+def test_the_demos_judge_is_no_reward_in_disguise():
+    """Pools of the demo's own text hold Condorcet cycles: no score per response could say what this judge says."""
+    import json
+
+    from dno_jax.annotation.oracles import majority_matrix
+    from dno_jax.config import RunConfig, load_config
+
+    section = load_config(RunConfig, ROOT / "configs/demo.yaml").annotation.oracle
+    rows = [json.loads(line) for line in (ROOT / "configs/demo/prompts.jsonl").read_text().splitlines()]
+    gold = [row["gold"] for row in rows]
+    cycles = 0
+    for index, row in enumerate(rows[:200]):
+        others = [gold[(index + step) % len(gold)] for step in range(5)]
+        wins = np.asarray(
+            majority_matrix(
+                row["messages"][-1]["content"], others, criteria=section.criteria, target_words=section.target_words
+            )
+        )
+        beats = (wins == 1.0).astype(int)
+        cycles += int(np.trace(beats @ beats @ beats) > 0)
+    assert cycles > 0
