@@ -172,9 +172,9 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
     return lowered.compile()
 
 
-def describe(program: Any) -> dict[str, Any]:
+def describe(programs: Any) -> dict[str, Any]:
     """Return memory, kernels and collectives of a compiled step."""
-    memory, text = program.memory_analysis(), program.as_text()
+    memory, text = programs.memory_analysis(), programs.as_text()
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
     calls = re.findall(rf"= (.+?) ({kinds})(?:-start)?\(", text)
     reduced = [
@@ -219,7 +219,7 @@ def main() -> None:
         return
     for backend in options.backends:
         start = time.perf_counter()
-        program = compile_step(options.aot, backend=backend, options=options)
+        programs = compile_step(options.aot, backend=backend, options=options)
         report(
             "attention_aot",
             topology=options.aot,
@@ -228,7 +228,7 @@ def main() -> None:
             sequences=options.sequences,
             tensor=options.tensor,
             compile_seconds=time.perf_counter() - start,
-            **describe(program),
+            **describe(programs),
         )
 
 

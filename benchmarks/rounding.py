@@ -25,8 +25,8 @@ from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain
 from dno_jax.sampling.engine import generate
-from dno_jax.sampling.requests import Generation, Request, Response
-from dno_jax.sampling.state import Sizes
+from dno_jax.sampling.requests import Request, Response, SamplingParams
+from dno_jax.sampling.state import EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -46,14 +46,14 @@ def main() -> None:
     config, params = load_model(options.model)
     prompts = sorted((tuple(ids) for ids in json.loads(options.prompts.read_text())), key=len)
     requests = [Request(ids, name) for name, ids in enumerate(prompts)]
-    generation = Generation(
+    sampling_params = SamplingParams(
         num_samples=options.samples,
         max_new_tokens=options.new,
         end_ids=read_end_token_ids(options.model),
         truncation=Truncation(temperature=options.temperature, top_p=options.top_p),
         seed=0,
     )
-    sizes = Sizes(slots=64, prompt_length=max(map(len, prompts)), entries=32)
+    shape = EngineShape(slots=64, prompt_length=max(map(len, prompts)), entries=32)
 
     def sampled(
         asked: list[Request] = requests, *, dtype: str = "float32", mesh: MeshSection | None = None, **changes: object
@@ -71,8 +71,8 @@ def main() -> None:
             own,
             asked,
             model=model,
-            generation=generation,
-            sizes=dataclasses.replace(sizes, **changes),
+            sampling_params=sampling_params,
+            shape=dataclasses.replace(shape, **changes),
             mesh=devices,
         )
         return {(asked[one.index].name, k): r for one in found for k, r in enumerate(one.responses)}

@@ -38,8 +38,8 @@ from dno_jax.parallel.sharding import DECODE, Constrain
 from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.memory import queue_length
-from dno_jax.sampling.requests import Finished, Generation, Request
-from dno_jax.sampling.state import Sizes
+from dno_jax.sampling.requests import Finished, Request, SamplingParams
+from dno_jax.sampling.state import EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -79,14 +79,14 @@ def main() -> None:
     limits = np.clip(np.exp(rng.normal(np.log(options.new / 10), 1.0, size=len(prompts))), 1, options.new).astype(int)
     requests = [Request(ids, name, int(limits[name]) if heavy else None) for name, ids in enumerate(prompts)]
     ends = () if heavy else read_end_token_ids(options.model) if Path(options.model).is_dir() else ()
-    generation = Generation(
+    sampling_params = SamplingParams(
         num_samples=options.samples,
         max_new_tokens=options.new,
         end_ids=ends or (config.vocab_size,),  # an id that is never drawn
         truncation=Truncation(temperature=options.temperature, top_p=options.top_p),
         seed=0,
     )
-    sizes = Sizes(
+    shape = EngineShape(
         slots=options.slots // options.devices,
         prompt_length=max(map(len, prompts)),
         entries=queue_length(options.slots // options.devices, num_samples=options.samples, fill_rows=4),
@@ -105,8 +105,8 @@ def main() -> None:
             params,
             requests,
             model=model,
-            generation=generation,
-            sizes=sizes,
+            sampling_params=sampling_params,
+            shape=shape,
             iteration=iteration,
             mesh=mesh,
             statistics=statistics,
@@ -126,8 +126,8 @@ def main() -> None:
         shares.append(statistics.utilisation)
         by_prompt = sorted(found, key=lambda finished: finished.index)
         static.append(static_share([len(r.token_ids) for f in by_prompt for r in f.responses], rows=options.slots))
-    columns, mean = sizes.prompt_length + options.new, statistics.tokens / (len(requests) * options.samples)
-    cache = init_cache(config, batch_size=1, num_slots=columns, dtype=jnp.dtype(sizes.kv_dtype))
+    columns, mean = shape.prompt_length + options.new, statistics.tokens / (len(requests) * options.samples)
+    cache = init_cache(config, batch_size=1, num_slots=columns, dtype=jnp.dtype(shape.kv_dtype))
     slot_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
     live = (np.mean([len(ids) for ids in prompts]) + mean / 2) / columns
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -145,7 +145,7 @@ def main() -> None:
         chunk=options.chunk,
         devices=options.devices,
         dtype=options.dtype,
-        kv_dtype=sizes.kv_dtype,
+        kv_dtype=shape.kv_dtype,
         mean_tokens=mean,
         useful_tokens_per_second_best=max(rates),
         useful_tokens_per_second_median=float(np.median(rates)),

@@ -17,7 +17,7 @@ from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.report.page import write_report
 from dno_jax.run_dir import Manifest, RunDir, is_lookahead
 from dno_jax.runtime.scheme import updates
-from dno_jax.stages import annotate, checkpoints, evaluate, pair, sample, score, teach, template, train
+from dno_jax.stages import annotate, checkpoints, evaluate, pair, preflight, sample, score, teach, template, train
 from dno_jax.stages.judge_on_devices import policy as self_judge
 from dno_jax.stages.judge_on_devices import reward_model
 
@@ -50,7 +50,7 @@ def prepared(config: RunConfig) -> Iterator[None]:
 
     Process 0 holds it for all, until the work inside is done.
     """
-    runtime = inspect.check(config)
+    runtime = preflight.check(config)
     run_dir = RunDir(config.run_dir)
     with run_dir.held() if is_primary() else nullcontext():
         if is_primary():

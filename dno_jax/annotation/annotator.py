@@ -131,11 +131,11 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
         case "given":
             return embedded.GivenAnnotator()
         case "openai" | "ensemble":
-            from dno_jax.annotation.client import open_desk
+            from dno_jax.annotation.client import open_client
             from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
             from dno_jax.annotation.judges.functions import build_function
 
             function = build_function(config, seed=seed)
-            return EndpointAnnotator(function, open_desk(config, store_path=store_path))
+            return EndpointAnnotator(function, open_client(config, store_path=store_path))
         case kind:
             raise DnoError(f"annotation.kind={kind}: judged on the devices, not by an annotator of the host's")

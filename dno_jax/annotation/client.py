@@ -58,7 +58,7 @@ class Asked(Protocol):
     async def close(self) -> None: ...
 
 
-class Desk:
+class JudgeClient:
     """Answers questions, each of which is paid for once. It serves one event loop, and is closed in it."""
 
     def __init__(self, clients: Mapping[ChatSection, Asked], *, store: VerdictStore, budget: Budget):
@@ -298,7 +298,7 @@ class Desk:
             client.stop(error)
 
 
-def open_desk(section: AnnotationSection, *, store_path: str | os.PathLike[str]) -> Desk:
+def open_client(section: AnnotationSection, *, store_path: str | os.PathLike[str]) -> JudgeClient:
     """Return a desk for all that a configuration asks by chat; nothing is sent yet.
 
     Args:
@@ -315,7 +315,7 @@ def open_desk(section: AnnotationSection, *, store_path: str | os.PathLike[str])
         clients[chat] = Client(chat, who=f"the {who} {chat.model!r}", place=place)
     own = os.fspath(store_path)
     store = VerdictStore(section.store or own, reserve=True)
-    return Desk(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
+    return JudgeClient(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
 
 
 def run_name(own_path: str, path: str) -> str:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.client import Desk
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
 from dno_jax.records import Judgement, Message, Prompt
@@ -20,7 +20,7 @@ _SAMPLE = Pool(
 class EndpointAnnotator:
     """Judges pools by a preference function whose questions a desk carries."""
 
-    def __init__(self, function: PreferenceFunction, desk: Desk):
+    def __init__(self, function: PreferenceFunction, desk: JudgeClient):
         """
         Args:
             desk: closed with the annotator.

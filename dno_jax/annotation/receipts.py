@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from dno_jax.annotation.annotator import Annotator
-from dno_jax.annotation.client import Desk
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.console import say
 from dno_jax.errors import DnoError
@@ -21,7 +21,7 @@ from dno_jax.run_dir import RunDir
 
 
 @contextlib.asynccontextmanager
-async def closing(asked: Annotator | Desk, run_dir: RunDir) -> AsyncIterator[None]:
+async def closing(asked: Annotator | JudgeClient, run_dir: RunDir) -> AsyncIterator[None]:
     """Close a judge or a desk when the work with it ends, however it ends, and leave the receipts.
 
     Nothing more is asked then; what is in flight comes back and is stored first. A second interrupt gives it up.
@@ -40,11 +40,11 @@ async def closing(asked: Annotator | Desk, run_dir: RunDir) -> AsyncIterator[Non
     await _close(asked, run_dir)
 
 
-async def _close(asked: Annotator | Desk, run_dir: RunDir) -> None:
+async def _close(asked: Annotator | JudgeClient, run_dir: RunDir) -> None:
     desk = asked.desk if isinstance(asked, EndpointAnnotator) else asked
     receipt = None
     try:
-        if isinstance(desk, Desk):
+        if isinstance(desk, JudgeClient):
             await desk.drain()
             receipt = desk.budget.receipt()
     finally:

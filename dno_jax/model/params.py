@@ -62,7 +62,7 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
 
 
-def unstack_layers(params: Mapping[str, Any], *, give_away: bool = False) -> dict[str, Any]:
+def unstack_layers(params: Mapping[str, Any], *, donate: bool = False) -> dict[str, Any]:
     """Return parameters whose "layers" are a tuple of one tree a layer, as decoding reads them fastest.
 
     Args:
@@ -76,7 +76,7 @@ def unstack_layers(params: Mapping[str, Any], *, give_away: bool = False) -> dic
     split = []
     for leaf in leaves:
         split.append(_split(leaf))
-        if give_away:
+        if donate:
             jax.block_until_ready(split[-1])
             leaf.delete()
     return {**params, "layers": tuple(jax.tree.unflatten(tree, own) for own in zip(*split, strict=True))}

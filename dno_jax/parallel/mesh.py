@@ -55,7 +55,7 @@ def _axis_sizes(section: MeshSection, num_devices: int, *, kind: str) -> tuple[i
 
 
 @dataclass(frozen=True)
-class Part:
+class Submesh:
     """The rows of a mesh that this process can run by itself, together with those it shares a model with.
 
     Attributes:
@@ -70,17 +70,17 @@ class Part:
     leads: bool
 
 
-def own_part(mesh: Mesh) -> Part:
+def own_submesh(mesh: Mesh) -> Submesh:
     """Return the part of a mesh that this process runs; what the parts run needs nothing of each other."""
     models = mesh.devices.reshape(-1, *mesh.devices.shape[2:])
-    parts = parts_of(np.vectorize(lambda device: device.process_index)(models))
+    parts = submeshes_of(np.vectorize(lambda device: device.process_index)(models))
     index = next(i for i, (processes, _) in enumerate(parts) if jax.process_index() in processes)
     processes, members = parts[index]
     own = Mesh(models[list(members)][:, None], AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return Part(own, index=index, count=len(parts), leads=jax.process_index() == processes[0])
+    return Submesh(own, index=index, count=len(parts), leads=jax.process_index() == processes[0])
 
 
-def parts_of(process: np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+def submeshes_of(process: np.ndarray) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return which models run apart from all others: (processes, models) of each part, both ascending.
 
     Args:
@@ -137,14 +137,14 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def same_everywhere(values: np.ndarray) -> np.ndarray:
+def broadcast_from_primary(values: np.ndarray) -> np.ndarray:
     """Return process 0's copy of an array on every process."""
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-def of_every_process(values: np.ndarray) -> np.ndarray:
+def gather_from_processes(values: np.ndarray) -> np.ndarray:
     """Return every process's copy of an array, [processes, ...], on every process."""
     if jax.process_count() == 1:
         return values[None]

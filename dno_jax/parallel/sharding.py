@@ -185,7 +185,7 @@ def to_device(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def on_part(tree: Any, shardings: Any) -> Any:
+def on_submesh(tree: Any, shardings: Any) -> Any:
     """Give arrays of a whole mesh out as arrays of a part of it that holds them whole; nothing is moved or copied."""
 
     def one(array: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -195,18 +195,18 @@ def on_part(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def relayout(tree: Any, shardings: Any) -> Any:
+def reshard(tree: Any, shardings: Any) -> Any:
     """Move device arrays to other shardings without passing through the host; compiled once for equal shardings."""
     return jax.jit(_same, out_shardings=shardings)(tree)
 
 
-def hand_over(tree: Any, shardings: Any) -> Any:
-    """`relayout`, one array after another, each deleted when it has been moved: the tree never lies there twice."""
+def reshard_donated(tree: Any, shardings: Any) -> Any:
+    """`reshard`, one array after another, each deleted when it has been moved: the tree never lies there twice."""
 
     def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
         if array.sharding.is_equivalent_to(sharding, array.ndim):
             return array
-        moved = jax.block_until_ready(relayout(array, sharding))
+        moved = jax.block_until_ready(reshard(array, sharding))
         array.delete()
         return moved
 

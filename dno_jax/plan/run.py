@@ -207,10 +207,10 @@ def _sampling_table(plan: RunPlan) -> Table:
     row("policies in memory", lambda slots: f"{slots.loaded_policies}")
     row("draws in turn", lambda slots: f"{1 + len(slots.beside)}")
     row("layers x key heads x head_dim", lambda _: _head_numbers(plan))
-    row("keys and values in", lambda slots: slots.program.sizes.kv_dtype)
-    row("tokens of a slot", lambda slots: f"{slots.program.num_slots:,}")
+    row("keys and values in", lambda slots: slots.programs.shape.kv_dtype)
+    row("tokens of a slot", lambda slots: f"{slots.programs.num_slots:,}")
     row("one slot", lambda slots: show_bytes(slots.slot_bytes))
-    row("tokens of a queued prompt", lambda slots: f"{slots.program.sizes.prompt_length:,}")
+    row("tokens of a queued prompt", lambda slots: f"{slots.programs.shape.prompt_length:,}")
     row("one queued prompt", lambda slots: show_bytes(slots.entry_bytes), end_section=True)
     for part in next(iter(stages.values())).parts:
         row(part, lambda slots, part=part: show_bytes(slots.parts[part]))

@@ -23,8 +23,8 @@ from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
-from dno_jax.parallel.mesh import Part, make_mesh, own_part
-from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, Layout, hand_over, num_row_shards, on_part
+from dno_jax.parallel.mesh import Submesh, make_mesh, own_submesh
+from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, Layout, num_row_shards, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint
 from dno_jax.training.state import param_shardings
@@ -94,9 +94,9 @@ class Runtime(Generic[ConfigT]):
         )
 
     @cached_property
-    def part(self) -> Part:
+    def submesh(self) -> Submesh:
         """The rows of the mesh that this process samples with."""
-        return own_part(self.mesh)
+        return own_submesh(self.mesh)
 
     def param_shardings(self, layout: Layout) -> Any:
         return param_shardings(self.model_config, self.mesh, layout)
@@ -132,9 +132,9 @@ class Runtime(Generic[ConfigT]):
         """
         shapes = computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
         read = load_policy(policy, shapes=shapes, shardings=self.param_shardings(TRAIN))
-        params = hand_over(read, self.param_shardings(DECODE))
-        own = on_part(params, param_shardings(self.model_config, self.part.mesh, DECODE))
-        return unstack_layers(own, give_away=True)
+        params = reshard_donated(read, self.param_shardings(DECODE))
+        own = on_submesh(params, param_shardings(self.model_config, self.submesh.mesh, DECODE))
+        return unstack_layers(own, donate=True)
 
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:

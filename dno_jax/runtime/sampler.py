@@ -19,9 +19,9 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.completion import Codec
 from dno_jax.sampling.engine import Statistics, generate
-from dno_jax.sampling.requests import Finished, Generation, Request
+from dno_jax.sampling.requests import Finished, Request, SamplingParams
 from dno_jax.sampling.server import complete
-from dno_jax.sampling.state import Mixture, Sizes
+from dno_jax.sampling.state import EngineShape, Mixture
 from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
 
@@ -29,11 +29,11 @@ Stream = Generator[Finished, None, None]
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleSpec:
     """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`.
 
     Attributes:
-        weight: the center's share of the mixture; None draws from the policy alone.
+        weight: pi_ref's share of the mixture; None draws from the policy alone.
     """
 
     source: Source
@@ -56,7 +56,7 @@ class Sampler:
 
     runtime: Runtime[RunConfig]
     prompts: Sequence[TokenizedPrompt]
-    draws: Sequence[Draw]
+    specs: Sequence[SampleSpec]
     policy: int
     num_prompts: int
     num_lost: int = 0
@@ -76,41 +76,41 @@ class Sampler:
         """
         if self.runtime.config.sampling.engine == "openai":
             counts: Counter[str] = Counter()
-            return [self._from_server(draw, counts) for draw in self.draws]
-        sizes = self._sizes()  # before weights take the memory that is asked about
+            return [self._from_server(spec, counts) for spec in self.specs]
+        shape = self._shapes()  # before weights take the memory that is asked about
         params = {name: self.runtime.load_for_decoding(path) for name, path in policies.items()}
-        return [self._from_devices(draw, size, params) for draw, size in zip(self.draws, sizes, strict=True)]
+        return [self._from_devices(spec, size, params) for spec, size in zip(self.specs, shape, strict=True)]
 
-    def _from_devices(self, draw: Draw, sizes: Sizes, params: Mapping[str, Any]) -> Stream:
+    def _from_devices(self, spec: SampleSpec, shape: EngineShape, params: Mapping[str, Any]) -> Stream:
         """Sample on the devices of this process's part of the mesh."""
         runtime, section = self.runtime, self.runtime.config.sampling
         statistics = Statistics()
         yield from generate(
             params["policy"],
             self._requests(),
-            model=runtime.model(DECODE, mesh=runtime.part.mesh),
-            generation=self._generation(draw),
-            sizes=sizes,
+            model=runtime.model(DECODE, mesh=runtime.submesh.mesh),
+            sampling_params=self._sampling_params(spec),
+            shape=shape,
             iteration=self.policy,
-            mesh=runtime.part.mesh,
-            mixture=None if draw.weight is None else Mixture(params["center"], jnp.float32(draw.weight)),
+            mesh=runtime.submesh.mesh,
+            mixture=None if spec.weight is None else Mixture(params["initial"], jnp.float32(spec.weight)),
             stop=self._stop if section.stop else None,
             record_drawn=section.record_drawn_logprob,
             statistics=statistics,
         )
-        self.details[f"slots {draw.source}" if len(self.draws) > 1 else "slots"] = {
-            "slots": sizes.slots,
+        self.details[f"slots {spec.source}" if len(self.specs) > 1 else "slots"] = {
+            "slots": shape.slots,
             "utilisation": round(statistics.utilisation, 4),
             "decode_calls": statistics.decode_calls,
         }
 
-    def _from_server(self, draw: Draw, counts: Counter[str]) -> Stream:
+    def _from_server(self, spec: SampleSpec, counts: Counter[str]) -> Stream:
         """Sample from the configured server."""
         section = self.runtime.config.sampling
         yield from complete(
             self._requests(),
             section=section.server,
-            generation=self._generation(draw),
+            sampling_params=self._sampling_params(spec),
             codec=Codec(
                 encode=self._encode,
                 decode=self._decode,
@@ -128,25 +128,25 @@ class Sampler:
     def _requests(self) -> list[Request]:
         return [Request(prompt.token_ids, prompt.name) for prompt in self.prompts]
 
-    def _sizes(self) -> list[Sizes]:
+    def _shapes(self) -> list[EngineShape]:
         """Of every draw: what all of them hold is in memory together."""
         first, *others = (
             Wanted.responses(
                 self.runtime.config,
-                num_samples=draw.num_samples,
-                num_prompts=-(-self.num_prompts // self.runtime.part.count),
-                num_policies=1 if draw.weight is None else 2,
+                num_samples=spec.num_samples,
+                num_prompts=-(-self.num_prompts // self.runtime.submesh.count),
+                num_policies=1 if spec.weight is None else 2,
             )
-            for draw in self.draws
+            for spec in self.specs
         )
         found = plan(self.runtime, replace(first, beside=tuple(others)))
-        return [one.program.sizes for one in (found, *found.beside)]
+        return [one.programs.shape for one in (found, *found.beside)]
 
-    def _generation(self, draw: Draw) -> Generation:
+    def _sampling_params(self, spec: SampleSpec) -> SamplingParams:
         section = self.runtime.config.sampling
-        return Generation(
-            num_samples=draw.num_samples,
-            first_sample=draw.first_sample,
+        return SamplingParams(
+            num_samples=spec.num_samples,
+            first_sample=spec.first_sample,
             max_new_tokens=section.max_new_tokens,
             end_ids=self.runtime.end_ids,
             num_ids=self.runtime.tokenizer.vocab_size,

@@ -35,10 +35,10 @@ def updates(config: RunConfig, iteration: int) -> tuple[Update, ...]:
     the next rewards will be like these (ONPO). All others have one.
     """
     run_dir = RunDir(config.run_dir)
-    target, center = run_dir.policy(iteration + 1), center_of(config, iteration)
+    target, pi_ref = run_dir.policy(iteration + 1), initial_policy(config, iteration)
 
     def update(previous: epath.Path, result: epath.Path, suffix: str = "") -> Update:
-        initial = center if config.uses_initial and center != previous else None
+        initial = pi_ref if config.uses_initial and pi_ref != previous else None
         return Update("score" + suffix, "train" + suffix, previous, initial, result)
 
     if config.outer.scheme == "optimistic":
@@ -52,7 +52,7 @@ def update_of(config: RunConfig, iteration: int, *, stage: str) -> Update:
     return next(found for found in updates(config, iteration) if stage in (found.score, found.train))
 
 
-def center_of(config: RunConfig, iteration: int) -> epath.Path:
+def initial_policy(config: RunConfig, iteration: int) -> epath.Path:
     """pi_ref of iteration t: policy 0, or under the proximal scheme the policy of its last move."""
     every = config.outer.every
     return RunDir(config.run_dir).policy(iteration - iteration % every if every else 0)

@@ -12,13 +12,13 @@ import numpy as np
 from dno_jax.config import RunConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
-from dno_jax.parallel.mesh import of_every_process
+from dno_jax.parallel.mesh import gather_from_processes
 from dno_jax.parallel.sharding import AnyMesh
 from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
-from dno_jax.sampling.requests import Generation
-from dno_jax.sampling.state import Program, Sizes
+from dno_jax.sampling.requests import SamplingParams
+from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 
 
@@ -98,7 +98,7 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
     Raises:
         DnoError: the configured slots do not fit, or not even one does.
     """
-    mesh = runtime.part.mesh
+    mesh = runtime.submesh.mesh
     found = plan_on(
         mesh,
         wanted,
@@ -107,11 +107,11 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
         capacity=device_capacity(mesh.local_devices),
         platform=mesh.local_devices[0].platform,
     )
-    if runtime.part.count == jax.process_count():
+    if runtime.submesh.count == jax.process_count():
         return found
     # Processes that share a model must decode the same rows. Every process asks, also one that shares none: all of
     # them together, or none. Where no model is shared they need not even wait for each other.
-    slots = of_every_process(np.asarray(found.slots))
+    slots = gather_from_processes(np.asarray(found.slots))
     return found.with_slots(min(int(slots[device.process_index]) for device in mesh.devices.flat))
 
 
@@ -126,22 +126,22 @@ def plan_on(
 ) -> SlotPlan:
     """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
     section = config.sampling
-    program = partial(_program, config=config, model_config=model_config, mesh=mesh)
+    programs = partial(_programs, config=config, model_config=model_config, mesh=mesh)
     return plan_slots(
-        program(wanted),
+        programs(wanted),
         capacity=capacity,
         num_prompts=wanted.num_prompts,
         slots=section.slots,
         num_policies=wanted.num_policies,
-        beside=[(program(other), other.num_policies) for other in wanted.beside],
+        beside=[(programs(other), other.num_policies) for other in wanted.beside],
         platform=platform,
     )
 
 
-def _program(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, mesh: AnyMesh) -> Program:
+def _programs(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, mesh: AnyMesh) -> CompiledPrograms:
     """Return what would sample it, of one slot."""
     section, dtype = config.sampling, config.model.dtype
-    generation = Generation(
+    sampling_params = SamplingParams(
         num_samples=wanted.num_samples,
         max_new_tokens=wanted.max_new_tokens,
         end_ids=(0,),  # which ids end a response takes no memory
@@ -149,7 +149,7 @@ def _program(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, me
         seed=config.seed,
         max_total_tokens=wanted.max_total_tokens,
     )
-    sizes = Sizes(
+    shape = EngineShape(
         slots=1,
         prompt_length=wanted.prompt_length,
         prefill_chunk=section.prefill_chunk,
@@ -157,4 +157,4 @@ def _program(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, me
         kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
     )
     model = Decoder(model_config, dtype=jnp.dtype(dtype))
-    return Program(model, generation, sizes, mesh, section.record_drawn_logprob)
+    return CompiledPrograms(model, sampling_params, shape, mesh, section.record_drawn_logprob)

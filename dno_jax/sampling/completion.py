@@ -21,7 +21,7 @@ from typing import Any
 
 from dno_jax.config import Dialect
 from dno_jax.errors import DnoError
-from dno_jax.sampling.requests import Generation, Request, Response
+from dno_jax.sampling.requests import Request, Response, SamplingParams
 from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
 
@@ -203,7 +203,7 @@ def read_response(
     index: int,
     *,
     codec: Codec,
-    generation: Generation,
+    sampling_params: SamplingParams,
     limit: int,
     stop: Sequence[str],
     logprobs_are_policys: bool,
@@ -219,17 +219,17 @@ def read_response(
         Refused: it is no sample of the policy, or not surely one.
         DnoError: the server does what no further request can mend.
     """
-    if stop and answer.finish == "stop" and not _says_what_stopped(answer, generation):
+    if stop and answer.finish == "stop" and not _says_what_stopped(answer, sampling_params):
         raise DnoError(
             "sampling.server: the server does not say whether a stop string or the end id ended a response; use one "
             "that returns stop_reason (vLLM) or matched_stop (SGLang), or set sampling.stop=[]"
         )
     if answer.verbatim:
-        response = _from_verbatim(answer, index, codec=codec, generation=generation, stop=stop)
+        response = _from_verbatim(answer, index, codec=codec, sampling_params=sampling_params, stop=stop)
     elif answer.token_ids is None:
-        response = _from_text(answer, index, codec=codec, generation=generation)
+        response = _from_text(answer, index, codec=codec, sampling_params=sampling_params)
     else:
-        response = _from_ids(answer, generation=generation, logprobs_are_policys=logprobs_are_policys)
+        response = _from_ids(answer, sampling_params=sampling_params, logprobs_are_policys=logprobs_are_policys)
     if len(response.token_ids) > limit:
         raise Refused("longer than it may be")
     drawn = answer.completion_tokens if answer.token_ids is None else len(answer.token_ids)
@@ -243,25 +243,25 @@ def read_response(
     return response
 
 
-def _says_what_stopped(answer: Answer, generation: Generation) -> bool:
-    ended = bool(answer.token_ids) and answer.token_ids[-1] in generation.end_ids
+def _says_what_stopped(answer: Answer, sampling_params: SamplingParams) -> bool:
+    ended = bool(answer.token_ids) and answer.token_ids[-1] in sampling_params.end_ids
     return answer.tells_stop or ended
 
 
-def _from_ids(answer: Answer, *, generation: Generation, logprobs_are_policys: bool) -> Response:
+def _from_ids(answer: Answer, *, sampling_params: SamplingParams, logprobs_are_policys: bool) -> Response:
     ids = answer.token_ids or ()
     logprobs = answer.logprobs if logprobs_are_policys else None
     if not ids:
         raise Refused("empty")
-    num_ids = generation.num_ids
+    num_ids = sampling_params.num_ids
     if any(token < 0 or (num_ids is not None and token >= num_ids) for token in ids):
         raise Refused("ids that the tokenizer does not have")
     by_string = answer.finish == "stop" and answer.by_string
-    ends = [position for position, token in enumerate(ids) if token in generation.end_ids]
+    ends = [position for position, token in enumerate(ids) if token in sampling_params.end_ids]
     if ends:  # a server that goes on after an end id has drawn the same response up to there
         ids, finish, by_string = ids[: ends[0] + 1], "stop", False
     elif answer.finish == "stop" and not by_string:
-        ids, finish = (*ids, _end_id(answer, generation)), "stop"
+        ids, finish = (*ids, _end_id(answer, sampling_params)), "stop"
     else:
         finish = answer.finish
     if logprobs is not None:
@@ -274,19 +274,19 @@ def _from_ids(answer: Answer, *, generation: Generation, logprobs_are_policys: b
     )
 
 
-def _end_id(answer: Answer, generation: Generation) -> int:
+def _end_id(answer: Answer, sampling_params: SamplingParams) -> int:
     """Return the end id that a server ended by and did not return."""
     if answer.end_id is None:
-        return generation.end_ids[0]
-    if answer.end_id not in generation.end_ids:
+        return sampling_params.end_ids[0]
+    if answer.end_id not in sampling_params.end_ids:
         raise DnoError(
             f"sampling.server: the server ended a response by id {answer.end_id}, and the policy's end ids are "
-            f"{list(generation.end_ids)}; serve the generation_config.json that was exported with the policy"
+            f"{list(sampling_params.end_ids)}; serve the generation_config.json that was exported with the policy"
         )
     return answer.end_id
 
 
-def _from_text(answer: Answer, index: int, *, codec: Codec, generation: Generation) -> Response:
+def _from_text(answer: Answer, index: int, *, codec: Codec, sampling_params: SamplingParams) -> Response:
     ids = _ids_of(answer.text, index, codec=codec)
     ended = answer.finish == "stop"
     by_string = ended and answer.by_string
@@ -297,12 +297,12 @@ def _from_text(answer: Answer, index: int, *, codec: Codec, generation: Generati
     if count is not None and not fewest <= count <= most:
         raise Refused("text of other tokens than were drawn")
     if ended and not by_string:
-        ids = (*ids, _end_id(answer, generation))
+        ids = (*ids, _end_id(answer, sampling_params))
     return Response(token_ids=ids, logprobs=None, finish="stop" if ended else "length", text=answer.text)
 
 
 def _from_verbatim(
-    answer: Answer, index: int, *, codec: Codec, generation: Generation, stop: Sequence[str]
+    answer: Answer, index: int, *, codec: Codec, sampling_params: SamplingParams, stop: Sequence[str]
 ) -> Response:
     by_end_id = answer.finish == "stop" and not answer.by_string
     drew_nothing_else = by_end_id and not answer.text
@@ -316,7 +316,7 @@ def _from_verbatim(
     if answer.by_string:
         raise Refused("text without the stop string that ended it")
     if by_end_id:
-        return Response((*ids, _end_id(answer, generation)), logprobs=None, finish="stop", text=answer.text)
+        return Response((*ids, _end_id(answer, sampling_params)), logprobs=None, finish="stop", text=answer.text)
     return Response(ids, logprobs=None, finish="length", text=answer.text)
 
 

@@ -22,10 +22,10 @@ from dno_jax.logprobs import token_logprobs
 from dno_jax.model.cache import Cache, init_cache
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.sampling.state import (
+    CompiledPrograms,
     Counts,
     Drawn,
     Outputs,
-    Program,
     Prompts,
     Slots,
     State,
@@ -39,9 +39,9 @@ from dno_jax.sampling.state import (
 from dno_jax.sampling.transforms import address, drawn_logprobs, sample_token, without_padding
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="state")
+@partial(jax.jit, static_argnames="programs", donate_argnames="state")
 def fill(
-    policies: tuple[Any, ...], state: State, prompts: Prompts, *, iteration: Int[Array, ""], program: Program
+    policies: tuple[Any, ...], state: State, prompts: Prompts, *, iteration: Int[Array, ""], programs: CompiledPrograms
 ) -> State:
     """Prefill prompts into the queue, one program a padded length T; the host sees to it that there is room.
 
@@ -49,13 +49,13 @@ def fill(
         policies: parameters of each policy in the DECODE layout.
         iteration: scalar int32, part of every key.
     """
-    model = program.model
+    model = programs.model
     rows, width = prompts.token.shape
-    piece = min(width, program.sizes.prefill_chunk)
+    piece = min(width, programs.shape.prefill_chunk)
 
     def read(params: Any) -> tuple[Array, Cache]:
         """Put whole prompts through the model, piece after piece; return the state after the last token of each."""
-        dtype = jnp.dtype(program.sizes.kv_dtype)
+        dtype = jnp.dtype(programs.shape.kv_dtype)
         cache = init_cache(model.config, batch_size=rows, num_slots=width, dtype=dtype)
 
         def one(start: Array, carry: tuple[Cache, Array]) -> tuple[Cache, Array]:
@@ -79,14 +79,14 @@ def fill(
     hidden, cache = zip(*map(read, policies), strict=True)
     text = Text(cache=cache, hidden=hidden, length=prompts.length, seen=_ids_of(prompts, state.queue.text.seen))
 
-    samples = jnp.arange(program.generation.num_samples, dtype=jnp.int32) + program.generation.first_sample
+    samples = jnp.arange(programs.sampling_params.num_samples, dtype=jnp.int32) + programs.sampling_params.first_sample
     keys = address(
-        seed=program.generation.seed,
+        seed=programs.sampling_params.seed,
         iteration=iteration,
         prompt=jnp.repeat(prompts.name, len(samples)),
         sample=jnp.tile(samples, rows),
     ).reshape(rows, len(samples), 2)
-    return replace(state, queue=enqueue(state.queue, text, prompts, keys, mesh=program.mesh))
+    return replace(state, queue=enqueue(state.queue, text, prompts, keys, mesh=programs.mesh))
 
 
 def _ids_of(prompts: Prompts, seen: Any) -> Any:
@@ -99,7 +99,7 @@ def _ids_of(prompts: Prompts, seen: Any) -> Any:
     return jnp.zeros((rows, seen.shape[1]), bool).at[jnp.arange(rows)[:, None], token].set(True, mode="drop")
 
 
-@partial(jax.jit, static_argnames="program", donate_argnames="state")
+@partial(jax.jit, static_argnames="programs", donate_argnames="state")
 def decode(
     policies: tuple[Any, ...],
     state: State,
@@ -108,7 +108,7 @@ def decode(
     *,
     fresh: Array,
     cancelled: Array,
-    program: Program,
+    programs: CompiledPrograms,
 ) -> tuple[State, Outputs, Counts]:
     """Draw up to `chunk_steps` tokens for every slot, and refill slots on the way.
 
@@ -120,9 +120,9 @@ def decode(
         fresh: [O * K] bool, output rows that belong to prompts filled since the last call.
         cancelled: [O * K] bool, responses whose text the host has found ended.
     """
-    generation, model, mesh = program.generation, program.model, program.mesh
+    sampling_params, model, mesh = programs.sampling_params, programs.model, programs.mesh
     place, config = model.constrain, model.config
-    end_ids = jnp.asarray(generation.end_ids, jnp.int32)
+    end_ids = jnp.asarray(sampling_params.end_ids, jnp.int32)
     outputs = replace(
         outputs,
         length=jnp.where(fresh, 0, outputs.length),
@@ -147,18 +147,22 @@ def decode(
             place(place(logits(config, params, hidden), ("batch", "vocab")), ("batch", None))
             for params, hidden in zip(policies, text.hidden, strict=True)
         ]
-        drawable = without_padding(mixed(row_logits), num_ids=generation.num_ids)
-        token = sample_token(slots.key, drawable, step=slots.step, truncation=generation.truncation, seen=text.seen)
+        drawable = without_padding(mixed(row_logits), num_ids=sampling_params.num_ids)
+        token = sample_token(
+            slots.key, drawable, step=slots.step, truncation=sampling_params.truncation, seen=text.seen
+        )
         token = jnp.where(alive, token, 0)
         stopped = jnp.any(token[:, None] == end_ids[None, :], axis=1)
         logprob, *others = (token_logprobs(each, token) for each in row_logits)
-        for other in others:  # a center that is not finite spoils what is drawn, and pi_t's own numbers do not show it
+        for (
+            other
+        ) in others:  # a reference that is not finite spoils what is drawn, and pi_t's own numbers do not show it
             logprob = jnp.where(jnp.isfinite(other), logprob, jnp.nan)
         drawn = Drawn(
             token=token,
             logprob=logprob,
-            drawn_logprob=drawn_logprobs(drawable, token, truncation=generation.truncation, seen=text.seen)
-            if program.record_drawn
+            drawn_logprob=drawn_logprobs(drawable, token, truncation=sampling_params.truncation, seen=text.seen)
+            if programs.record_drawn
             else None,
             stopped=stopped,
             ended=stopped | (slots.step + 1 >= slots.limit),
@@ -187,8 +191,8 @@ def decode(
         return _Loop(step=loop.step + 1, busy=loop.busy + jnp.sum(alive), slots=slots, outputs=outputs, started=started)
 
     def unfinished(loop: _Loop) -> Array:
-        waiting = state.queue.filled * generation.num_samples > loop.started
-        return (loop.step < program.sizes.chunk_steps) & (jnp.any(waiting) | jnp.any(loop.slots.output >= 0))
+        waiting = state.queue.filled * sampling_params.num_samples > loop.started
+        return (loop.step < programs.shape.chunk_steps) & (jnp.any(waiting) | jnp.any(loop.slots.output >= 0))
 
     loop = jax.lax.while_loop(
         unfinished,

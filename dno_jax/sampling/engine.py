@@ -17,10 +17,19 @@ from dno_jax.errors import DnoError
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import unstack_layers
 from dno_jax.parallel.mesh import one_device_mesh
-from dno_jax.parallel.sharding import num_row_shards, relayout, replicated, row_sharding, to_device
+from dno_jax.parallel.sharding import num_row_shards, replicated, reshard, row_sharding, to_device
 from dno_jax.sampling.decode import decode, fill
-from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
-from dno_jax.sampling.state import Counts, Mixture, Outputs, Program, Prompts, Sizes, prompt_bucket, start
+from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams, response_limit
+from dno_jax.sampling.state import (
+    CompiledPrograms,
+    Counts,
+    EngineShape,
+    Mixture,
+    Outputs,
+    Prompts,
+    prompt_bucket,
+    start,
+)
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
 # or None where the response goes on. Asked once for every piece that a response grows by.
@@ -48,8 +57,8 @@ def generate(
     requests: Iterable[Request],
     *,
     model: Decoder,
-    generation: Generation,
-    sizes: Sizes,
+    sampling_params: SamplingParams,
+    shape: EngineShape,
     iteration: int = 0,
     mesh: Mesh | None = None,
     mixture: Mixture | None = None,
@@ -81,13 +90,13 @@ def generate(
         DnoError: the policy's logits are not finite.
     """
     mesh = one_device_mesh() if mesh is None else mesh
-    program = Program(model, generation, sizes, mesh, record_drawn)
+    programs = CompiledPrograms(model, sampling_params, shape, mesh, record_drawn)
     policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
     statistics = Statistics() if statistics is None else statistics
-    books = _Books.open(requests, program)
+    books = _Books.open(requests, programs)
     if books.finished:
         return
-    state, outputs = start(program, policies=len(policies))
+    state, outputs = start(programs, policies=len(policies))
     number = jnp.int32(iteration)
     weight = jnp.float32(0.0 if mixture is None else mixture.weight)
     dispatched: tuple[int, Outputs, Counts] | None = None
@@ -95,7 +104,7 @@ def generate(
     while not books.finished:
         while prompts := books.next_prompts():
             places = jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), prompts)
-            state = fill(policies, state, to_device(prompts, places), iteration=number, program=program)
+            state = fill(policies, state, to_device(prompts, places), iteration=number, programs=programs)
             statistics.fill_calls += 1
         fresh, cancelled, call = books.next_call()
         state, outputs, counts = decode(
@@ -105,7 +114,7 @@ def generate(
             weight,
             fresh=to_device(fresh, rows),
             cancelled=to_device(cancelled, rows),
-            program=program,
+            programs=programs,
         )
         statistics.decode_calls += 1
         # Behind this call and before the next: the host must not wait for work that stands in line after that one.
@@ -115,17 +124,17 @@ def generate(
         dispatched = (call, *shown)
 
 
-def _checked(index: int, request: Request, program: Program) -> Request:
-    length, longest = len(request.token_ids), program.sizes.prompt_length
+def _checked(index: int, request: Request, programs: CompiledPrograms) -> Request:
+    length, longest = len(request.token_ids), programs.shape.prompt_length
     if not 1 <= length <= longest:
         raise ValueError(
             f"request {index} has a prompt of {length} tokens; the cache holds prompts of 1 to {longest}: cut it, or "
             "raise sizes.prompt_length"
         )
-    if response_limit(request, program.generation) < 1:
+    if response_limit(request, programs.sampling_params) < 1:
         raise ValueError(
             f"request {index} has a prompt of {length} tokens, max_new_tokens {request.max_new_tokens}, and "
-            f"max_total_tokens is {program.generation.max_total_tokens}, which leaves no room for a response"
+            f"max_total_tokens is {programs.sampling_params.max_total_tokens}, which leaves no room for a response"
         )
     return request
 
@@ -154,7 +163,7 @@ class _Shard:
 class _Books:
     """Which request stands where. All decisions follow from what calls returned, so that processes agree on them."""
 
-    program: Program
+    programs: CompiledPrograms
     shards: list[_Shard]
     coming: Iterator[tuple[int, Request]]
     pending: deque[tuple[int, Request]]  # looked at, and not filled yet
@@ -163,13 +172,13 @@ class _Books:
     calls: int = 0  # of decode, so far
 
     @classmethod
-    def open(cls, requests: Iterable[Request], program: Program) -> _Books:
-        count, outputs = num_row_shards(program.mesh), program.sizes.outputs
-        marks = np.zeros((count, outputs, program.generation.num_samples), bool)
+    def open(cls, requests: Iterable[Request], programs: CompiledPrograms) -> _Books:
+        count, outputs = num_row_shards(programs.mesh), programs.shape.outputs
+        marks = np.zeros((count, outputs, programs.sampling_params.num_samples), bool)
         return cls(
-            program=program,
+            programs=programs,
             shards=[_Shard(free=list(reversed(range(outputs)))) for _ in range(count)],
-            coming=((index, _checked(index, request, program)) for index, request in enumerate(requests)),
+            coming=((index, _checked(index, request, programs)) for index, request in enumerate(requests)),
             pending=deque(),
             fresh=marks,
             cancelled=marks.copy(),
@@ -191,11 +200,11 @@ class _Books:
 
         They are dealt one by one to the shard that has the most room, so that none is left with more than its share.
         """
-        sizes, samples = self.program.sizes, self.program.generation.num_samples
-        rows = sizes.fill_rows
+        shape, samples = self.programs.shape, self.programs.sampling_params.num_samples
+        rows = shape.fill_rows
         wanted = self._waiting(rows * len(self.shards))
         share = -(-wanted // len(self.shards))  # the rows of a full call, until few are left
-        rooms = [min(sizes.entries - shard.filled + shard.started // samples, len(shard.free)) for shard in self.shards]
+        rooms = [min(shape.entries - shard.filled + shard.started // samples, len(shard.free)) for shard in self.shards]
         taken: list[list[tuple[int, Request]]] = [[] for _ in self.shards]
         ready = [(-room, number) for number, room in enumerate(rooms) if room >= share]
         heapify(ready)
@@ -211,7 +220,7 @@ class _Books:
         if not any(taken):
             return None
         longest = max(len(request.token_ids) for own in taken for _, request in own)
-        width = prompt_bucket(longest, max_length=sizes.prompt_length, piece=sizes.prefill_chunk)
+        width = prompt_bucket(longest, max_length=shape.prompt_length, piece=shape.prefill_chunk)
         count = len(self.shards)
         token = np.zeros((count, rows, width), np.int32)
         length, output, limit = np.zeros((3, count, rows), np.int32)
@@ -223,7 +232,7 @@ class _Books:
                 token[number, row, : len(request.token_ids)] = request.token_ids
                 length[number, row], name[number, row] = len(request.token_ids), request.name
                 output[number, row] = place * samples
-                limit[number, row] = response_limit(request, self.program.generation)
+                limit[number, row] = response_limit(request, self.programs.sampling_params)
                 self.fresh[number, place] = True
             shard.filled += len(own)
         flat = (count * rows,)
@@ -247,15 +256,15 @@ class _Books:
     ) -> Iterator[Finished]:
         """Wait for a call and yield the prompts that it finished."""
         outputs, counts = _on_host(outputs), _on_host(counts)
-        statistics.slot_steps += int(counts.steps) * len(self.shards) * self.program.sizes.slots
+        statistics.slot_steps += int(counts.steps) * len(self.shards) * self.programs.shape.slots
         statistics.busy_slot_steps += int(counts.busy)
-        samples = self.program.generation.num_samples
+        samples = self.programs.sampling_params.num_samples
         for number, shard in enumerate(self.shards):
             shard.started = int(counts.started[number])
             for name, place in sorted(shard.places.items()):
                 if place.since > call:
                     continue
-                first = (number * self.program.sizes.outputs + name) * samples
+                first = (number * self.programs.shape.outputs + name) * samples
                 if stop is not None:
                     self.cancelled[number, name] |= _cut(place, outputs, first, stop)
                 if not outputs.done[first : first + samples].all():
@@ -285,8 +294,8 @@ def _response(outputs: Outputs, row: int, *, cut: tuple[int, str] | None) -> Res
     count, text = (int(outputs.length[row]), None) if cut is None else cut
     if not np.isfinite(outputs.logprob[row, :count]).all():
         raise DnoError(
-            "the logits of the policy, or of the center that it is mixed with, are not finite, so what was drawn means "
-            "nothing; look at the training that made it (its loss and gradient norm in metrics.jsonl), or at the "
+            "the logits of the policy, or of the reference that it is mixed with, are not finite, so what was drawn "
+            "means nothing; look at the training that made it (its loss and gradient norm in metrics.jsonl), or at the "
             "checkpoint that was imported"
         )
     drawn = outputs.drawn_logprob
@@ -303,7 +312,7 @@ def _whole(tree: Any, place: NamedSharding) -> Any:
     """Have arrays gathered on every process of a mesh that spans several; dispatched, not waited for."""
 
     def one(array: jax.Array) -> jax.Array:
-        return array if array.is_fully_addressable else relayout(array, place).addressable_data(0)
+        return array if array.is_fully_addressable else reshard(array, place).addressable_data(0)
 
     return jax.tree.map(one, tree)
 

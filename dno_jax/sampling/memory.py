@@ -16,7 +16,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import computing_params, param_axes
 from dno_jax.parallel.sharding import DECODE, AnyMesh, num_row_shards, weight_shardings
-from dno_jax.sampling.state import Program, State, abstract_start, prompt_bucket
+from dno_jax.sampling.state import CompiledPrograms, State, abstract_start, prompt_bucket
 
 # Slots where none are configured. On a CPU more rows than this fall out of the processor's cache; elsewhere the weights
 # that a step reads are long paid for by then.
@@ -62,7 +62,7 @@ class SlotPlan:
         beside: draws in turn with it, of as many slots each, whose states share the memory; the weights are the same.
     """
 
-    program: Program
+    programs: CompiledPrograms
     num_policies: int
     weight_bytes: int
     capacity: Capacity
@@ -71,11 +71,11 @@ class SlotPlan:
 
     @property
     def slots(self) -> int:
-        return self.program.sizes.slots
+        return self.programs.shape.slots
 
     @property
     def queue_entries(self) -> int:
-        return self.program.sizes.entries
+        return self.programs.shape.entries
 
     @cached_property
     def parts(self) -> dict[str, int]:
@@ -90,13 +90,13 @@ class SlotPlan:
 
     @cached_property
     def _own_parts(self) -> dict[str, int]:
-        state, outputs = abstract_start(self.program, policies=self.num_policies)
+        state, outputs = abstract_start(self.programs, policies=self.num_policies)
         return {
             "weights": self.num_policies * self.weight_bytes,
             "slots": _local_bytes(state.slots),
             "queue": _local_bytes(state.queue),
             "responses": 2 * _local_bytes(outputs),
-            "temporaries": max(_decode_temporaries(self.program, state), _fill_temporaries(self.program, state)),
+            "temporaries": max(_decode_temporaries(self.programs, state), _fill_temporaries(self.programs, state)),
         }
 
     @property
@@ -125,20 +125,20 @@ class SlotPlan:
 
     def with_slots(self, slots: int) -> SlotPlan:
         """Return the plan of another number of slots, with the queue that goes with it."""
-        sizes = self.program.sizes
-        entries = queue_length(slots, num_samples=self.program.generation.num_samples, fill_rows=sizes.fill_rows)
-        program = replace(self.program, sizes=replace(sizes, slots=slots, entries=entries))
-        return replace(self, program=program, beside=tuple(other.with_slots(slots) for other in self.beside))
+        shape = self.programs.shape
+        entries = queue_length(slots, num_samples=self.programs.sampling_params.num_samples, fill_rows=shape.fill_rows)
+        programs = replace(self.programs, shape=replace(shape, slots=slots, entries=entries))
+        return replace(self, programs=programs, beside=tuple(other.with_slots(slots) for other in self.beside))
 
 
 def plan_slots(
-    program: Program,
+    programs: CompiledPrograms,
     *,
     capacity: Capacity,
     num_prompts: int,
     slots: int | None = None,
     num_policies: int = 1,
-    beside: Sequence[tuple[Program, int]] = (),
+    beside: Sequence[tuple[CompiledPrograms, int]] = (),
     platform: str | None = None,
 ) -> SlotPlan:
     """Return how many rows decode together on each row shard, and what they take.
@@ -155,12 +155,12 @@ def plan_slots(
     Raises:
         DnoError: the configured slots do not fit, or not even one does.
     """
-    model, mesh = program.model, program.mesh
+    model, mesh = programs.model, programs.mesh
     weights = weight_bytes(model.config, mesh=mesh, dtype=model.dtype)
     others = tuple(SlotPlan(other, policies, weights, capacity) for other, policies in beside)
-    plan = SlotPlan(program, num_policies, weights, capacity, beside=others).with_slots(slots or 1)
+    plan = SlotPlan(programs, num_policies, weights, capacity, beside=others).with_slots(slots or 1)
     if slots is None:
-        samples = max(one.program.generation.num_samples for one in (plan, *others))
+        samples = max(one.programs.sampling_params.num_samples for one in (plan, *others))
         limits = {
             "memory": plan.most_slots,
             "responses to draw": samples * math.ceil(num_prompts / num_row_shards(mesh)),
@@ -174,37 +174,37 @@ def plan_slots(
     return plan
 
 
-def _decode_temporaries(program: Program, state: State) -> int:
+def _decode_temporaries(programs: CompiledPrograms, state: State) -> int:
     """Logits of all slots, and one layer of their keys and values.
 
     Products take a copy of what is read of a layer, in the model's dtype. A CPU's sums need none; it is counted all the
     same, a layer of many.
     """
-    config, slots = program.model.config, program.sizes.slots
+    config, slots = programs.model.config, programs.shape.slots
     logits = LOGITS_COPIES * slots * config.vocab_size * 4  # the whole vocabulary, also where the head is split
     cache = state.slots.text.cache[0][0]
-    width = jnp.dtype(program.model.dtype).itemsize / cache.key.dtype.itemsize
+    width = jnp.dtype(programs.model.dtype).itemsize / cache.key.dtype.itemsize
     return logits + int(width * _local_bytes((cache.key, cache.value)))
 
 
-def _fill_temporaries(program: Program, state: State) -> int:
+def _fill_temporaries(programs: CompiledPrograms, state: State) -> int:
     """Caches that a prefill makes, and one layer's activations of a piece: a bound, what of them lives at once."""
-    config, sizes, tensor = program.model.config, program.sizes, program.mesh.shape["tensor"]
+    config, shape, tensor = programs.model.config, programs.shape, programs.mesh.shape["tensor"]
     # The longest prompt is padded to whole pieces.
-    width = prompt_bucket(sizes.prompt_length, max_length=sizes.prompt_length, piece=sizes.prefill_chunk)
-    caches = sizes.fill_rows * _local_bytes(state.queue.text.cache) // sizes.entries * width // sizes.prompt_length
-    piece = min(sizes.prefill_chunk, width)
+    width = prompt_bucket(shape.prompt_length, max_length=shape.prompt_length, piece=shape.prefill_chunk)
+    caches = shape.fill_rows * _local_bytes(state.queue.text.cache) // shape.entries * width // shape.prompt_length
+    piece = min(shape.prefill_chunk, width)
     mlp = config.intermediate_size * max(config.num_experts_per_tok, 1) // tensor
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim // tensor
     numbers = 3 * mlp + 4 * config.hidden_size + 2 * heads
     scores = 2 * config.num_attention_heads // tensor * width * 4  # float32, before and after the softmax
-    return caches + sizes.fill_rows * piece * (numbers * jnp.dtype(program.model.dtype).itemsize + scores)
+    return caches + shape.fill_rows * piece * (numbers * jnp.dtype(programs.model.dtype).itemsize + scores)
 
 
 def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
     most, parts = plan.most_slots, {name: show_bytes(count) for name, count in plan.parts.items()}
     policies = "a policy" if plan.loaded_policies == 1 else f"{plan.loaded_policies} policies"
-    length = plan.program.num_slots
+    length = plan.programs.num_slots
     rows = f"{plan.slots} slot{'' if plan.slots == 1 else 's'} of {length} tokens on each row shard"
     rows += f" for each of {1 + len(plan.beside)} draws" if plan.beside else ""
     wanted = "not even one sampling slot fits:" if configured is None else f"sampling.slots is {configured}, but"
@@ -276,11 +276,11 @@ def compare_with_compiler(plan: SlotPlan, stats: Any) -> dict[str, Compared]:
         responses once more, so that a copied cache would be seen. "temporaries": what the program allocates besides.
     """
     parts = plan.parts
-    state, _ = abstract_start(plan.program, policies=plan.num_policies)
+    state, _ = abstract_start(plan.programs, policies=plan.num_policies)
     results = parts["responses"] // 2
     held = parts["weights"] + parts["slots"] + parts["queue"] + results
     return {
         "held": Compared(held, stats.argument_size_in_bytes),
         "results": Compared(results, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-        "temporaries": Compared(_decode_temporaries(plan.program, state), stats.temp_size_in_bytes),
+        "temporaries": Compared(_decode_temporaries(plan.programs, state), stats.temp_size_in_bytes),
     }

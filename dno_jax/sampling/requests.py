@@ -9,7 +9,7 @@ from dno_jax.sampling.transforms import Truncation
 
 
 @dataclass(frozen=True)
-class Generation:
+class SamplingParams:
     """What decides a generation besides weights and prompts; static, so each value compiles its own programs.
 
     Attributes:
@@ -59,13 +59,13 @@ class Request:
     max_new_tokens: int | None = None
 
 
-def response_limit(request: Request, generation: Generation) -> int:
+def response_limit(request: Request, sampling_params: SamplingParams) -> int:
     """Return the most tokens that a request's response may have; below 1 where its prompt fills the total."""
-    limits = [generation.max_new_tokens]
+    limits = [sampling_params.max_new_tokens]
     if request.max_new_tokens is not None:
         limits.append(request.max_new_tokens)
-    if generation.max_total_tokens is not None:
-        limits.append(generation.max_total_tokens - len(request.token_ids))
+    if sampling_params.max_total_tokens is not None:
+        limits.append(sampling_params.max_total_tokens - len(request.token_ids))
     return min(limits)
 
 

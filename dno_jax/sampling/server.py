@@ -30,7 +30,7 @@ from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
 from dno_jax.errors import DnoError
 from dno_jax.sampling import completion
 from dno_jax.sampling.completion import Answer, Codec, Refused
-from dno_jax.sampling.requests import Finished, Generation, Request, Response, response_limit
+from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams, response_limit
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def complete(
     requests: Sequence[Request],
     *,
     section: CompletionServerSection,
-    generation: Generation,
+    sampling_params: SamplingParams,
     codec: Codec,
     iteration: int,
     stop: Sequence[str] = (),
@@ -75,10 +75,10 @@ def complete(
     if not requests:
         return
     for request in requests:
-        if response_limit(request, generation) < 1:
+        if response_limit(request, sampling_params) < 1:
             raise DnoError(
                 f"a prompt of {len(request.token_ids)} tokens leaves no room for a response within "
-                f"sampling.max_total_tokens={generation.max_total_tokens}; raise it, or lower prompts.max_length"
+                f"sampling.max_total_tokens={sampling_params.max_total_tokens}; raise it, or lower prompts.max_length"
             )
     prompts: list[list[int] | str] = [list(request.token_ids) for request in requests]
     if section.dialect == "tgi":
@@ -97,7 +97,7 @@ def complete(
         endpoint=endpoint,
         model=model,
         section=section,
-        generation=generation,
+        sampling_params=sampling_params,
         codec=codec,
         iteration=iteration,
         stop=stop,
@@ -162,7 +162,7 @@ class _Calls:
         endpoint: Endpoint,
         model: str,
         section: CompletionServerSection,
-        generation: Generation,
+        sampling_params: SamplingParams,
         codec: Codec,
         iteration: int,
         stop: Sequence[str],
@@ -175,14 +175,14 @@ class _Calls:
         self._endpoint = endpoint
         self._model = model
         self._section = section
-        self._generation = generation
+        self._sampling_params = sampling_params
         self._codec = codec
         self._iteration = iteration
         self._stop = stop
         self._counts = counts
         self._num_prompts = num_prompts
         self._num_lost = num_lost
-        truncation = generation.truncation
+        truncation = sampling_params.truncation
         self._greedy = truncation.temperature == 0.0
         self._logprobs_are_policys = section.logprobs == "raw" or (
             section.logprobs == "processed" and completion.leaves_policy(truncation)
@@ -190,7 +190,7 @@ class _Calls:
         self._fields = completion.sampling_fields(
             truncation,
             stop=stop,
-            end_ids=generation.end_ids,
+            end_ids=sampling_params.end_ids,
             logprobs=section.logprobs != "none",
             dialect=section.dialect,
         )
@@ -200,7 +200,7 @@ class _Calls:
 
     async def run(self, put: Callable[[Finished], None]) -> None:
         """Put every prompt as soon as all its responses are there."""
-        samples = range(self._generation.num_samples)
+        samples = range(self._sampling_params.num_samples)
         jobs = ((index, sample) for index in range(len(self._requests)) for sample in samples)
         workers = min(self._section.max_concurrency, len(self._requests) * len(samples))
         failure: BaseException | None = None
@@ -221,8 +221,8 @@ class _Calls:
     async def _work(self, jobs: Iterator[tuple[int, int]], put: Callable[[Finished], None]) -> None:
         for index, sample in jobs:
             responses = self._done.setdefault(index, {})
-            responses[sample] = await self._response(index, self._generation.first_sample + sample)
-            if len(responses) == self._generation.num_samples:
+            responses[sample] = await self._response(index, self._sampling_params.first_sample + sample)
+            if len(responses) == self._sampling_params.num_samples:
                 self._finish(index, put)
 
     def _finish(self, index: int, put: Callable[[Finished], None]) -> None:
@@ -259,12 +259,12 @@ class _Calls:
 
     async def _response(self, index: int, sample: int) -> Response | None:
         """Ask until there is an answer that can be kept; None where all were refused."""
-        request, generation = self._requests[index], self._generation
-        limit = response_limit(request, generation)
+        request, sampling_params = self._requests[index], self._sampling_params
+        limit = response_limit(request, sampling_params)
         redraws = tries = 0
         while True:
             seed = completion.request_seed(
-                seed=generation.seed, iteration=self._iteration, prompt=request.name, sample=sample, redraw=redraws
+                seed=sampling_params.seed, iteration=self._iteration, prompt=request.name, sample=sample, redraw=redraws
             )
             answer, tries = await self._ask(prompt=self._prompts[index], max_tokens=limit, seed=seed, tries=tries)
             completion.check_prompt(answer, request)
@@ -275,7 +275,7 @@ class _Calls:
                     answer,
                     index,
                     codec=self._codec,
-                    generation=generation,
+                    sampling_params=sampling_params,
                     limit=limit,
                     stop=self._stop,
                     logprobs_are_policys=self._logprobs_are_policys,

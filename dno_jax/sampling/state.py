@@ -22,11 +22,11 @@ from dno_jax.model.cache import Cache, KVCache, init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.cache import cache_specs
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, AnyMesh, num_row_shards
-from dno_jax.sampling.requests import Generation
+from dno_jax.sampling.requests import SamplingParams
 
 
 @dataclass(frozen=True)
-class Sizes:
+class EngineShape:
     """How much is decoded at once; static. Counts are of one row shard of the mesh.
 
     Attributes:
@@ -73,20 +73,20 @@ def prompt_bucket(length: int, *, max_length: int, piece: int) -> int:
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledPrograms:
     """Everything static of the two programs."""
 
     model: Decoder
-    generation: Generation
-    sizes: Sizes
+    sampling_params: SamplingParams
+    shape: EngineShape
     mesh: AnyMesh
     record_drawn: bool = False
 
     @property
     def num_slots(self) -> int:
         """Columns of a slot's cache."""
-        whole = self.sizes.prompt_length + self.generation.max_new_tokens
-        total = self.generation.max_total_tokens
+        whole = self.shape.prompt_length + self.sampling_params.max_new_tokens
+        total = self.sampling_params.max_total_tokens
         return whole if total is None else min(whole, total)
 
 
@@ -183,30 +183,30 @@ class Prompts:
     limit: Any  # [R] int32, tokens of its longest response
 
 
-@partial(jax.jit, static_argnames=("program", "policies"))
-def start(program: Program, *, policies: int) -> tuple[State, Outputs]:
+@partial(jax.jit, static_argnames=("programs", "policies"))
+def start(programs: CompiledPrograms, *, policies: int) -> tuple[State, Outputs]:
     """Return empty slots, an empty queue and outputs, laid out on the mesh."""
-    return laid_out(_empty(program, policies), mesh=program.mesh)
+    return laid_out(_empty(programs, policies), mesh=programs.mesh)
 
 
-def abstract_start(program: Program, *, policies: int) -> tuple[State, Outputs]:
+def abstract_start(programs: CompiledPrograms, *, policies: int) -> tuple[State, Outputs]:
     """Return what `start` returns as jax.ShapeDtypeStruct with shardings, without making arrays."""
-    shapes = jax.eval_shape(partial(_empty, program, policies))
+    shapes = jax.eval_shape(partial(_empty, programs, policies))
 
     def placed(leaf: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(placed, shapes, _shardings(shapes, program.mesh))
+    return jax.tree.map(placed, shapes, _shardings(shapes, programs.mesh))
 
 
-def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
-    sizes, generation = program.sizes, program.generation
-    config, dtype = program.model.config, program.model.dtype
-    shards = num_row_shards(program.mesh)
+def _empty(programs: CompiledPrograms, policies: int) -> tuple[State, Outputs]:
+    shape, sampling_params = programs.shape, programs.sampling_params
+    config, dtype = programs.model.config, programs.model.dtype
+    shards = num_row_shards(programs.mesh)
 
     def text(rows: int, num_slots: int) -> Text:
-        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(sizes.kv_dtype))
-        penalised = generation.truncation.repetition_penalty != 1.0
+        cache = init_cache(config, batch_size=rows, num_slots=num_slots, dtype=jnp.dtype(shape.kv_dtype))
+        penalised = sampling_params.truncation.repetition_penalty != 1.0
         return Text(
             cache=(cache,) * policies,
             hidden=(jnp.zeros((rows, config.hidden_size), dtype),) * policies,
@@ -214,19 +214,19 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
             seen=jnp.zeros((rows, config.vocab_size), bool) if penalised else None,
         )
 
-    slots, entries = shards * sizes.slots, shards * sizes.entries
-    outputs, length = shards * sizes.outputs * generation.num_samples, generation.max_new_tokens
+    slots, entries = shards * shape.slots, shards * shape.entries
+    outputs, length = shards * shape.outputs * sampling_params.num_samples, sampling_params.max_new_tokens
     state = State(
         slots=Slots(
-            text=text(slots, program.num_slots),
+            text=text(slots, programs.num_slots),
             key=jnp.zeros((slots, 2), jnp.uint32),
             output=jnp.full(slots, -1, jnp.int32),
             step=jnp.zeros(slots, jnp.int32),
             limit=jnp.zeros(slots, jnp.int32),
         ),
         queue=Queue(
-            text=text(entries, sizes.prompt_length),
-            key=jnp.zeros((entries, generation.num_samples, 2), jnp.uint32),
+            text=text(entries, shape.prompt_length),
+            key=jnp.zeros((entries, sampling_params.num_samples, 2), jnp.uint32),
             output=jnp.zeros(entries, jnp.int32),
             limit=jnp.zeros(entries, jnp.int32),
             filled=jnp.zeros(shards, jnp.int32),
@@ -236,7 +236,7 @@ def _empty(program: Program, policies: int) -> tuple[State, Outputs]:
     return state, Outputs(
         token=jnp.zeros((outputs, length), jnp.int32),
         logprob=jnp.zeros((outputs, length), jnp.float32),
-        drawn_logprob=jnp.zeros((outputs, length), jnp.float32) if program.record_drawn else None,
+        drawn_logprob=jnp.zeros((outputs, length), jnp.float32) if programs.record_drawn else None,
         length=jnp.zeros(outputs, jnp.int32),
         done=jnp.zeros(outputs, bool),
         stopped=jnp.zeros(outputs, bool),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
-from dno_jax.annotation.client import Desk
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.quality.calibration import read_calibration
@@ -135,7 +135,7 @@ class _Work:
         self._stage = stage
         self._sampled = sampled
         self._annotator = annotator
-        self._desk: Desk | None = annotator.desk if isinstance(annotator, EndpointAnnotator) else None
+        self._desk: JudgeClient | None = annotator.desk if isinstance(annotator, EndpointAnnotator) else None
         self._by_batch = any(judge.batch for judge in config.annotation.judges)
         self._labels: list[tuple[Judgement, float]] = []
         self._run_dir = run_dir

@@ -14,7 +14,7 @@ from dno_jax.console import say
 from dno_jax.data.rows import batches_by_length, frozen_logprobs
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
-from dno_jax.parallel.sharding import relayout, replicated
+from dno_jax.parallel.sharding import replicated, reshard
 from dno_jax.records import Rollout
 from dno_jax.run_dir import StageDir
 from dno_jax.runtime.runtime import Runtime
@@ -169,7 +169,7 @@ def _trainer_logprobs(runtime: Runtime[RunConfig], policy: epath.Path, rollouts:
     found = [0.0] * len(rollouts)
     logprobs = frozen_logprobs(runtime, policy, ([rows[i] for i in batch] for batch in batches), size=size)
     for batch, values in zip(batches, logprobs, strict=True):
-        whole = np.asarray(relayout(values, replicated(runtime.mesh)))  # a process holds only its own devices' rows
+        whole = np.asarray(reshard(values, replicated(runtime.mesh)))  # a process holds only its own devices' rows
         for index, pair in zip(batch, whole[: len(batch)], strict=True):
             for rollout, value in zip(couples[index], pair, strict=True):
                 found[rollout] = float(value)

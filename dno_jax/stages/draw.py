@@ -13,11 +13,11 @@ from etils import epath
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
-from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
+from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Rollout
 from dno_jax.run_dir import StageDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.sampler import Draw, Sampler, Stream
+from dno_jax.runtime.sampler import Sampler, SampleSpec, Stream
 from dno_jax.sampling.requests import Finished, Response
 
 
@@ -28,7 +28,7 @@ def sample_to_shards(
     *,
     out: StageDir,
     policy: int,
-    draws: Sequence[Draw],
+    specs: Sequence[SampleSpec],
     description: str,
     also: Callable[[TokenizedPrompt], Sequence[Rollout]] = lambda _: (),
     after_shard: Callable[[], None] = lambda: None,
@@ -40,7 +40,7 @@ def sample_to_shards(
     shard and runs by itself.
 
     Args:
-        policies: paths by name: "policy" that samples, and the mixture's "center" where a draw has one.
+        policies: paths by name: "policy" that samples, and the mixture's "initial" where a spec has one.
         policy: index t of pi_t, the "policy" of `policies`.
         also: rows that go beside a prompt's responses.
         after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
@@ -52,15 +52,15 @@ def sample_to_shards(
     size = runtime.config.sampling.shard_prompts
     cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     pending = _unfinished(out, cuts, size=size)
-    part, server = runtime.part, runtime.config.sampling.engine == "openai"
+    submesh, server = runtime.submesh, runtime.config.sampling.engine == "openai"
     # A server is asked by one process; no device takes part.
-    own = pending[part.index :: part.count] if not server else pending if is_primary() else []
+    own = pending[submesh.index :: submesh.count] if not server else pending if is_primary() else []
     shards = [_Shard(_name(index * size), cuts[index]) for index in own]
     places = [(shard, place) for shard in shards for place in range(len(shard.prompts))]
     sampler = Sampler(
         runtime,
         [shard.prompts[place] for shard, place in places],
-        draws,
+        specs,
         policy,
         num_prompts=len(prompts),
         num_lost=_lost(out, cuts, pending, size=size) if server and own else 0,
@@ -69,7 +69,7 @@ def sample_to_shards(
     def close(shard: _Shard) -> None:
         rows: list[Rollout] = []
         for place, responses in sorted(shard.found.items()):
-            if len(responses) == len(draws):
+            if len(responses) == len(specs):
                 rows += _rollouts(sampler, shard.prompts[place], responses)
                 rows += also(shard.prompts[place])
         out.write_shard(shard.name, rows)
@@ -91,10 +91,10 @@ def sample_to_shards(
                 shard, place = places[found.index]
                 responses = shard.found.setdefault(place, {})
                 responses[number] = found.responses
-                if len(responses) < len(draws):
+                if len(responses) < len(specs):
                     continue
                 meter.advance(1)
-                if shard.is_whole(len(draws)) and (part.leads or server):
+                if shard.is_whole(len(specs)) and (submesh.leads or server):
                     close(shard)
         for shard in shards:  # prompts that a server had no usable answers for have no rows, and are not asked again
             if server and not shard.closed:
@@ -115,8 +115,8 @@ class _Shard:
     found: dict[int, dict[int, tuple[Response, ...]]] = field(default_factory=dict)  # prompt -> draw -> responses
     closed: bool = False
 
-    def is_whole(self, draws: int) -> bool:
-        return len(self.found) == len(self.prompts) and all(len(own) == draws for own in self.found.values())
+    def is_whole(self, specs: int) -> bool:
+        return len(self.found) == len(self.prompts) and all(len(own) == specs for own in self.found.values())
 
 
 def _in_turn(streams: Sequence[Stream]) -> Iterator[tuple[int, Finished]]:
@@ -139,7 +139,7 @@ def _unfinished(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]], *, siz
     """Indices of the shards that are not closed; process 0 says which, for all."""
     closed = set(out.shard_names()) if is_primary() else set()
     missing = [_name(index * size) not in closed for index in range(len(cuts))]
-    return [int(index) for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+    return [int(index) for index in np.flatnonzero(broadcast_from_primary(np.asarray(missing, bool)))]
 
 
 def _lost(out: StageDir, cuts: Sequence[Sequence[TokenizedPrompt]], pending: Sequence[int], *, size: int) -> int:
@@ -153,8 +153,8 @@ def _rollouts(
     sampler: Sampler, item: TokenizedPrompt, responses: Mapping[int, Sequence[Response]]
 ) -> Iterator[Rollout]:
     """The rows of a prompt's responses, by the number of their draw."""
-    for number, draw in enumerate(sampler.draws):
-        for sample, response in enumerate(responses[number], draw.first_sample):
+    for number, spec in enumerate(sampler.specs):
+        for sample, response in enumerate(responses[number], spec.first_sample):
             text, drawn = response.text, response.drawn_logprobs
             if text is None:
                 text = sampler.runtime.tokenizer.decode(response.token_ids, after=item.text_ids_before)
@@ -162,7 +162,7 @@ def _rollouts(
                 rollout_id=f"{sampler.policy:03d}/{item.prompt.prompt_id}/{sample}",
                 prompt_id=item.prompt.prompt_id,
                 sample=sample,
-                source=draw.source,
+                source=spec.source,
                 policy=sampler.policy,
                 text=text,
                 token_ids=response.token_ids,

@@ -26,7 +26,7 @@ from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.run_dir import Manifest, RunDir, StageDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.sampler import Draw
+from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import sample_to_shards
@@ -64,7 +64,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
                 tokenized,
                 out=rollouts_of(run_dir, policy),
                 policy=policy,
-                draws=(Draw("policy", config.evaluation.num_samples),),
+                specs=(SampleSpec("policy", config.evaluation.num_samples),),
                 description=f"held out  {policy}",
             )
     if is_primary():

@@ -21,8 +21,8 @@ from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.sampler import Draw
-from dno_jax.runtime.scheme import center_of, mixture_weight
+from dno_jax.runtime.sampler import SampleSpec
+from dno_jax.runtime.scheme import initial_policy, mixture_weight
 from dno_jax.stages import audit
 from dno_jax.stages.draw import sample_to_shards
 from dno_jax.stages.teach import with_gold
@@ -49,7 +49,7 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
     weight = mixture_weight(config, iteration)
     policies = {"policy": run_dir.policy(iteration)}
     if config.sampling.source == "mixture" or config.sampling.num_opponents:
-        policies["center"] = center_of(config, iteration)
+        policies["initial"] = initial_policy(config, iteration)
     inputs = stage.reference_of(prompts_path) | runtime.policy_inputs(*policies.values())
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
@@ -58,14 +58,14 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
         if is_primary():
             _data_to_shards(runtime, tokenized, out=stage, iteration=iteration)
     else:
-        draws = _draws(config, weight)
+        specs = _specs(config, weight)
         drawn = sample_to_shards(
             runtime,
             policies,
             tokenized,
             out=stage,
             policy=iteration,
-            draws=draws,
+            specs=specs,
             description=f"sample    {iteration}",
             also=lambda item: _gold(runtime, item, iteration=iteration),
             after_shard=after_shard,
@@ -94,14 +94,14 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
     return stage.require()
 
 
-def _draws(config: RunConfig, weight: float) -> tuple[Draw, ...]:
+def _specs(config: RunConfig, weight: float) -> tuple[SampleSpec, ...]:
     section = config.sampling
     if section.source == "mixture":
-        return (Draw("mixture", section.num_samples, weight=weight),)
-    own = Draw("policy", section.num_samples)
+        return (SampleSpec("mixture", section.num_samples, weight=weight),)
+    own = SampleSpec("policy", section.num_samples)
     if not section.num_opponents:
         return (own,)
-    return own, Draw("mixture", section.num_opponents, first_sample=section.num_samples, weight=weight)
+    return own, SampleSpec("mixture", section.num_opponents, first_sample=section.num_samples, weight=weight)
 
 
 def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:

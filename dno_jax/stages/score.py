@@ -11,7 +11,7 @@ from etils import epath
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.rows import batches_by_length, frozen_logprobs, load_pairs, training_rows
-from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
+from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.parallel.sharding import owned_rows
 from dno_jax.records import Pair, ReferenceScore, Rollout
 from dno_jax.run_dir import Manifest, RunDir, StageDir
@@ -133,7 +133,7 @@ def _score(
     batches = batches_by_length(rows, size=size)  # a batch is a shard, so that a restart scores the very same batches
     scored = {score.pair_id for score in out.read(ReferenceScore)} if is_primary() else set()
     missing = [any(pairs[i].pair_id not in scored for i in batch) for batch in batches]
-    pending = [int(b) for b in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+    pending = [int(b) for b in np.flatnonzero(broadcast_from_primary(np.asarray(missing, bool)))]
     if not pending:
         return
     done = len(pairs) - sum(len(batches[b]) for b in pending)

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from dno_jax.annotation.client import Desk, open_desk
+from dno_jax.annotation.client import JudgeClient, open_client
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
 from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.refusals import is_refusal
@@ -50,7 +50,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     if manifest := stage.finished(inputs, config_digest=digest):
         return manifest
     stage.path.mkdir(parents=True, exist_ok=True)
-    desk = open_desk(config.annotation, store_path=str(run_dir.annotations_path))
+    desk = open_client(config.annotation, store_path=str(run_dir.annotations_path))
     teacher = _Teacher(section, desk, run_dir, seed=config.seed, max_failed=config.annotation.max_failed)
     asyncio.run(teacher.write_all(wanted, description=f"teach     {iteration}"))
     rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
@@ -95,7 +95,7 @@ def _held_out(run_dir: RunDir) -> StageDir:
 class _Teacher:
     """Asks for responses, shard by shard of prompts."""
 
-    def __init__(self, section: TeacherSection, desk: Desk, run_dir: RunDir, *, seed: int, max_failed: float):
+    def __init__(self, section: TeacherSection, desk: JudgeClient, run_dir: RunDir, *, seed: int, max_failed: float):
         self._section = section
         self._desk = desk
         self._run_dir = run_dir

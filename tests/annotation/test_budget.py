@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, closing
 
 import pytest
 
-from dno_jax.annotation.client import Desk, run_name
+from dno_jax.annotation.client import JudgeClient, run_name
 from dno_jax.annotation.ledger.budget import Budget, Usage, cost, most_usage
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Verdict
@@ -42,7 +42,7 @@ def ask_all(client: FakeClient, config: AnnotationSection, path, questions) -> t
     async def work():
         store = VerdictStore(path)
         budget = Budget(config, store=store, run=".")
-        desk = Desk({SECTION: client}, store=store, budget=budget)
+        desk = JudgeClient({SECTION: client}, store=store, budget=budget)
         try:
             verdicts = await asyncio.gather(*map(desk.ask, questions))
             return verdicts, budget.spent, budget.receipt()
@@ -247,7 +247,7 @@ def test_a_batch_takes_the_room_there_is_at_its_own_price_and_stops_nobody(path)
 def test_what_a_batch_answers_is_billed_at_its_price(path):
     async def work() -> Verdict:
         store = VerdictStore(path)
-        desk = Desk({SECTION: FakeClient()}, store=store, budget=Budget(section(), store=store, run="."))
+        desk = JudgeClient({SECTION: FakeClient()}, store=store, budget=Budget(section(), store=store, run="."))
         try:
             return await desk.settle(names(1)[0], said("1"), batch=True)
         finally:

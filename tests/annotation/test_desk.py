@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
-from dno_jax.annotation.client import Desk
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.ledger.budget import Budget
 from dno_jax.annotation.ledger.store import VerdictStore
@@ -461,9 +461,11 @@ def test_without_a_key_variable_none_is_taken_from_the_surroundings(store_path, 
         assert judge_one(section(server), store_path).state == "ok"
 
 
-def desk_over(client: FakeClient, store_path, config: AnnotationSection | None = None) -> Desk:
+def desk_over(client: FakeClient, store_path, config: AnnotationSection | None = None) -> JudgeClient:
     store = VerdictStore(store_path)
-    return Desk({SECTION: client}, store=store, budget=Budget(config or AnnotationSection(), store=store, run="."))
+    return JudgeClient(
+        {SECTION: client}, store=store, budget=Budget(config or AnnotationSection(), store=store, run=".")
+    )
 
 
 def ask_all(client: FakeClient, store_path, questions: Sequence[Question]) -> list[Verdict | BaseException]:
@@ -504,7 +506,7 @@ def test_what_a_reply_comes_to(store_path, reply, state, scores):
 
     async def work() -> Verdict:
         store = VerdictStore(store_path)
-        desk = Desk({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
+        desk = JudgeClient({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
         try:
             return await desk.ask(question("a", asked=asked))
         finally:
@@ -612,7 +614,7 @@ def test_draining_sends_nothing_more_and_keeps_what_comes_back(store_path):
 
     async def work() -> list[Verdict | BaseException]:
         store = VerdictStore(store_path)
-        desk = Desk({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
+        desk = JudgeClient({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
         try:
             tasks = [asyncio.ensure_future(desk.ask(question(name, asked=asked))) for name in "abcdef"]
             while len(client.bodies) < 2:

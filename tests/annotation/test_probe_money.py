@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from dno_jax.annotation.client import open_desk
+from dno_jax.annotation.client import open_client
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore
@@ -36,7 +36,7 @@ def section(*servers: Scripted, **fields) -> AnnotationSection:
 
 def judge(config: AnnotationSection, path, *, before_the_second=lambda: None) -> tuple[list[Judgement], Receipt]:
     async def work() -> list[Judgement]:
-        annotator = EndpointAnnotator(build_function(config, seed=0), open_desk(config, store_path=path))
+        annotator = EndpointAnnotator(build_function(config, seed=0), open_client(config, store_path=path))
         try:
             first = await annotator.judge(planted(0)[0])
             before_the_second()

@@ -33,7 +33,7 @@ def die_at(
 def arm(point: str) -> None:
     """Patch the one function that the point names."""
     from dno_jax import run_dir
-    from dno_jax.stages import train
+    from dno_jax.stages import checkpoints, train
     from dno_jax.training import checkpoint
 
     what, number = point.rsplit(":", 1)
@@ -51,7 +51,7 @@ def arm(point: str) -> None:
     elif what == "policy":  # the weights are written, FINGERPRINT is not
         die_at(checkpoint, "write_atomically", int(number), after=after)
     elif what == "export":
-        die_at(policies.hf, "save", int(number), after=after)
+        die_at(checkpoints.hf, "save", int(number), after=after)
     else:
         raise SystemExit(f"unknown point {point!r}")
 

@@ -22,7 +22,7 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
 from dno_jax.report.summary import stage_statuses, status_table
 from dno_jax.run_dir import RunDir, stage_names
-from dno_jax.runtime.scheme import center_of, mixture_weight
+from dno_jax.runtime.scheme import initial_policy, mixture_weight
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.training.batches import batch_order
 from dno_jax.training.checkpoint import policy_fingerprint
@@ -371,7 +371,7 @@ def test_the_proximal_scheme_moves_its_centre(run_of):
         assert details["policy"] == f"{t:03d}"
         assert details["initial"] == (fingerprints["000"] if t == 1 else "")
         assert bool(run_dir.stage("score", t).sub("initial").shard_names()) == (t == 1)
-    assert [center_of(config, t).name for t in range(6)] == ["000", "000", "002", "002", "004", "004"]
+    assert [initial_policy(config, t).name for t in range(6)] == ["000", "000", "002", "002", "004", "004"]
     columns = [
         {row.pair_id: row.chosen_logprob for row in stage.read(ReferenceScore)}
         for stage in (run_dir.stage("score", 1), run_dir.stage("score", 1).sub("initial"))

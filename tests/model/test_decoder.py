@@ -140,7 +140,7 @@ def test_layers_taken_apart_compute_the_same(config, params):
     found = [step(p, token, position, init_cache(config, batch_size=2, num_slots=12)) for p in (params, apart)]
     jax.tree.map(np.testing.assert_array_equal, *found)
     given = jax.tree.map(jnp.array, params)
-    again = unstack_layers(given, give_away=True)
+    again = unstack_layers(given, donate=True)
     jax.tree.map(np.testing.assert_array_equal, again, apart)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given["layers"]))
     assert not given["embed"].is_deleted()

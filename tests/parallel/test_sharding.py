@@ -13,11 +13,11 @@ from dno_jax.parallel.sharding import (
     DECODE,
     TRAIN,
     Constrain,
-    hand_over,
     num_row_shards,
     owned_rows,
-    relayout,
     replicated,
+    reshard,
+    reshard_donated,
     resolve,
     row_sharding,
     to_device,
@@ -111,7 +111,7 @@ def test_relayout_moves_without_changing_a_bit():
     params = jax.device_put(init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh, TRAIN))
     places = param_shardings(CONFIG, mesh, DECODE)
     with jax.transfer_guard("disallow"):  # on the devices: not through the host
-        moved = relayout(params, places)
+        moved = reshard(params, places)
     for leaf, place in zip(jax.tree.leaves(moved), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert fingerprint(moved) == fingerprint(params)
@@ -122,7 +122,7 @@ def test_what_is_handed_over_never_lies_there_twice():
     params = jax.device_put(init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh, TRAIN))
     before, places = fingerprint(params), param_shardings(CONFIG, mesh, DECODE)
     with jax.transfer_guard("disallow"):
-        moved = hand_over(params, places)
+        moved = reshard_donated(params, places)
     assert fingerprint(moved) == before
     stayed = 0
     for leaf, old, place in zip(*map(jax.tree.leaves, (moved, params, places)), strict=True):
@@ -140,12 +140,12 @@ def test_relayout_is_compiled_once():
     def listen(event: str, *_: float, **__: str) -> None:
         compiled.append("backend_compile" in event)
 
-    relayout(params, param_shardings(CONFIG, mesh, DECODE))
+    reshard(params, param_shardings(CONFIG, mesh, DECODE))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        relayout(params, param_shardings(CONFIG, mesh_of(2, 2, 2), DECODE))  # equal shardings, not the same ones
+        reshard(params, param_shardings(CONFIG, mesh_of(2, 2, 2), DECODE))  # equal shardings, not the same ones
         again = sum(compiled)
-        relayout(params, jax.tree.map(lambda _: replicated(mesh), params))
+        reshard(params, jax.tree.map(lambda _: replicated(mesh), params))
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert again == 0

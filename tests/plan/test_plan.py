@@ -137,7 +137,7 @@ def test_the_longest_response_leaves_its_prompt_room_in_the_total(small):
     lengths = [len(item.token_ids) for item in kept]
     assert max(lengths) < 14
     assert found.counts["iteration 0"].response_tokens == 4 * sum(14 - length for length in lengths)
-    assert found.sampling["sample"].program.num_slots == 14
+    assert found.sampling["sample"].programs.num_slots == 14
 
 
 def test_prompts_that_are_too_long_are_not_counted(small):
@@ -213,13 +213,16 @@ def test_all_that_samples_is_planned(small):
     # Opponents are drawn in turn with the policy's own samples: two states, over the same two policies.
     turns = planned(small, **mixture | {"sampling": {**small["sampling"], "num_opponents": 1, "mixture_weight": 0.5}})
     both = turns.sampling["sample"]
-    assert [(one.program.generation.num_samples, one.num_policies) for one in (both, *both.beside)] == [(4, 1), (1, 2)]
+    assert [(one.programs.sampling_params.num_samples, one.num_policies) for one in (both, *both.beside)] == [
+        (4, 1),
+        (1, 2),
+    ]
     assert both.parts["weights"] == 2 * both.weight_bytes
     judge = {"kind": "self", "self_judge": {"max_prompt_length": 40, "max_new_tokens": 8}}
     judged = planned(small, annotation=judge, prompts={**small["prompts"], **held_out}).sampling
     assert list(judged) == ["sample", "annotate"]
-    assert (judged["annotate"].program.sizes.prompt_length, judged["annotate"].program.num_slots) == (40, 48)
-    assert judged["annotate"].program.generation.num_samples == 3
+    assert (judged["annotate"].programs.shape.prompt_length, judged["annotate"].programs.num_slots) == (40, 48)
+    assert judged["annotate"].programs.sampling_params.num_samples == 3
     data = {"sampling": {**small["sampling"], "source": "data"}}
     found = planned(small, **data)
     assert list(found.sampling) == ["evaluate"]

@@ -15,7 +15,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.text.tokenizer import ChatTokenizer
-from dno_jax.parallel.mesh import AXES, make_mesh, own_part, parts_of
+from dno_jax.parallel.mesh import AXES, make_mesh, own_submesh, submeshes_of
 from dno_jax.records import Judgement, Pair, Rollout
 from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.runtime import sampler, slots
@@ -355,16 +355,16 @@ def test_the_number_of_slots_is_free_within_a_run(make_config, tmp_path, slots):
 )
 def test_a_mesh_is_cut_where_no_model_is(process, expected):
     """Processes run apart where none of them has only a part of a model that another has the rest of."""
-    assert parts_of(np.asarray(process)[:, None]) == expected
+    assert submeshes_of(np.asarray(process)[:, None]) == expected
 
 
 def test_one_process_has_the_whole_mesh():
     mesh = make_mesh(MeshSection(data=2, fsdp=2, tensor=2))
-    part = own_part(mesh)
-    assert (part.index, part.count, part.leads) == (0, 1, True)
-    assert part.mesh.axis_names == AXES
-    assert dict(part.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
-    assert list(part.mesh.devices.flat) == list(mesh.devices.flat)
+    submesh = own_submesh(mesh)
+    assert (submesh.index, submesh.count, submesh.leads) == (0, 1, True)
+    assert submesh.mesh.axis_names == AXES
+    assert dict(submesh.mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2}
+    assert list(submesh.mesh.devices.flat) == list(mesh.devices.flat)
 
 
 def test_processes_that_share_a_model_decode_the_fewest_slots_that_one_of_them_found(make_config, monkeypatch):
@@ -377,7 +377,7 @@ def test_processes_that_share_a_model_decode_the_fewest_slots_that_one_of_them_f
         asked.append(int(mine))
         return np.asarray([2, 1])  # the second process is none of this part's
 
-    monkeypatch.setattr(slots, "of_every_process", found_by_all)
+    monkeypatch.setattr(slots, "gather_from_processes", found_by_all)
     assert slots.plan(runtime, wanted).slots == 3
     assert not asked
     monkeypatch.setattr(slots.jax, "process_count", lambda: 2)

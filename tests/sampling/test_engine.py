@@ -21,8 +21,8 @@ from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to
 from dno_jax.sampling import decode as programs
 from dno_jax.sampling import engine
 from dno_jax.sampling.engine import Statistics, generate
-from dno_jax.sampling.requests import Generation, Request
-from dno_jax.sampling.state import Mixture, Program, Sizes, prompt_bucket, start
+from dno_jax.sampling.requests import Request, SamplingParams
+from dno_jax.sampling.state import CompiledPrograms, EngineShape, Mixture, prompt_bucket, start
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -31,11 +31,11 @@ CONFIG = ModelConfig(
     num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=128,
     tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
 )  # fmt: skip
-GENERATION = Generation(
+GENERATION = SamplingParams(
     num_samples=3, max_new_tokens=20, end_ids=(5, 9), truncation=Truncation(temperature=0.9, top_p=0.95), seed=11
 )
 LENGTHS = [3, 9, 16, 1, 12, 7, 5, 8]
-SIZES = Sizes(slots=5, prompt_length=16, entries=3, fill_rows=2, prefill_chunk=16, chunk_steps=7)
+SIZES = EngineShape(slots=5, prompt_length=16, entries=3, fill_rows=2, prefill_chunk=16, chunk_steps=7)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,12 @@ def request(name, length):
 REQUESTS = [request(name, length) for name, length in enumerate(LENGTHS)]
 
 
-def run(params, requests=REQUESTS, generation=GENERATION, *, sizes=SIZES, model=None, **options):
+def run(params, requests=REQUESTS, sampling_params=GENERATION, *, shape=SIZES, model=None, **options):
     """The responses of every request, in the requests' order."""
     found = list(
-        generate(params, requests, model=model or Decoder(CONFIG), generation=generation, sizes=sizes, **options)
+        generate(
+            params, requests, model=model or Decoder(CONFIG), sampling_params=sampling_params, shape=shape, **options
+        )
     )
     assert sorted(finished.index for finished in found) == list(range(len(requests)))
     by_index = {finished.index: finished.responses for finished in found}
@@ -135,24 +137,24 @@ def test_logprobs_with_sliding_windows(params):
 
 @pytest.mark.parametrize("slots", [1, 3, 8, 24])
 def test_text_does_not_depend_on_the_number_of_slots(params, responses, slots):
-    assert ids(run(params, sizes=dataclasses.replace(SIZES, slots=slots))) == ids(responses)
+    assert ids(run(params, shape=dataclasses.replace(SIZES, slots=slots))) == ids(responses)
 
 
 @pytest.mark.parametrize("chunk_steps", [1, 32])
 def test_text_does_not_depend_on_the_chunk(params, responses, chunk_steps):
-    assert ids(run(params, sizes=dataclasses.replace(SIZES, chunk_steps=chunk_steps))) == ids(responses)
+    assert ids(run(params, shape=dataclasses.replace(SIZES, chunk_steps=chunk_steps))) == ids(responses)
 
 
 @pytest.mark.parametrize(("entries", "fill_rows"), [(1, 1), (2, 1), (8, 8)])
 def test_text_does_not_depend_on_the_queue(params, responses, entries, fill_rows):
-    sizes = dataclasses.replace(SIZES, entries=entries, fill_rows=fill_rows)
-    assert ids(run(params, sizes=sizes)) == ids(responses)
+    shape = dataclasses.replace(SIZES, entries=entries, fill_rows=fill_rows)
+    assert ids(run(params, shape=shape)) == ids(responses)
 
 
 def test_text_does_not_depend_on_order_padding_or_the_longest_prompt(params, responses):
     assert ids(run(params, REQUESTS[::-1])) == ids(responses)[::-1]
     assert ids(run(params, REQUESTS[2:5])) == ids(responses)[2:5]
-    assert ids(run(params, sizes=dataclasses.replace(SIZES, prompt_length=60))) == ids(responses)
+    assert ids(run(params, shape=dataclasses.replace(SIZES, prompt_length=60))) == ids(responses)
 
 
 def test_one_column_a_slot_to_spare_is_not_needed(params, responses):
@@ -162,19 +164,19 @@ def test_one_column_a_slot_to_spare_is_not_needed(params, responses):
 
 
 def test_samples_that_share_a_prefill_equal_separate_ones(params):
-    generation = dataclasses.replace(GENERATION, num_samples=5)
-    together = ids(run(params, generation=generation))
+    sampling_params = dataclasses.replace(GENERATION, num_samples=5)
+    together = ids(run(params, sampling_params=sampling_params))
     for sample in range(5):
-        alone = run(params, generation=dataclasses.replace(generation, num_samples=1, first_sample=sample))
+        alone = run(params, sampling_params=dataclasses.replace(sampling_params, num_samples=1, first_sample=sample))
         assert [own[0] for own in ids(alone)] == [own[sample] for own in together]
 
 
 def test_a_prompt_in_pieces_is_the_prompt(params):
     long = [request(100 + length, length) for length in (40, 17, 33, 5, 48)]
-    whole = run(params, long, sizes=dataclasses.replace(SIZES, prompt_length=50, prefill_chunk=64))
+    whole = run(params, long, shape=dataclasses.replace(SIZES, prompt_length=50, prefill_chunk=64))
     for piece in (16, 7):
-        sizes = dataclasses.replace(SIZES, prompt_length=50, prefill_chunk=piece)
-        assert ids(run(params, long, sizes=sizes)) == ids(whole)
+        shape = dataclasses.replace(SIZES, prompt_length=50, prefill_chunk=piece)
+        assert ids(run(params, long, shape=shape)) == ids(whole)
 
 
 def assert_close(found, expected):
@@ -188,15 +190,15 @@ def assert_close(found, expected):
 def test_a_prompt_beside_a_longer_one_is_the_prompt(params, kv_dtype):
     """Also of a rounded cache: what is attended is what the cache holds, whether it is read there or not."""
     pair = [REQUESTS[2], request(140, 40)]
-    sizes = dataclasses.replace(SIZES, prompt_length=50, kv_dtype=kv_dtype)
-    beside = run(params, pair, sizes=sizes)
-    assert_close(run(params, pair[:1], sizes=sizes), beside[:1])
-    assert_close(run(params, pair, sizes=dataclasses.replace(sizes, prefill_chunk=64)), beside)
+    shape = dataclasses.replace(SIZES, prompt_length=50, kv_dtype=kv_dtype)
+    beside = run(params, pair, shape=shape)
+    assert_close(run(params, pair[:1], shape=shape), beside[:1])
+    assert_close(run(params, pair, shape=dataclasses.replace(shape, prefill_chunk=64)), beside)
 
 
 def test_iteration_and_seed_change_the_text(params, responses):
     assert ids(run(params, iteration=1)) != ids(responses)
-    assert ids(run(params, generation=dataclasses.replace(GENERATION, seed=12))) != ids(responses)
+    assert ids(run(params, sampling_params=dataclasses.replace(GENERATION, seed=12))) != ids(responses)
 
 
 def test_prompts_come_when_they_are_finished(params):
@@ -208,7 +210,7 @@ def test_prompts_come_when_they_are_finished(params):
             taken.append(item.name)
             yield item
 
-    found = generate(params, coming(), model=Decoder(CONFIG), generation=GENERATION, sizes=SIZES)
+    found = generate(params, coming(), model=Decoder(CONFIG), sampling_params=GENERATION, shape=SIZES)
     next(found)
     assert len(taken) < 30
     found.close()
@@ -227,11 +229,11 @@ def test_how_many_rows_a_product_has_decides_roundings_and_little_else(capsys):
     # so wide that a text is no foregone conclusion: fresh weights say the same at every token
     weights = jax.tree.map(lambda leaf: 8.0 * leaf if leaf.ndim > 1 else leaf, init_params(WIDER, jax.random.key(0)))
     requests = [request(number, 1 + number % 16) for number in range(30)]
-    generation = dataclasses.replace(GENERATION, max_new_tokens=64, end_ids=(1,))
+    sampling_params = dataclasses.replace(GENERATION, max_new_tokens=64, end_ids=(1,))
 
     def drawn(slots, *, order=1, **changes):
-        sizes = dataclasses.replace(SIZES, slots=slots, entries=24, fill_rows=4, **changes)
-        return flat(run(weights, requests[::order], generation, sizes=sizes, model=Decoder(WIDER))[::order])
+        shape = dataclasses.replace(SIZES, slots=slots, entries=24, fill_rows=4, **changes)
+        return flat(run(weights, requests[::order], sampling_params, shape=shape, model=Decoder(WIDER))[::order])
 
     many = drawn(64)
     for alike in (drawn(64, order=-1), drawn(96, chunk_steps=32)):
@@ -272,14 +274,14 @@ def on_mesh(params, axes, *, reference_params=None, weight=0.0):
     mixture = None
     if reference_params is not None:
         mixture = mixed_with(jax.device_put(reference_params, param_shardings(CONFIG, mesh, DECODE)), weight)
-    sizes = dataclasses.replace(SIZES, slots=2, entries=1, fill_rows=1)
-    return run(placed, sizes=sizes, model=model, mesh=mesh, mixture=mixture)
+    shape = dataclasses.replace(SIZES, slots=2, entries=1, fill_rows=1)
+    return run(placed, shape=shape, model=model, mesh=mesh, mixture=mixture)
 
 
-def compiled_decode(params, *, mesh, model, generation=GENERATION, sizes=SIZES, mixture=None):
-    program = Program(model, generation, sizes, mesh)
+def compiled_decode(params, *, mesh, model, sampling_params=GENERATION, shape=SIZES, mixture=None):
+    programs = CompiledPrograms(model, sampling_params, shape, mesh)
     policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
-    state, outputs = start(program, policies=len(policies))
+    state, outputs = start(programs, policies=len(policies))
     marks = to_device(np.zeros(outputs.length.shape, bool), row_sharding(mesh, ndim=1))
     lowered = programs.decode.lower(
         policies,
@@ -288,7 +290,7 @@ def compiled_decode(params, *, mesh, model, generation=GENERATION, sizes=SIZES, 
         jnp.float32(0.0),
         fresh=marks,
         cancelled=marks,
-        program=program,
+        programs=programs,
     )
     return lowered.compile(), state, outputs
 
@@ -333,9 +335,9 @@ def test_rows_need_nothing_of_each_other(params):
 
 def test_the_cache_is_given_away_and_never_copied(params):
     """The outputs, which the host reads while the next call runs, are what a call holds twice."""
-    sizes = dataclasses.replace(SIZES, slots=64, prompt_length=64)
-    program, state, outputs = compiled_decode(params, mesh=one_device_mesh(), model=Decoder(CONFIG), sizes=sizes)
-    stats = program.memory_analysis()
+    shape = dataclasses.replace(SIZES, slots=64, prompt_length=64)
+    programs, state, outputs = compiled_decode(params, mesh=one_device_mesh(), model=Decoder(CONFIG), shape=shape)
+    stats = programs.memory_analysis()
     size = {
         name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         for name, tree in {"state": state, "outputs": outputs}.items()
@@ -372,8 +374,8 @@ def test_a_call_runs_while_the_one_before_is_read(params, monkeypatch):
 @pytest.mark.parametrize(("count", "most"), [(6, 1), (10, 2), (36, 5)])
 def test_prompts_are_dealt_evenly_to_the_row_shards(params, count, most):
     mesh, model, _ = laid_out(params, (8, 1, 1))
-    sizes = Sizes(slots=8, prompt_length=16, entries=8, fill_rows=4)
-    books = engine._Books.open([request(i, 4) for i in range(count)], Program(model, GENERATION, sizes, mesh))
+    shape = EngineShape(slots=8, prompt_length=16, entries=8, fill_rows=4)
+    books = engine._Books.open([request(i, 4) for i in range(count)], CompiledPrograms(model, GENERATION, shape, mesh))
     calls = []
     while (prompts := books.next_prompts()) is not None:
         calls.append((prompts.length > 0).sum())
@@ -384,7 +386,9 @@ def test_prompts_are_dealt_evenly_to_the_row_shards(params, count, most):
 
 
 def test_greedy_is_the_argmax_chain(params):
-    greedy = Generation(num_samples=1, max_new_tokens=6, end_ids=(5,), truncation=Truncation(temperature=0.0), seed=0)
+    greedy = SamplingParams(
+        num_samples=1, max_new_tokens=6, end_ids=(5,), truncation=Truncation(temperature=0.0), seed=0
+    )
     for item, (one,) in zip(REQUESTS[:3], run(params, REQUESTS[:3], greedy), strict=True):
         chain = list(item.token_ids)
         for token in one.token_ids:
@@ -394,7 +398,7 @@ def test_greedy_is_the_argmax_chain(params):
 
 def test_limits_end_responses(params):
     endless = dataclasses.replace(GENERATION, end_ids=(96,), max_total_tokens=18)  # an id that there is none of
-    for item, own in zip(REQUESTS, run(params, generation=endless), strict=True):
+    for item, own in zip(REQUESTS, run(params, sampling_params=endless), strict=True):
         for one in own:
             assert len(one.token_ids) == min(20, 18 - len(item.token_ids))
             assert one.finish == "length"
@@ -405,10 +409,10 @@ def test_few_programs_whatever_comes(params):
     for function in (programs.fill, programs.decode):
         function.clear_cache()
     many = [request(300 + i, 1 + i % 40) for i in range(60)]
-    sizes = dataclasses.replace(SIZES, prompt_length=40, prefill_chunk=40)
+    shape = dataclasses.replace(SIZES, prompt_length=40, prefill_chunk=40)
     for iteration in range(2):
-        run(params, many, sizes=sizes, iteration=iteration)
-    run(params, many[::-1], sizes=sizes)
+        run(params, many, shape=shape, iteration=iteration)
+    run(params, many[::-1], shape=shape)
     assert programs.decode._cache_size() == 1
     assert programs.fill._cache_size() == 3  # 16, 32 and 40
 
@@ -445,7 +449,7 @@ def test_stop_strings_cut_and_free_the_slot(params, responses):
             assert (one.finish, one.text) == ("stop", expected[1])
     assert 5 < cut < 24
     for chunk_steps in (1, 32):
-        again = run(params, stop=stop, sizes=dataclasses.replace(SIZES, chunk_steps=chunk_steps))
+        again = run(params, stop=stop, shape=dataclasses.replace(SIZES, chunk_steps=chunk_steps))
         assert [(one.token_ids, one.text) for one in flat(again)] == [(one.token_ids, one.text) for one in flat(found)]
 
 
@@ -456,7 +460,7 @@ def test_no_token_is_looked_at_twice(params, responses):
     def stop(index, token):
         looked[index, tuple(token)] += 1
 
-    found = run(params, stop=stop, sizes=dataclasses.replace(SIZES, chunk_steps=1))
+    found = run(params, stop=stop, shape=dataclasses.replace(SIZES, chunk_steps=1))
     assert ids(found) == ids(responses)
     assert looked == Counter(
         (index, one[:count]) for index, own in enumerate(ids(found)) for one in own for count in range(1, len(one) + 1)
@@ -464,10 +468,10 @@ def test_no_token_is_looked_at_twice(params, responses):
 
 
 def test_logprobs_of_the_distribution_drawn_from(params):
-    generation = dataclasses.replace(
+    sampling_params = dataclasses.replace(
         GENERATION, truncation=Truncation(temperature=0.7, top_k=20, top_p=0.8, min_p=0.02)
     )
-    found = run(params, generation=generation, record_drawn=True)
+    found = run(params, sampling_params=sampling_params, record_drawn=True)
     assert_own_logprobs(params, found)
     for item, own in zip(REQUESTS[:3], found, strict=False):
         one = own[0]
@@ -506,9 +510,9 @@ def truncated(scores, *, top_k, top_p, min_p):
 )
 def test_frequencies_through_the_whole_engine(params, truncation):
     """First token of many samples of two prompts, against exact probabilities."""
-    generation = Generation(num_samples=6_000, max_new_tokens=1, end_ids=(96,), truncation=truncation, seed=3)
-    sizes = dataclasses.replace(SIZES, slots=512, entries=2)
-    for item, own in zip(REQUESTS[1:3], run(params, REQUESTS[1:3], generation, sizes=sizes), strict=True):
+    sampling_params = SamplingParams(num_samples=6_000, max_new_tokens=1, end_ids=(96,), truncation=truncation, seed=3)
+    shape = dataclasses.replace(SIZES, slots=512, entries=2)
+    for item, own in zip(REQUESTS[1:3], run(params, REQUESTS[1:3], sampling_params, shape=shape), strict=True):
         scores = np.asarray(full_logits(params, padded(item.token_ids))[len(item.token_ids) - 1], np.float64)
         seen, penalty = np.unique(item.token_ids), truncation.repetition_penalty
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
@@ -536,10 +540,10 @@ def test_samples_and_steps_are_independent():
         "embed": jnp.broadcast_to(params["embed"][:1], params["embed"].shape),
         "head": params["head"] * 5,
     }
-    generation = Generation(num_samples=6_000, max_new_tokens=3, end_ids=(6,), truncation=Truncation(), seed=4)
-    sizes = dataclasses.replace(SIZES, slots=512, entries=2, chunk_steps=32)
+    sampling_params = SamplingParams(num_samples=6_000, max_new_tokens=3, end_ids=(6,), truncation=Truncation(), seed=4)
+    shape = dataclasses.replace(SIZES, slots=512, entries=2, chunk_steps=32)
     pair = [Request((1, 2, 3), 0), Request((4, 5), 1)]
-    found = run(params, pair, generation, sizes=sizes, model=Decoder(config))
+    found = run(params, pair, sampling_params, shape=shape, model=Decoder(config))
     token_PKN = np.asarray([[one.token_ids for one in own] for own in found])
     for one, other in (
         (token_PKN[:, 0::2], token_PKN[:, 1::2]),  # samples k and k + 1
@@ -555,7 +559,7 @@ def test_samples_and_steps_are_independent():
         assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
 
 
-LONG = Generation(
+LONG = SamplingParams(
     num_samples=1, max_new_tokens=100, end_ids=(96,), truncation=Truncation(temperature=0.9, top_p=0.95), seed=11
 )
 LONG_REQUESTS = [request(100 + length, length) for length in (40, 17, 33, 5, 48)]
@@ -565,14 +569,14 @@ WINDOWED = dataclasses.replace(CONFIG, windows=(6, NO_WINDOW))
 @pytest.fixture(scope="module")
 def long_sizes():
     """Of prompts in pieces; texts outgrow two of the three ends up to which attention reads the cache."""
-    sizes = dataclasses.replace(SIZES, prompt_length=50)
-    assert reaches(sizes.prompt_length + LONG.max_new_tokens) == (64, 128, 150)
-    return sizes
+    shape = dataclasses.replace(SIZES, prompt_length=50)
+    assert reaches(shape.prompt_length + LONG.max_new_tokens) == (64, 128, 150)
+    return shape
 
 
 @pytest.fixture(scope="module")
 def long_responses(params, long_sizes):
-    return run(params, LONG_REQUESTS, LONG, sizes=long_sizes, model=Decoder(WINDOWED))
+    return run(params, LONG_REQUESTS, LONG, shape=long_sizes, model=Decoder(WINDOWED))
 
 
 def test_logprobs_of_long_texts_with_prompts_in_pieces_and_sliding_windows(params, long_responses):
@@ -589,14 +593,14 @@ def test_logprobs_of_long_texts_with_prompts_in_pieces_and_sliding_windows(param
 
 
 def test_long_texts_depend_on_neither_slots_order_nor_mesh_and_take_few_programs(params, long_sizes, long_responses):
-    sizes = dataclasses.replace(long_sizes, slots=2, chunk_steps=32)
-    again = run(params, LONG_REQUESTS[::-1], LONG, sizes=sizes, model=Decoder(WINDOWED))
+    shape = dataclasses.replace(long_sizes, slots=2, chunk_steps=32)
+    again = run(params, LONG_REQUESTS[::-1], LONG, shape=shape, model=Decoder(WINDOWED))
     assert ids(again[::-1]) == ids(long_responses)
     mesh, model, placed = laid_out(params, (4, 2, 1), config=WINDOWED)
     for function in (programs.fill, programs.decode):
         function.clear_cache()
     for requests in (LONG_REQUESTS, LONG_REQUESTS[1:], LONG_REQUESTS[3:4], LONG_REQUESTS[1:2]):
-        spread = run(placed, requests, LONG, sizes=sizes, model=model, mesh=mesh)
+        spread = run(placed, requests, LONG, shape=shape, model=model, mesh=mesh)
         assert ids(spread) == [
             own for item, own in zip(LONG_REQUESTS, ids(long_responses), strict=True) if item in requests
         ]
@@ -607,9 +611,9 @@ def test_long_texts_depend_on_neither_slots_order_nor_mesh_and_take_few_programs
 def test_a_repetition_penalty_remembers_prompt_and_response(params):
     """So strong that nothing comes twice, nor anything of the prompt: the penalised logit is far below all others."""
     truncation = Truncation(temperature=0.0, repetition_penalty=1e6)
-    generation = Generation(num_samples=1, max_new_tokens=20, end_ids=(96,), truncation=truncation, seed=0)
+    sampling_params = SamplingParams(num_samples=1, max_new_tokens=20, end_ids=(96,), truncation=truncation, seed=0)
     shifted = {**params, "head": params["head"]}
-    for item, (one,) in zip(REQUESTS, run(shifted, generation=generation), strict=True):
+    for item, (one,) in zip(REQUESTS, run(shifted, sampling_params=sampling_params), strict=True):
         scores = np.asarray(full_logits(params, padded([*item.token_ids, *one.token_ids])))
         seen = set(item.token_ids)
         for i, token in enumerate(one.token_ids):
@@ -626,7 +630,7 @@ def test_a_repetition_penalty_remembers_prompt_and_response(params):
     [("bfloat16", 0.1), ("int8", 0.1), ("float8_e4m3fn", 0.8)],
 )
 def test_smaller_caches_err_by_their_rounding_alone(params, kv_dtype, bound, capsys):
-    found = run(params, sizes=dataclasses.replace(SIZES, kv_dtype=kv_dtype))
+    found = run(params, shape=dataclasses.replace(SIZES, kv_dtype=kv_dtype))
 
     @jax.jit
     def rounded(params, token):
@@ -693,8 +697,10 @@ def test_a_mixtures_logprobs_are_pi_ts_own(params, mixed_responses, responses):
 
 @pytest.mark.parametrize("weight", [0.25, 0.6])
 def test_a_greedy_mixture_is_the_argmax_chain_of_the_formula(params, reference_params, weight):
-    greedy = Generation(num_samples=1, max_new_tokens=12, end_ids=(96,), truncation=Truncation(temperature=0.0), seed=0)
-    found = run(params, generation=greedy, mixture=mixed_with(reference_params, weight))
+    greedy = SamplingParams(
+        num_samples=1, max_new_tokens=12, end_ids=(96,), truncation=Truncation(temperature=0.0), seed=0
+    )
+    found = run(params, sampling_params=greedy, mixture=mixed_with(reference_params, weight))
     for item, (one,) in zip(REQUESTS, found, strict=True):
         text = [*item.token_ids, *one.token_ids]
         expected = np.argmax(geometric(params, reference_params, text, weight=weight), axis=-1)
@@ -706,11 +712,11 @@ def test_frequencies_are_those_of_the_geometric_mixture(params, reference_params
     """First and second token of many samples of one prompt, against probabilities computed from the formula."""
     # Far from uniform, or else every average of the two looks like every other.
     params, reference_params = ({**each, "head": 3 * each["head"]} for each in (params, reference_params))
-    many = Generation(
+    many = SamplingParams(
         num_samples=20_000, max_new_tokens=2, end_ids=(96,), truncation=Truncation(temperature=temperature), seed=3
     )
-    sizes = dataclasses.replace(SIZES, slots=1024)
-    ((*own,),) = run(params, REQUESTS[1:2], many, sizes=sizes, mixture=mixed_with(reference_params, weight))
+    shape = dataclasses.replace(SIZES, slots=1024)
+    ((*own,),) = run(params, REQUESTS[1:2], many, shape=shape, mixture=mixed_with(reference_params, weight))
     token, prompt = np.asarray([one.token_ids for one in own]), list(REQUESTS[1].token_ids)
     first = int(np.argmax(np.bincount(token[:, 0])))
     for text, drawn in ((prompt, token[:, 0]), ([*prompt, first], token[token[:, 0] == first, 1])):
@@ -755,7 +761,7 @@ def test_one_program_for_every_weight_and_another_without_mixture(params, refere
 
 def test_without_mixture_there_is_no_second_cache(params, reference_params):
     def cache_bytes(policies):
-        state, _ = start(Program(Decoder(CONFIG), GENERATION, SIZES, one_device_mesh()), policies=policies)
+        state, _ = start(CompiledPrograms(Decoder(CONFIG), GENERATION, SIZES, one_device_mesh()), policies=policies)
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state.slots.text.cache))
 
     assert cache_bytes(2) == 2 * cache_bytes(1)
@@ -773,9 +779,9 @@ def test_rows_of_the_embedding_without_a_token_are_never_drawn(params, truncatio
     num_ids = 60
     loud = params | {"head": params["head"].at[:, num_ids:].multiply(3.0)}
     free = dataclasses.replace(GENERATION, end_ids=(96,), truncation=truncation)
-    drawn = np.concatenate([one.token_ids for one in flat(run(loud, generation=free))])
+    drawn = np.concatenate([one.token_ids for one in flat(run(loud, sampling_params=free))])
     assert (drawn >= num_ids).mean() > 0.5
-    masked = run(loud, generation=dataclasses.replace(free, num_ids=num_ids))
+    masked = run(loud, sampling_params=dataclasses.replace(free, num_ids=num_ids))
     drawn = np.concatenate([one.token_ids for one in flat(masked)])
     assert drawn.max() < num_ids
     assert len(np.unique(drawn)) > 5
@@ -784,20 +790,20 @@ def test_rows_of_the_embedding_without_a_token_are_never_drawn(params, truncatio
 
 
 def test_as_many_ids_as_rows_changes_nothing(params, responses):
-    assert run(params, generation=dataclasses.replace(GENERATION, num_ids=CONFIG.vocab_size)) == responses
+    assert run(params, sampling_params=dataclasses.replace(GENERATION, num_ids=CONFIG.vocab_size)) == responses
 
 
 @pytest.mark.parametrize(
-    ("requests", "generation", "message"),
+    ("requests", "sampling_params", "message"),
     [
         ([Request((), 0)], {}, r"request 0 has a prompt of 0 tokens"),
         ([REQUESTS[0], request(9, 17)], {}, r"request 1 has a prompt of 17 tokens; the cache holds prompts of 1 to 16"),
         ([request(1, 9)], {"max_total_tokens": 9}, r"max_total_tokens is 9, which leaves no room for a response"),
     ],
 )
-def test_prompts_that_cannot_be_answered(params, requests, generation, message):
+def test_prompts_that_cannot_be_answered(params, requests, sampling_params, message):
     with pytest.raises(ValueError, match=message):
-        run(params, requests, dataclasses.replace(GENERATION, **generation))
+        run(params, requests, dataclasses.replace(GENERATION, **sampling_params))
 
 
 def test_a_requests_own_limit(params, responses):

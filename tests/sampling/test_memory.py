@@ -32,8 +32,8 @@ from dno_jax.sampling.memory import (
     show_bytes,
     weight_bytes,
 )
-from dno_jax.sampling.requests import Generation
-from dno_jax.sampling.state import Program, Prompts, Sizes, abstract_start, start
+from dno_jax.sampling.requests import SamplingParams
+from dno_jax.sampling.state import CompiledPrograms, EngineShape, Prompts, abstract_start, start
 from dno_jax.sampling.transforms import Truncation
 
 CONFIG = ModelConfig(
@@ -62,9 +62,9 @@ def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, beside
     """Plan five responses of up to 24 tokens to each prompt of up to 16, unless told otherwise."""
     told = {"mesh": mesh_of(ONE), "config": CONFIG, "dtype": "float32", "kv_dtype": "float32", "penalty": 1.0}
     told |= {"total": None, "drawn": False, "samples": 5, "prompt_length": 16, "prefill_chunk": 512, **changes}
-    program = Program(
+    programs = CompiledPrograms(
         Decoder(told["config"], dtype=jnp.dtype(told["dtype"])),
-        Generation(
+        SamplingParams(
             num_samples=told["samples"],
             max_new_tokens=24,
             end_ids=(2,),
@@ -72,7 +72,7 @@ def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, beside
             seed=0,
             max_total_tokens=told["total"],
         ),
-        Sizes(
+        EngineShape(
             slots=1,
             prompt_length=told["prompt_length"],
             fill_rows=2,
@@ -83,7 +83,7 @@ def plan(*, slots=None, capacity=PLENTY, num_prompts=100, num_policies=1, beside
         told["drawn"],
     )
     return plan_slots(
-        program,
+        programs,
         capacity=capacity,
         num_prompts=num_prompts,
         slots=slots,
@@ -123,7 +123,7 @@ def test_a_slot_is_its_cache_its_hidden_state_and_counters(kv_dtype):
 def test_a_plan_is_the_bytes_of_arrays_that_are_really_there(axes, kv_dtype):
     changes = {} if kv_dtype == "float32" else {"drawn": True, "num_policies": 2, "dtype": "bfloat16", "penalty": 1.1}
     found = plan(mesh=mesh_of(axes), kv_dtype=kv_dtype, slots=3, **changes)
-    state, outputs = start(found.program, policies=found.num_policies)
+    state, outputs = start(found.programs, policies=found.num_policies)
 
     def held(tree):
         return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
@@ -152,9 +152,9 @@ def test_logits_are_the_whole_vocabularys_and_what_is_read_of_a_cache_a_layers(k
 def test_draws_in_turn_share_the_memory():
     """A policy's own samples and its mixture's: the weights are there once, all else for both."""
     own, mixed = plan(slots=3), plan(slots=3, samples=2, num_policies=2)
-    both = partial(plan, beside=[(mixed.program, 2)])
+    both = partial(plan, beside=[(mixed.programs, 2)])
     found = both(slots=3)
-    assert found.beside[0].program.sizes == mixed.program.sizes
+    assert found.beside[0].programs.shape == mixed.programs.shape
     for part in ("slots", "queue", "responses"):
         assert found.parts[part] == own.parts[part] + mixed.parts[part]
     assert found.parts["weights"] == mixed.parts["weights"] == 2 * own.parts["weights"]
@@ -169,12 +169,12 @@ def test_draws_in_turn_share_the_memory():
 
 
 def compiled_fill(found, *, width):
-    model = Decoder(found.program.model.config, constrain=Constrain(found.program.mesh, DECODE))
-    program, rows = replace(found.program, model=model), found.program.sizes.fill_rows
+    model = Decoder(found.programs.model.config, constrain=Constrain(found.programs.mesh, DECODE))
+    programs, rows = replace(found.programs, model=model), found.programs.shape.fill_rows
     params = dict(abstract_params(model.config))
     layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"])
     params["layers"] = (layer,) * model.config.num_hidden_layers
-    state, _ = abstract_start(program, policies=1)
+    state, _ = abstract_start(programs, policies=1)
     row = jax.ShapeDtypeStruct((rows,), jnp.int32)
     prompts = Prompts(
         token=jax.ShapeDtypeStruct((rows, width), jnp.int32),
@@ -184,7 +184,7 @@ def compiled_fill(found, *, width):
         limit=row,
     )
     iteration = jax.ShapeDtypeStruct((), jnp.int32)
-    return fill.lower((params,), state, prompts, iteration=iteration, program=program).compile().memory_analysis()
+    return fill.lower((params,), state, prompts, iteration=iteration, programs=programs).compile().memory_analysis()
 
 
 @pytest.mark.parametrize(("prompt_length", "width"), [(90, 90), (90, 128)], ids=["whole", "in pieces"])
@@ -306,13 +306,13 @@ def test_the_queue_fills_every_slot_anew():
     assert queue_length(8, num_samples=1, fill_rows=4) == 20
     assert queue_length(64, num_samples=5, fill_rows=2) == 2 * 13 + 2
     for slots in (1, 7, 64):
-        sizes = plan(slots=slots).program.sizes
-        assert sizes.entries >= sizes.fill_rows
-        assert sizes.entries * 5 >= slots + 5 * sizes.fill_rows
+        shape = plan(slots=slots).programs.shape
+        assert shape.entries >= shape.fill_rows
+        assert shape.entries * 5 >= slots + 5 * shape.fill_rows
 
 
 def test_sizes_are_shown_in_the_unit_that_fits_them():
-    sizes = {
+    shape = {
         0: "0 B",
         1023: "1023 B",
         1024: "1.00 KiB",
@@ -320,7 +320,7 @@ def test_sizes_are_shown_in_the_unit_that_fits_them():
         16 * 2**30: "16.00 GiB",
         2**41: "2.00 TiB",
     }
-    assert {count: show_bytes(count) for count in sizes} == sizes
+    assert {count: show_bytes(count) for count in shape} == shape
 
 
 @pytest.mark.parametrize(("axes", "kv_dtype"), [(ONE, "int8"), ({"data": 4, "tensor": 2}, "float32")], ids=["1", "4x2"])
@@ -329,7 +329,7 @@ def test_the_plan_is_what_the_compiler_counts_on_each_device(axes, kv_dtype):
     config, mesh = replace(CONFIG, vocab_size=20_000), mesh_of(axes)
     found = plan(config=config, mesh=mesh, slots=8, kv_dtype=kv_dtype)
     model = Decoder(config, constrain=Constrain(mesh, DECODE), write=ShardedWrite(mesh, DECODE))
-    program = replace(found.program, model=model)
+    programs = replace(found.programs, model=model)
 
     def shaped(leaf, sharding):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -342,11 +342,11 @@ def test_the_plan_is_what_the_compiler_counts_on_each_device(axes, kv_dtype):
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=own)
 
     params["layers"] = (jax.tree.map(one_layer, params["layers"]),) * config.num_hidden_layers
-    state, outputs = abstract_start(program, policies=1)
+    state, outputs = abstract_start(programs, policies=1)
     marks = shaped(outputs.done, row_sharding(mesh, ndim=1))
     compiled = decode.lower(
         (params,), state, outputs, jax.ShapeDtypeStruct((), jnp.float32), fresh=marks, cancelled=marks,
-        program=program,
+        programs=programs,
     ).compile()  # fmt: skip
     compared = compare_with_compiler(found, compiled.memory_analysis())
     # Beside the plan's there are two marks of every response and three numbers; and of results a table of pointers.

@@ -22,7 +22,7 @@ from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message
 from dno_jax.sampling import server as server_module
 from dno_jax.sampling.completion import Codec, request_seed
-from dno_jax.sampling.requests import Finished, Generation, Request, Response
+from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams
 from dno_jax.sampling.server import complete
 from dno_jax.sampling.transforms import Truncation
 from tests.model.conftest import run
@@ -70,9 +70,9 @@ def section(server: CompletionServer | str, **fields: object) -> CompletionServe
     return CompletionServerSection(**{"base_url": url, "timeout": 20.0, "max_tries": 4, **fields})
 
 
-def generation(**fields: object) -> Generation:
+def sampling_params(**fields: object) -> SamplingParams:
     base = {"num_samples": 3, "max_new_tokens": 8, "end_ids": (END,), "truncation": TRUNCATION, "seed": 7}
-    return Generation(**{**base, "num_ids": len(PIECES), **fields})
+    return SamplingParams(**{**base, "num_ids": len(PIECES), **fields})
 
 
 def prompts(count: int) -> list[Request]:
@@ -82,16 +82,16 @@ def prompts(count: int) -> list[Request]:
 def sample(
     config: CompletionServerSection,
     requests: Sequence[Request],
-    what: Generation | None = None,
+    what: SamplingParams | None = None,
     *,
     codec: Codec = CODEC,
     iteration: int = 0,
     **others: object,
 ) -> list[tuple[Response, ...]]:
     """All responses, in the order of the requests; every request must have been answered once."""
-    what = what or generation()
+    what = what or sampling_params()
     found: dict[int, tuple[Response, ...]] = {}
-    for item in complete(requests, section=config, generation=what, codec=codec, iteration=iteration, **others):
+    for item in complete(requests, section=config, sampling_params=what, codec=codec, iteration=iteration, **others):
         assert isinstance(item, Finished)
         assert item.index not in found
         assert len(item.responses) == what.num_samples
@@ -102,7 +102,7 @@ def sample(
 
 def test_frequencies_are_those_of_the_truncated_distribution():
     """Every sampling field reaches the server, so that chi-square tests of one step's tokens hold (1e-4 each)."""
-    what = generation(num_samples=250, max_new_tokens=1)
+    what = sampling_params(num_samples=250, max_new_tokens=1)
     requests = prompts(3)
     with CompletionServer() as server:
         answers = sample(section(server), requests, what)
@@ -154,12 +154,12 @@ def test_addressed_seeds_make_the_same_responses_in_any_order():
         server.delay = lambda body: 0.01 * (body["seed"] % 7)  # samples of a prompt arrive in another order
         assert sample(section(server), requests) == answers
         server.delay = lambda body: 0.0
-        more = sample(section(server), requests[2:3], generation(num_samples=5, first_sample=1))[0]
+        more = sample(section(server), requests[2:3], sampling_params(num_samples=5, first_sample=1))[0]
         assert more[:2] == answers[2][1:]
         assert len({item.token_ids for item in more}) > 1
-        assert sample(section(server), requests, generation(seed=8)) != answers
+        assert sample(section(server), requests, sampling_params(seed=8)) != answers
         twins = [Request(requests[0].token_ids, name=1), Request(requests[0].token_ids, name=2)]
-        first, second = sample(section(server), twins, generation(num_samples=6))
+        first, second = sample(section(server), twins, sampling_params(num_samples=6))
         assert first != second
     with CompletionServer(model="policy-001") as server:
         assert sample(section(server), requests, iteration=1) != answers
@@ -180,7 +180,7 @@ def test_seeds_differ_and_fit_every_server():
 
 def test_requests_say_all_that_decides_and_no_more_than_ids():
     with CompletionServer() as server:
-        sample(section(server), prompts(1), generation(truncation=PENALISED), stop=("dc",))
+        sample(section(server), prompts(1), sampling_params(truncation=PENALISED), stop=("dc",))
         (*bodies,) = server.sampled
     assert len(bodies) == 3
     for body in bodies:
@@ -193,7 +193,7 @@ def test_requests_say_all_that_decides_and_no_more_than_ids():
             "stop_token_ids": [END], "return_token_ids": True,
         }  # fmt: skip
     with CompletionServer() as server:
-        sample(section(server, logprobs="processed"), prompts(1), generation(truncation=ALL, max_total_tokens=8))
+        sample(section(server, logprobs="processed"), prompts(1), sampling_params(truncation=ALL, max_total_tokens=8))
         assert {(body["max_tokens"], body["top_k"], body["logprobs"]) for body in server.sampled} == {(5, -1, 1)}
 
 
@@ -213,7 +213,7 @@ def test_requests_say_all_that_decides_and_no_more_than_ids():
 def test_log_probs_are_the_policys_or_none(stated, truncation, penalty, kept):
     requests = prompts(2)
     with CompletionServer(logprobs="processed" if stated == "processed" else "raw") as server:
-        what = generation(truncation=dataclasses.replace(truncation, repetition_penalty=penalty))
+        what = sampling_params(truncation=dataclasses.replace(truncation, repetition_penalty=penalty))
         answers = sample(section(server, logprobs=stated), requests, what)
     for request, responses in zip(requests, answers, strict=True):
         for item in responses:
@@ -242,7 +242,7 @@ def test_a_stop_string_ends_a_response_without_an_end_id(dialect):
         return CompletionServer(dialect=dialect, logits=lambda ids: np.where(np.arange(len(PIECES)) == END, -9, 0.0))
 
     with talks() as server:
-        what = generation(truncation=Truncation(temperature=0.5, top_k=9), max_new_tokens=40, num_ids=None)
+        what = sampling_params(truncation=Truncation(temperature=0.5, top_k=9), max_new_tokens=40, num_ids=None)
         if dialect in ("llama.cpp", "plain"):
             with pytest.raises(DnoError, match="does not say whether a stop string or the end id"):
                 sample(section(server, logprobs="raw"), prompts(2), what, stop=("a", "zzz"))
@@ -255,21 +255,21 @@ def test_a_stop_string_ends_a_response_without_an_end_id(dialect):
         assert decode(item.token_ids).startswith(item.text + "a")
 
 
-def alone(altered: dict[str, object], *, what: Generation | None = None) -> Response:
+def alone(altered: dict[str, object], *, what: SamplingParams | None = None) -> Response:
     """The one response to a reply whose choice is altered so."""
 
     def alter(reply):
         reply["choices"][0] |= {"stop_reason": None, "logprobs": None, **altered}
         return reply
 
-    what = what or generation()
+    what = what or sampling_params()
     with CompletionServer(alter=alter) as server:
         config = section(server, logprobs="raw", max_tries=1)
-        return sample(config, prompts(1), generation(**{**vars(what), "num_samples": 1}))[0][0]
+        return sample(config, prompts(1), sampling_params(**{**vars(what), "num_samples": 1}))[0][0]
 
 
 def test_end_ids_are_where_the_response_ends():
-    two = generation(end_ids=(END, 9))
+    two = sampling_params(end_ids=(END, 9))
     lp = {"token_logprobs": [-1.0, -2.0, -3.0]}
     # a server that keeps its end id to itself: appended, and what its log-prob was is not known
     assert alone({"token_ids": [2, 3], "finish_reason": "stop"}) == Response((2, 3, END), None, "stop")
@@ -277,7 +277,9 @@ def test_end_ids_are_where_the_response_ends():
     assert alone({"token_ids": [2], "finish_reason": "stop", "stop_reason": 9}, what=two).token_ids == (2, 9)
     # a server that goes on after an end id: cut there
     past = {"token_ids": [2, 9, 3], "finish_reason": "length", "logprobs": lp}
-    assert alone(past, what=generation(end_ids=(END, 9), max_new_tokens=3)) == Response((2, 9), (-1.0, -2.0), "stop")
+    assert alone(past, what=sampling_params(end_ids=(END, 9), max_new_tokens=3)) == Response(
+        (2, 9), (-1.0, -2.0), "stop"
+    )
     # a response of nothing but its end is one
     assert alone({"token_ids": [END], "finish_reason": "stop"}).token_ids == (END,)
     with pytest.raises(DnoError, match=r"ended a response by id 4, and the policy's end ids are \[0\]"):
@@ -324,12 +326,12 @@ def test_text_is_tokenised_only_where_that_is_what_was_drawn(text, finish, token
         assert len({body["seed"] for body in server.sampled}) == 12  # each draws anew
         # as long as few enough are lost, they are counted and left out
         got = complete(
-            prompts(1), section=section(server, max_refused=1.0), generation=generation(), codec=codec, iteration=0,
-            counts=counts,
+            prompts(1), section=section(server, max_refused=1.0), sampling_params=sampling_params(), codec=codec,
+            iteration=0, counts=counts,
         )  # fmt: skip
         assert list(got) == []
         assert counts["prompts without responses"] == 2
-        greedy = generation(truncation=Truncation(temperature=0.0), num_samples=1)
+        greedy = sampling_params(truncation=Truncation(temperature=0.0), num_samples=1)
         server.bodies.clear()
         with pytest.raises(DnoError, match="no usable response"):
             sample(section(server), prompts(1), greedy, codec=codec)
@@ -343,9 +345,9 @@ def test_a_text_without_a_count_is_as_long_as_was_asked_or_ended():
         return reply
 
     with CompletionServer(dialect="plain", alter=alter) as server:
-        assert sample(section(server), prompts(1), generation(max_new_tokens=3))[0][0].token_ids == (4, 7, 5)
+        assert sample(section(server), prompts(1), sampling_params(max_new_tokens=3))[0][0].token_ids == (4, 7, 5)
         with pytest.raises(DnoError, match="text of other tokens than were drawn"):
-            sample(section(server), prompts(1), generation(max_new_tokens=4))
+            sample(section(server), prompts(1), sampling_params(max_new_tokens=4))
 
 
 @pytest.mark.parametrize(
@@ -451,9 +453,9 @@ def test_another_policy_another_path_and_another_tokenizer_are_found_before_the_
 def test_no_more_requests_are_in_flight_than_allowed_and_prompts_come_as_they_are_done():
     last = [BEGIN, 2, 2]  # the first prompt's
     with CompletionServer(delay=lambda body: 2.0 if body["prompt"] == last else 0.01) as server:
-        config, what = section(server, max_concurrency=5), generation(num_samples=2)
+        config, what = section(server, max_concurrency=5), sampling_params(num_samples=2)
         order = [
-            item.index for item in complete(prompts(12), section=config, generation=what, codec=CODEC, iteration=0)
+            item.index for item in complete(prompts(12), section=config, sampling_params=what, codec=CODEC, iteration=0)
         ]
         assert server.max_in_flight == 5
     assert order[-1] == 0
@@ -462,7 +464,9 @@ def test_no_more_requests_are_in_flight_than_allowed_and_prompts_come_as_they_ar
 
 def test_requests_go_on_while_the_caller_works():
     with CompletionServer() as server:
-        items = complete(prompts(5), section=section(server), generation=generation(), codec=CODEC, iteration=0)
+        items = complete(
+            prompts(5), section=section(server), sampling_params=sampling_params(), codec=CODEC, iteration=0
+        )
         next(items)
         deadline = time.monotonic() + 20.0
         while len(server.sampled) < 15 and time.monotonic() < deadline:
@@ -474,7 +478,7 @@ def test_requests_go_on_while_the_caller_works():
 def test_closing_early_cancels_what_is_in_flight():
     with CompletionServer(delay=lambda body: 30.0 if body["prompt"] == [BEGIN, 3, 2] else 0.0) as server:
         config = section(server, max_concurrency=4)
-        items = complete(prompts(40), section=config, generation=generation(), codec=CODEC, iteration=0)
+        items = complete(prompts(40), section=config, sampling_params=sampling_params(), codec=CODEC, iteration=0)
         assert next(items).index != 1
         before = time.monotonic()
         items.close()
@@ -509,7 +513,7 @@ def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
         text_ids=tokenizer.text_ids,
         prompt_text=lambda index: tokenizer.whole_text(chats[index]),
     )
-    what = generation(
+    what = sampling_params(
         num_samples=2, max_new_tokens=10, end_ids=(end_id,), num_ids=tokenizer.vocab_size,
         truncation=Truncation(temperature=0.9, top_p=0.95),
     )  # fmt: skip
@@ -540,7 +544,7 @@ def test_a_caller_that_fails_leaves_nothing_running():
 
         def work() -> None:
             for item in complete(
-                prompts(90), section=section(server), generation=generation(), codec=CODEC, iteration=0
+                prompts(90), section=section(server), sampling_params=sampling_params(), codec=CODEC, iteration=0
             ):
                 raise RuntimeError(f"the disk is full at {item.index}")
 
@@ -553,7 +557,7 @@ def test_nothing_is_asked_for_nothing():
     with CompletionServer() as server:
         assert sample(section(server), []) == []
         with pytest.raises(DnoError, match=r"leaves no room for a response within sampling.max_total_tokens=3"):
-            sample(section(server), prompts(1), generation(max_total_tokens=3))
+            sample(section(server), prompts(1), sampling_params(max_total_tokens=3))
         assert not server.bodies
 
 
@@ -570,7 +574,7 @@ def test_the_key_is_nowhere_but_in_the_request(monkeypatch, caplog):
     with CompletionServer(api_key=KEY, schedule=[None, "500"]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY", max_concurrency=1)
         said.append(repr(sample(config, prompts(2))))
-        items = complete(prompts(9), section=config, generation=generation(), codec=CODEC, iteration=0)
+        items = complete(prompts(9), section=config, sampling_params=sampling_params(), codec=CODEC, iteration=0)
         next(items)
         monkeypatch.setattr(server, "api_key", "another")  # its 401 quotes the key it was given
         with pytest.raises(DnoError, match=r"Incorrect API key provided: \[key\].*variable DNO_TEST_KEY") as caught:
@@ -608,7 +612,7 @@ TGI_TRUNCATION = Truncation(temperature=0.8, top_p=0.9)
 
 def test_tgi_is_sent_text_and_what_it_knows():
     with CompletionServer(dialect="tgi") as server:
-        config, what = section(server, dialect="tgi"), generation(truncation=TGI_TRUNCATION)
+        config, what = section(server, dialect="tgi"), sampling_params(truncation=TGI_TRUNCATION)
         sample(config, prompts(2), what, codec=TGI, stop=("dc",))
         bodies = [{name: value for name, value in body.items() if name != "seed"} for body in server.sampled]
         assert bodies[0] == {
@@ -617,7 +621,7 @@ def test_tgi_is_sent_text_and_what_it_knows():
         }  # fmt: skip
         assert {body["prompt"] for body in bodies} == {"aa", "ba"}
         server.bodies.clear()
-        sample(config, prompts(1), generation(truncation=ALL), codec=TGI)  # of which it would refuse top_p=1
+        sample(config, prompts(1), sampling_params(truncation=ALL), codec=TGI)  # of which it would refuse top_p=1
         assert all("top_p" not in body and "stop" not in body for body in server.sampled)
         with pytest.raises(DnoError, match=r"HTTP 422.*did not match any variant"):
             sample(section(server), prompts(1))
@@ -628,7 +632,7 @@ def test_tgi_is_sent_text_and_what_it_knows():
 def test_frequencies_behind_tgi_are_those_of_the_truncated_distribution():
     """As above, of what TGI knows; an end at once is a response too, and told by its count alone."""
     with CompletionServer(dialect="tgi") as server:
-        what = generation(num_samples=250, max_new_tokens=1, truncation=TGI_TRUNCATION)
+        what = sampling_params(num_samples=250, max_new_tokens=1, truncation=TGI_TRUNCATION)
         answers = sample(section(server, dialect="tgi"), prompts(3), what, codec=TGI)
     for request, responses in zip(prompts(3), answers, strict=True):
         expected = 250 * distribution(toy_logits(request.token_ids), {"temperature": 0.8, "top_p": 0.9})
@@ -642,7 +646,7 @@ def test_frequencies_behind_tgi_are_those_of_the_truncated_distribution():
 def test_tgis_text_gives_the_ids_that_were_drawn_and_ends_at_the_first_stop_string():
     """TGI passes over a stop string inside a token; the response ends there all the same."""
     stop = ("a", "cd")
-    requests, what = prompts(8), generation(truncation=Truncation(temperature=1.5), max_new_tokens=12)
+    requests, what = prompts(8), sampling_params(truncation=Truncation(temperature=1.5), max_new_tokens=12)
     for stops in ((), stop):
         with CompletionServer(dialect="tgi") as server:
             counts: Counter[str] = Counter()

@@ -326,11 +326,11 @@ def test_rows_that_are_split_over_devices_stay_there():
     rows = NamedSharding(mesh, PartitionSpec("data"))
     key, logits, step = jax.device_put((keys(16), jnp.zeros((16, 300)), jnp.zeros(16, jnp.int32)), rows)
     truncation = Truncation(top_k=9, top_p=0.9, min_p=0.1)
-    for program, allowed in (
+    for programs, allowed in (
         (draw.lower(key, logits, step=step, truncation=truncation), {"pred[]"}),  # whether a row has to draw again
         (drawn.lower(logits, step, truncation=truncation), set()),
     ):
-        text = program.compile().as_text()
+        text = programs.compile().as_text()
         moved = re.findall(r"= (\S+?)(?:\{\S*)? (?:all-|collective-|reduce-scatter)", text)
         assert set(moved) == allowed
 

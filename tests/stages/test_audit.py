@@ -155,8 +155,8 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
         sample.run(config, 0)
     tokens = len(wrong.token_ids)
     shown = f"rollout {wrong.rollout_id!r} of {tokens} tokens (log pi_t: sampler {wrong.logprob + 0.5:.6g}, trainer "
-    for part in (shown, "in float32", "sampling.audit_bound=0.0001 times sqrt(tokens)", "model.attention=xla"):
-        assert part in str(error.value)
+    for submesh in (shown, "in float32", "sampling.audit_bound=0.0001 times sqrt(tokens)", "model.attention=xla"):
+        assert submesh in str(error.value)
     trainer = re.search(r"trainer (-[\d.]+)\)", str(error.value))
     assert trainer is not None
     assert float(trainer[1]) == pytest.approx(wrong.logprob, abs=1e-3)

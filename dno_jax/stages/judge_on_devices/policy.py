@@ -31,8 +31,8 @@ from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.engine import generate
-from dno_jax.sampling.requests import Finished, Generation, Request, Response
-from dno_jax.sampling.state import Sizes
+from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams
+from dno_jax.sampling.state import EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.judge_on_devices.shards import judge_on_devices
 
@@ -143,22 +143,22 @@ class _Judge:
             return f"the text to judge spells the control token {self.runtime.tokenizer.strip(sorted(spelt))[0]!r}"
         return ids
 
-    def sizes(self, *, num_requests: int) -> Sizes:
+    def shape(self, *, num_requests: int) -> EngineShape:
         """Say how many readings decode together; before weights are loaded."""
         wanted = Wanted.readings(self.runtime.config, num_responses=num_requests)
-        return plan(self.runtime, wanted).program.sizes
+        return plan(self.runtime, wanted).programs.shape
 
     def generate(
-        self, params: Any, requests: Iterable[_Request], *, sizes: Sizes, iteration: int
+        self, params: Any, requests: Iterable[_Request], *, shape: EngineShape, iteration: int
     ) -> Generator[Finished, None, None]:
         """Read requests out on this process's part of the mesh."""
-        config, mesh = self.runtime.config, self.runtime.part.mesh
+        config, mesh = self.runtime.config, self.runtime.submesh.mesh
         section = config.annotation.self_judge
         yield from generate(
             params,
             (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
             model=self.runtime.model(DECODE, mesh=mesh),
-            generation=Generation(
+            sampling_params=SamplingParams(
                 num_samples=section.num_judgements,
                 max_new_tokens=section.max_new_tokens,
                 end_ids=self.runtime.end_ids,
@@ -166,7 +166,7 @@ class _Judge:
                 truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
                 seed=config.seed,
             ),
-            sizes=sizes,
+            shape=shape,
             iteration=_JUDGE_KEYS + iteration,
             mesh=mesh,
         )
@@ -252,11 +252,11 @@ def _judge_shards(
     judge: _Judge, policy: epath.Path, pools: Pools, shards: Sequence[str], *, out: StageDir, identity: str
 ) -> None:
     """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
-    part, iteration = judge.runtime.part, out.iteration
-    own = shards[part.index :: part.count]
+    submesh, iteration = judge.runtime.submesh, out.iteration
+    own = shards[submesh.index :: submesh.count]
     # Of all shards, whoever judges them: processes that share a model must decode as many rows. Counted, not kept.
     counts = {shard: [len(pool.candidate_ids) for pool in pools.read(shard, dropped=Counter())] for shard in shards}
-    sizes = judge.sizes(num_requests=sum(map(sum, counts.values())))
+    shape = judge.shape(num_requests=sum(map(sum, counts.values())))
     params = judge.runtime.load_for_decoding(policy)
     asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
 
@@ -273,12 +273,12 @@ def _judge_shards(
                 yield request
 
     def close(sheet: _Sheet) -> None:
-        if part.leads:
+        if submesh.leads:
             out.write_shard(sheet.shard, sheet.judgements(identity=identity))
         meter.advance(len(sheet.pools))
 
     total = sum(len(counts[shard]) for shard in own)
-    stream = judge.generate(params, coming(), sizes=sizes, iteration=iteration)
+    stream = judge.generate(params, coming(), shape=shape, iteration=iteration)
     with (
         contextlib.closing(stream),
         Meter(f"judge     {iteration}", total=total, unit="pools", enabled=is_primary()) as meter,

@@ -35,7 +35,7 @@ from dno_jax.files import digest_of
 from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder, rewards
 from dno_jax.model.text.tokenizer import ChatTokenizer
-from dno_jax.parallel.mesh import is_primary, same_everywhere
+from dno_jax.parallel.mesh import broadcast_from_primary, is_primary
 from dno_jax.parallel.sharding import DECODE, num_row_shards, replicated, row_sharding, to_device
 from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message
@@ -125,7 +125,7 @@ class RewardModel:
                 f"annotation.reward_model.max_length {section.max_length} exceeds the reward model's context of "
                 f"{model_config.context} (max_position_embeddings of {section.path}); lower it"
             )
-        if section.batch_size % (shards := num_row_shards(own.part.mesh)):
+        if section.batch_size % (shards := num_row_shards(own.submesh.mesh)):
             raise DnoError(
                 f"annotation.reward_model.batch_size is {section.batch_size}, which the {shards} row shards of a "
                 "process's part of the mesh do not divide; make it a multiple"
@@ -148,7 +148,7 @@ class RewardModel:
     def load(self) -> Any:
         """Read the weights, in the compute dtype, onto this process's part of the mesh."""
         runtime = self.runtime
-        shardings = param_shardings(runtime.model_config, runtime.part.mesh, DECODE)
+        shardings = param_shardings(runtime.model_config, runtime.submesh.mesh, DECODE)
         return read_checkpoint(
             self.section.path, head="reward", shardings=shardings, dtype=jnp.dtype(runtime.config.model.dtype)
         )
@@ -192,7 +192,7 @@ class RewardModel:
         return found
 
     def _forward(self, params: Any, texts: Sequence[tuple[int, ...]]) -> jax.Array:
-        size, mesh = self.section.batch_size, self.runtime.part.mesh
+        size, mesh = self.section.batch_size, self.runtime.submesh.mesh
         length = length_bucket(max(map(len, texts)), max_length=self.section.max_length)
         token = np.zeros((size, length), np.int32)
         position = np.full((size, length), -1, np.int32)
@@ -244,13 +244,13 @@ def bradley_terry(rewards: Sequence[float], *, temperature: float) -> tuple[tupl
 
 def _judge_shards(judge: RewardModel, pools: Pools, shards: Sequence[str], *, out: StageDir) -> None:
     """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
-    part = judge.runtime.part
-    own = shards[part.index :: part.count]
+    submesh = judge.runtime.submesh
+    own = shards[submesh.index :: submesh.count]
     params = judge.load()
     with Meter(f"judge     {out.iteration}", total=len(own), unit="shards", enabled=is_primary()) as meter:
         for shard in own:
             judged = judge.judge(params, pools.read(shard, dropped=Counter()))
-            if part.leads:
+            if submesh.leads:
                 out.write_shard(shard, judged)
             meter.advance(1)
 
@@ -287,7 +287,7 @@ def _digest(path: str, files: Iterable[Path]) -> str:
     if is_primary():
         named = [Path(path) / "config.json", *files]
         digest = _digest_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in named))
-    return same_everywhere(np.frombuffer(digest, np.uint8)).tobytes().hex()
+    return broadcast_from_primary(np.frombuffer(digest, np.uint8)).tobytes().hex()
 
 
 @cache

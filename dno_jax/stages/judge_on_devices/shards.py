@@ -16,7 +16,7 @@ import numpy as np
 from dno_jax.config import RunConfig
 from dno_jax.data.pools import Pools, survey, tell_quality
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import barrier, is_primary, same_everywhere, wait_until
+from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
 from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.runtime.runtime import Runtime
@@ -106,4 +106,4 @@ def _unfinished(stage: StageDir, shards: Sequence[str], *, identity: str) -> lis
         shard not in closed or any(row.judge != identity for row in stage.read_shard(Judgement, shard))
         for shard in shards
     ]
-    return [shards[int(index)] for index in np.flatnonzero(same_everywhere(np.asarray(missing, bool)))]
+    return [shards[int(index)] for index in np.flatnonzero(broadcast_from_primary(np.asarray(missing, bool)))]

@@ -296,7 +296,7 @@ def test_each_part_of_the_mesh_closes_shards_of_its_own(make, sampled):
     for index in (1, 0):
         runtime = Runtime.start(config)
         judge = reward_model.RewardModel.start(runtime)
-        vars(judge.runtime)["part"] = replace(runtime.part, index=index, count=2)
+        vars(judge.runtime)["part"] = replace(runtime.submesh, index=index, count=2)
         reward_model._judge_shards(judge, pools, source.shard_names(), out=stage)
         closed.append(stage.shard_names())
     assert closed == [["0000008"], ["0000000", "0000008"]]
