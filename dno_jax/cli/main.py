@@ -42,11 +42,19 @@ ProcessId = Annotated[int | None, typer.Option(help="which of them this is, from
 def run(
     config: Config,
     overrides: Overrides = None,
+    redo_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="STAGE[:ITERATION]",
+            help="redo this stage and all that follows from it, such as train or pair:1; what is there is kept aside",
+        ),
+    ] = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
 ) -> None:
-    """Run all iterations, or go on where an earlier run stopped; export the best policy."""
+    """Run all iterations, or resume where an earlier run stopped; export the best policy."""
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.mesh import is_primary
@@ -55,7 +63,7 @@ def run(
 
     settings = _load(config, overrides)
     _join(coordinator, num_processes, process_id)
-    result = iteration.run(settings)
+    result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
@@ -63,7 +71,51 @@ def run(
         console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", markup=False)
 
 
-def _stage_command(name: str, summary: str, *, module: str | None = None, needs_devices: bool = True) -> None:
+def _stage_settings(name: str, config: Path, overrides: list[str] | None, iteration: int) -> RunConfig:
+    """Read the configuration of a command that runs one stage.
+
+    Raises:
+        DnoError: the run has no such iteration, or the iteration no such stage.
+    """
+    from dno_jax.errors import DnoError
+    from dno_jax.stage_dir import stage_names
+
+    settings = _load(config, overrides)
+    if not 0 <= iteration < settings.iterations:
+        raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
+    if name not in stage_names(settings, iteration):
+        raise DnoError(
+            f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
+            f"it has {', '.join(stage_names(settings, iteration))}"
+        )
+    return settings
+
+
+def _host_stage(name: str, summary: str) -> None:
+    """Add the command of a stage that needs no device: any machine with the run directory will do."""
+
+    def command(config: Config, overrides: Overrides = None, iteration: Iteration = 0) -> None:
+        _run_on_host(name, _stage_settings(name, config, overrides, iteration), iteration)
+
+    command.__doc__ = summary
+    app.command(name)(command)
+
+
+def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
+    import importlib
+
+    from dno_jax.run_dir import RunDir
+    from dno_jax.stages import redo
+
+    stage, folder = importlib.import_module(f"dno_jax.stages.{name}"), RunDir(settings.run_dir)
+    redo.check(settings, folder)
+    folder.create(settings)
+    stage.run(settings, folder, iteration)
+
+
+def _device_stage(name: str, summary: str, *, module: str | None = None) -> None:
+    """Add the command of a stage that needs the devices."""
+
     def command(
         config: Config,
         overrides: Overrides = None,
@@ -72,59 +124,55 @@ def _stage_command(name: str, summary: str, *, module: str | None = None, needs_
         num_processes: NumProcesses = None,
         process_id: ProcessId = None,
     ) -> None:
-        import importlib
-
-        settings = _load(config, overrides)
-        if not 0 <= iteration < settings.iterations:
-            from dno_jax.errors import DnoError
-
-            raise DnoError(
-                f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}"
-            )
-        from dno_jax.run_dir import RunDir, stage_names
-
-        if name not in stage_names(settings, iteration):
-            from dno_jax.errors import DnoError
-
-            raise DnoError(
-                f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
-                f"it has {', '.join(stage_names(settings, iteration))}"
-            )
-        judge = {"self": "self_judge", "reward_model": "reward_model"}.get(settings.annotation.kind)
-        on_devices = name == "annotate" and judge is not None
-        stage = importlib.import_module(f"dno_jax.stages.{judge if on_devices else module or name}").run
-        options = {"stage_name": name} if module else {}
-        if needs_devices or on_devices:
-            from dno_jax.iteration import prepared
-
-            _join(coordinator, num_processes, process_id)
-            with prepared(settings):
-                stage(settings, iteration, **options)
-        else:  # it may be there first, or on a machine of its own: then it must be the same configuration
-            RunDir(settings.run_dir).open(settings)
-            stage(settings, iteration, **options)
+        settings = _stage_settings(name, config, overrides, iteration)
+        _join(coordinator, num_processes, process_id)
+        options = {"stage_name": name} if module in ("score", "train") else {}
+        _run_on_devices(name, module or name, settings, iteration, **options)
 
     command.__doc__ = summary
     app.command(name.replace("_", "-"))(command)
 
 
-_stage_command(
-    "teach",
-    "Have a teacher write the gold responses that the data has not; needs no accelerator.",
-    needs_devices=False,
-)
-_stage_command("sample", "Sample K responses a prompt from policy t.")
-_stage_command(
-    "annotate",
-    "Judge the candidates; needs no accelerator, any machine with the run directory will do.",
-    needs_devices=False,
-)
-_stage_command("pair", "Choose the training pairs.", needs_devices=False)
-_stage_command("score", "Write the reference log-probabilities of the pairs.")
-_stage_command("train", "Train policy t into policy t+1.")
-_stage_command("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
-_stage_command("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
-_stage_command("evaluate", "Measure policy t+1 on held-out prompts.")
+def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
+    import importlib
+
+    from dno_jax.runtime.runtime import Runtime
+    from dno_jax.stages.preflight import prepared
+
+    stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
+    with prepared(runtime, only=(name, iteration)):
+        stage.run(runtime, iteration, **options)
+
+
+_host_stage("teach", "Have a teacher write the gold responses that the data has not; needs no accelerator.")
+_device_stage("sample", "Sample K responses per prompt from policy t.")
+
+
+@app.command()
+def annotate(
+    config: Config,
+    overrides: Overrides = None,
+    iteration: Iteration = 0,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+) -> None:
+    """Judge the candidates; any machine with the run directory will do, unless the judge is a model on the devices."""
+    settings = _stage_settings("annotate", config, overrides, iteration)
+    judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
+    if settings.annotation.on_devices:
+        _join(coordinator, num_processes, process_id)
+        _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
+    else:
+        _run_on_host("annotate", settings, iteration)
+
+
+_host_stage("pair", "Choose the training pairs.")
+_device_stage("score", "Write the reference log-probabilities of the pairs.")
+_device_stage("train", "Train policy t into policy t+1.")
+_device_stage("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
+_device_stage("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
+_device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
 
 
 @app.command()
@@ -140,17 +188,20 @@ def sft(
 
     settings = load_config(SftConfig, config, overrides or [])
     _join(coordinator, num_processes, process_id)
+    from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
 
-    stage.run(settings)
+    stage.run(Runtime.start(settings))
 
 
 @app.command("import")
 def import_(config: Config, overrides: Overrides = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
-    from dno_jax import iteration
+    from dno_jax.runtime.runtime import Runtime
+    from dno_jax.stages.preflight import prepared
 
-    iteration.prepare(_load(config, overrides))
+    with prepared(Runtime.start(_load(config, overrides))):
+        pass
 
 
 @app.command()
@@ -173,10 +224,11 @@ def export(
     settings = folder.load_config().model_copy(update={"run_dir": absolute(str(folder.path))})
     if policy is None:
         policy = best_policy_of(folder, iterations=settings.iterations)
+    from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import checkpoints
 
     checkpoints.export(
-        settings,
+        Runtime.start(settings),
         policy=policy,
         path=str(path),
         dtype=dtype,
@@ -237,7 +289,7 @@ class _TemplateByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export, purge or salvage it.")
+app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")

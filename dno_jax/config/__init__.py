@@ -17,8 +17,9 @@ from dno_jax.config.annotation import (
     TableSection,
     TeacherSection,
 )
-from dno_jax.config.base import MIN_TEMPERATURE, Section
-from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
+from dno_jax.config.base import MIN_TEMPERATURE, Section, Stage
+from dno_jax.config.identity import changes, deciding, stage_digest
+from dno_jax.config.loading import dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sampling import CompletionServerSection, Dialect, SamplingSection
 from dno_jax.config.sections import (
@@ -66,12 +67,14 @@ __all__ = [
     "SftConfig",
     "SftDataSection",
     "SftModelSection",
+    "Stage",
     "TableSection",
     "TeacherSection",
     "TrainingSection",
-    "changed_fields",
-    "config_digest",
+    "changes",
+    "deciding",
     "dump_config",
     "load_config",
     "parse_config",
+    "stage_digest",
 ]

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from dno_jax.config.base import MAY_CHANGE, Count, Fraction, PathStr, Section, Temperature, absolute
+from dno_jax.config.base import (
+    COSTS,
+    JUDGED,
+    ROUNDS,
+    Count,
+    Fraction,
+    PathStr,
+    Section,
+    Temperature,
+    absolute,
+    contents,
+    decides,
+)
 
 
 def _rubric(name: str) -> str:
@@ -19,57 +31,66 @@ Rubric = Annotated[str, AfterValidator(_rubric)]
 class PriceSection(Section):
     """What a model's tokens cost, in US dollars a million."""
 
-    input: float = Field(ge=0.0)
-    output: float = Field(ge=0.0)
-    batch: Fraction = Field(default=0.5, description="what of it the Batch API costs")
+    input: float = Field(ge=0.0, json_schema_extra=COSTS)
+    output: float = Field(ge=0.0, json_schema_extra=COSTS)
+    batch: Fraction = Field(default=0.5, description="what of it the Batch API costs", json_schema_extra=COSTS)
 
 
 class EndpointSection(Section):
     """Another address of the same model. The key itself never stands in a file: only the variable's name does."""
 
-    base_url: str = Field(min_length=1)
-    api_key_env: str | None = None
+    base_url: str = Field(min_length=1, json_schema_extra=COSTS)
+    api_key_env: str | None = Field(default=None, json_schema_extra=COSTS)
 
 
 class ChatSection(Section):
     """A model behind chat.completions endpoints, and how they are asked."""
 
-    model: str = Field(default="gpt-4.1-mini", min_length=1)
-    base_url: str | None = Field(default=None, description="None is the client's default", json_schema_extra=MAY_CHANGE)
+    model: str = Field(default="gpt-4.1-mini", min_length=1, json_schema_extra=JUDGED)
+    base_url: str | None = Field(default=None, description="None is the client's default", json_schema_extra=COSTS)
     api_key_env: str | None = Field(
         default="OPENAI_API_KEY",
         description="environment variable of the key; None for no key",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     more_endpoints: tuple[EndpointSection, ...] = Field(
         default=(),
         description="asked in this order while those before them do not answer",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     temperature: float | None = Field(
-        default=0.0, ge=0.0, description="None sends none: some models take no other than theirs"
+        default=0.0,
+        ge=0.0,
+        description="None sends none: some models take no other than theirs",
+        json_schema_extra=JUDGED,
     )
-    max_tokens: Count = Field(default=2048, description="tokens of the longest reply")
+    max_tokens: Count = Field(default=2048, description="tokens of the longest reply", json_schema_extra=JUDGED)
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
-        default="max_tokens", description="what the endpoint calls it (reasoning models: max_completion_tokens)"
+        default="max_tokens",
+        description="what the endpoint calls it (reasoning models: max_completion_tokens)",
+        json_schema_extra=JUDGED,
     )
-    send_seed: bool = Field(default=True, description="with each request a seed made of the run's and the request's")
+    send_seed: bool = Field(
+        default=True,
+        description="with each request a seed made of the run's and the request's",
+        json_schema_extra=JUDGED,
+    )
     max_concurrency: Count = Field(
-        default=32, description="requests in flight; fewer while the endpoint is slow", json_schema_extra=MAY_CHANGE
+        default=32, description="requests in flight; fewer while the endpoint is slow", json_schema_extra=COSTS
     )
     requests_per_minute: Count | None = Field(
-        default=None, description="None: what the endpoint's headers say", json_schema_extra=MAY_CHANGE
+        default=None, description="None: what the endpoint's headers say", json_schema_extra=COSTS
     )
     tokens_per_minute: Count | None = Field(
-        default=None, description="None: what the endpoint's headers say", json_schema_extra=MAY_CHANGE
+        default=None, description="None: what the endpoint's headers say", json_schema_extra=COSTS
     )
-    max_tries: Count = Field(default=5, description="requests for one verdict in one run", json_schema_extra=MAY_CHANGE)
-    timeout: float = Field(default=120.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
+    max_tries: Count = Field(default=5, description="requests for one verdict in one run", json_schema_extra=COSTS)
+    timeout: float = Field(default=120.0, gt=0.0, description="seconds a request", json_schema_extra=COSTS)
     max_outage: float = Field(
         default=600.0,
         ge=0.0,
         description="seconds that a run waits for endpoints none of which answers, before it stops",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
 
 
@@ -80,20 +101,32 @@ class OpenAISection(ChatSection):
     probabilities of a one-token verdict (AlpacaEval's m / M). Pairs come by `schedule`.
     """
 
-    form: Literal["listwise", "pairwise", "logprob"] = "listwise"
-    rubric: Rubric | None = Field(default=None, description="built in, or a YAML file; None is the form's own")
-    num_orders: Count = Field(
-        default=1, description="listwise: orders in which the candidates are shown; their points are averaged"
+    form: Literal["listwise", "pairwise", "logprob"] = Field(default="listwise", json_schema_extra=JUDGED)
+    rubric: Rubric | None = Field(
+        default=None,
+        description="built in, or a YAML file; None is the form's own",
+        json_schema_extra=contents("annotate", "evaluate"),
     )
-    both_orders: bool = Field(default=True, description="pairs: each is asked about in both orders")
+    num_orders: Count = Field(
+        default=1,
+        description="listwise: orders in which the candidates are shown; their points are averaged",
+        json_schema_extra=JUDGED,
+    )
+    both_orders: bool = Field(
+        default=True, description="pairs: each is asked about in both orders", json_schema_extra=JUDGED
+    )
     schedule: Literal["all_pairs", "tournament"] = Field(
-        default="all_pairs", description="every pair; or rounds in which the winners of the round before meet"
+        default="all_pairs",
+        description="every pair; or rounds in which the winners of the round before meet",
+        json_schema_extra=JUDGED,
     )
     structured: Literal["auto", "json_schema", "none"] = Field(
-        default="auto", description="ask for the reply by a JSON schema: where the endpoint takes one, always, never"
+        default="auto",
+        description="ask for the reply by a JSON schema: where the endpoint takes one, always, never",
+        json_schema_extra=JUDGED,
     )
     batch: bool = Field(
-        default=False, description="through the Batch API; what it leaves is asked live", json_schema_extra=MAY_CHANGE
+        default=False, description="through the Batch API; what it leaves is asked live", json_schema_extra=COSTS
     )
 
     @property
@@ -113,48 +146,65 @@ class OpenAISection(ChatSection):
 class TeacherSection(ChatSection):
     """Who writes the gold responses that the data has not."""
 
-    temperature: float | None = Field(default=0.7, ge=0.0)
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
-    system: str = Field(default="", description="a system message for prompts that have none")
+    temperature: float | None = Field(default=0.7, ge=0.0, json_schema_extra=decides("teach"))
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0, json_schema_extra=decides("teach"))
+    system: str = Field(
+        default="", description="a system message for prompts that have none", json_schema_extra=decides("teach")
+    )
 
 
 class RewardModelSection(Section):
     """A sequence-classification checkpoint with one output, scored on the devices."""
 
-    path: PathStr = Field(description="directory of a Hugging Face checkpoint")
-    temperature: float = Field(
-        default=1.0, gt=0.0, description="P(y > y') is sigma of the rewards' difference over this (Bradley-Terry)"
+    path: PathStr = Field(
+        description="directory of a Hugging Face checkpoint", json_schema_extra=contents("annotate", "evaluate")
     )
-    max_length: Count = Field(default=2048, description="tokens of the longest conversation with its response")
-    batch_size: Count = Field(default=16, description="rows of one forward pass", json_schema_extra=MAY_CHANGE)
+    temperature: float = Field(
+        default=1.0,
+        gt=0.0,
+        description="P(y > y') is sigma of the rewards' difference over this (Bradley-Terry)",
+        json_schema_extra=JUDGED,
+    )
+    max_length: Count = Field(
+        default=2048, description="tokens of the longest conversation with its response", json_schema_extra=JUDGED
+    )
+    batch_size: Count = Field(default=16, description="rows of one forward pass", json_schema_extra=ROUNDS)
 
 
 class QualitySection(Section):
     """What is measured of a judge, and from where on the run warns (None never does)."""
 
-    repeat: Fraction = Field(default=0.0, description="share of pools that are asked about a second time, in full")
+    repeat: Fraction = Field(
+        default=0.0, description="share of pools that are asked about a second time, in full", json_schema_extra=COSTS
+    )
     calibration: PathStr | None = Field(
-        default=None, description="JSONL of {prompt, first, second, preference}: people's P(first beats second)"
+        default=None,
+        description="JSONL of {prompt, first, second, preference}: people's P(first beats second)",
+        json_schema_extra=COSTS,
     )
-    calibration_pairs: Count = Field(default=300, description="of the file, each iteration the same, drawn by seed")
-    max_flip_rate: Fraction | None = Field(default=0.25, json_schema_extra=MAY_CHANGE)
-    max_tie_rate: Fraction | None = Field(default=0.5, json_schema_extra=MAY_CHANGE)
+    calibration_pairs: Count = Field(
+        default=300, description="of the file, each iteration the same, drawn by seed", json_schema_extra=COSTS
+    )
+    max_flip_rate: Fraction | None = Field(default=0.25, json_schema_extra=COSTS)
+    max_tie_rate: Fraction | None = Field(default=0.5, json_schema_extra=COSTS)
     max_first_rate_error: Fraction | None = Field(
-        default=0.05, description="of P(first shown wins) from 1/2", json_schema_extra=MAY_CHANGE
+        default=0.05, description="of P(first shown wins) from 1/2", json_schema_extra=COSTS
     )
-    max_longer_wins: Fraction | None = Field(default=0.75, json_schema_extra=MAY_CHANGE)
-    min_repeat_agreement: Fraction | None = Field(default=0.8, json_schema_extra=MAY_CHANGE)
-    min_calibration_agreement: Fraction | None = Field(default=0.6, json_schema_extra=MAY_CHANGE)
+    max_longer_wins: Fraction | None = Field(default=0.75, json_schema_extra=COSTS)
+    min_repeat_agreement: Fraction | None = Field(default=0.8, json_schema_extra=COSTS)
+    min_calibration_agreement: Fraction | None = Field(default=0.6, json_schema_extra=COSTS)
     max_cyclic_share: Fraction | None = Field(
-        default=0.2, description="of triples of candidates", json_schema_extra=MAY_CHANGE
+        default=0.2, description="of triples of candidates", json_schema_extra=COSTS
     )
 
 
 class OracleSection(Section):
     """The embedded preference: a majority over criteria, hence general (cycles exist) and deterministic."""
 
-    criteria: tuple[str, ...] = ("relevance", "variety", "brevity")
-    target_words: Count = Field(default=30, description="the length that 'brevity' likes best")
+    criteria: tuple[str, ...] = Field(default=("relevance", "variety", "brevity"), json_schema_extra=JUDGED)
+    target_words: Count = Field(
+        default=30, description="the length that 'brevity' likes best", json_schema_extra=JUDGED
+    )
 
     @model_validator(mode="after")
     def _odd(self) -> OracleSection:
@@ -166,24 +216,37 @@ class OracleSection(Section):
 class TableSection(Section):
     """A preference over a few answers, known exactly: for games that a language model plays."""
 
-    answers: tuple[str, ...] = Field(min_length=2, description="a response counts as the answer it begins with")
+    answers: tuple[str, ...] = Field(
+        min_length=2, description="a response counts as the answer it begins with", json_schema_extra=JUDGED
+    )
     preferences: tuple[tuple[float, ...], ...] = Field(
-        description="P(row beats column) in [0, 1], as many rows and columns as answers; P + P^T = 1"
+        description="P(row beats column) in [0, 1], as many rows and columns as answers; P + P^T = 1",
+        json_schema_extra=JUDGED,
     )
     draws: bool = Field(
-        default=True, description="each verdict is one draw, as a judge's is; false states the probability"
+        default=True,
+        description="each verdict is one draw, as a judge's is; false states the probability",
+        json_schema_extra=JUDGED,
     )
 
 
 class SelfSection(Section):
     """The policy judges its own responses (Self-Rewarding, arXiv 2401.10020: points averaged over 3 readings)."""
 
-    rubric: Rubric = Field(default="additive_5point", description="built in, or a YAML file")
-    num_judgements: Count = Field(default=3, description="readings of a response, whose points are averaged")
-    max_prompt_length: Count = Field(default=2048, description="tokens of the longest judge prompt, template included")
-    max_new_tokens: Count = Field(default=256, description="tokens of the longest reading")
-    temperature: Temperature = 0.7
-    top_p: float = Field(default=0.9, gt=0.0, le=1.0)
+    rubric: Rubric = Field(
+        default="additive_5point",
+        description="built in, or a YAML file",
+        json_schema_extra=contents("annotate", "evaluate"),
+    )
+    num_judgements: Count = Field(
+        default=3, description="readings of a response, whose points are averaged", json_schema_extra=JUDGED
+    )
+    max_prompt_length: Count = Field(
+        default=2048, description="tokens of the longest judge prompt, template included", json_schema_extra=JUDGED
+    )
+    max_new_tokens: Count = Field(default=256, description="tokens of the longest reading", json_schema_extra=JUDGED)
+    temperature: Temperature = Field(default=0.7, json_schema_extra=JUDGED)
+    top_p: float = Field(default=0.9, gt=0.0, le=1.0, json_schema_extra=JUDGED)
 
 
 class AnnotationSection(Section):
@@ -194,39 +257,43 @@ class AnnotationSection(Section):
     gold: nobody, the teacher's response wins by definition (SPIN).
     """
 
-    kind: Literal["oracle", "openai", "ensemble", "table", "self", "reward_model", "given", "gold"] = "oracle"
+    kind: Literal["oracle", "openai", "ensemble", "table", "self", "reward_model", "given", "gold"] = Field(
+        default="oracle", json_schema_extra=JUDGED
+    )
     oracle: OracleSection = OracleSection()
     openai: OpenAISection = OpenAISection()
     ensemble: tuple[OpenAISection, ...] = Field(default=(), description="their preferences are averaged")
     table: TableSection | None = None
     self_judge: SelfSection = SelfSection()
     reward_model: RewardModelSection | None = None
-    teacher: TeacherSection | None = Field(default=None, description="writes gold responses where the data has none")
+    teacher: TeacherSection | None = Field(
+        default=None, description="writes gold responses where the data has none", json_schema_extra=decides("teach")
+    )
     store: PathStr | None = Field(
         default=None,
         description="sqlite file of verdicts, which runs may share; None: in the run directory",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     prices: dict[str, PriceSection] = Field(
-        default={}, description="by model, as the configuration names it", json_schema_extra=MAY_CHANGE
+        default={}, description="by model, as the configuration names it", json_schema_extra=COSTS
     )
     max_usd: float | None = Field(
         default=None,
         ge=0.0,
         description="what this run may spend on verdicts, held-out ones too, and teachers, all iterations; it stops "
         "before the call that would pass it",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     quality: QualitySection = QualitySection()
     apart: bool = Field(
         default=False,
         description="`dno annotate` runs on a machine of its own with the same run directory; this one waits for it",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     max_failed: Fraction = Field(
         default=0.0,
         description="share of pools that may stay without a verdict (dropped and counted)",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
 
     @model_validator(mode="after")
@@ -277,6 +344,10 @@ class AnnotationSection(Section):
                     f"max_usd={self.max_usd:g}, and annotation.prices has no {chat.model!r}: give its "
                     "{input: dollars a million prompt tokens, output: ...}, 0 for a server of your own"
                 )
+
+    def unread(self) -> set[str]:
+        own = {"self": "self_judge"}.get(self.kind, self.kind)
+        return {"oracle", "openai", "ensemble", "table", "self_judge", "reward_model"} - {own}
 
     @property
     def judges(self) -> tuple[OpenAISection, ...]:

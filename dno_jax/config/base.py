@@ -4,12 +4,34 @@ from __future__ import annotations
 
 import datetime
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-# A field marked so may differ when a run directory is resumed: it changes cost, not results.
-MAY_CHANGE: dict[str, Any] = {"may_change": True}
+Stage = Literal["teach", "sample", "annotate", "pair", "score", "train", "evaluate", "sft"]
+Kind = Literal["decides", "contents", "rounds", "costs"]
+
+
+def decides(*stages: Stage) -> dict[str, Any]:
+    """Mark a field whose value decides what these stages write: it is part of their digests.
+
+    On a field that holds a section, the stages stand in place of those that the section's own fields name.
+    """
+    return {"kind": "decides", "stages": stages}
+
+
+def contents(*stages: Stage) -> dict[str, Any]:
+    """Mark a path. Where a file lies decides nothing; stages name its contents among their inputs instead."""
+    return {"kind": "contents", "stages": stages}
+
+
+# Beside each field: what follows when it differs from what a run directory was made by.
+ROUNDS: dict[str, Any] = {"kind": "rounds"}  # may change; numbers differ in rounding
+COSTS: dict[str, Any] = {"kind": "costs"}  # may change, and nothing differs
+SAMPLED = decides("sample", "evaluate")
+JUDGED = decides("annotate", "evaluate")
+PAIRED = decides("pair")
+TRAINED = decides("train", "sft")
 
 # Of what is sampled here. Logits are float32: 1e-38 is 0 there, by which no difference of them can be divided.
 MIN_TEMPERATURE = 1e-6
@@ -43,12 +65,16 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def unread(self) -> set[str]:
+        """Names of fields that nothing reads while the others are as they are."""
+        return set()
+
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_no_truth_values(cls, value: Any, info: Any) -> Any:
+    def _numbers_are_no_booleans(cls, value: Any, info: Any) -> Any:
         """Refuse what pydantic takes for 0 and 1: `iterations: yes` is a slip."""
         if _is_number(cls.model_fields[info.field_name].annotation):
-            _refuse_truth_values(value)
+            _refuse_booleans(value)
         return value
 
 
@@ -57,9 +83,9 @@ def _is_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
 
 
-def _refuse_truth_values(value: Any) -> None:
+def _refuse_booleans(value: Any) -> None:
     if isinstance(value, bool):
-        raise ValueError(f"{value} is a truth value; expected a number (yes and on are true to YAML, no and off false)")
+        raise ValueError(f"{value} is a boolean; expected a number (yes and on are true in YAML, no and off false)")
     if isinstance(value, (list, tuple)):
         for item in value:
-            _refuse_truth_values(item)
+            _refuse_booleans(item)

@@ -1,9 +1,7 @@
-"""From a YAML file and overrides to a validated configuration, and from that to its identity."""
+"""From a YAML file and overrides to a validated configuration."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -109,38 +107,3 @@ def _known_fields(kind: type[Section], loc: Iterable[Any]) -> str:
 def dump_config(config: Section) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def config_digest(config: Section) -> str:
-    """Identity of everything that decides results (fields that may change are left out)."""
-    return hashlib.sha256(json.dumps(_deciding(config), sort_keys=True).encode()).hexdigest()
-
-
-def changed_fields(old: Section, new: Section) -> list[str]:
-    """Dotted names of the deciding fields in which two configurations differ, with both values."""
-    before, after = _flat(_deciding(old)), _flat(_deciding(new))
-    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    return [f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names]
-
-
-def _deciding(config: Section) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, field in type(config).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("may_change"):
-            continue
-        value = getattr(config, name)
-        if isinstance(value, tuple):
-            value = [_deciding(item) if isinstance(item, Section) else item for item in value]
-        tree[name] = _deciding(value) if isinstance(value, Section) else value
-    return json.loads(json.dumps(tree))
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

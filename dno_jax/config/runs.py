@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
-from dno_jax.config.base import MAY_CHANGE, Count, PathStr, Section
+from dno_jax.config.base import COSTS, Count, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     RESPONSE_LOSSES,
@@ -28,11 +28,13 @@ _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the w
 class RunConfig(Section):
     """One run: T iterations from a checkpoint to a better checkpoint. As it stands, Algorithm 2 (DNO-Prct)."""
 
-    run_dir: PathStr = Field(json_schema_extra=MAY_CHANGE)
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    iterations: Count = Field(default=3, description="T")
+    run_dir: PathStr = Field(json_schema_extra=COSTS)
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate")
+    )
+    iterations: Count = Field(default=3, description="T", json_schema_extra=COSTS)
     model: ModelConfigSection
-    mesh: MeshSection = Field(default=MeshSection(), json_schema_extra=MAY_CHANGE)
+    mesh: MeshSection = Field(default=MeshSection())
     prompts: PromptsSection
     sampling: SamplingSection = SamplingSection()
     annotation: AnnotationSection = AnnotationSection()
@@ -43,7 +45,7 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
-    report: ReportSection = Field(default=ReportSection(), json_schema_extra=MAY_CHANGE)
+    report: ReportSection = Field(default=ReportSection())
 
     @model_validator(mode="after")
     def _judges_fit(self) -> RunConfig:
@@ -81,13 +83,12 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _mixture_fits(self) -> RunConfig:
-        mixes = self.sampling.source == "mixture" or self.sampling.num_opponents > 0
-        if mixes and self.reference.kind != "mixture" and self.sampling.mixture_weight is None:
+        if self.mixes and self.reference.kind != "mixture" and self.sampling.mixture_weight is None:
             raise ValueError(
                 "sampling from the mixture needs its weight: set reference.kind=mixture with reference.tau, or "
                 "sampling.mixture_weight"
             )
-        if (self.pairing.opponents == "mixture") != mixes:
+        if (self.pairing.opponents == "mixture") != self.mixes:
             raise ValueError(
                 f"pairing.opponents={self.pairing.opponents} with sampling.source={self.sampling.source} and "
                 f"num_opponents={self.sampling.num_opponents}: win rates against the mixture go with samples of it"
@@ -152,6 +153,11 @@ class RunConfig(Section):
         return self.annotation if own is None else own.model_copy(update=purse)
 
     @property
+    def mixes(self) -> bool:
+        """Whether anything is sampled from the mixture with pi_ref."""
+        return self.sampling.source == "mixture" or self.sampling.num_opponents > 0
+
+    @property
     def uses_initial(self) -> bool:
         """Whether the loss reads log pi_ref beside log pi_t."""
         return self.reference.kind != "previous"
@@ -173,23 +179,31 @@ class SftModelSection(ModelConfigSection):
     """Start from `path`, or, with `init_config`, from random weights and the tokenizer in `path`."""
 
     init_config: PathStr | None = Field(
-        default=None, description="directory with a config.json: start from random weights of that shape"
+        default=None,
+        description="directory with a config.json: start from random weights of that shape",
+        json_schema_extra=contents("sft"),
     )
 
 
 class SftDataSection(Section):
-    path: PathStr = Field(description="JSONL of {messages, response} or {prompt, response} rows")
-    max_length: Count = Field(default=512, description="tokens of the longest example; longer ones are an error")
+    path: PathStr = Field(
+        description="JSONL of {messages, response} or {prompt, response} rows", json_schema_extra=contents("sft")
+    )
+    max_length: Count = Field(
+        default=512,
+        description="tokens of the longest example; longer ones are an error",
+        json_schema_extra=decides("sft"),
+    )
 
 
 class SftConfig(Section):
     """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
 
-    run_dir: PathStr = Field(json_schema_extra=MAY_CHANGE)
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    run_dir: PathStr = Field(json_schema_extra=COSTS)
+    seed: int = Field(default=0, ge=0, lt=2**31, json_schema_extra=decides("sft"))
     model: SftModelSection
-    mesh: MeshSection = Field(default=MeshSection(), json_schema_extra=MAY_CHANGE)
+    mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
-    report: ReportSection = Field(default=ReportSection(), json_schema_extra=MAY_CHANGE)
+    report: ReportSection = Field(default=ReportSection())

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dno_jax.config.base import MAY_CHANGE, Count, Fraction, Section, Temperature
+from dno_jax.config.base import COSTS, ROUNDS, SAMPLED, Count, Fraction, Section, Temperature, decides
 
 Dialect = Literal["openai", "tgi"]
 
@@ -22,34 +22,37 @@ class CompletionServerSection(Section):
         min_length=1,
         description="name under which the server lists the policy; {iteration} becomes 000, 001, ...: without it, a "
         "server that still serves an older policy passes for the current one",
+        json_schema_extra=COSTS,
     )
-    base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=MAY_CHANGE)
+    base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=COSTS)
     dialect: Dialect = Field(
         default="openai",
         description="openai: prompts are sent as token ids (vLLM, SGLang, llama.cpp's server). tgi: as text, and only "
         "where our tokenizer makes the prompt's very ids of it; TGI has no top_k, min_p and log-probs there",
+        json_schema_extra=SAMPLED,
     )
     api_key_env: str | None = Field(
         default=None,
         description="environment variable of the key; None for no key",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     logprobs: Literal["none", "processed", "raw"] = Field(
         default="none",
         description="what the server's log-probs are of. raw: the policy at temperature 1 (vLLM's default, llama.cpp, "
         "SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB). processed: what was drawn from, used only where sampling leaves "
         "the policy as it is. none: they are not asked for",
+        json_schema_extra=decides("sample"),
     )
     max_concurrency: Count = Field(
-        default=64, description="requests in flight; each is one response", json_schema_extra=MAY_CHANGE
+        default=64, description="requests in flight; each is one response", json_schema_extra=COSTS
     )
-    max_tries: Count = Field(default=8, description="requests for one response", json_schema_extra=MAY_CHANGE)
-    timeout: float = Field(default=600.0, gt=0.0, description="seconds a request", json_schema_extra=MAY_CHANGE)
+    max_tries: Count = Field(default=8, description="requests for one response", json_schema_extra=COSTS)
+    timeout: float = Field(default=600.0, gt=0.0, description="seconds a request", json_schema_extra=COSTS)
     max_refused: Fraction = Field(
         default=0.0,
         description="share of an iteration's prompts (or the held-out ones) that may stay without responses because "
         "answers were refused (counted)",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
 
 
@@ -60,63 +63,81 @@ class SamplingSection(Section):
         default="policy",
         description="policy t; the token-level mixture pi_t^(1-w) pi_ref^w (Algorithm 4, Option II); or the candidates "
         "that the prompt file brings along (offline methods)",
+        json_schema_extra=decides("sample"),
     )
-    mixture_weight: Fraction | None = Field(default=None, description="w, the share of pi_ref; None is tau/beta")
+    mixture_weight: Fraction | None = Field(
+        default=None, description="w, the share of pi_ref; None is tau/beta", json_schema_extra=decides("sample")
+    )
     num_opponents: int = Field(
-        default=0, ge=0, description="further samples, of the mixture, that are only compared with (Nash-MD)"
+        default=0,
+        ge=0,
+        description="further samples, of the mixture, that are only compared with (Nash-MD)",
+        json_schema_extra=decides("sample"),
     )
-    num_samples: int = Field(default=5, description="K")
-    max_new_tokens: Count = 512
-    temperature: Temperature = Field(default=0.7, description="0 is greedy; any other is at least 1e-6")
-    top_k: int = Field(default=0, ge=0, description="0 keeps all")
-    top_p: float = Field(default=0.95, gt=0.0, le=1.0)
-    min_p: float = Field(default=0.0, ge=0.0, lt=1.0)
+    num_samples: int = Field(default=5, description="K", json_schema_extra=decides("sample"))
+    max_new_tokens: Count = Field(default=512, json_schema_extra=SAMPLED)
+    temperature: Temperature = Field(
+        default=0.7, description="0 is greedy; any other is at least 1e-6", json_schema_extra=SAMPLED
+    )
+    top_k: int = Field(default=0, ge=0, description="0 keeps all", json_schema_extra=SAMPLED)
+    top_p: float = Field(default=0.95, gt=0.0, le=1.0, json_schema_extra=SAMPLED)
+    min_p: float = Field(default=0.0, ge=0.0, lt=1.0, json_schema_extra=SAMPLED)
     slots: Count | None = Field(
         default=None,
         description="rows decoded at once on each row shard of the mesh; None: what fits, see `dno plan`",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=ROUNDS,
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = Field(
-        default="auto", description="of the cached keys and values; auto: model.dtype"
+        default="auto", description="of the cached keys and values; auto: model.dtype", json_schema_extra=SAMPLED
     )
-    chunk_steps: Count = Field(
-        default=32, description="tokens drawn before the host looks", json_schema_extra=MAY_CHANGE
-    )
+    chunk_steps: Count = Field(default=32, description="tokens drawn before the host looks", json_schema_extra=ROUNDS)
     prefill_chunk: Count = Field(
-        default=512, description="tokens of a prompt that go through the model at once", json_schema_extra=MAY_CHANGE
+        default=512, description="tokens of a prompt that go through the model at once", json_schema_extra=ROUNDS
     )
     shard_prompts: Count = Field(
-        default=16, description="prompts a file of rollouts: what is judged and gone on with together"
+        default=16,
+        description="prompts a file of rollouts: what is judged and gone on with together",
+        json_schema_extra=SAMPLED,
     )
-    repetition_penalty: float = Field(default=1.0, gt=0.0, description="of ids in prompt or response; 1 is none")
-    stop: tuple[str, ...] = Field(default=(), description="strings that end a response; they are cut from its text")
+    repetition_penalty: float = Field(
+        default=1.0, gt=0.0, description="of ids in prompt or response; 1 is none", json_schema_extra=SAMPLED
+    )
+    stop: tuple[str, ...] = Field(
+        default=(), description="strings that end a response; they are cut from its text", json_schema_extra=SAMPLED
+    )
     max_total_tokens: Count | None = Field(
-        default=None, description="of prompt and response together, also the teacher's response and the data's"
+        default=None,
+        description="of prompt and response together, also the teacher's response and the data's",
+        json_schema_extra=SAMPLED,
     )
     record_drawn_logprob: bool = Field(
-        default=False, description="keep with each response also its log-probability under what it was drawn from"
+        default=False,
+        description="keep with each response also its log-probability under what it was drawn from",
+        json_schema_extra=decides("sample"),
     )
     engine: Literal["jax", "openai"] = Field(
-        default="jax", description="this program's sampler, or a server of the exported policy"
+        default="jax",
+        description="this program's sampler, or a server of the exported policy",
+        json_schema_extra=SAMPLED,
     )
     server: CompletionServerSection = CompletionServerSection()
     audit_prompts: int = Field(
         default=1,
         ge=0,
         description="prompts of every shard whose responses' log-probs are compared with the trainer's; 0 audits none",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     audit_bound: float | None = Field(
         default=None,
         gt=0.0,
         description="largest difference that is agreement, nats: of a token; of a response of n, sqrt(n) times that; "
         "None goes by model.dtype",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=COSTS,
     )
     as_reference: bool = Field(
         default=False,
         description="the sampler's log pi_t of its own responses is the reference: pairs of two such are not scored",
-        json_schema_extra=MAY_CHANGE,
+        json_schema_extra=ROUNDS,
     )
 
     @model_validator(mode="after")
@@ -175,6 +196,9 @@ class SamplingSection(Section):
                 "the policy: set source=policy, or num_opponents=0"
             )
         return self
+
+    def unread(self) -> set[str]:
+        return set() if self.engine == "openai" else {"server"}
 
     def response_limit(self, prompt_tokens: int) -> int:
         """Tokens of the longest response to a prompt of so many; at least 1 for every prompt that is sampled from."""

@@ -7,32 +7,53 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
-from dno_jax.config.base import MAY_CHANGE, Count, DateStr, Fraction, PathStr, Section
+from dno_jax.config.base import (
+    COSTS,
+    PAIRED,
+    ROUNDS,
+    SAMPLED,
+    TRAINED,
+    Count,
+    DateStr,
+    Fraction,
+    PathStr,
+    Section,
+    contents,
+    decides,
+)
 
 
 class ModelConfigSection(Section):
     """Which checkpoint, and how it is computed."""
 
-    path: PathStr = Field(description="directory of a Hugging Face checkpoint")
+    path: PathStr = Field(
+        description="directory of a Hugging Face checkpoint", json_schema_extra=contents("sample", "evaluate", "sft")
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="compute dtype; parameters stay float32"
+        default="float32",
+        description="compute dtype; parameters stay float32",
+        json_schema_extra=decides("sample", "score", "train", "evaluate", "sft"),
     )
     remat: Literal["none", "full", "dots"] = Field(
         default="full",
         description="what the backward pass recomputes: nothing, every layer, or all but matrix products",
+        json_schema_extra=ROUNDS,
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
         default="auto",
         description="how whole sequences attend: cuDNN's kernel on GPUs, Pallas' splash attention on TPUs, plain XLA; "
         "auto takes the platform's kernel where it fits the model and the dtype, else xla",
+        json_schema_extra=ROUNDS,
     )
     chat_template: str = Field(
         default="tokenizer",
         description="'tokenizer' (its own), 'raw' (no template: a base model), or the path of a Jinja file",
+        json_schema_extra=contents("sample", "evaluate", "sft"),
     )
     template_date: DateStr = Field(
         default="2024-07-26",
         description="the day that a template which writes today's date is told, in every iteration and after a restart",
+        json_schema_extra=decides("sample", "evaluate", "sft"),
     )
 
 
@@ -43,10 +64,10 @@ class MeshSection(Section):
     rows as data does: for a model without experts it is the same as data.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: int = Field(default=-1, json_schema_extra=ROUNDS)
+    fsdp: int = Field(default=1, json_schema_extra=ROUNDS)
+    expert: int = Field(default=1, json_schema_extra=ROUNDS)
+    tensor: int = Field(default=1, json_schema_extra=ROUNDS)
 
     @model_validator(mode="after")
     def _axes(self) -> MeshSection:
@@ -60,19 +81,34 @@ class MeshSection(Section):
 
 
 class PromptsSection(Section):
-    path: PathStr = Field(description="JSONL of Prompt rows, or of {prompt, gold?} rows")
+    path: PathStr = Field(
+        description="JSONL of Prompt rows, or of {prompt, gold?} rows",
+        json_schema_extra=contents("teach", "sample", "evaluate"),
+    )
     held_out: int = Field(
-        default=0, ge=0, description="prompts set aside for evaluation, drawn by seed, when no file is given"
+        default=0,
+        ge=0,
+        description="prompts set aside for evaluation, drawn by seed, when no file is given",
+        json_schema_extra=decides("teach", "sample", "evaluate"),
     )
-    held_out_path: PathStr | None = Field(default=None, description="JSONL of prompts for evaluation")
+    held_out_path: PathStr | None = Field(
+        default=None, description="JSONL of prompts for evaluation", json_schema_extra=contents("teach", "evaluate")
+    )
     split: Literal["disjoint", "shared"] = Field(
-        default="disjoint", description="each iteration gets its own part of the prompts (section 5.1), or all of them"
+        default="disjoint",
+        description="each iteration gets its own part of the prompts (section 5.1), or all of them",
+        json_schema_extra=decides("teach", "sample"),
     )
-    max_length: Count = Field(default=512, description="tokens of the longest prompt, template included")
+    max_length: Count = Field(
+        default=512,
+        description="tokens of the longest prompt, template included",
+        json_schema_extra=decides("sample", "score", "train", "evaluate"),
+    )
     too_long: Literal["error", "drop", "truncate"] = Field(
         default="error",
         description="what becomes of a longer prompt; drops are counted. truncate: the oldest turns go, then the "
         "beginning of the last question; system messages and what the template writes stay",
+        json_schema_extra=SAMPLED,
     )
 
 
@@ -84,33 +120,54 @@ class PairingSection(Section):
         description="section 5.1's pairs; only those that the teacher wins (DNO-Restrictive); the teacher over every "
         "sample (SPIN); best over worst; every pair by reward (Eq. 8), or by its own verdict (iterative DPO, INPO); "
         "every sample of the policy once (losses per response)",
+        json_schema_extra=PAIRED,
     )
     reward: Literal["score", "win_rate"] = Field(
-        default="score", description="points of the judge, or mean win rate against `opponents`"
+        default="score",
+        description="points of the judge, or mean win rate against `opponents`",
+        json_schema_extra=PAIRED,
     )
     opponents: Literal["pool", "policy", "mixture"] = Field(
         default="pool",
         description="whom a win rate is against: the whole pool, the teacher too (the paper's estimator, biased); the "
         "policy's samples (unbiased for P(y > pi_t)); the mixture's samples (P(y > pi_t^tau))",
+        json_schema_extra=PAIRED,
     )
     score_temperature: float = Field(
-        default=0.0, ge=0.0, description="points become sigma(difference / temperature); 0: the higher one wins"
+        default=0.0,
+        ge=0.0,
+        description="points become sigma(difference / temperature); 0: the higher one wins",
+        json_schema_extra=PAIRED,
     )
-    positive_floor: float = Field(default=5.0, description="least reward of a chosen response")
-    margin: float = Field(default=2.0, ge=0.0, description="least reward gap")
+    positive_floor: float = Field(
+        default=5.0, description="least reward of a chosen response", json_schema_extra=PAIRED
+    )
+    margin: float = Field(default=2.0, ge=0.0, description="least reward gap", json_schema_extra=PAIRED)
     student_margin: float = Field(
-        default=1.0, ge=0.0, description="least gap where the chosen response is the student's"
+        default=1.0,
+        ge=0.0,
+        description="least gap where the chosen response is the student's",
+        json_schema_extra=PAIRED,
     )
-    max_pairs_per_prompt: Count | None = Field(default=None, description="keep the widest gaps; None keeps all")
-    degenerate_ngram: Count = Field(default=4, description="n of the repetition test")
+    max_pairs_per_prompt: Count | None = Field(
+        default=None, description="keep the widest gaps; None keeps all", json_schema_extra=PAIRED
+    )
+    degenerate_ngram: Count = Field(default=4, description="n of the repetition test", json_schema_extra=PAIRED)
     degenerate_share: Fraction = Field(
         default=0.5,
         description="a response whose share of repeated n-grams exceeds this is a negative, whatever its reward",
+        json_schema_extra=PAIRED,
     )
     replay: Fraction = Field(
-        default=0.3, description="largest share of the pairs that may come from the iteration before"
+        default=0.3,
+        description="largest share of the pairs that may come from the iteration before",
+        json_schema_extra=PAIRED,
     )
-    replay_decay: Fraction = Field(default=0.5, description="and of that from each one further back (0.3, 0.15, ...)")
+    replay_decay: Fraction = Field(
+        default=0.5,
+        description="and of that from each one further back (0.3, 0.15, ...)",
+        json_schema_extra=PAIRED,
+    )
 
     @model_validator(mode="after")
     def _units(self) -> PairingSection:
@@ -136,33 +193,56 @@ LossName = Literal["dno", "spin", "chi_po", "ipo", "inpo", "rebel", "sppo_hard",
 
 
 class LossSection(Section):
-    name: LossName = "dno"
+    name: LossName = Field(default="dno", json_schema_extra=TRAINED)
     beta: float = Field(
-        default=0.1, gt=0.0, description="the KL coefficient: the paper's eta (Eq. 8), eta-tilde (Eq. 13)"
+        default=0.1,
+        gt=0.0,
+        description="the KL coefficient: the paper's eta (Eq. 8), eta-tilde (Eq. 13)",
+        json_schema_extra=TRAINED,
     )
     beta_schedule: Literal["constant", "nash_md"] = Field(
-        default="constant", description="nash_md: tau (t + 2) / 2 in iteration t, `beta` is not read"
+        default="constant",
+        description="nash_md: tau (t + 2) / 2 in iteration t, `beta` is not read",
+        json_schema_extra=TRAINED,
     )
     target: Literal["hard", "soft"] = Field(
-        default="hard", description="1 (Eq. 13, DPO), or sigma((r(y+) - r(y-)) / target_temperature) (Eq. 8)"
+        default="hard",
+        description="1 (Eq. 13, DPO), or sigma((r(y+) - r(y-)) / target_temperature) (Eq. 8)",
+        json_schema_extra=decides("pair", "train"),
     )
-    target_temperature: float = Field(default=1.0, gt=0.0)
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5, description="probability that a label is flipped")
+    target_temperature: float = Field(default=1.0, gt=0.0, json_schema_extra=PAIRED)
+    label_smoothing: float = Field(
+        default=0.0, ge=0.0, lt=0.5, description="probability that a label is flipped", json_schema_extra=TRAINED
+    )
     smoothing: Literal["conservative", "robust"] = Field(
-        default="conservative", description="expect flipped labels, or correct for them (robust DPO)"
+        default="conservative",
+        description="expect flipped labels, or correct for them (robust DPO)",
+        json_schema_extra=TRAINED,
     )
     nll_weight: float = Field(
-        default=0.0, ge=0.0, description="weight of the chosen response's likelihood; perhaps the paper's alpha, 0.005"
+        default=0.0,
+        ge=0.0,
+        description="weight of the chosen response's likelihood; perhaps the paper's alpha, 0.005",
+        json_schema_extra=TRAINED,
     )
-    length_normalised: bool = Field(default=False, description="log-probabilities a token; wants a larger beta")
-    length_penalty: float = Field(default=0.0, ge=0.0, description="reward that a token costs (R-DPO's alpha)")
-    clip_range: float = Field(default=0.2, gt=0.0, lt=1.0, description="of spo's and nash_md_pg's importance ratio")
-    max_reward: float = Field(default=10.0, gt=0.0, description="chi_po clips margins to twice this")
+    length_normalised: bool = Field(
+        default=False, description="log-probabilities a token; wants a larger beta", json_schema_extra=TRAINED
+    )
+    length_penalty: float = Field(
+        default=0.0, ge=0.0, description="reward that a token costs (R-DPO's alpha)", json_schema_extra=TRAINED
+    )
+    clip_range: float = Field(
+        default=0.2, gt=0.0, lt=1.0, description="of spo's and nash_md_pg's importance ratio", json_schema_extra=TRAINED
+    )
+    max_reward: float = Field(
+        default=10.0, gt=0.0, description="chi_po clips margins to twice this", json_schema_extra=TRAINED
+    )
     load_balance_weight: float = Field(
         default=0.0,
         ge=0.0,
         description="weight of the load-balance loss of a mixture of experts; 0 reports it only: a pull on the router "
         "that no preference asked for would move the policy away from its reference",
+        json_schema_extra=TRAINED,
     )
 
     @model_validator(mode="after")
@@ -187,8 +267,11 @@ class ReferenceSection(Section):
         default="previous",
         description="pi_t; pi_ref, the initial policy (or the proximal scheme's centre); or "
         "pi_t^(1 - tau/beta) pi_ref^(tau/beta) (Algorithms 3 and 4)",
+        json_schema_extra=decides("score", "train"),
     )
-    tau: float = Field(default=0.0, ge=0.0, description="of the mixture; at most beta")
+    tau: float = Field(
+        default=0.0, ge=0.0, description="of the mixture; at most beta", json_schema_extra=decides("score", "train")
+    )
 
     @model_validator(mode="after")
     def _tau_is_the_mixtures(self) -> ReferenceSection:
@@ -211,8 +294,14 @@ class OuterSection(Section):
     lookahead: the last iteration restarts from policy 0 on the pairs of all iterations before it (DNO-Lookahead).
     """
 
-    scheme: Literal["last", "average", "proximal", "optimistic", "lookahead"] = "last"
-    every: Count | None = Field(default=None, description="iterations between two moves of pi_ref (proximal)")
+    scheme: Literal["last", "average", "proximal", "optimistic", "lookahead"] = Field(
+        default="last", json_schema_extra=decides("pair", "score", "train", "evaluate")
+    )
+    every: Count | None = Field(
+        default=None,
+        description="iterations between two moves of pi_ref (proximal)",
+        json_schema_extra=decides("score", "train"),
+    )
 
     @model_validator(mode="after")
     def _every_is_proximal(self) -> OuterSection:
@@ -224,20 +313,21 @@ class OuterSection(Section):
 class OptimizerSection(Section):
     """AdamW. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B: sweep it."""
 
-    learning_rate: float = Field(default=5e-7, gt=0.0)
+    learning_rate: float = Field(default=5e-7, gt=0.0, json_schema_extra=TRAINED)
     learning_rate_decay: float = Field(
         default=1.0,
         gt=0.0,
         le=1.0,
         description="factor of the learning rate an iteration ('lower at later iterations')",
+        json_schema_extra=TRAINED,
     )
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_ratio: Fraction = 0.1
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    b1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    b2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    eps: float = Field(default=1e-8, gt=0.0)
-    max_grad_norm: float = Field(default=1.0, gt=0.0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", json_schema_extra=TRAINED)
+    warmup_ratio: Fraction = Field(default=0.1, json_schema_extra=TRAINED)
+    weight_decay: float = Field(default=0.0, ge=0.0, json_schema_extra=TRAINED)
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, json_schema_extra=TRAINED)
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0, json_schema_extra=TRAINED)
+    eps: float = Field(default=1e-8, gt=0.0, json_schema_extra=TRAINED)
+    max_grad_norm: float = Field(default=1.0, gt=0.0, json_schema_extra=TRAINED)
 
     if TYPE_CHECKING:  # as in LossSection
 
@@ -245,13 +335,15 @@ class OptimizerSection(Section):
 
 
 class TrainingSection(Section):
-    batch_size: Count = Field(default=64, description="rows an optimiser step: pairs, or examples for sft")
-    micro_batch_size: Count | None = Field(default=None, description="rows a forward pass; None is batch_size")
-    num_epochs: Count = Field(default=1, description="the paper: at most 1")
-    logprob_chunk: Count = Field(default=512, description="tokens a slice of the output head")
-    save_every: Count = Field(
-        default=100, description="optimiser steps between checkpoints", json_schema_extra=MAY_CHANGE
+    batch_size: Count = Field(
+        default=64, description="rows an optimiser step: pairs, or examples for sft", json_schema_extra=TRAINED
     )
+    micro_batch_size: Count | None = Field(
+        default=None, description="rows a forward pass; None is batch_size", json_schema_extra=ROUNDS
+    )
+    num_epochs: Count = Field(default=1, description="the paper: at most 1", json_schema_extra=TRAINED)
+    logprob_chunk: Count = Field(default=512, description="tokens a slice of the output head", json_schema_extra=ROUNDS)
+    save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
 
     @model_validator(mode="after")
     def _whole(self) -> TrainingSection:
@@ -261,9 +353,13 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
-    num_samples: Count = Field(default=1, description="responses a held-out prompt and policy")
-    annotation: AnnotationSection | None = Field(default=None, description="the judge; None is the run's own")
+    num_samples: Count = Field(
+        default=1, description="responses a held-out prompt and policy", json_schema_extra=decides("evaluate")
+    )
+    annotation: AnnotationSection | None = Field(
+        default=None, description="the judge; None is the run's own", json_schema_extra=decides("evaluate")
+    )
 
 
 class ReportSection(Section):
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, json_schema_extra=COSTS)

@@ -19,7 +19,8 @@ from dno_jax.console import console
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
 from dno_jax.report.judge import quality_table
-from dno_jax.run_dir import RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import StageDir
 
 
 class PromptFile:

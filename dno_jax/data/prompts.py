@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.model.text.truncation import shorten_chat
 from dno_jax.records import Message, Prompt, explain
-from dno_jax.run_dir import is_lookahead
+from dno_jax.stage_dir import is_lookahead
 
 _HALF = re.compile(r"[\ud800-\udfff]")  # half of a character, as JSON's \ud800 may spell one
 _DEEPEST = 20  # levels of a row: the fields that a row may have need three
@@ -141,8 +142,8 @@ def split_prompts(config: RunConfig) -> PromptSplit:
             f"{section.path}: {len(prompts)} prompts leave {len(shuffled)} to train on after {len(held_out)} held out; "
             f"{sampling} iterations with split={section.split} need at least {parts}"
         )
-    training = [shuffled[part::parts] for part in range(parts)] * (sampling // parts)
-    return PromptSplit(training=tuple(tuple(part) for part in training), held_out=tuple(held_out))
+    training = [tuple(shuffled[part::parts]) for part in range(parts)] * (sampling // parts)
+    return PromptSplit(training=tuple(training), held_out=tuple(held_out))
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,41 @@ class TokenizedPrompt:
     def text_ids_before(self) -> tuple[int, ...]:
         """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
         return self.token_ids if self.prompt.assistant_prefix else ()
+
+
+@dataclass(frozen=True)
+class TokenizedPart:
+    """The prompts of one part that can be sampled from, in order of length, and why others cannot, by reason."""
+
+    kept: tuple[TokenizedPrompt, ...]
+    dropped: Counter[str]
+
+
+class PromptSet:
+    """A run's prompts: the file is read once, when it is first asked for, and every prompt is tokenised once."""
+
+    def __init__(self, config: RunConfig, tokenizer: ChatTokenizer):
+        self._config = config
+        self._tokenizer = tokenizer
+        self._parts: dict[int, TokenizedPart] = {}  # by identity: iterations that share their prompts share one
+
+    @cached_property
+    def split(self) -> PromptSplit:
+        return split_prompts(self._config)
+
+    def training(self, iteration: int) -> TokenizedPart:
+        """Iteration t's part."""
+        return self.tokenized(self.split.training[iteration])
+
+    @property
+    def held_out(self) -> TokenizedPart:
+        return self.tokenized(self.split.held_out)
+
+    def tokenized(self, part: tuple[Prompt, ...]) -> TokenizedPart:
+        if id(part) not in self._parts:
+            kept, dropped = tokenize_prompts(part, tokenizer=self._tokenizer, config=self._config)
+            self._parts[id(part)] = TokenizedPart(tuple(kept), dropped)
+        return self._parts[id(part)]
 
 
 def name_bits(name: str) -> int:

@@ -90,7 +90,7 @@ def frozen_logprobs(
     A batch's come when the next one is on its way: the device works while the host reads them.
     """
     config = runtime.config
-    params, model = runtime.load_policy(policy, TRAIN), runtime.model(TRAIN)
+    params, model = runtime.load_policy(policy, TRAIN), runtime.programs.model(TRAIN)
     before: jax.Array | None = None
     for rows in batches:
         batch = make_batch(rows, batch_size=size, max_length=config.max_length)

@@ -29,7 +29,9 @@ from dno_jax.plan.annotation import AnnotationPlan, plan_annotation
 from dno_jax.plan.costs import cost_tables
 from dno_jax.records import Prompt
 from dno_jax.runtime.capacity import device_capacity
-from dno_jax.runtime.runtime import check_fit, load_tokenizer, read_shape
+from dno_jax.runtime.fit import check_fit, read_shape
+from dno_jax.runtime.programs import Programs
+from dno_jax.runtime.runtime import load_tokenizer
 from dno_jax.runtime.slots import plan_on, wanted_by_stage
 from dno_jax.sampling.memory import Capacity, SlotPlan, show_bytes
 
@@ -97,6 +99,7 @@ def plan_run(
         raise DnoError(f"--devices {num_devices} are not asked for their memory: add --memory, such as --memory 16GiB")
     mesh = make_mesh(config.mesh) if num_devices is None else abstract_mesh(config.mesh, num_devices)
     model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
+    programs = Programs(config, model_config, mesh)
     check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(mesh))
     split = split_prompts(config)
     tokenize = functools.cache(functools.partial(tokenize_prompts, tokenizer=tokenizer, config=config))
@@ -106,7 +109,7 @@ def plan_run(
         model_config=model_config,
         mesh=mesh,
         counts=counts,
-        sampling=_plan_sampling(config, model_config=model_config, mesh=mesh, counts=counts, memory=memory),
+        sampling=_plan_sampling(programs, counts, memory=memory),
         annotation=plan_annotation(
             config,
             split=split,
@@ -140,13 +143,9 @@ def _prompt_counts(config: RunConfig, split: PromptSplit, tokenize: Tokenize) ->
 
 
 def _plan_sampling(
-    config: RunConfig,
-    *,
-    model_config: ModelConfig,
-    mesh: AnyMesh,
-    counts: dict[str, PromptCount],
-    memory: int | None,
+    programs: Programs[RunConfig], counts: dict[str, PromptCount], *, memory: int | None
 ) -> dict[str, SlotPlan]:
+    config, mesh = programs.config, programs.mesh
     here = mesh.local_devices if isinstance(mesh, Mesh) else []
     capacity = device_capacity(here) if memory is None else Capacity(memory, "--memory")
     platform = here[0].platform if here else None
@@ -155,9 +154,7 @@ def _plan_sampling(
     plans = {}
     for stage, wanted in wanted_by_stage(config, num_prompts=most, num_held_out=held_out).items():
         try:
-            plans[stage] = plan_on(
-                mesh, wanted, config=config, model_config=model_config, capacity=capacity, platform=platform
-            )
+            plans[stage] = plan_on(programs, wanted, mesh=mesh, capacity=capacity, platform=platform)
         except DnoError as error:
             raise DnoError(f"{stage}: {error}") from None
     return plans

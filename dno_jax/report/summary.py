@@ -14,7 +14,8 @@ from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
 from dno_jax.report.judge import quality_lines
 from dno_jax.report.tables import stacked
-from dno_jax.run_dir import Manifest, RunDir, stage_names
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import Manifest, stage_names
 
 PAIR_KINDS = get_args(PairKind)
 

@@ -88,7 +88,7 @@ class Sampler:
         yield from generate(
             params["policy"],
             self._requests(),
-            model=runtime.model(DECODE, mesh=runtime.submesh.mesh),
+            model=runtime.programs.model(DECODE, mesh=runtime.submesh.mesh),
             sampling_params=self._sampling_params(spec),
             shape=shape,
             iteration=self.policy,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from etils import epath
 
 from dno_jax.config import RunConfig
-from dno_jax.run_dir import RunDir, is_lookahead
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import is_lookahead
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,13 @@ class Update:
     result: epath.Path
 
 
-def updates(config: RunConfig, iteration: int) -> tuple[Update, ...]:
+def updates(config: RunConfig, run_dir: RunDir, iteration: int) -> tuple[Update, ...]:
     """The trainings of iteration t, in order.
 
     The optimistic scheme has two: pi'_t -> pi'_{t+1}, and on the same pairs pi'_{t+1} -> pi_{t+1}, which guesses that
     the next rewards will be like these (ONPO). All others have one.
     """
-    run_dir = RunDir(config.run_dir)
-    target, pi_ref = run_dir.policy(iteration + 1), initial_policy(config, iteration)
+    target, pi_ref = run_dir.policy(iteration + 1), initial_policy(config, run_dir, iteration)
 
     def update(previous: epath.Path, result: epath.Path, suffix: str = "") -> Update:
         initial = pi_ref if config.uses_initial and pi_ref != previous else None
@@ -47,15 +47,15 @@ def updates(config: RunConfig, iteration: int) -> tuple[Update, ...]:
     return (update(run_dir.policy(0 if is_lookahead(config, iteration) else iteration), target),)
 
 
-def update_of(config: RunConfig, iteration: int, *, stage: str) -> Update:
+def update_of(config: RunConfig, run_dir: RunDir, iteration: int, *, stage: str) -> Update:
     """The training that a score or train stage belongs to."""
-    return next(found for found in updates(config, iteration) if stage in (found.score, found.train))
+    return next(found for found in updates(config, run_dir, iteration) if stage in (found.score, found.train))
 
 
-def initial_policy(config: RunConfig, iteration: int) -> epath.Path:
+def initial_policy(config: RunConfig, run_dir: RunDir, iteration: int) -> epath.Path:
     """pi_ref of iteration t: policy 0, or under the proximal scheme the policy of its last move."""
     every = config.outer.every
-    return RunDir(config.run_dir).policy(iteration - iteration % every if every else 0)
+    return run_dir.policy(iteration - iteration % every if every else 0)
 
 
 def mixture_weight(config: RunConfig, iteration: int) -> float:

@@ -15,6 +15,7 @@ from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.mesh import gather_from_processes
 from dno_jax.parallel.sharding import AnyMesh
 from dno_jax.runtime.capacity import device_capacity
+from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.sampling.memory import Capacity, SlotPlan, plan_slots
 from dno_jax.sampling.requests import SamplingParams
@@ -100,10 +101,9 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
     """
     mesh = runtime.submesh.mesh
     found = plan_on(
-        mesh,
+        runtime.programs,
         wanted,
-        config=runtime.config,
-        model_config=runtime.model_config,
+        mesh=mesh,
         capacity=device_capacity(mesh.local_devices),
         platform=mesh.local_devices[0].platform,
     )
@@ -116,29 +116,23 @@ def plan(runtime: Runtime[RunConfig], wanted: Wanted) -> SlotPlan:
 
 
 def plan_on(
-    mesh: AnyMesh,
-    wanted: Wanted,
-    *,
-    config: RunConfig,
-    model_config: ModelConfig,
-    capacity: Capacity,
-    platform: str | None,
+    programs: Programs[RunConfig], wanted: Wanted, *, mesh: AnyMesh, capacity: Capacity, platform: str | None
 ) -> SlotPlan:
     """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
-    section = config.sampling
-    programs = partial(_programs, config=config, model_config=model_config, mesh=mesh)
+    section = programs.config.sampling
+    compiled = partial(_compiled, programs.config, programs.model_config, mesh)
     return plan_slots(
-        programs(wanted),
+        compiled(wanted),
         capacity=capacity,
         num_prompts=wanted.num_prompts,
         slots=section.slots,
         num_policies=wanted.num_policies,
-        beside=[(programs(other), other.num_policies) for other in wanted.beside],
+        beside=[(compiled(other), other.num_policies) for other in wanted.beside],
         platform=platform,
     )
 
 
-def _programs(wanted: Wanted, *, config: RunConfig, model_config: ModelConfig, mesh: AnyMesh) -> CompiledPrograms:
+def _compiled(config: RunConfig, model_config: ModelConfig, mesh: AnyMesh, wanted: Wanted) -> CompiledPrograms:
     """Return what would sample it, of one slot."""
     section, dtype = config.sampling, config.model.dtype
     sampling_params = SamplingParams(

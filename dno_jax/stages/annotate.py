@@ -21,13 +21,14 @@ from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.transport.routes import Unreachable
-from dno_jax.config import RunConfig, config_digest
+from dno_jax.config import RunConfig
 from dno_jax.console import Meter, Reminder, say
 from dno_jax.data.pools import Pools, Survey, survey, tell_quality
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
-from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import Manifest, StageDir
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ _BATCH_QUESTIONS = 16_384  # of the shards that are asked about together by batc
 _BATCHES_AT_ONCE = 2
 
 
-def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] | None = None) -> Manifest:
+def run(config: RunConfig, run_dir: RunDir, iteration: int, *, abandoned: Callable[[], bool] | None = None) -> Manifest:
     """Judge iteration t's rollouts as their shards close, until sampling is finished and every pool has its verdict.
 
     Args:
@@ -50,18 +51,17 @@ def run(config: RunConfig, iteration: int, *, abandoned: Callable[[], bool] | No
             the money is spent, the judge cannot be reached, or the key is missing.
     """
     start = time.perf_counter()
-    run_dir = RunDir(config.run_dir)
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
-    run_dir.path.mkdir(parents=True, exist_ok=True)  # on a machine of its own it may be there before sampling
-    if manifest := finished(config, iteration):
+    if manifest := finished(config, run_dir, iteration):
         return manifest
+    stage.start(config)
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
     _tell_another_judge(run_dir, iteration, identity=annotator.identity)
     work = _Work(config, stage, sampled, annotator, run_dir)
     found = asyncio.run(work.run(abandoned=abandoned))
     return stage.finish(
-        config_digest=config_digest(config),
-        inputs=stage.reference_of(sampled.manifest_path),
+        config,
+        inputs=stage.input_digest(sampled.manifest_path),
         rows=sum(found.states.values()),
         dropped=found.dropped,
         seconds=time.perf_counter() - start,
@@ -83,20 +83,19 @@ def _tell_another_judge(run_dir: RunDir, iteration: int, *, identity: str) -> No
         )
 
 
-def finished(config: RunConfig, iteration: int) -> Manifest | None:
+def finished(config: RunConfig, run_dir: RunDir, iteration: int) -> Manifest | None:
     """The manifest of an earlier call, which may have been another machine's; None while there is none.
 
     Raises:
         DnoError: it was made by another configuration, or of other samples than those now there.
     """
-    run_dir = RunDir(config.run_dir)
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
     if sampled.manifest() is None:
         return None
-    return stage.finished(stage.reference_of(sampled.manifest_path), config_digest=config_digest(config))
+    return stage.finished(config, stage.input_digest(sampled.manifest_path))
 
 
-def probe(config: RunConfig, iteration: int) -> None:
+def probe(config: RunConfig, run_dir: RunDir, iteration: int) -> None:
     """Ask the judge for a sign of life, before anything is sampled for it.
 
     Where no endpoint answers, that is said: it may be back when there is something to judge.
@@ -104,7 +103,6 @@ def probe(config: RunConfig, iteration: int) -> None:
     Raises:
         DnoError: what no waiting mends: a refused key, an unknown model, an endpoint without what is needed.
     """
-    run_dir = RunDir(config.run_dir)
     if run_dir.stage("sample", iteration).manifest() is not None:
         return
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)

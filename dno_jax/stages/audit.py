@@ -16,8 +16,8 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import replicated, reshard
 from dno_jax.records import Rollout
-from dno_jax.run_dir import StageDir
 from dno_jax.runtime.runtime import Runtime
+from dno_jax.stage_dir import StageDir
 from dno_jax.training.batches import TrainingRow
 
 # Where sampling.audit_bound is not given. Rounding differs from token to token: the sums of n tokens part by about

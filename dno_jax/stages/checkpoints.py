@@ -19,22 +19,63 @@ from dno_jax.model import hf
 from dno_jax.model.config import Head
 from dno_jax.parallel.mesh import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
-from dno_jax.run_dir import RunDir, is_lookahead
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
+from dno_jax.stage_dir import is_lookahead
 from dno_jax.training.checkpoint import policy_fingerprint, save_policy
 
+_BLOCKS, _BLOCK_BYTES = 64, 4096  # of each file of weights, that tell its contents from another's
 
-def import_initial(config: RunConfig) -> str:
-    """Make policy 0 of the run directory from `model.path`, once; return its fingerprint."""
-    runtime = Runtime.start(config)
-    path = runtime.run_dir.policy(0)
+
+def import_initial(runtime: Runtime[RunConfig]) -> str:
+    """Make policy 0 of the run directory from `model.path`, once; return its fingerprint.
+
+    Raises:
+        DnoError: policy 0 is there, and of another checkpoint.
+    """
+    source, path = runtime.config.model.path, runtime.run_dir.policy(0)
     found = policy_fingerprint(path)
     if found is not None:
+        if is_primary():
+            _check_source(runtime.run_dir, source)
         return found
-    digest = save_policy(path, read_checkpoint(config.model.path, shardings=runtime.param_shardings(TRAIN)))
+    params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
+    digest = save_policy(path, params)
     if is_primary():
-        say(f"imported {config.model.path} as policy 0 ({digest[:12]})")
+        note = {"path": source, "digest": checkpoint_digest(source)}
+        write_atomically(runtime.run_dir.source_path, json.dumps(note, indent=2) + "\n")
+        say(f"imported {source} as policy 0 ({digest[:12]})")
     return digest
+
+
+def _check_source(run_dir: RunDir, source: str) -> None:
+    if not run_dir.source_path.exists():  # stopped between the weights and the note
+        note = {"path": source, "digest": checkpoint_digest(source)}
+        write_atomically(run_dir.source_path, json.dumps(note, indent=2) + "\n")
+        return
+    noted = json.loads(run_dir.source_path.read_text())
+    if noted["digest"] != checkpoint_digest(source):
+        raise DnoError(
+            f"model.path {source}: not the checkpoint that policy 0 of {run_dir.path} was imported from "
+            f"({noted['path']}): its configuration or weights differ. Give that one, or another run_dir"
+        )
+
+
+def checkpoint_digest(path: str) -> str:
+    """Tell a checkpoint by its contents, wherever it lies, without reading all of it.
+
+    Returns:
+        sha256 of config.json and, of each file of weights, its size and 64 evenly spaced blocks of 4 KiB.
+    """
+    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as opened:
+            for place in np.linspace(0, max(size - _BLOCK_BYTES, 0), _BLOCKS).astype(np.int64).tolist():
+                opened.seek(place)
+                digest.update(opened.read(_BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: str, *, shardings: Any, head: Head = "logits", dtype: Any = np.float32) -> Any:
@@ -49,7 +90,7 @@ def read_checkpoint(path: str, *, shardings: Any, head: Head = "logits", dtype: 
 
 
 def export(
-    config: RunConfig,
+    runtime: Runtime[RunConfig],
     *,
     policy: int,
     path: str,
@@ -63,35 +104,35 @@ def export(
         DnoError: the policy does not exist, the target does and may not be replaced, it is no place for an export, or
             what was written does not reload to the same model.
     """
-    _check_target(config, path)
+    config, run_dir = runtime.config, runtime.run_dir
+    _check_target(config, run_dir, path)
     if epath.Path(path).exists():
         if not overwrite:
             raise DnoError(f"{path} exists; give another path, or --overwrite")
         hf.check_replaceable(path)
     if dtype not in (None, "float32", "bfloat16"):
         raise DnoError(f"dtype of an export is {dtype!r}; expected float32 or bfloat16, or nothing for the base's own")
-    runtime = Runtime.start(config)
     hf.save(
         path,
         runtime.model_config,
-        runtime.load_policy(runtime.run_dir.policy(policy), TRAIN),
+        runtime.load_policy(run_dir.policy(policy), TRAIN),
         source=config.model.path,
         chat_template=runtime.own_template,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        facts=export_facts(config, policy=policy),
+        facts=export_facts(config, run_dir, policy=policy),
         overwrite=overwrite,
     )
     barrier(f"export {policy}")
 
 
-def _check_target(config: RunConfig, path: str) -> None:
+def _check_target(config: RunConfig, run_dir: RunDir, path: str) -> None:
     """Raise DnoError where an export would take the place of what it is made from, or lie among it."""
     target = _resolved(path)
-    for name, kept in (("the run directory", config.run_dir), ("model.path", config.model.path)):
+    for name, kept in (("the run directory", os.fspath(run_dir.path)), ("model.path", config.model.path)):
         if _resolved(kept).is_relative_to(target):
             raise DnoError(f"{path}: an export there would replace {name}, {kept}; give a directory of its own")
-    for folder in (RunDir(config.run_dir).path / name for name in ("policies", "iterations")):
+    for folder in (run_dir.path / name for name in ("policies", "iterations")):
         if target.is_relative_to(_resolved(os.fspath(folder))):
             raise DnoError(f"{path}: lies in {folder}, which is the run's own; give a directory outside of it")
 
@@ -101,9 +142,20 @@ def _resolved(path: str) -> Path:
     return Path(path if "://" in path else os.path.realpath(path))
 
 
-def export_facts(config: RunConfig, *, policy: int) -> hf.ExportFacts:
+def export_best(runtime: Runtime[RunConfig], *, policy: int) -> None:
+    """Write the best policy to the run's own export, in place of an earlier one of another policy."""
+    run_dir = runtime.run_dir
+    what = {"policy": policy, "fingerprint": policy_fingerprint(run_dir.policy(policy))}
+    exists = run_dir.export_path.exists()
+    if exists and run_dir.exported_path.exists() and json.loads(run_dir.exported_path.read_text()) == what:
+        return
+    export(runtime, policy=policy, path=os.fspath(run_dir.export_path), overwrite=exists)
+    if is_primary():
+        write_atomically(run_dir.exported_path, json.dumps(what) + "\n")
+
+
+def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.ExportFacts:
     """Gather what the run directory knows of a policy."""
-    run_dir = RunDir(config.run_dir)
     trained = [policy - 1] if policy and is_lookahead(config, policy - 1) else range(policy)
     paired = [run_dir.stage("pair", iteration).manifest() for iteration in trained]
     evaluated = run_dir.stage("evaluate", policy - 1).manifest() if policy else None
@@ -144,19 +196,22 @@ def annotator_name(section: AnnotationSection) -> str:
     return names[section.kind]
 
 
-def export_pool(config: RunConfig, *, path: str) -> None:
+def export_pool(runtime: Runtime[RunConfig], *, path: str) -> None:
     """Write the mixture that Algorithm 1 returns: policies 0 .. T-1, of which each prompt draws one.
 
     `mixture.json`, written last, marks the pool whole and says how `pool_member` draws.
     """
-    size = config.iterations
+    size = runtime.config.iterations
     names = [f"policy-{policy:03d}" for policy in range(size)]
+    whole = epath.Path(path) / "mixture.json"
+    if whole.exists() and json.loads(whole.read_text())["policies"] == names:
+        return
     for policy, name in enumerate(names):
         if not (epath.Path(path) / name).exists():
-            export(config, policy=policy, path=str(epath.Path(path) / name))
+            export(runtime, policy=policy, path=str(epath.Path(path) / name))
     if is_primary():
         rule = "int(sha256('<seed>/<prompt_id>')[:8 bytes], big endian) mod the number of policies, for each prompt"
-        text = json.dumps({"policies": names, "seed": config.seed, "draw": rule}, indent=2)
+        text = json.dumps({"policies": names, "seed": runtime.config.seed, "draw": rule}, indent=2)
         write_atomically(epath.Path(path) / "mixture.json", text + "\n")
     barrier("export pool")
 

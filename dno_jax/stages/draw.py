@@ -15,10 +15,10 @@ from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Rollout
-from dno_jax.run_dir import StageDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import Sampler, SampleSpec, Stream
 from dno_jax.sampling.requests import Finished, Response
+from dno_jax.stage_dir import StageDir
 
 
 def sample_to_shards(

@@ -7,8 +7,8 @@ import hashlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,59 +18,60 @@ from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.receipts import closing
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
-from dno_jax.data.prompts import split_prompts, tokenize_prompts
+from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
-from dno_jax.parallel.mesh import is_primary, wait_until
+from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
-from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
+from dno_jax.stage_dir import Manifest, StageDir
+from dno_jax.stages import redo
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import sample_to_shards
 from dno_jax.stages.sample import response_statistics
-from dno_jax.stages.teach import with_gold
+from dno_jax.stages.teach import taught
 
 GOLD = "gold"
 AVERAGE = "average"  # the mixture of all policies before the newest
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     """Sample the held-out prompts from policy t+1 and judge them beside policies 0..t and the teacher.
 
-    Without held-out prompts nothing is judged and the newest policy counts as the best.
+    Without held-out prompts nothing is judged and the newest policy counts as the best. Where the configuration of
+    evaluation has changed, earlier results are set aside: responses that are there stay, and so do verdicts.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict; run again to ask for those.
     """
     start = time.perf_counter()
-    runtime = Runtime.start(config)
-    run_dir, newest = runtime.run_dir, iteration + 1
+    config, run_dir, newest = runtime.config, runtime.run_dir, iteration + 1
     stage = run_dir.stage("evaluate", iteration)
-    held_out = with_gold(config, split_prompts(config).held_out, iteration=None)
+    gold = taught(config, run_dir, iteration=None)
+    held_out = [gold.add(prompt) for prompt in runtime.prompts.split.held_out]
     shown = "".join(prompt.model_dump_json() for prompt in held_out)
     inputs = {"held-out prompts": hashlib.sha256(shown.encode()).hexdigest()}
     inputs |= runtime.policy_inputs(*(run_dir.policy(policy) for policy in range(newest + 1)))
-    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
+    if is_primary():
+        redo.set_evaluation_aside(run_dir, config, iteration)
+    barrier(f"evaluate {iteration}")
+    if manifest := stage.finished(config, inputs):
         return manifest
-    tokenized, dropped = tokenize_prompts(held_out, tokenizer=runtime.tokenizer, config=config)
-    for policy in [0, 1] if iteration == 0 else [newest]:
-        if tokenized:
-            sample_to_shards(
-                runtime,
-                {"policy": run_dir.policy(policy)},
-                tokenized,
-                out=rollouts_of(run_dir, policy),
-                policy=policy,
-                specs=(SampleSpec("policy", config.evaluation.num_samples),),
-                description=f"held out  {policy}",
-            )
+    if is_primary():
+        stage.start(config)
+    part = runtime.prompts.held_out
+    tokenized = [replace(item, prompt=gold.add(item.prompt)) for item in part.kept]
+    dropped = Counter(part.dropped)
+    for policy in range(newest + 1) if tokenized else ():
+        _answer(runtime, tokenized, policy=policy)
     if is_primary():
         judged = _judge(config, run_dir, [item.prompt for item in tokenized], stage=stage, newest=newest)
         stage.finish(
-            config_digest=runtime.config_digest,
+            config,
             inputs=inputs,
             rows=len(judged.preferences),
             dropped=dropped + judged.dropped,
@@ -81,9 +82,53 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     return stage.require()
 
 
-def rollouts_of(run_dir: RunDir, policy: int) -> StageDir:
-    """Where a policy's held-out responses lie: with the iteration that trained it (policy 0's with iteration 0)."""
-    return run_dir.stage("evaluate", max(policy - 1, 0)).sub(f"policy-{policy:03d}")
+def _answer(runtime: Runtime[RunConfig], prompts: Sequence[TokenizedPrompt], *, policy: int) -> None:
+    """Draw what is missing of a policy's held-out responses; samples of an earlier, smaller number stay as they are."""
+    run_dir, wanted = runtime.run_dir, runtime.config.evaluation.num_samples
+    first = 0
+    while first < wanted:
+        out = rollouts_of(run_dir, policy, first=first)
+        begun = broadcast_from_primary(np.asarray(_samples_in(out) if is_primary() else 0))
+        spec = SampleSpec("policy", int(begun) or wanted - first, first_sample=first)
+        sample_to_shards(
+            runtime,
+            {"policy": run_dir.policy(policy)},
+            prompts,
+            out=out,
+            policy=policy,
+            specs=(spec,),
+            description=f"held out  {policy}",
+        )
+        first += spec.num_samples
+
+
+def _samples_in(folder: StageDir) -> int:
+    """How many samples per prompt an earlier call began to draw; 0 where none did."""
+    for name in folder.shard_names():
+        if rows := folder.read_shard(Rollout, name):
+            return sum(row.prompt_id == rows[0].prompt_id for row in rows)
+    return 0
+
+
+def rollouts_of(run_dir: RunDir, policy: int, *, first: int = 0) -> StageDir:
+    """Where a policy's held-out responses from sample `first` on lie: with the iteration that trained it (policy 0's
+    with iteration 0)."""
+    suffix = f"-from-{first}" if first else ""
+    return run_dir.stage("evaluate", max(policy - 1, 0)).sub(f"policy-{policy:03d}{suffix}")
+
+
+def read_responses(run_dir: RunDir, policy: int, *, num_samples: int) -> Iterator[Rollout]:
+    """Read the first samples per held-out prompt of a policy."""
+    first = 0
+    while first < num_samples:
+        own: set[int] = set()
+        for row in rollouts_of(run_dir, policy, first=first).read(Rollout):
+            own.add(row.sample)
+            if row.sample < num_samples:
+                yield row
+        if not own:
+            return
+        first += len(own)
 
 
 @dataclass
@@ -134,7 +179,7 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
     """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
     for policy in range(newest + 1):
-        for rollout in rollouts_of(run_dir, policy).read(Rollout):
+        for rollout in read_responses(run_dir, policy, num_samples=config.evaluation.num_samples):
             responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     players: list[_Players] = []

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from dno_jax.config import LossSection, PairingSection, RunConfig, config_digest
+from dno_jax.config import LossSection, PairingSection, RunConfig
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
@@ -35,19 +35,19 @@ from dno_jax.preferences import (
     win_rates,
 )
 from dno_jax.records import Judgement, Pair, PairKind, Rollout
-from dno_jax.run_dir import Manifest, RunDir, is_lookahead
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import Manifest, is_lookahead
 
 _NEW, _REPLAYED = "new", "replayed"
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
+def run(config: RunConfig, run_dir: RunDir, iteration: int) -> Manifest:
     """Choose iteration t's pairs and mix in replayed ones.
 
     Raises:
         DnoError: not one pair is left; the message holds the funnel.
     """
     start = time.perf_counter()
-    run_dir = RunDir(config.run_dir)
     stage = run_dir.stage("pair", iteration)
     lookahead = is_lookahead(config, iteration)
     sources = [run_dir.stage("pair", earlier) for earlier in range(iteration)]
@@ -56,10 +56,10 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     inputs: dict[str, str] = {}
     for source in sources:
         source.require()
-        inputs |= stage.reference_of(source.manifest_path)
-    digest = config_digest(config)
-    if manifest := stage.finished(inputs, config_digest=digest):
+        inputs |= stage.input_digest(source.manifest_path)
+    if manifest := stage.finished(config, inputs):
         return manifest
+    stage.start(config)
 
     made = _Made()
     if lookahead:
@@ -80,7 +80,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     stage.write_shard(_NEW, made.pairs)
     stage.write_shard(_REPLAYED, replayed)
     return stage.finish(
-        config_digest=digest,
+        config,
         inputs=inputs,
         rows=len(made.pairs) + len(replayed),
         dropped=made.dropped,

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,32 +14,34 @@ from etils import epath
 
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
-from dno_jax.data.prompts import TokenizedPrompt, split_prompts, tokenize_prompts
+from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.records import Prompt, Rollout, Source
-from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
+from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
 from dno_jax.stages.draw import sample_to_shards
-from dno_jax.stages.teach import with_gold
+from dno_jax.stages.teach import taught
 
 
-def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = lambda: None) -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[], None] = lambda: None) -> Manifest:
     """Draw iteration t's candidates; rows already in closed shards are not drawn again.
 
     Args:
         after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
     """
     start = time.perf_counter()
-    runtime = Runtime.start(config)
-    run_dir = runtime.run_dir
+    config, run_dir = runtime.config, runtime.run_dir
     stage = run_dir.stage("sample", iteration)
-    prompts = with_gold(config, split_prompts(config).training[iteration], iteration=iteration)
-    tokenized, dropped = tokenize_prompts(prompts, tokenizer=runtime.tokenizer, config=config)
+    part = runtime.prompts.training(iteration)
+    gold = taught(config, run_dir, iteration=iteration)
+    prompts = [gold.add(prompt) for prompt in runtime.prompts.split.training[iteration]]
+    tokenized = [replace(item, prompt=gold.add(item.prompt)) for item in part.kept]
+    dropped = Counter(part.dropped)
     prompts_path = run_dir.prompts_path(iteration)
     if is_primary():
         # The judge reads what was sampled from, also where that was truncated.
@@ -49,10 +51,12 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
     weight = mixture_weight(config, iteration)
     policies = {"policy": run_dir.policy(iteration)}
     if config.sampling.source == "mixture" or config.sampling.num_opponents:
-        policies["initial"] = initial_policy(config, iteration)
-    inputs = stage.reference_of(prompts_path) | runtime.policy_inputs(*policies.values())
-    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
+        policies["initial"] = initial_policy(config, run_dir, iteration)
+    inputs = stage.input_digest(prompts_path) | runtime.policy_inputs(*policies.values())
+    if manifest := stage.finished(config, inputs):
         return manifest
+    if is_primary():
+        stage.start(config)
     drawn: dict[str, Any] = {}
     if config.sampling.source == "data":
         if is_primary():
@@ -80,7 +84,7 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
             dropped["no usable response from the server"] = left_out
         truncated = sum(item.truncated for item in tokenized)
         stage.finish(
-            config_digest=runtime.config_digest,
+            config,
             inputs=inputs,
             rows=counted.rows,
             dropped=dropped,

@@ -14,9 +14,10 @@ from dno_jax.data.rows import batches_by_length, frozen_logprobs, load_pairs, tr
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.parallel.sharding import owned_rows
 from dno_jax.records import Pair, ReferenceScore, Rollout
-from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import Update, update_of
+from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import policy_fingerprint
@@ -25,7 +26,7 @@ INITIAL = "initial"  # sub-folder of the scores under pi_ref
 SCORED, SAMPLED = "scored", "sampled"  # where log pi_t of the policy's own samples comes from
 
 
-def run(config: RunConfig, iteration: int, *, stage_name: str = "score") -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score") -> Manifest:
     """Write log pi_t of iteration t's pairs, replayed ones too, and, where the loss reads it, log pi_ref.
 
     With `sampling.as_reference`, log pi_t of a pair of pi_t's own samples is what the sampler recorded: at temperature
@@ -33,20 +34,21 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "score") -> Mani
     When the option was switched, what an earlier call wrote is discarded, unless a finished training has read it.
     """
     start = time.perf_counter()
-    runtime = Runtime.start(config)
-    run_dir = runtime.run_dir
-    update = update_of(config, iteration, stage=stage_name)
+    config, run_dir = runtime.config, runtime.run_dir
+    update = update_of(config, run_dir, iteration, stage=stage_name)
     stage = run_dir.stage(stage_name, iteration)
     paired = run_dir.stage("pair", iteration)
     paired.require()
     policies = [update.previous] if update.initial is None else [update.previous, update.initial]
-    inputs = stage.reference_of(paired.manifest_path) | runtime.policy_inputs(*policies)
-    manifest = stage.finished(inputs, config_digest=runtime.config_digest)
+    inputs = stage.input_digest(paired.manifest_path) | runtime.policy_inputs(*policies)
+    manifest = stage.finished(config, inputs)
     if manifest and run_dir.stage(update.train, iteration).manifest():
         return manifest
-    source = _source(config, update)
+    source = _source(config, run_dir, update)
     if manifest and manifest.details.get("source") == source:
         return manifest
+    if is_primary():
+        stage.start(config)
     _discard_others(stage, keep=source)
 
     pairs = load_pairs(run_dir, iteration)
@@ -70,7 +72,7 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "score") -> Mani
         )
     if is_primary():
         stage.finish(
-            config_digest=runtime.config_digest,
+            config,
             inputs=inputs,
             rows=len(pairs),
             seconds=time.perf_counter() - start,
@@ -165,17 +167,17 @@ def reference_identity(runtime: Runtime[RunConfig], update: Update) -> dict[str,
         "tokenizer": runtime.tokenizer.digest,
         "max_length": config.max_length,
         "dtype": config.model.dtype,
-        "source": _source(config, update),
+        "source": _source(config, runtime.run_dir, update),
     }
 
 
-def _source(config: RunConfig, update: Update) -> str:
+def _source(config: RunConfig, run_dir: RunDir, update: Update) -> str:
     """Whether log pi_t of pi_t's own samples is scored or the sampler's; what nobody audited is scored.
 
     Raises:
         DnoError: the sampler's is asked for and is too far from the trainer's (see `audit.check`).
     """
-    samples = samples_of(RunDir(config.run_dir), update.previous)
+    samples = samples_of(run_dir, update.previous)
     manifest = samples.manifest() if samples and config.sampling.as_reference else None
     if samples is None or manifest is None or "audit" not in manifest.details:
         return SCORED

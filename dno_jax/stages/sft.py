@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -10,35 +11,61 @@ import jax
 from etils import epath
 from pydantic import ValidationError
 
-from dno_jax.config import SftConfig
+from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
+from dno_jax.files import digest_of, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, explain
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.stages.checkpoints import read_checkpoint
+from dno_jax.stages.checkpoints import checkpoint_digest, read_checkpoint
 from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import train
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
 from dno_jax.training.objectives import supervised_loss
 
+_STARTED = "SFT.json"
 
-def run(config: SftConfig) -> epath.Path:
-    """Fine-tune (or train from random weights) and export a Hugging Face checkpoint; return where it lies."""
+
+def run(runtime: Runtime[SftConfig]) -> epath.Path:
+    """Fine-tune (or train from random weights) and export a Hugging Face checkpoint; return where it lies.
+
+    Raises:
+        DnoError: the directory was made by another configuration, or from other examples or weights.
+    """
     start = time.perf_counter()
-    runtime = Runtime.start(config)
+    config = runtime.config
     refuse_template(runtime)
     with runtime.run_dir.held() if is_primary() else nullcontext():
         if is_primary():
-            runtime.run_dir.open(config)
+            _open(runtime, config)
             save_template(runtime)
         barrier("sft config")
         return _fine_tune(runtime, config, start=start)
+
+
+def _open(runtime: Runtime[SftConfig], config: SftConfig) -> None:
+    """Make the run directory, or check that states in it are of this configuration, these examples and weights."""
+    place = runtime.run_dir.path / _STARTED
+    source = config.model.init_config or config.model.path
+    now = deciding(config, "sft") | {
+        "examples": digest_of(config.data.path),
+        "tokenizer": runtime.tokenizer.digest,
+        "weights": digest_of(f"{source}/config.json") if config.model.init_config else checkpoint_digest(source),
+    }
+    if place.exists() and (changed := changes(json.loads(place.read_text()), now)):
+        lines = "\n  ".join(changed)
+        raise DnoError(
+            f"run_dir {runtime.run_dir.path} was made by another configuration:\n  {lines}\nset these back, or give "
+            "another run_dir"
+        )
+    runtime.run_dir.create(config)
+    write_atomically(place, json.dumps(now, indent=2) + "\n")
 
 
 def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) -> epath.Path:
@@ -123,7 +150,7 @@ def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> tuple[
 
 
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:
-    shardings = runtime.param_shardings(TRAIN)
+    shardings = runtime.programs.param_shardings(TRAIN)
     if config.model.init_config is None:
         return read_checkpoint(config.model.path, shardings=shardings)
     return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(

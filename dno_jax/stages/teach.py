@@ -11,52 +11,57 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from dno_jax.annotation.client import JudgeClient, open_client
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
 from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.refusals import is_refusal
-from dno_jax.config import RunConfig, TeacherSection, config_digest
+from dno_jax.config import RunConfig, TeacherSection
 from dno_jax.console import Meter
-from dno_jax.data.prompts import split_prompts
+from dno_jax.data.prompts import PromptSplit, split_prompts
 from dno_jax.errors import DnoError
 from dno_jax.records import Prompt, TaughtResponse
-from dno_jax.run_dir import Manifest, RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import Manifest, StageDir
 
 _SHARD_PROMPTS = 256
 _HELD_OUT = "held-out"
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
+def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSplit | None = None) -> Manifest:
     """Ask for a response to every prompt of iteration t that has none; in iteration 0 to the held-out prompts, too.
 
     A refused (by the endpoint or in words), cut or empty response is dropped and counted: its prompt goes on without
     gold.
+
+    Args:
+        split: the run's prompts, where somebody has read them already.
 
     Raises:
         DnoError: more than `annotation.max_failed` of the requests failed, or the money is spent (run again: only those
             are asked anew); the endpoint cannot be reached; the key is missing.
     """
     start = time.perf_counter()
-    run_dir, section = RunDir(config.run_dir), config.annotation.teacher
+    section = config.annotation.teacher
     if section is None:
         raise DnoError("annotation.teacher is not set: there is nobody to ask for gold responses")
-    stage, digest = run_dir.stage("teach", iteration), config_digest(config)
-    split = split_prompts(config)
+    stage = run_dir.stage("teach", iteration)
+    split = split_prompts(config) if split is None else split
     parts = {stage: split.training[iteration]} | ({_held_out(run_dir): split.held_out} if iteration == 0 else {})
     wanted = {folder: [prompt for prompt in part if prompt.gold is None] for folder, part in parts.items()}
     asked = "".join(prompt.model_dump_json() for part in wanted.values() for prompt in part)
     inputs = {"prompts without gold": hashlib.sha256(asked.encode()).hexdigest()}
-    if manifest := stage.finished(inputs, config_digest=digest):
+    if manifest := stage.finished(config, inputs):
         return manifest
-    stage.path.mkdir(parents=True, exist_ok=True)
+    stage.start(config)
     desk = open_client(config.annotation, store_path=str(run_dir.annotations_path))
     teacher = _Teacher(section, desk, run_dir, seed=config.seed, max_failed=config.annotation.max_failed)
     asyncio.run(teacher.write_all(wanted, description=f"teach     {iteration}"))
     rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
     states = Counter(row.state for row in rows)
     return stage.finish(
-        config_digest=digest,
+        config,
         inputs=inputs,
         rows=len(rows),
         dropped={f"gold response {state}": count for state, count in states.items() if state != "ok"},
@@ -65,27 +70,33 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     )
 
 
-def with_gold(config: RunConfig, prompts: Sequence[Prompt], *, iteration: int | None) -> tuple[Prompt, ...]:
-    """Return the prompts with what the teacher wrote for those that had no gold response.
+@dataclass(frozen=True)
+class Taught:
+    """What the teacher wrote: prompt id -> text."""
+
+    texts: Mapping[str, str]
+
+    def add(self, prompt: Prompt) -> Prompt:
+        """Return a prompt with the teacher's response where it had no gold one."""
+        if prompt.gold is not None or prompt.prompt_id not in self.texts:
+            return prompt
+        return prompt.model_copy(update={"gold": self.texts[prompt.prompt_id]})
+
+
+def taught(config: RunConfig, run_dir: RunDir, *, iteration: int | None) -> Taught:
+    """Read what the teacher wrote, where there is one.
 
     Args:
-        iteration: whose prompts they are; None for the held-out ones.
+        iteration: whose prompts; None for the held-out ones.
 
     Raises:
         DnoError: the teacher has not been asked yet.
     """
     if config.annotation.teacher is None:
-        return tuple(prompts)
-    run_dir = RunDir(config.run_dir)
+        return Taught({})
     run_dir.stage("teach", iteration or 0).require()
     folder = _held_out(run_dir) if iteration is None else run_dir.stage("teach", iteration)
-    texts = {row.prompt_id: row.text for row in folder.read(TaughtResponse) if row.state == "ok"}
-    return tuple(
-        prompt.model_copy(update={"gold": texts[prompt.prompt_id]})
-        if prompt.gold is None and prompt.prompt_id in texts
-        else prompt
-        for prompt in prompts
-    )
+    return Taught({row.prompt_id: row.text for row in folder.read(TaughtResponse) if row.state == "ok"})
 
 
 def _held_out(run_dir: RunDir) -> StageDir:

@@ -17,9 +17,9 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
-from dno_jax.run_dir import Manifest
 from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.runtime.scheme import update_of
+from dno_jax.stage_dir import Manifest
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
@@ -31,7 +31,7 @@ from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import train_step
 
 
-def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
     """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the policy that comes of it.
 
     Raises:
@@ -39,13 +39,13 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Mani
             that they do (the policy is not pi_t of its own loss).
     """
     start = time.perf_counter()
-    runtime = Runtime.start(config)
-    update = update_of(config, iteration, stage=stage_name)
-    stage = runtime.run_dir.stage(stage_name, iteration)
-    scored = runtime.run_dir.stage(update.score, iteration)
+    config, run_dir = runtime.config, runtime.run_dir
+    update = update_of(config, run_dir, iteration, stage=stage_name)
+    stage = run_dir.stage(stage_name, iteration)
+    scored = run_dir.stage(update.score, iteration)
     reference = scored.require()
-    inputs = stage.reference_of(scored.manifest_path) | runtime.policy_inputs(update.previous)
-    manifest = stage.finished(inputs, config_digest=runtime.config_digest)
+    inputs = stage.input_digest(scored.manifest_path) | runtime.policy_inputs(update.previous)
+    manifest = stage.finished(config, inputs)
     if manifest and policy_fingerprint(update.result) == manifest.details["fingerprint"]:
         return manifest
     expected = reference_identity(runtime, update)
@@ -55,10 +55,12 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Mani
             f"{scored.path}: reference scores of another {', '.join(differing)}; remove the folder to score again"
         )
 
-    pairs = load_pairs(runtime.run_dir, iteration)
+    if is_primary():
+        stage.start(config)
+    pairs = load_pairs(run_dir, iteration)
     previous = list(scored.read(ReferenceScore))
     initial = previous if update.initial is None else scored.sub(INITIAL).read(ReferenceScore)
-    rows = training_rows(runtime.run_dir, pairs, previous, initial)
+    rows = training_rows(run_dir, pairs, previous, initial)
     result = train(
         runtime,
         runtime.load_policy(update.previous, TRAIN),
@@ -76,7 +78,7 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Mani
     if is_primary():
         remove_states(stage.path / "states")
         stage.finish(
-            config_digest=runtime.config_digest,
+            config,
             inputs=inputs,
             rows=len(rows),
             seconds=time.perf_counter() - start,
@@ -123,9 +125,9 @@ def train(
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
     optimizer = make_optimizer(config.optimizer)
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
-    shardings = state_shardings(optimizer, runtime.param_shardings(TRAIN), params)
+    shardings = state_shardings(optimizer, runtime.programs.param_shardings(TRAIN), params)
     state = init_state(params, optimizer, shardings)
-    model = runtime.model(TRAIN)
+    model = runtime.programs.model(TRAIN)
     checkpoints = StateCheckpoints(states_path, save_every=section.save_every)
     restored = checkpoints.restore(state, shardings)
     state = state if restored is None else restored

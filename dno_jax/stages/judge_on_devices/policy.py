@@ -27,20 +27,20 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Judgement, Message
-from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams
 from dno_jax.sampling.state import EngineShape
 from dno_jax.sampling.transforms import Truncation
+from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages.judge_on_devices.shards import judge_on_devices
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
 _JUDGE_KEYS = 1 << 30
 
 
-def check(config: RunConfig) -> None:
+def check(runtime: Runtime[RunConfig]) -> None:
     """Raise now what no reading could mend later: the rubric, its length, the model's context, the chat template.
 
     Says so where the longest prompts and responses would leave their pools without a verdict.
@@ -48,7 +48,7 @@ def check(config: RunConfig) -> None:
     Raises:
         DnoError: naming what does not fit.
     """
-    judge = _Judge.start(Runtime.start(config))
+    config, judge = runtime.config, _Judge.start(runtime)
     longest, limit = judge.num_fixed + config.max_length, config.annotation.self_judge.max_prompt_length
     if longest > limit and is_primary():
         say(
@@ -57,13 +57,12 @@ def check(config: RunConfig) -> None:
         )
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     """Have policy t judge iteration t's rollouts; closed shards are not judged again.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict; or as `check`.
     """
-    runtime = Runtime.start(config)
     policy = runtime.run_dir.policy(iteration)
     judge = _Judge.start(runtime)
     inputs = runtime.policy_inputs(policy)
@@ -157,7 +156,7 @@ class _Judge:
         yield from generate(
             params,
             (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
-            model=self.runtime.model(DECODE, mesh=mesh),
+            model=self.runtime.programs.model(DECODE, mesh=mesh),
             sampling_params=SamplingParams(
                 num_samples=section.num_judgements,
                 max_new_tokens=section.max_new_tokens,

@@ -39,17 +39,17 @@ from dno_jax.parallel.mesh import broadcast_from_primary, is_primary
 from dno_jax.parallel.sharding import DECODE, num_row_shards, replicated, row_sharding, to_device
 from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message
-from dno_jax.run_dir import Manifest, StageDir
-from dno_jax.runtime.runtime import Runtime, check_ids
+from dno_jax.runtime.fit import check_ids
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages.checkpoints import read_checkpoint
 from dno_jax.stages.judge_on_devices.shards import judge_on_devices
 from dno_jax.training.batches import length_bucket
-from dno_jax.training.state import param_shardings
 
 _FILES_AT_ONCE = 8
 
 
-def check(config: RunConfig) -> None:
+def check(runtime: Runtime[RunConfig]) -> None:
     """Raise now what would otherwise be raised after sampling: the checkpoint, its template, lengths, rows.
 
     Says so where the longest prompts and responses would leave their pools without a verdict.
@@ -57,7 +57,7 @@ def check(config: RunConfig) -> None:
     Raises:
         DnoError: naming what does not fit.
     """
-    judge = RewardModel.start(Runtime.start(config))
+    config, judge = runtime.config, RewardModel.start(runtime)
     if config.max_length > judge.section.max_length and is_primary():
         say(
             f"prompts and responses may take {config.max_length} tokens (the policy's); pools with a chat above "
@@ -65,13 +65,12 @@ def check(config: RunConfig) -> None:
         )
 
 
-def run(config: RunConfig, iteration: int) -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     """Judge iteration t's rollouts; closed shards are not judged again.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict; or as `check`.
     """
-    runtime = Runtime.start(config)
     judge = RewardModel.start(runtime)
     return judge_on_devices(
         runtime,
@@ -114,10 +113,11 @@ class RewardModel:
         assert section is not None  # the configuration's own check
         files = hf.check(section.path, head="reward")
         model_config = hf.read_config(section.path, head="reward", rope_length=section.max_length)
-        own = replace(runtime, model_config=model_config, tokenizer=_tokenizer(section, date=runtime.tokenizer.date))
+        programs = replace(runtime.programs, model_config=model_config)
+        own = replace(runtime, programs=programs, tokenizer=_tokenizer(section, date=runtime.tokenizer.date))
         check_ids(own.tokenizer, model_config)
         try:
-            _ = own.param_shardings(DECODE), own.attention_backend
+            _ = programs.param_shardings(DECODE), programs.attention_backend
         except DnoError as error:
             raise DnoError(f"annotation.reward_model.path {section.path}: {error}") from None
         if section.max_length > model_config.context:
@@ -148,7 +148,7 @@ class RewardModel:
     def load(self) -> Any:
         """Read the weights, in the compute dtype, onto this process's part of the mesh."""
         runtime = self.runtime
-        shardings = param_shardings(runtime.model_config, runtime.submesh.mesh, DECODE)
+        shardings = runtime.programs.param_shardings(DECODE, mesh=runtime.submesh.mesh)
         return read_checkpoint(
             self.section.path, head="reward", shardings=shardings, dtype=jnp.dtype(runtime.config.model.dtype)
         )
@@ -202,7 +202,9 @@ class RewardModel:
         batch = to_device(
             {"token": token, "position": position}, dict.fromkeys(("token", "position"), row_sharding(mesh, ndim=2))
         )
-        return reward_step(params, **batch, model=self.runtime.model(DECODE, mesh=mesh), place=replicated(mesh))
+        return reward_step(
+            params, **batch, model=self.runtime.programs.model(DECODE, mesh=mesh), place=replicated(mesh)
+        )
 
     def judge(self, params: Any, pools: Sequence[Pool]) -> list[Judgement]:
         """Judge pools, all of whose candidates are scored together."""

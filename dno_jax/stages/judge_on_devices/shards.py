@@ -18,8 +18,8 @@ from dno_jax.data.pools import Pools, survey, tell_quality
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
-from dno_jax.run_dir import Manifest, StageDir
 from dno_jax.runtime.runtime import Runtime
+from dno_jax.stage_dir import Manifest, StageDir
 
 
 @runtime_checkable
@@ -54,10 +54,14 @@ def judge_on_devices(
     start = time.perf_counter()
     run_dir = runtime.run_dir
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
-    shards = sorted(sampled.require().outputs)  # the manifest's: every process must see the same ones
-    inputs = {**stage.reference_of(sampled.manifest_path), **inputs}
-    if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
+    shards = sorted(
+        name.removesuffix(".jsonl") for name in sampled.require().outputs
+    )  # the manifest's: every process must see the same ones
+    inputs = {**stage.input_digest(sampled.manifest_path), **inputs}
+    if manifest := stage.finished(runtime.config, inputs):
         return manifest
+    if is_primary():
+        stage.start(runtime.config)
     pools = Pools(sampled, run_dir.prompts_path(iteration))
     if pending := _unfinished(stage, shards, identity=identity):
         judge_shards(pools, pending, out=stage)
@@ -83,7 +87,7 @@ def judge_on_devices(
     if is_primary():
         found = survey(pools, stage)
         stage.finish(
-            config_digest=runtime.config_digest,
+            runtime.config,
             inputs=inputs,
             rows=states.total(),
             dropped=found.dropped,

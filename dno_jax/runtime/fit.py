@@ -1,0 +1,96 @@
+"""Whether a configuration, a model's shape, a tokenizer and a mesh fit together, before anything is computed."""
+
+from __future__ import annotations
+
+from dno_jax.config import RunConfig, SftConfig
+from dno_jax.errors import DnoError
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.hf import read_config
+from dno_jax.model.text.tokenizer import ChatTokenizer
+
+
+def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
+    """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike."""
+    shape_from = getattr(config.model, "init_config", None) or config.model.path
+    return read_config(shape_from, rope_length=longest_text(config))
+
+
+def check_fit(
+    config: RunConfig | SftConfig, *, model_config: ModelConfig, tokenizer: ChatTokenizer, row_shards: int
+) -> None:
+    """Check lengths, ids and batches of a run against its model, tokenizer and mesh.
+
+    Raises:
+        DnoError: naming the first that does not fit.
+    """
+    longest, context = _longest_example(config), model_config.context
+    if longest > context:
+        remedy = "lower data.max_length"
+        if isinstance(config, RunConfig):
+            remedy = (
+                "lower prompts.max_length or sampling.max_new_tokens, or bound both together by "
+                f"sampling.max_total_tokens={context}"
+            )
+        raise DnoError(
+            f"sequences of up to {longest} tokens exceed the model's context of "
+            f"{context} (max_position_embeddings of {config.model.path}); {remedy}"
+        )
+    if isinstance(config, RunConfig) and config.loss.load_balance_weight and not model_config.num_experts:
+        raise DnoError(
+            f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
+            "of experts; set it to 0"
+        )
+    check_ids(tokenizer, model_config)
+    _check_ends(config, tokenizer)
+    rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
+    for name, count in rows.items():
+        if count % row_shards:
+            raise DnoError(
+                f"{name} is {count}, which the mesh's data*fsdp*expert={row_shards} devices do not divide; "
+                "make it a multiple"
+            )
+
+
+def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
+    """Raise DnoError if a tokenizer makes ids for which a model has no embedding."""
+    ids, embeddings = tokenizer.vocab_size, model_config.vocab_size
+    place = tokenizer.path
+    if ids > embeddings:
+        raise DnoError(
+            f"{place}: the tokenizer has {ids} ids, the model's embedding {embeddings} rows (vocab_size of its "
+            "config.json); give the tokenizer that the model was trained with, or a model with a larger embedding"
+        )
+    if max(tokenizer.end_ids) >= embeddings:
+        raise DnoError(
+            f"{place}: eos_token_id names {max(tokenizer.end_ids)}, the model's embedding has {embeddings} rows; "
+            "correct generation_config.json"
+        )
+
+
+def _check_ends(config: RunConfig | SftConfig, tokenizer: ChatTokenizer) -> None:
+    """Raise DnoError if no response could be ended by what is to end responses: an end id or a stop string."""
+    if (last := max(tokenizer.end_ids)) >= tokenizer.vocab_size:
+        raise DnoError(
+            f"{tokenizer.path}: eos_token_id names {last}, the tokenizer has {tokenizer.vocab_size} ids, and no other "
+            "is ever drawn; give the tokenizer that the model was trained with, or correct generation_config.json"
+        )
+    for stop in config.sampling.stop if isinstance(config, RunConfig) else ():
+        for name in tokenizer.control_tokens(stop):
+            raise DnoError(
+                f"sampling.stop has {stop!r}, which holds the control token {name!r}: control tokens are not text, so "
+                "no response would be found to hold it; remove it, and name the token's id in eos_token_id of "
+                f"{tokenizer.path / 'generation_config.json'} if it is to end responses"
+            )
+
+
+def longest_text(config: RunConfig | SftConfig) -> int:
+    """Return the tokens of the longest text that the run puts through the model, what it judges by itself included."""
+    longest = _longest_example(config)
+    if isinstance(config, RunConfig) and config.annotation.kind == "self":
+        judge = config.annotation.self_judge
+        longest = max(longest, judge.max_prompt_length + judge.max_new_tokens)
+    return longest
+
+
+def _longest_example(config: RunConfig | SftConfig) -> int:
+    return config.max_length if isinstance(config, RunConfig) else config.data.max_length

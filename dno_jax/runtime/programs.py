@@ -1,0 +1,105 @@
+"""Every compiled program of a run, made from its configuration, the model's shape and a mesh alone.
+
+The mesh may be abstract: nothing here asks for devices, weights or a tokenizer, so that what is planned ahead of time
+is the very construction that the stages run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dno_jax.config import RunConfig, SftConfig
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.decoder import Decoder
+from dno_jax.parallel.attention import Backend, choose_backend, make_attention
+from dno_jax.parallel.cache import ShardedWrite
+from dno_jax.parallel.experts import sharded_experts
+from dno_jax.parallel.mesh import Submesh, own_submesh
+from dno_jax.parallel.sharding import AnyMesh, Constrain, Layout
+from dno_jax.training.objectives import RowLoss
+from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.state import param_shardings
+from dno_jax.training.step import StepConfig
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
+
+
+@dataclass(frozen=True)
+class Programs(Generic[ConfigT]):
+    """What is computed, and where: equal arguments give equal, hence jit-cached, programs.
+
+    Attributes:
+        mesh: of devices; or abstract, of devices that need not be here.
+    """
+
+    config: ConfigT
+    model_config: ModelConfig
+    mesh: AnyMesh
+
+    @cached_property
+    def attention_backend(self) -> Backend:
+        """The attention of whole sequences; on an abstract mesh what is asked for, and plain XLA for "auto".
+
+        Raises:
+            DnoError: the back-end that was asked for cannot compute this model on these devices.
+        """
+        section = self.config.model
+        if not isinstance(self.mesh, Mesh):
+            return "xla" if section.attention == "auto" else section.attention
+        return choose_backend(
+            section.attention,
+            device=self.mesh.devices.flat[0],
+            dtype=section.dtype,
+            head_dim=self.model_config.head_dim,
+            softcap=self.model_config.attention_softcap,
+        )
+
+    def model(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Decoder:
+        """The decoder with activations pinned to a layout.
+
+        Args:
+            mesh: a part of the run's own; None is the whole.
+        """
+        section, mesh = self.config.model, self.mesh if mesh is None else mesh
+        return Decoder(
+            self.model_config,
+            dtype=jnp.dtype(section.dtype),
+            remat=section.remat,
+            constrain=Constrain(mesh, layout),
+            experts=sharded_experts(mesh),
+            attention=make_attention(
+                self.attention_backend, mesh=mesh, layout=layout, windows=self.model_config.windows
+            ),
+            write=ShardedWrite(mesh, layout),
+        )
+
+    def param_shardings(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Any:
+        """The tree of shardings of the parameters."""
+        return param_shardings(self.model_config, self.mesh if mesh is None else mesh, layout)
+
+    def step_config(self, row_loss: RowLoss, *, layout: Layout, load_balance_weight: float = 0.0) -> StepConfig:
+        """The compiled optimiser step's identity.
+
+        Args:
+            layout: of the parameters that are trained.
+        """
+        section = self.config.training
+        return StepConfig(
+            model=self.model(layout),
+            optimizer=make_optimizer(self.config.optimizer),
+            row_loss=row_loss,
+            chunk=section.logprob_chunk,
+            micro_batches=section.batch_size // (section.micro_batch_size or section.batch_size),
+            load_balance_weight=load_balance_weight,
+        )
+
+    @cached_property
+    def submesh(self) -> Submesh:
+        """The rows of the mesh that this process samples with; needs devices."""
+        assert isinstance(self.mesh, Mesh)
+        return own_submesh(self.mesh)
