@@ -86,6 +86,17 @@ def test_the_model_knows_no_mesh_and_heavy_clients_have_one_door():
             assert not [found for found in imports(path) if found.startswith("dno_jax.parallel")]
 
 
+def test_where_arguments_grow_a_struct_takes_them():
+    for room in ("sampling", "training", "data", "runtime", "stages"):
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    given = node.args
+                    names = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                    count = sum(name is not None for name in names)
+                    assert count <= 8, f"{path}: {node.name} takes {count} parameters"
+
+
 def test_nothing_loads_pickle_or_remote_code():
     for path in MODULES:
         text = path.read_text()

@@ -29,7 +29,7 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.checkpoints import pool_member
-from dno_jax.stages.draw import sample_to_shards
+from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.sample import response_statistics
 from dno_jax.stages.teach import with_gold
 
@@ -56,15 +56,14 @@ def run(config: RunConfig, iteration: int) -> Manifest:
     if manifest := stage.finished(inputs, config_digest=runtime.config_digest):
         return manifest
     tokenized, dropped = tokenize_prompts(held_out, tokenizer=runtime.tokenizer, config=config)
+    specs = (SampleSpec("policy", config.evaluation.num_samples),)
     for policy in [0, 1] if iteration == 0 else [newest]:
         if tokenized:
             sample_to_shards(
                 runtime,
-                {"policy": run_dir.policy(policy)},
                 tokenized,
+                Draws(specs, {"policy": run_dir.policy(policy)}, policy),
                 out=rollouts_of(run_dir, policy),
-                policy=policy,
-                specs=(SampleSpec("policy", config.evaluation.num_samples),),
                 description=f"held out  {policy}",
             )
     if is_primary():

@@ -24,7 +24,7 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
 from dno_jax.stages import audit
-from dno_jax.stages.draw import sample_to_shards
+from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.teach import with_gold
 
 
@@ -61,11 +61,9 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
         specs = _specs(config, weight)
         drawn = sample_to_shards(
             runtime,
-            policies,
             tokenized,
+            Draws(specs, policies, policy=iteration),
             out=stage,
-            policy=iteration,
-            specs=specs,
             description=f"sample    {iteration}",
             also=lambda item: _gold(runtime, item, iteration=iteration),
             after_shard=after_shard,

@@ -22,7 +22,7 @@ from dno_jax.records import Example, explain
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages.checkpoints import read_checkpoint
 from dno_jax.stages.template import refuse_template, save_template
-from dno_jax.stages.train import train
+from dno_jax.stages.train import Training, step_config, train
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
 from dno_jax.training.objectives import supervised_loss
@@ -52,12 +52,8 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
         runtime,
         _initial(runtime, config),
         rows,
-        row_loss=supervised_loss,
-        max_length=config.data.max_length,
-        iteration=0,
-        stage="sft",
-        states_path=runtime.run_dir.path / "states",
-        guard=False,
+        step_config(runtime, supervised_loss),
+        Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, guard=False),
     )
     hf.save(
         str(target),
