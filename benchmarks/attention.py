@@ -51,7 +51,7 @@ from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import TrainState, param_shardings, state_shardings
-from dno_jax.training.step import train_step
+from dno_jax.training.step import StepConfig, train_step
 
 MISTRAL_7B = ModelConfig(
     vocab_size=32000,
@@ -154,10 +154,7 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
     def place(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
-    lowered = train_step.lower(
-        jax.tree.map(place, state, state_shardings(optimizer, places, params)),
-        jax.tree.map(lambda leaf: place(leaf, row_sharding(mesh, ndim=leaf.ndim)), batch),
-        jnp.float32(1e-6),
+    step = StepConfig(
         model=Decoder(
             config,
             dtype=jnp.bfloat16,
@@ -168,6 +165,12 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
         optimizer=optimizer,
         row_loss=preference_loss(LossSection(beta=0.1)),
         chunk=options.chunk,
+    )
+    lowered = train_step.lower(
+        jax.tree.map(place, state, state_shardings(optimizer, places, params)),
+        jax.tree.map(lambda leaf: place(leaf, row_sharding(mesh, ndim=leaf.ndim)), batch),
+        jnp.float32(1e-6),
+        config=step,
     )
     return lowered.compile()
 

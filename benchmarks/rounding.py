@@ -22,11 +22,11 @@ from dno_jax.config import MeshSection
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.hf import read_end_token_ids
 from dno_jax.parallel.cache import ShardedWrite
-from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Request, Response, SamplingParams
-from dno_jax.sampling.state import EngineShape
+from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -60,21 +60,15 @@ def main() -> None:
     ) -> Sampled:
         own = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
         changes = {"kv_dtype": dtype, **changes}
-        model, devices = Decoder(config, dtype=jnp.dtype(dtype)), None
+        model, devices = Decoder(config, dtype=jnp.dtype(dtype)), one_device_mesh()
         if mesh is not None:
             devices = make_mesh(mesh)
             model = dataclasses.replace(
                 model, constrain=Constrain(devices, DECODE), write=ShardedWrite(devices, DECODE)
             )
             own = jax.device_put(own, param_shardings(config, devices, DECODE))
-        found = generate(
-            own,
-            asked,
-            model=model,
-            sampling_params=sampling_params,
-            shape=dataclasses.replace(shape, **changes),
-            mesh=devices,
-        )
+        programs = CompiledPrograms(model, sampling_params, dataclasses.replace(shape, **changes), devices)
+        found = generate(own, asked, programs)
         return {(asked[one.index].name, k): r for one in found for k, r in enumerate(one.responses)}
 
     def exact(one: Sampled) -> list[np.ndarray]:

@@ -33,13 +33,13 @@ from dno_jax.model.cache import init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.hf import read_end_token_ids
 from dno_jax.parallel.cache import ShardedWrite
-from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.mesh import make_mesh, one_device_mesh
 from dno_jax.parallel.sharding import DECODE, Constrain
 from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.memory import queue_length
 from dno_jax.sampling.requests import Finished, Request, SamplingParams
-from dno_jax.sampling.state import EngineShape
+from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.training.state import param_shardings
 
@@ -93,24 +93,17 @@ def main() -> None:
         chunk_steps=options.chunk,
         kv_dtype=options.kv_dtype or options.dtype,
     )
-    model, mesh = Decoder(config, dtype=dtype), None
+    model, mesh = Decoder(config, dtype=dtype), one_device_mesh()
     if options.devices > 1:
         mesh = make_mesh(MeshSection(data=options.devices))
         model = dataclasses.replace(model, constrain=Constrain(mesh, DECODE), write=ShardedWrite(mesh, DECODE))
         params = jax.device_put(params, param_shardings(config, mesh, DECODE))
 
+    programs = CompiledPrograms(model, sampling_params, shape, mesh)
+
     def once(iteration: int) -> tuple[Statistics, list[Finished]]:
         statistics = Statistics()
-        found = generate(
-            params,
-            requests,
-            model=model,
-            sampling_params=sampling_params,
-            shape=shape,
-            iteration=iteration,
-            mesh=mesh,
-            statistics=statistics,
-        )
+        found = generate(params, requests, programs, iteration=iteration, statistics=statistics)
         return statistics, list(found)
 
     begin = time.perf_counter()

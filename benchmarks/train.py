@@ -22,7 +22,7 @@ from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import TrainState
-from dno_jax.training.step import score_step, train_step
+from dno_jax.training.step import StepConfig, score_step, train_step
 
 
 def main() -> None:
@@ -63,15 +63,10 @@ def main() -> None:
     model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat)
     optimizer = make_optimizer(OptimizerSection())
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-    settings = {
-        "model": model,
-        "optimizer": optimizer,
-        "row_loss": preference_loss(LossSection(beta=0.1)),
-        "chunk": options.chunk,
-    }
+    step_config = StepConfig(model, optimizer, preference_loss(LossSection(beta=0.1)), chunk=options.chunk)
     rate = jnp.float32(1e-6)
     start = time.perf_counter()
-    compiled = train_step.lower(state, batches[0], rate, **settings).compile()
+    compiled = train_step.lower(state, batches[0], rate, config=step_config).compile()
     compile_seconds = time.perf_counter() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes
 
@@ -82,7 +77,7 @@ def main() -> None:
     for step in range(options.steps + 1):
         batch = batches[step % len(batches)]
         start = time.perf_counter()
-        state, metrics = train_step(state, batch, rate, **settings)
+        state, metrics = train_step(state, batch, rate, config=step_config)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
         rates.append(int(np.sum(np.asarray(batch.position) >= 0)) / seconds[-1])

@@ -59,7 +59,7 @@ def test_a_module_imports_from_its_own_level_or_below(path):
 def test_losses_and_logprobs_import_only_jax():
     for path in [PACKAGE / "logprobs.py", *(PACKAGE / "losses").rglob("*.py")]:
         outside = {name for name in imports(path) if not name.startswith("dno_jax.losses")}
-        allowed = {"__future__", "collections", "functools", "jax", "jaxtyping"}
+        allowed = {"__future__", "collections", "dataclasses", "functools", "importlib", "jax", "jaxtyping", "typing"}
         assert {name.split(".")[0] for name in outside} <= allowed
 
 
@@ -86,12 +86,30 @@ def test_the_model_knows_no_mesh_and_heavy_clients_have_one_door():
             assert not [found for found in imports(path) if found.startswith("dno_jax.parallel")]
 
 
+def test_where_arguments_grow_a_struct_takes_them():
+    for room in ("sampling", "training", "data", "runtime", "stages"):
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    given = node.args
+                    names = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                    count = sum(name is not None for name in names)
+                    assert count <= 8, f"{path}: {node.name} takes {count} parameters"
+
+
 def test_nothing_loads_pickle_or_remote_code():
     for path in MODULES:
         text = path.read_text()
         assert not tops(path) & {"pickle", "dill", "joblib", "shelve"}, path
         assert "trust_remote_code=True" not in text
         assert "allow_pickle=True" not in text
+
+
+def test_a_configuration_is_checked_without_jax():
+    code = "from dno_jax.config import LossSection; LossSection(name='nash_md_pg'); import sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "dno_jax.losses.registry" in loaded
+    assert not {"jax", "scipy", "transformers"} & set(loaded)
 
 
 def test_the_command_line_imports_nothing_heavy_until_it_has_to():

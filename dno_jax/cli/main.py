@@ -343,10 +343,7 @@ def game(
         eta=eta,
         tau=tau,
         start=report.parse_start(start, P, game=game),
-        sampled=sampled,
-        num_pairs=pairs,
-        num_samples=samples,
-        seed=seed,
+        samples=report.Samples(pairs, samples, seed) if sampled else None,
     )
     console.print(report.game_table(played, P))
     for line in report.nash_lines(P):

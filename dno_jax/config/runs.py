@@ -8,7 +8,6 @@ from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
-    RESPONSE_LOSSES,
     EvaluationSection,
     LossSection,
     MeshSection,
@@ -102,18 +101,18 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _loss_fits(self) -> RunConfig:
-        name, pairing = self.loss.name, self.pairing
-        if name in ("inpo", "nash_md_pg") and self.reference.kind != "mixture":
+        name, loss, pairing = self.loss.name, self.loss.kind, self.pairing
+        if loss.regularised and self.reference.kind != "mixture":
             raise ValueError(f"loss.name={name} is regularised: set reference.kind=mixture and reference.tau")
-        if name == "spin" and pairing.rule != "spin":
-            raise ValueError(f"loss.name=spin with pairing.rule={pairing.rule}: set pairing.rule=spin")
-        if name in RESPONSE_LOSSES:
+        if loss.pairing_rule not in (None, pairing.rule):
+            raise ValueError(f"loss.name={name} with pairing.rule={pairing.rule}: set pairing.rule={loss.pairing_rule}")
+        if loss.own_win_rates:
             if pairing.rule != "matching" or pairing.reward != "win_rate" or pairing.opponents == "pool":
                 raise ValueError(
                     f"loss.name={name} reads each sample's own win rate: set pairing.rule=matching, "
                     "pairing.reward=win_rate and pairing.opponents=policy (or mixture)"
                 )
-            if name != "sppo" and (pairing.replay or self.sampling.source != "policy"):
+            if loss.on_policy and (pairing.replay or self.sampling.source != "policy"):
                 raise ValueError(
                     f"loss.name={name} needs samples of policy t: set pairing.replay=0, sampling.source=policy"
                 )
@@ -128,7 +127,7 @@ class RunConfig(Section):
             raise ValueError(
                 "outer.scheme=lookahead pools the pairs of the iterations before the last: iterations >= 2"
             )
-        if scheme == "optimistic" and self.loss.name in ("spo", "nash_md_pg"):
+        if scheme == "optimistic" and self.loss.kind.on_policy:
             raise ValueError(
                 f"outer.scheme=optimistic regresses twice; loss.name={self.loss.name} is a policy gradient"
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import (
@@ -21,6 +21,7 @@ from dno_jax.config.base import (
     contents,
     decides,
 )
+from dno_jax.losses.registry import Loss, find_loss, soft_losses
 
 
 class ModelConfigSection(Section):
@@ -186,10 +187,12 @@ class PairingSection(Section):
         return self
 
 
-# Of what each loss takes beside log-probabilities. `training/objectives.py` has the functions, by the same names.
-SOFT_LOSSES = ("dno", "chi_po", "ipo", "inpo")  # regress on a target in [0, 1]
-RESPONSE_LOSSES = ("sppo", "spo", "nash_md_pg")  # read each response's own win rate
-LossName = Literal["dno", "spin", "chi_po", "ipo", "inpo", "rebel", "sppo_hard", "sppo", "spo", "nash_md_pg", "sft"]
+def _is_known(name: str) -> str:
+    find_loss(name)
+    return name
+
+
+LossName = Annotated[str, AfterValidator(_is_known)]  # of losses/registry.py
 
 
 class LossSection(Section):
@@ -247,13 +250,18 @@ class LossSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> LossSection:
-        if self.target == "soft" and self.name not in SOFT_LOSSES:
-            raise ValueError(f"name={self.name} takes no target; target=soft is for {', '.join(SOFT_LOSSES)}")
-        if self.label_smoothing and self.name not in SOFT_LOSSES:
-            raise ValueError(f"name={self.name} takes no label_smoothing; it is for {', '.join(SOFT_LOSSES)}")
-        if self.length_penalty and self.name in ("spo", "nash_md_pg", "sft"):
+        if self.target == "soft" and not self.kind.soft_target:
+            raise ValueError(f"name={self.name} takes no target; target=soft is for {soft_losses()}")
+        if self.label_smoothing and not self.kind.soft_target:
+            raise ValueError(f"name={self.name} takes no label_smoothing; it is for {soft_losses()}")
+        if self.length_penalty and not self.kind.has_reference:
             raise ValueError(f"name={self.name} has no reference that length_penalty could lower")
         return self
+
+    @property
+    def kind(self) -> Loss:
+        """What the loss of this name needs."""
+        return find_loss(self.name)
 
     if TYPE_CHECKING:  # pydantic gives frozen models one at run time, which type checkers do not see
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from dno_jax.preferences import share_interval
+from dno_jax.statistics import Tally
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WinRate:
 def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate:
     """Return the mean preference with a Wilson interval at the effective number of comparisons.
 
-    The variance of the mean is estimated from per-prompt sums (cluster-robust); see `share_interval`.
+    The variance of the mean is estimated from per-prompt sums (cluster-robust); see `Tally.share`.
 
     Args:
         preferences: P(policy preferred) of each comparison, in [0, 1]; 1/2 is a tie.
@@ -43,14 +43,10 @@ def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate
         raise ValueError(f"{values.size} preferences for {len(prompt_ids)} prompt ids; expected as many, at least one")
     if not np.all((values >= 0.0) & (values <= 1.0)):
         raise ValueError(f"preferences lie in [0, 1], got {values.min()} to {values.max()}")
-    count, rate = values.size, float(values.mean())
-    _, cluster = np.unique(np.asarray(prompt_ids), return_inverse=True)
-    clusters = int(cluster.max()) + 1
-    sums = np.bincount(cluster, weights=values - rate)
-    correction = clusters / (clusters - 1) if clusters > 1 else 1.0
-    variance = correction * float(np.sum(sums**2)) / count**2
-    low, high = share_interval(rate, variance=variance, count=count, clusters=clusters)
-    return WinRate(rate=rate, low=low, high=high, comparisons=count, prompts=clusters)
+    found = Tally.of(values, prompt_ids).share()
+    assert found.low is not None
+    assert found.high is not None  # of a share there is always one
+    return WinRate(found.value, found.low, found.high, comparisons=found.count, prompts=found.prompts)
 
 
 def best_policy(wins: Float[np.ndarray, "T T"]) -> int:

@@ -26,10 +26,8 @@ from dno_jax.preferences.pairs import (
     spin_pairs,
     verdict_pairs,
 )
-from dno_jax.statistics import Z95, share_interval
 
 __all__ = [
-    "Z95",
     "PairChoice",
     "ScoredCandidate",
     "WinRates",
@@ -46,7 +44,6 @@ __all__ = [
     "repeated_ngram_share",
     "replay_counts",
     "scores_to_wins",
-    "share_interval",
     "soft_target",
     "soft_target_bias_bound",
     "spin_pairs",

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from dno_jax.statistics import counted_means
+
 _Real = TypeVar("_Real", float, np.ndarray)
 
 
@@ -84,10 +86,7 @@ def win_rates(
     met = times.sum(axis=1)
     if np.any(alone := met < 1):
         raise ValueError(f"candidate {int(alone.argmax())} has no opponent left; a win rate needs at least one")
-    rate = (times * wins).sum(axis=1) / met
-    squares = (times * (wins - rate[:, None]) ** 2).sum(axis=1)
-    variance = np.where(met > 1, squares / np.maximum(met - 1, 1), np.nan)
-    return WinRates(rate, np.sqrt(variance / met))
+    return WinRates(*counted_means(wins, times))
 
 
 def _counts(name: str, values: Sequence[int] | np.ndarray, count: int) -> Float[np.ndarray, " C"]:

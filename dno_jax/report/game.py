@@ -35,6 +35,15 @@ _FOLLOWS = ("comal", "mpo")  # their reference moves, so that no one regularised
 
 
 @dataclass(frozen=True)
+class Samples:
+    """How much is drawn when games are played from samples; the arguments of `games.sampled.solve_sampled`."""
+
+    num_pairs: int = 4096
+    num_samples: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class Played:
     """One algorithm's run on a game.
 
@@ -140,25 +149,22 @@ def play(
     eta: float | None,
     tau: float | None,
     start: np.ndarray,
-    sampled: bool,
-    num_pairs: int,
-    num_samples: int,
-    seed: int,
+    samples: Samples | None = None,
 ) -> list[Played]:
-    """Play algorithms on a game, exactly and, if `sampled`, a second time from samples.
+    """Play algorithms on a game, exactly and, with `samples`, a second time from those.
 
     Args:
         eta, tau: for every algorithm that has them; None is each one's own (`DEFAULT_KNOBS`).
-        start: pi_1, which is pi_ref too.
+        start: pi_1, the reference too.
 
-    The others are those of `games.solve` and `sampled_games.solve_sampled`.
+    The others are those of `games.solve`.
 
     Raises:
         DnoError: numbers that an algorithm cannot use.
     """
     limits = [("--iterations", iterations, 1)]
-    if sampled:
-        limits += [("--pairs", num_pairs, 1), ("--samples", num_samples, 2)]
+    if samples is not None:
+        limits += [("--pairs", samples.num_pairs, 1), ("--samples", samples.num_samples, 2)]
     for option, value, least in limits:
         if value < least:
             raise DnoError(f"{option} is {value}; it must be at least {least}")
@@ -172,7 +178,7 @@ def play(
         chosen_eta = own_eta if eta is None else eta
         chosen_tau = own_tau if tau is None or not entry.takes_tau else tau
         asked.append((name, False, chosen_eta, chosen_tau))
-        if sampled:
+        if samples is not None:
             asked.append((name, True, 1.0 if chosen_eta is None else chosen_eta, chosen_tau))
     for name, _, used, pull in asked:  # one step of each finds what cannot be used, before the others are played
         try:
@@ -182,7 +188,7 @@ def play(
 
     played = []
     for name, drawn, used, pull in asked:
-        if drawn:
+        if drawn and samples is not None:
             from dno_jax.games.sampled import solve_sampled
 
             solution = solve_sampled(
@@ -192,9 +198,9 @@ def play(
                 eta=1.0 if used is None else used,
                 tau=pull,
                 initial=start,
-                num_pairs=num_pairs,
-                num_samples=num_samples,
-                seed=seed,
+                num_pairs=samples.num_pairs,
+                num_samples=samples.num_samples,
+                seed=samples.seed,
             )
         else:
             solution = games.solve(P, algorithm=name, iterations=iterations, eta=used, tau=pull, initial=start)

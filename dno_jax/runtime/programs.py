@@ -20,7 +20,7 @@ from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import Submesh, own_submesh
-from dno_jax.parallel.sharding import AnyMesh, Constrain, Layout
+from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import param_shardings
@@ -82,15 +82,11 @@ class Programs(Generic[ConfigT]):
         """The tree of shardings of the parameters."""
         return param_shardings(self.model_config, self.mesh if mesh is None else mesh, layout)
 
-    def step_config(self, row_loss: RowLoss, *, layout: Layout, load_balance_weight: float = 0.0) -> StepConfig:
-        """The compiled optimiser step's identity.
-
-        Args:
-            layout: of the parameters that are trained.
-        """
+    def step_config(self, row_loss: RowLoss, *, load_balance_weight: float = 0.0) -> StepConfig:
+        """The compiled optimiser step's identity."""
         section = self.config.training
         return StepConfig(
-            model=self.model(layout),
+            model=self.model(TRAIN),
             optimizer=make_optimizer(self.config.optimizer),
             row_loss=row_loss,
             chunk=section.logprob_chunk,

@@ -21,7 +21,7 @@ from dno_jax.sampling.completion import Codec
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.requests import Finished, Request, SamplingParams
 from dno_jax.sampling.server import complete
-from dno_jax.sampling.state import EngineShape, Mixture
+from dno_jax.sampling.state import CompiledPrograms, EngineShape, Mixture
 from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
 
@@ -69,7 +69,7 @@ class Sampler:
         its end: it holds requests to a server, or a program's memory.
 
         Args:
-            policies: paths by name, as `sample_to_shards` takes them; a server has weights of its own.
+            policies: paths by name, as `stages.draw.Draws` has them; a server has weights of its own.
 
         Raises:
             DnoError: the slots do not fit; from a stream, as `generate` or `complete`.
@@ -84,18 +84,15 @@ class Sampler:
     def _from_devices(self, spec: SampleSpec, shape: EngineShape, params: Mapping[str, Any]) -> Stream:
         """Sample on the devices of this process's part of the mesh."""
         runtime, section = self.runtime, self.runtime.config.sampling
-        statistics = Statistics()
+        statistics, mesh = Statistics(), runtime.submesh.mesh
+        model, sampling_params = runtime.programs.model(DECODE, mesh=mesh), self._sampling_params(spec)
         yield from generate(
             params["policy"],
             self._requests(),
-            model=runtime.programs.model(DECODE, mesh=runtime.submesh.mesh),
-            sampling_params=self._sampling_params(spec),
-            shape=shape,
+            CompiledPrograms(model, sampling_params, shape, mesh, record_drawn=section.record_drawn_logprob),
             iteration=self.policy,
-            mesh=runtime.submesh.mesh,
             mixture=None if spec.weight is None else Mixture(params["initial"], jnp.float32(spec.weight)),
             stop=self._stop if section.stop else None,
-            record_drawn=section.record_drawn_logprob,
             statistics=statistics,
         )
         self.details[f"slots {spec.source}" if len(self.specs) > 1 else "slots"] = {

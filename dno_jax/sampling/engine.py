@@ -14,16 +14,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dno_jax.errors import DnoError
-from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import unstack_layers
-from dno_jax.parallel.mesh import one_device_mesh
 from dno_jax.parallel.sharding import num_row_shards, replicated, reshard, row_sharding, to_device
 from dno_jax.sampling.decode import decode, fill
-from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams, response_limit
+from dno_jax.sampling.requests import Finished, Request, Response, response_limit
 from dno_jax.sampling.state import (
     CompiledPrograms,
     Counts,
-    EngineShape,
     Mixture,
     Outputs,
     Prompts,
@@ -55,15 +52,11 @@ class Statistics:
 def generate(
     params: Any,
     requests: Iterable[Request],
+    programs: CompiledPrograms,
     *,
-    model: Decoder,
-    sampling_params: SamplingParams,
-    shape: EngineShape,
     iteration: int = 0,
-    mesh: Mesh | None = None,
     mixture: Mixture | None = None,
     stop: Stop | None = None,
-    record_drawn: bool = False,
     statistics: Statistics | None = None,
 ) -> Iterator[Finished]:
     """Sample K responses to every prompt; yield each prompt as soon as all of its responses are there.
@@ -76,21 +69,18 @@ def generate(
         params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
         requests: taken as there is room for them and started in this order; prompts of like length side by side pad
             little.
-        model: the decoder, its activations pinned to the mesh.
-        sizes: how much is decoded at once, on each row shard of the mesh.
-        mesh: None is the default device alone.
+        programs: the model, how it is sampled from, how much is decoded at once, and on which mesh.
         mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
             mixture, log-probabilities stay pi_t's own. None holds no second cache.
         stop: ends responses by their text.
-        record_drawn: give also the log-probabilities under the distribution that was drawn from.
         statistics: filled in.
 
     Raises:
-        ValueError: a prompt is empty, or longer than `sizes.prompt_length`, or leaves no room for a response.
+        ValueError: a prompt is empty, or longer than `shape.prompt_length`, or leaves no room for a response.
         DnoError: the policy's logits are not finite.
     """
-    mesh = one_device_mesh() if mesh is None else mesh
-    programs = CompiledPrograms(model, sampling_params, shape, mesh, record_drawn)
+    mesh = programs.mesh
+    assert isinstance(mesh, Mesh), "an abstract mesh is for plans"
     policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
     statistics = Statistics() if statistics is None else statistics
     books = _Books.open(requests, programs)
@@ -129,7 +119,7 @@ def _checked(index: int, request: Request, programs: CompiledPrograms) -> Reques
     if not 1 <= length <= longest:
         raise ValueError(
             f"request {index} has a prompt of {length} tokens; the cache holds prompts of 1 to {longest}: cut it, or "
-            "raise sizes.prompt_length"
+            "raise shape.prompt_length"
         )
     if response_limit(request, programs.sampling_params) < 1:
         raise ValueError(

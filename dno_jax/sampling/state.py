@@ -74,7 +74,13 @@ def prompt_bucket(length: int, *, max_length: int, piece: int) -> int:
 
 @dataclass(frozen=True)
 class CompiledPrograms:
-    """Everything static of the two programs."""
+    """Everything static of the two programs: equal ones are compiled once.
+
+    Attributes:
+        model: the decoder, its activations pinned to the mesh.
+        shape: how much is decoded at once, on each row shard of the mesh.
+        record_drawn: give also the log-probabilities under the distribution that was drawn from.
+    """
 
     model: Decoder
     sampling_params: SamplingParams

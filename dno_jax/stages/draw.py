@@ -21,14 +21,27 @@ from dno_jax.sampling.requests import Finished, Response
 from dno_jax.stage_dir import StageDir
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What is drawn for each prompt, and from whom.
+
+    Attributes:
+        specs: one per distribution.
+        policies: paths by name: "policy" that samples, and the mixture's "initial" where a spec has one.
+        policy: index t of pi_t, the "policy" of `policies`.
+    """
+
+    specs: Sequence[SampleSpec]
+    policies: Mapping[str, epath.Path]
+    policy: int
+
+
 def sample_to_shards(
     runtime: Runtime[RunConfig],
-    policies: Mapping[str, epath.Path],
     prompts: Sequence[TokenizedPrompt],
+    draws: Draws,
     *,
     out: StageDir,
-    policy: int,
-    specs: Sequence[SampleSpec],
     description: str,
     also: Callable[[TokenizedPrompt], Sequence[Rollout]] = lambda _: (),
     after_shard: Callable[[], None] = lambda: None,
@@ -40,8 +53,6 @@ def sample_to_shards(
     shard and runs by itself.
 
     Args:
-        policies: paths by name: "policy" that samples, and the mixture's "initial" where a spec has one.
-        policy: index t of pi_t, the "policy" of `policies`.
         also: rows that go beside a prompt's responses.
         after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
 
@@ -49,7 +60,7 @@ def sample_to_shards(
         For the manifest: how the slots of this process's own part of the mesh were used, or what it asked the server.
         What other parts did is not in it, so the manifest holds the primary's. Empty where nothing was left to sample.
     """
-    size = runtime.config.sampling.shard_prompts
+    size, specs = runtime.config.sampling.shard_prompts, draws.specs
     cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     pending = _unfinished(out, cuts, size=size)
     submesh, server = runtime.submesh, runtime.config.sampling.engine == "openai"
@@ -61,7 +72,7 @@ def sample_to_shards(
         runtime,
         [shard.prompts[place] for shard, place in places],
         specs,
-        policy,
+        draws.policy,
         num_prompts=len(prompts),
         num_lost=_lost(out, cuts, pending, size=size) if server and own else 0,
     )
@@ -80,7 +91,7 @@ def sample_to_shards(
     if pending:
         done = len(prompts) - sum(len(cuts[index]) for index in pending)
         with contextlib.ExitStack() as stack:
-            streams = sampler.streams(policies)
+            streams = sampler.streams(draws.policies)
             for stream in streams:
                 stack.enter_context(contextlib.closing(stream))
             meter = stack.enter_context(

@@ -31,7 +31,7 @@ from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import redo
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.checkpoints import pool_member
-from dno_jax.stages.draw import sample_to_shards
+from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.sample import response_statistics
 from dno_jax.stages.teach import taught
 
@@ -92,11 +92,9 @@ def _answer(runtime: Runtime[RunConfig], prompts: Sequence[TokenizedPrompt], *, 
         spec = SampleSpec("policy", int(begun) or wanted - first, first_sample=first)
         sample_to_shards(
             runtime,
-            {"policy": run_dir.policy(policy)},
             prompts,
+            Draws((spec,), {"policy": run_dir.policy(policy)}, policy),
             out=out,
-            policy=policy,
-            specs=(spec,),
             description=f"held out  {policy}",
         )
         first += spec.num_samples

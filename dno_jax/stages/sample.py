@@ -24,7 +24,7 @@ from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
-from dno_jax.stages.draw import sample_to_shards
+from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.teach import taught
 
 
@@ -44,6 +44,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
     dropped = Counter(part.dropped)
     prompts_path = run_dir.prompts_path(iteration)
     if is_primary():
+        stage.start(config)
         # The judge reads what was sampled from, also where that was truncated.
         shown = {item.prompt.prompt_id: item.prompt for item in tokenized}
         _keep_prompts(prompts_path, [shown.get(prompt.prompt_id, prompt) for prompt in prompts])
@@ -55,8 +56,6 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
     inputs = stage.input_digest(prompts_path) | runtime.policy_inputs(*policies.values())
     if manifest := stage.finished(config, inputs):
         return manifest
-    if is_primary():
-        stage.start(config)
     drawn: dict[str, Any] = {}
     if config.sampling.source == "data":
         if is_primary():
@@ -65,11 +64,9 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
         specs = _specs(config, weight)
         drawn = sample_to_shards(
             runtime,
-            policies,
             tokenized,
+            Draws(specs, policies, policy=iteration),
             out=stage,
-            policy=iteration,
-            specs=specs,
             description=f"sample    {iteration}",
             also=lambda item: _gold(runtime, item, iteration=iteration),
             after_shard=after_shard,

@@ -24,7 +24,7 @@ from dno_jax.records import Example, explain
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages.checkpoints import checkpoint_digest, read_checkpoint
 from dno_jax.stages.template import refuse_template, save_template
-from dno_jax.stages.train import train
+from dno_jax.stages.train import Training, train
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
 from dno_jax.training.objectives import supervised_loss
@@ -79,12 +79,8 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
         runtime,
         _initial(runtime, config),
         rows,
-        row_loss=supervised_loss,
-        max_length=config.data.max_length,
-        iteration=0,
-        stage="sft",
-        states_path=runtime.run_dir.path / "states",
-        guard=False,
+        runtime.programs.step_config(supervised_loss),
+        Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, guard=False),
     )
     hf.save(
         str(target),

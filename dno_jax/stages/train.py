@@ -25,10 +25,10 @@ from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
 from dno_jax.training.metrics import MetricsWriter
-from dno_jax.training.objectives import RowLoss, preference_loss
-from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dno_jax.training.objectives import preference_loss
+from dno_jax.training.optimizer import learning_rate_schedule
 from dno_jax.training.state import init_state, state_shardings
-from dno_jax.training.step import train_step
+from dno_jax.training.step import StepConfig, train_step
 
 
 def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
@@ -61,17 +61,13 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     previous = list(scored.read(ReferenceScore))
     initial = previous if update.initial is None else scored.sub(INITIAL).read(ReferenceScore)
     rows = training_rows(run_dir, pairs, previous, initial)
+    row_loss = preference_loss(config.loss_at(iteration), config.reference)
     result = train(
         runtime,
         runtime.load_policy(update.previous, TRAIN),
         rows,
-        row_loss=preference_loss(config.loss_at(iteration), config.reference),
-        max_length=config.max_length,
-        iteration=iteration,
-        stage=stage_name,
-        states_path=stage.path / "states",
-        guard=True,
-        load_balance_weight=config.loss.load_balance_weight,
+        runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
+        Training(stage_name, iteration, states_path=stage.path / "states", max_length=config.max_length),
     )
     digest = save_policy(update.result, result.params)
     barrier(f"trained {stage.path}")
@@ -94,6 +90,24 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
 
 
 @dataclass(frozen=True)
+class Training:
+    """Which training it is.
+
+    Attributes:
+        stage, iteration: what its figures are filed under, and which batches it takes.
+        states_path: where its states lie until it is done.
+        max_length: tokens of the longest sequence.
+        guard: check that step 0's implicit rewards are zero.
+    """
+
+    stage: str
+    iteration: int
+    states_path: Any
+    max_length: int
+    guard: bool = True
+
+
+@dataclass(frozen=True)
 class TrainResult:
     params: Any
     num_steps: int
@@ -104,31 +118,22 @@ def train(
     runtime: Runtime[ConfigT],
     params: Any,
     rows: Sequence[TrainingRow],
-    *,
-    row_loss: RowLoss,
-    max_length: int,
-    iteration: int,
-    stage: str,
-    states_path: Any,
-    guard: bool,
-    load_balance_weight: float = 0.0,
+    step: StepConfig,
+    training: Training,
 ) -> TrainResult:
     """Run every optimiser step over the rows, going on after the last state that was saved.
 
     Args:
         params: where to start, in the TRAIN layout; donated.
-        guard: check that step 0's implicit rewards are zero.
-        load_balance_weight: of the load-balance loss of a mixture of experts.
     """
     config = runtime.config
     section = config.training
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
-    optimizer = make_optimizer(config.optimizer)
+    stage, iteration = training.stage, training.iteration
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
-    shardings = state_shardings(optimizer, runtime.programs.param_shardings(TRAIN), params)
-    state = init_state(params, optimizer, shardings)
-    model = runtime.programs.model(TRAIN)
-    checkpoints = StateCheckpoints(states_path, save_every=section.save_every)
+    shardings = state_shardings(step.optimizer, runtime.programs.param_shardings(TRAIN), params)
+    state = init_state(params, step.optimizer, shardings)
+    checkpoints = StateCheckpoints(training.states_path, save_every=section.save_every)
     restored = checkpoints.restore(state, shardings)
     state = state if restored is None else restored
     first = int(state.step)
@@ -150,30 +155,20 @@ def train(
     )
     try:
         with Meter(f"{stage:<9} {iteration}", total=steps, unit="steps", done=first, enabled=is_primary()) as meter:
-            for step, indices in enumerate(order, start=first):
+            for index, indices in enumerate(order, start=first):
                 chosen = [rows[i] for i in indices]
-                batch = make_batch(chosen, batch_size=section.batch_size, max_length=max_length)
+                batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length)
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
-                learning_rate = float(np.asarray(rate(step)))
-                state, metrics = train_step(
-                    state,
-                    placed,
-                    jax.numpy.float32(learning_rate),
-                    model=model,
-                    optimizer=optimizer,
-                    row_loss=row_loss,
-                    chunk=section.logprob_chunk,
-                    micro_batches=section.batch_size // (section.micro_batch_size or section.batch_size),
-                    load_balance_weight=load_balance_weight,
-                )
-                if guard and step == 0:
+                learning_rate = float(np.asarray(rate(index)))
+                state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
+                if training.guard and index == 0:
                     check_step_zero(jax.device_get(metrics), dtype=config.model.dtype)
                 tokens = sum(
                     len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
                 )
-                writer.write(step, metrics, learning_rate=learning_rate, tokens=float(tokens))
-                if step + 1 < steps:
-                    checkpoints.save(state, step=step + 1)
+                writer.write(index, metrics, learning_rate=learning_rate, tokens=float(tokens))
+                if index + 1 < steps:
+                    checkpoints.save(state, step=index + 1)
                 meter.advance(1, note=f"loss {writer.last['loss']:.4f}" if writer.last else "")
     finally:
         # Also after an error: what is still being written, states and metrics, is worth keeping.

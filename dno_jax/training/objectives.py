@@ -1,21 +1,21 @@
-"""The losses by the names that a configuration gives them: one function and one line each.
+"""From a configuration to a loss of whole batches: the function that `losses.registry` names, and what is around it.
 
-A loss here reads whole batches (`Terms`); the mathematics is in `dno_jax.losses`. What every loss may be combined with,
-references, smoothed labels, length options, the likelihood term, is applied here once, around whichever it is.
+What every loss may be combined with, references, smoothed labels, length options, the likelihood term, is applied here
+once, around whichever it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import MappingProxyType
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from dno_jax import losses
-from dno_jax.config import LossName, LossSection, ReferenceSection
+from dno_jax.config import LossSection, ReferenceSection
 from dno_jax.training.batches import PairBatch
 
 # (log-probability [P, C], response tokens [P, C], batch) -> (loss [P], per-row metrics {name: [P]})
@@ -27,7 +27,7 @@ class Terms:
     """What a loss may read of P pairs (column 0 chosen, column 1 rejected), inside one trace.
 
     Attributes:
-        policy, previous, initial: [P, 2] log pi, log pi_t, log pi_ref, nats, after the length options.
+        policy, previous, initial: [P, 2] log pi, log pi_t, log pi_0, nats, after the length options.
         reference: [P, 2] what log-ratios are taken against: previous, initial or their mixture.
         reward: [P, 2] points or win rates.
         target: [P] P(chosen preferred), smoothed.
@@ -44,100 +44,42 @@ class Terms:
     loss: LossSection
     tau: float
 
-    @property
-    def pair(self) -> dict[str, Array]:
-        """The four log-probabilities that every pair loss takes."""
-        return _sides(self.policy) | _sides(self.reference, "reference_")
+    def named(self) -> dict[str, Array | float]:
+        """Everything by the names of `losses.registry`."""
+        columns = {"": self.policy, "reference_": self.reference, "previous_": self.previous, "initial_": self.initial}
+        reward, num_tokens = self.reward, self.num_tokens
+        numbers = {
+            "target": self.target,
+            "beta": self.loss.beta,
+            "eta": self.loss.beta,
+            "tau": self.tau,
+            "clip_range": self.loss.clip_range,
+            "max_reward": self.loss.max_reward,
+        }
+        if self.loss.kind.per == "pair":
+            sides = {"chosen_": 0, "rejected_": 1}
+            return numbers | {
+                **{f"{of}{side}logprob": column[:, at] for of, column in columns.items() for side, at in sides.items()},
+                **{f"{side}num_tokens": num_tokens[:, at] for side, at in sides.items()},
+                "reward_difference": reward[:, 0] - reward[:, 1],
+            }
+        if self.loss.kind.per == "chosen":
+            columns = {of: column[:, 0] for of, column in columns.items()}
+            reward, num_tokens = reward[:, 0], num_tokens[:, 0]
+        logprobs = {f"{of}logprob": column for of, column in columns.items()}
+        return numbers | logprobs | {"num_tokens": num_tokens, "win_rate": reward}
 
 
-def _sides(logprob: Array, prefix: str = "") -> dict[str, Array]:
-    return {f"{prefix}chosen_logprob": logprob[:, 0], f"{prefix}rejected_logprob": logprob[:, 1]}
-
-
-Objective = Callable[[Terms], Array]
-
-
-def _dno(terms: Terms) -> Array:
-    return losses.dno_loss(**terms.pair, target=terms.target, beta=terms.loss.beta)
-
-
-def _spin(terms: Terms) -> Array:
-    return losses.spin_loss(**terms.pair, beta=terms.loss.beta)
-
-
-def _chi_po(terms: Terms) -> Array:
-    beta, largest = terms.loss.beta, terms.loss.max_reward
-    return losses.chi_po_loss(**terms.pair, target=terms.target, beta=beta, max_reward=largest)
-
-
-def _ipo(terms: Terms) -> Array:
-    return losses.ipo_loss(**terms.pair, target=terms.target, beta=terms.loss.beta)
-
-
-def _inpo(terms: Terms) -> Array:
-    logprobs = _sides(terms.policy) | _sides(terms.previous, "previous_") | _sides(terms.initial, "initial_")
-    return losses.inpo_loss(**logprobs, target=terms.target, tau=terms.tau, eta=terms.loss.beta)
-
-
-def _rebel(terms: Terms) -> Array:
-    difference = terms.reward[:, 0] - terms.reward[:, 1]
-    return losses.rebel_loss(**terms.pair, reward_difference=difference, beta=terms.loss.beta)
-
-
-def _sppo_hard(terms: Terms) -> Array:
-    return losses.sppo_hard_loss(**terms.pair, beta=terms.loss.beta)
-
-
-# Losses a response: the mean over the two of a row.
-
-
-def _sppo(terms: Terms) -> Array:
-    beta = terms.loss.beta
-    value = losses.sppo_loss(logprob=terms.policy, reference_logprob=terms.reference, win_rate=terms.reward, beta=beta)
-    return jnp.mean(value, axis=1)
-
-
-def _spo(terms: Terms) -> Array:
-    value = losses.spo_loss(
-        logprob=terms.policy,
-        previous_logprob=terms.previous,
-        win_rate=terms.reward,
-        clip_range=terms.loss.clip_range,
-    )
-    return jnp.mean(value, axis=1)
-
-
-def _nash_md_pg(terms: Terms) -> Array:
-    value = losses.nash_md_pg_loss(
-        logprob=terms.policy,
-        previous_logprob=terms.previous,
-        initial_logprob=terms.initial,
-        win_rate=terms.reward,
-        tau=terms.tau,
-        clip_range=terms.loss.clip_range,
-    )
-    return jnp.mean(value, axis=1)
-
-
-def _sft(terms: Terms) -> Array:
-    return losses.nll_loss(logprob=terms.policy[:, 0], num_tokens=terms.num_tokens[:, 0])
-
-
-OBJECTIVES: Mapping[LossName, Objective] = MappingProxyType(
-    {
-        "dno": _dno,
-        "spin": _spin,
-        "chi_po": _chi_po,
-        "ipo": _ipo,
-        "inpo": _inpo,
-        "rebel": _rebel,
-        "sppo_hard": _sppo_hard,
-        "sppo": _sppo,
-        "spo": _spo,
-        "nash_md_pg": _nash_md_pg,
-        "sft": _sft,
-    }
-)
+def _value(function: Callable[..., Array], terms: Terms) -> Array:
+    """Call a loss with those of the terms that its signature asks for; [P]."""
+    named, asked = terms.named(), inspect.signature(function).parameters
+    if unknown := asked.keys() - named.keys():
+        raise TypeError(
+            f"loss {terms.loss.name!r}: {terms.loss.kind.function} takes {', '.join(sorted(unknown))}; a loss per "
+            f"{terms.loss.kind.per} may take {', '.join(named)}"
+        )
+    value = function(**{name: named[name] for name in asked})
+    return jnp.mean(value, axis=1) if terms.loss.kind.per == "response" else value
 
 
 _PREVIOUS = ReferenceSection()
@@ -150,13 +92,11 @@ def preference_loss(section: LossSection, reference: ReferenceSection = _PREVIOU
     Raises:
         ValueError: an unknown name.
     """
-    if section.name not in OBJECTIVES:
-        raise ValueError(f"unknown loss {section.name!r}; there are {', '.join(OBJECTIVES)}")
-    objective = OBJECTIVES[section.name]
+    function = section.kind.load()
 
     def loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
         terms = _terms(logprob, num_tokens, batch, section=section, reference=reference)
-        value = objective(terms)
+        value = _value(function, terms)
         if section.nll_weight:
             value = losses.with_nll(
                 value, chosen_logprob=logprob[:, 0], num_tokens=num_tokens[:, 0], weight=section.nll_weight

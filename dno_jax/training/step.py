@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,22 +82,31 @@ def _logprobs_and_load(
     return jnp.reshape(logprob, (rows, count)), load
 
 
-@partial(
-    jax.jit,
-    static_argnames=("model", "optimizer", "row_loss", "chunk", "micro_batches", "load_balance_weight"),
-    donate_argnames=("state",),
-)
+@dataclass(frozen=True)
+class StepConfig:
+    """What the compiled step is made of: equal ones are one program.
+
+    Attributes:
+        model: with its mesh, layout and kernels.
+        optimizer: made with a learning rate of 1, which the step multiplies its updates by.
+        row_loss: the loss of each row, unreduced.
+        chunk: tokens per slice of the output head.
+        micro_batches: forward passes per step; they divide the batch's rows.
+        load_balance_weight: of the load-balance loss of a mixture of experts, which is added to what is minimised and
+            not to `loss`. It is no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
+    """
+
+    model: Decoder
+    optimizer: optax.GradientTransformation
+    row_loss: RowLoss
+    chunk: int
+    micro_batches: int = 1
+    load_balance_weight: float = 0.0
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def train_step(
-    state: TrainState,
-    batch: PairBatch,
-    learning_rate: Float[Array, ""],
-    *,
-    model: Decoder,
-    optimizer: optax.GradientTransformation,
-    row_loss: RowLoss,
-    chunk: int,
-    micro_batches: int = 1,
-    load_balance_weight: float = 0.0,
+    state: TrainState, batch: PairBatch, learning_rate: Float[Array, ""], *, config: StepConfig
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted mean loss of a batch.
 
@@ -105,9 +115,7 @@ def train_step(
 
     Args:
         batch: rows over (data, fsdp, expert); their number is a multiple of micro_batches.
-        learning_rate: multiplies the updates of `optimizer`, which is made with a rate of 1.
-        load_balance_weight: of the load-balance loss, which is added to what is minimised and not to `loss`. It is
-            no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
+        learning_rate: multiplies the optimiser's updates.
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
@@ -118,24 +126,24 @@ def train_step(
     total_tokens = jnp.maximum(jnp.sum(batch.position >= 0), 1)
 
     def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
-        logprob, load = _logprobs_and_load(model, params, part, chunk=chunk)
+        logprob, load = _logprobs_and_load(config.model, params, part, chunk=config.chunk)
         num_tokens = jnp.sum(part.response_mask, axis=-1)
-        loss, metrics = row_loss(logprob, num_tokens, part)
+        loss, metrics = config.row_loss(logprob, num_tokens, part)
         weight = part.weight / total_weight
         summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
         ratio = jnp.abs(logprob - part.previous_logprob)
         summed["max_abs_log_ratio"] = jnp.max(jnp.where(part.weight[:, None] > 0, ratio, 0.0))
         total = summed["loss"]
-        if load is not None and load_balance_weight:
+        if load is not None and config.load_balance_weight:
             share = jnp.sum(part.position >= 0) / total_tokens
-            total = total + load_balance_weight * share * load_balance_loss(load)
+            total = total + config.load_balance_weight * share * load_balance_loss(load)
         return total, jax.lax.stop_gradient((summed, load))
 
     gradient = jax.grad(weighted_loss, has_aux=True)
-    if micro_batches == 1:
+    if config.micro_batches == 1:
         grads, (metrics, load) = gradient(state.params, batch)
     else:
-        parts = jax.tree.map(partial(_split, parts=micro_batches, place=model.constrain), batch)
+        parts = jax.tree.map(partial(_split, parts=config.micro_batches, place=config.model.constrain), batch)
 
         def add(carry: Any, part: PairBatch) -> tuple[Any, None]:
             found = gradient(state.params, part)
@@ -149,7 +157,7 @@ def train_step(
         )
         (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, parts)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
     if load is not None:
         metrics |= {"load_balance": load_balance_loss(load), "busiest_expert": busiest_share(load)}

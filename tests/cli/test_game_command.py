@@ -78,10 +78,6 @@ def test_gaps_of_zero_do_not_break_the_log_axes(tmp_path):
         eta=None,
         tau=None,
         start=np.full(3, 1 / 3),
-        sampled=False,
-        num_pairs=1,
-        num_samples=2,
-        seed=0,
     )
     assert played[0].solution.gaps.min() <= 1e-15
     report.save_plot(played, tmp_path / "zero.svg", title="zero")

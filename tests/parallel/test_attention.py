@@ -20,7 +20,7 @@ from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import init_state, param_shardings, state_shardings
-from dno_jax.training.step import train_step
+from dno_jax.training.step import StepConfig, train_step
 
 KERNELS = {
     "splash": SplashAttention((32, NO_WINDOW), interpret=True),
@@ -166,10 +166,8 @@ def test_the_training_step_is_the_same_with_a_kernel(kernel):
         params = jax.device_put(init_params(config, jax.random.key(0)), places)
         state = init_state(params, optimizer, state_shardings(optimizer, places, params))
         model = Decoder(config, remat="full", constrain=Constrain(mesh, TRAIN), attention=attention)
-        _, metrics = train_step(
-            state, placed, jnp.float32(1e-3), model=model, optimizer=optimizer,
-            row_loss=preference_loss(LossSection(beta=0.1)), chunk=64,
-        )  # fmt: skip
+        step = StepConfig(model, optimizer, preference_loss(LossSection(beta=0.1)), chunk=64)
+        _, metrics = train_step(state, placed, jnp.float32(1e-3), config=step)
         results.append(jax.tree.map(float, metrics))
     assert results[1]["grad_norm"] > 0.1
     for name, value in results[0].items():

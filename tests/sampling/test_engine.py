@@ -52,13 +52,19 @@ def request(name, length):
 REQUESTS = [request(name, length) for name, length in enumerate(LENGTHS)]
 
 
-def run(params, requests=REQUESTS, sampling_params=GENERATION, *, shape=SIZES, model=None, **options):
+def programs_of(sampling_params=GENERATION, *, shape=SIZES, model=None, mesh=None, record_drawn=False):
+    mesh = mesh or one_device_mesh()
+    return CompiledPrograms(model or Decoder(CONFIG), sampling_params, shape, mesh, record_drawn)
+
+
+def run(
+    params, requests=REQUESTS, sampling_params=GENERATION, *, iteration=0, mixture=None, stop=None, statistics=None,
+    **static,
+):  # fmt: skip
     """The responses of every request, in the requests' order."""
-    found = list(
-        generate(
-            params, requests, model=model or Decoder(CONFIG), sampling_params=sampling_params, shape=shape, **options
-        )
-    )
+    programs = programs_of(sampling_params, **static)
+    given = {"iteration": iteration, "mixture": mixture, "stop": stop, "statistics": statistics}
+    found = list(generate(params, requests, programs, **given))
     assert sorted(finished.index for finished in found) == list(range(len(requests)))
     by_index = {finished.index: finished.responses for finished in found}
     return [by_index[index] for index in range(len(requests))]
@@ -210,7 +216,7 @@ def test_prompts_come_when_they_are_finished(params):
             taken.append(item.name)
             yield item
 
-    found = generate(params, coming(), model=Decoder(CONFIG), sampling_params=GENERATION, shape=SIZES)
+    found = generate(params, coming(), programs_of())
     next(found)
     assert len(taken) < 30
     found.close()

@@ -23,7 +23,7 @@ from dno_jax.training.batches import make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import TrainState, init_state, param_shardings, state_shardings
-from dno_jax.training.step import batch_logprobs, train_step
+from dno_jax.training.step import StepConfig, batch_logprobs, train_step
 
 # Adam's first step is g / (|g| + eps): with an eps above the rounding of gradients it does not magnify that.
 OPTIMIZER = OptimizerSection(learning_rate=1e-3, schedule="constant", warmup_ratio=0.0, eps=1e-3)
@@ -65,8 +65,8 @@ def step(mixture, params, batch, axes=(1, 1, 1, 1), *, remat="none", local=None,
     model, params, batch, places = prepare(mixture, params, batch, axes, remat=remat, local=local)
     optimizer = make_optimizer(OPTIMIZER)
     state = init_state(params, optimizer, state_shardings(optimizer, places, params))
-    given = {"model": model, "optimizer": optimizer, "row_loss": LOSS, "chunk": 64} | kwargs
-    compiled = train_step.lower(state, batch, jnp.float32(1e-3), **given).compile()
+    config = StepConfig(**{"model": model, "optimizer": optimizer, "row_loss": LOSS, "chunk": 64} | kwargs)
+    compiled = train_step.lower(state, batch, jnp.float32(1e-3), config=config).compile()
     state, metrics = compiled(state, batch, jnp.float32(1e-3))
     return state, jax.tree.map(float, metrics), compiled
 
@@ -154,7 +154,7 @@ def test_the_weight_evens_the_load_and_zero_leaves_it(mixture, mixture_params, b
 def test_dense_models_report_no_load(config, params, batch):
     optimizer = make_optimizer(OPTIMIZER)
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-    run = partial(train_step, model=Decoder(config), optimizer=optimizer, row_loss=LOSS, chunk=64)
+    run = partial(train_step, config=StepConfig(Decoder(config), optimizer, LOSS, chunk=64))
     _, metrics = jax.eval_shape(run, state, batch, jnp.float32(1e-3))
     assert "loss" in metrics
     assert not {"load_balance", "busiest_expert"} & metrics.keys()

@@ -1,6 +1,6 @@
 """Every named loss against its function in `dno_jax.losses`, and what is wrapped around all of them."""
 
-import typing
+import inspect
 from functools import partial
 
 import jax
@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 from dno_jax import losses
-from dno_jax.config import LossName, LossSection, ReferenceSection
+from dno_jax.config import LossSection, ReferenceSection
+from dno_jax.losses.registry import LOSSES, Loss
 from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import PairBatch, TrainingRow, make_batch
-from dno_jax.training.objectives import OBJECTIVES, preference_loss
+from dno_jax.training.objectives import preference_loss
 from dno_jax.training.step import batch_logprobs
 from tests.training.test_step import LENGTH, OPTIMIZER, assert_same, take_steps
 
-NAMES = typing.get_args(LossName)
+NAMES = tuple(LOSSES)
 ROWS = 6
 BETA, TAU = 0.3, 0.12
 REFERENCES = {
@@ -100,10 +101,41 @@ def direct(name, logprob, num_tokens, batch, against, *, beta=BETA, tau=TAU, tar
     return np.asarray(calls[name]())
 
 
-def test_every_name_has_a_loss_and_an_unknown_one_lists_them():
-    assert tuple(OBJECTIVES) == NAMES
+def test_an_unknown_name_lists_those_that_there_are():
     with pytest.raises(ValueError, match=r"unknown loss 'ppo'; there are dno, spin, .*, sft"):
-        preference_loss(LossSection.model_construct(name="ppo"))
+        LossSection(name="ppo")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_loss_declares_is_what_its_function_takes(name):
+    loss, takes = LOSSES[name], inspect.signature(LOSSES[name].load()).parameters
+    assert loss.soft_target == ("target" in takes)
+    assert loss.own_win_rates == ("win_rate" in takes)
+    assert loss.regularised == ("tau" in takes)
+    assert loss.on_policy == ("clip_range" in takes)
+
+
+def hinge_loss(*, chosen_logprob, rejected_logprob, previous_chosen_logprob, rejected_num_tokens, beta):
+    """A loss of nobody's: what it takes is found by name."""
+    gap = chosen_logprob - previous_chosen_logprob - rejected_logprob / jnp.maximum(rejected_num_tokens, 1)
+    return jnp.maximum(0.0, 9.0 - beta * gap)
+
+
+def test_a_new_loss_is_one_function_and_one_entry(monkeypatch, config, params, rows):
+    monkeypatch.setitem(LOSSES, "hinge", Loss(f"{__name__}:hinge_loss"))
+    with pytest.raises(ValueError, match="name=hinge takes no target; target=soft is for dno, chi_po, ipo, inpo "):
+        LossSection(name="hinge", target="soft")
+    row_loss = preference_loss(LossSection(name="hinge", beta=1.0))
+    batch = make_batch(rows[:8], batch_size=8, max_length=LENGTH)
+    _, (first, second) = take_steps(config, params, [batch, batch], row_loss=row_loss)
+    assert second["loss"] < first["loss"]
+    assert second["chosen_logprob"] > first["chosen_logprob"]
+
+
+def test_a_loss_that_asks_for_what_no_row_has_is_refused(monkeypatch, batch, logprob, num_tokens):
+    monkeypatch.setitem(LOSSES, "spo", Loss("dno_jax.losses:spo_loss"))
+    with pytest.raises(TypeError, match="spo_loss takes logprob, previous_logprob, win_rate; a loss per pair"):
+        value_of(LossSection(name="spo"), REFERENCES["previous"], logprob, num_tokens, batch)
 
 
 @pytest.mark.parametrize("kind", REFERENCES)

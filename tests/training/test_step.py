@@ -14,6 +14,7 @@ from dno_jax.training.objectives import preference_loss, supervised_loss
 from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from dno_jax.training.state import init_state, param_shardings, state_shardings
 from dno_jax.training.step import (
+    StepConfig,
     batch_logprobs,
     response_logprobs,
     score_step,
@@ -49,9 +50,11 @@ def take_steps(
     for batch in batches:
         batch = to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
         state, metrics = train_step(
-            state, batch, jnp.float32(1e-3), model=model, optimizer=optimizer, row_loss=row_loss, chunk=chunk,
-            micro_batches=micro_batches,
-        )  # fmt: skip
+            state,
+            batch,
+            jnp.float32(1e-3),
+            config=StepConfig(model, optimizer, row_loss, chunk=chunk, micro_batches=micro_batches),
+        )
         history.append(jax.tree.map(float, metrics))
     return jax.tree.map(np.asarray, state), history
 

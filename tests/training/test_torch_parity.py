@@ -16,7 +16,7 @@ from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import TrainState
-from dno_jax.training.step import score_step, train_step
+from dno_jax.training.step import StepConfig, score_step, train_step
 
 BETA, RATE, STEPS, PAIRS = 0.1, 1e-3, 10, 8
 
@@ -93,12 +93,10 @@ def test_ten_steps_match_torch_step_by_step(shared_data, pairs):
     optimizer = make_optimizer(OptimizerSection(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0))
     params = jax.tree.map(jnp.asarray, params)
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    step = StepConfig(model, optimizer, preference_loss(LossSection(beta=BETA)), chunk=256)
     history = []
     for _ in range(STEPS):
-        state, metrics = train_step(
-            state, batch, jnp.float32(RATE), model=model, optimizer=optimizer,
-            row_loss=preference_loss(LossSection(beta=BETA)), chunk=256,
-        )  # fmt: skip
+        state, metrics = train_step(state, batch, jnp.float32(RATE), config=step)
         history.append((float(metrics["loss"]), float(metrics["grad_norm"])))
 
     assert history[0][0] == pytest.approx(math.log(2), abs=1e-6)

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dno_jax.annotation.quality.tallies import Histogram, Tally
+from dno_jax.annotation.quality.tallies import Histogram
 from dno_jax.preferences import count_cycles, count_decided_triples, win_matrix
 from dno_jax.records import Answer, Judgement, Source
+from dno_jax.statistics import Tally
 
 _ROUNDING = 1e-9  # means of few verdicts miss a tie by less
 _STUDENTS = ("policy", "mixture")
@@ -128,13 +129,13 @@ class Quality:
         - scores: points (or mean win rates in the pool) by source: `mean` and histogram (lower edge -> count).
         - answers: state -> count.
         """
-        found: dict[str, Any] = {name: tally.share() for name, tally in self._shares.items() if tally.count}
+        found: dict[str, Any] = {name: tally.share().as_dict() for name, tally in self._shares.items() if tally.count}
         if chance := found.pop("chance", None):
             found["first_on_top"]["chance"] = chance["value"]
         if self._positions:
-            found["points_by_position"] = [tally.points() for _, tally in sorted(self._positions.items())]
+            found["points_by_position"] = [tally.points().as_dict() for _, tally in sorted(self._positions.items())]
         if self._scores:
-            means = {source: tally.points() for source, tally in sorted(self._scores.items())}
+            means = {source: tally.points().as_dict() for source, tally in sorted(self._scores.items())}
             found["scores"] = {"mean": means, **self._histogram.as_dict()}
         if self._answers:
             found["answers"] = dict(self._answers)

@@ -31,7 +31,7 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams
-from dno_jax.sampling.state import EngineShape
+from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages.judge_on_devices.shards import judge_on_devices
@@ -153,21 +153,19 @@ class _Judge:
         """Read requests out on this process's part of the mesh."""
         config, mesh = self.runtime.config, self.runtime.submesh.mesh
         section = config.annotation.self_judge
+        sampling_params = SamplingParams(
+            num_samples=section.num_judgements,
+            max_new_tokens=section.max_new_tokens,
+            end_ids=self.runtime.end_ids,
+            num_ids=self.runtime.tokenizer.vocab_size,
+            truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
+            seed=config.seed,
+        )
         yield from generate(
             params,
             (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
-            model=self.runtime.programs.model(DECODE, mesh=mesh),
-            sampling_params=SamplingParams(
-                num_samples=section.num_judgements,
-                max_new_tokens=section.max_new_tokens,
-                end_ids=self.runtime.end_ids,
-                num_ids=self.runtime.tokenizer.vocab_size,
-                truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
-                seed=config.seed,
-            ),
-            shape=shape,
+            CompiledPrograms(self.runtime.programs.model(DECODE, mesh=mesh), sampling_params, shape, mesh),
             iteration=_JUDGE_KEYS + iteration,
-            mesh=mesh,
         )
 
     def read(self, response: Response) -> _Reading:

@@ -54,9 +54,8 @@ def judge_on_devices(
     start = time.perf_counter()
     run_dir = runtime.run_dir
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
-    shards = sorted(
-        name.removesuffix(".jsonl") for name in sampled.require().outputs
-    )  # the manifest's: every process must see the same ones
+    # The manifest's: every process must see the same ones.
+    shards = sorted(name.removesuffix(".jsonl") for name in sampled.require().outputs)
     inputs = {**stage.input_digest(sampled.manifest_path), **inputs}
     if manifest := stage.finished(runtime.config, inputs):
         return manifest
