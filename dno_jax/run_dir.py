@@ -45,6 +45,7 @@ STAGES = {
     "evaluate": "evaluation",
 }
 MANIFEST = "MANIFEST.json"
+_SHARDS = (".jsonl", ".parquet")  # one record per line, or a table
 
 
 def stage_names(config: RunConfig, iteration: int) -> tuple[str, ...]:
@@ -124,9 +125,13 @@ class StageDir:
 
     def shard_names(self) -> list[str]:
         """Names of the closed shards, sorted."""
+        return sorted(self._shards())
+
+    def _shards(self) -> dict[str, epath.Path]:
         if not self.path.exists():
-            return []
-        return sorted(p.name.removesuffix(".jsonl") for p in self.path.iterdir() if _is_shard(p.name))
+            return {}
+        found = (path for path in self.path.iterdir() if path.suffix in _SHARDS and not path.name.startswith("."))
+        return {path.stem: path for path in found}
 
     def read_shard(self, kind: type[RecordT], name: str) -> list[RecordT]:
         path = self.path / f"{name}.jsonl"
@@ -190,7 +195,7 @@ class StageDir:
             iteration=self.iteration,
             config_digest=config_digest,
             inputs=dict(inputs),
-            outputs={name: digest_of(self.path / f"{name}.jsonl") for name in self.shard_names()},
+            outputs={name: digest_of(path) for name, path in sorted(self._shards().items())},
             rows=rows,
             dropped=dict(dropped or {}),
             seconds=round(seconds, 3),
@@ -332,10 +337,6 @@ def read_manifest(path: epath.Path) -> Manifest | None:
     if not path.exists():
         return None
     return next(parse_lines(Manifest, [path.read_text().replace("\n", " ")], place=str(path)))
-
-
-def _is_shard(name: str) -> bool:
-    return name.endswith(".jsonl") and not name.startswith(".")
 
 
 def _versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import sample_to_shards
-from dno_jax.stages.sample import response_statistics
+from dno_jax.stages.sample import ResponseLengths
 from dno_jax.stages.teach import with_gold
 
 GOLD = "gold"
@@ -75,7 +75,7 @@ def run(config: RunConfig, iteration: int) -> Manifest:
             rows=len(judged.preferences),
             dropped=dropped + judged.dropped,
             seconds=time.perf_counter() - start,
-            details=_figures(run_dir, judged, newest=newest),
+            details=_figures(judged, newest=newest),
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
@@ -90,6 +90,7 @@ def rollouts_of(run_dir: RunDir, policy: int) -> StageDir:
 class _Judged:
     preferences: list[tuple[str, str, str, float]]  # prompt id, player, opponent, P(player preferred)
     dropped: Counter[str]
+    lengths: dict[str, dict[str, Any]]  # of each policy's responses
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,13 @@ class _Players:
 def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int) -> _Judged:
     """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
+    lengths: dict[str, dict[str, Any]] = {}
     for policy in range(newest + 1):
+        own = ResponseLengths()
         for rollout in rollouts_of(run_dir, policy).read(Rollout):
             responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
+            own.add(rollout)
+        lengths[str(policy)] = own.figures()
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     players: list[_Players] = []
     left_out = set(by_id) - {prompt_id for prompt_id, _ in responses}
@@ -184,17 +189,21 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         if verdict is None or verdict.state == "ok":
             preferences += group.preferences(verdict)
     dropped = {"held-out pool without verdict": len(missing), "no usable response from the server": len(left_out)}
-    return _Judged(preferences, +Counter(dropped))
+    return _Judged(preferences, +Counter(dropped), lengths)
 
 
-def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]:
+def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
     """The manifest's details: win rates of the newest policy, the matrix over policies, lengths, the best."""
-    lengths = {
-        str(policy): response_statistics(rollouts_of(run_dir, policy).read(Rollout)) for policy in range(newest + 1)
-    }
+    lengths = judged.lengths
     if not judged.preferences:
         why = "no verdict on any held-out pool" if judged.dropped else "no held-out prompts"
-        return {"policy": newest, "win_rates": {}, "lengths": lengths, "best": newest, "why": f"the newest: {why}"}
+        return {
+            "policy": newest,
+            "win_rates": {},
+            "lengths": lengths,
+            "best": newest,
+            "why": f"the newest: {why}",
+        }
 
     def rate(player: str, opponent: str) -> Any:
         rows = [row for row in judged.preferences if row[1] == player and row[2] == opponent]

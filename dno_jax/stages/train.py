@@ -12,7 +12,7 @@ import numpy as np
 
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
-from dno_jax.data.rows import load_pairs, training_rows
+from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
@@ -55,10 +55,10 @@ def run(config: RunConfig, iteration: int, *, stage_name: str = "train") -> Mani
             f"{scored.path}: reference scores of another {', '.join(differing)}; remove the folder to score again"
         )
 
-    pairs = load_pairs(runtime.run_dir, iteration)
-    previous = list(scored.read(ReferenceScore))
-    initial = previous if update.initial is None else scored.sub(INITIAL).read(ReferenceScore)
-    rows = training_rows(runtime.run_dir, pairs, previous, initial)
+    pairs = PairTable.load(runtime.run_dir.stage("pair", iteration))
+    previous = pairs.logprobs(scored.read(ReferenceScore))
+    initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
+    rows = PairRows(pairs, previous, initial)
     result = train(
         runtime,
         runtime.load_policy(update.previous, TRAIN),

@@ -19,10 +19,11 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
-from dno_jax.records import Judgement, Message, Pair, Rollout
+from dno_jax.records import Judgement, Message, Rollout
 from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.stages import checkpoints, pair, sample, sft
 from dno_jax.stages.judge_on_devices import policy as self_judge
+from tests.pairs import read_pairs
 from tests.stages.conftest import deep_merge
 
 TOPICS = [f"{a}{b}{c}" for a in "bd" for b in "aeo" for c in "mn"]
@@ -199,7 +200,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
     assert min(good) > max(poor)
     pair.run(config, 0)
     texts = {rollout.rollout_id: rollout.text for rollout in run_dir.stage("sample", 0).read(Rollout)}
-    pairs = list(run_dir.stage("pair", 0).read(Pair))
+    pairs = read_pairs(run_dir.stage("pair", 0))
     assert len(pairs) >= 4
     for made in pairs:
         assert GOOD in texts[made.chosen_id].split()
