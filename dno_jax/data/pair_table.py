@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Self, overload
+from itertools import chain, islice
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -54,31 +55,30 @@ class PairTable:
     sampler_logprob: Float[np.ndarray, "N 2"]
 
     @classmethod
-    def load(cls, stage: StageDir) -> Self:
+    def load(cls, stage: StageDir) -> PairTable:
         """Read what a pair stage wrote, a row group at a time.
 
         Raises:
             DnoError: a file is missing or is not one of pairs.
         """
-        files = [PairFile(stage.path / f"{name}.parquet") for name in (NEW, REPLAYED)]
-        size = sum(map(len, files))
-        tokens = [np.empty(sum(file.num_values(name) for file in files), np.int32) for name in _TOKENS]
-        count, numbers = np.empty((size, 3), np.int32), np.empty((size, len(_NUMBERS)))
-        ids: list[pa.Array] = []
-        row, filled = 0, [0, 0, 0]
-        for file in files:
-            with file:
-                for table in file.read(("pair_id", *_TOKENS, *_NUMBERS)):
-                    ids += table["pair_id"].chunks
-                    rows = slice(row, row := row + len(table))
-                    for kind, name in enumerate(_TOKENS):
-                        lists = table[name].combine_chunks()
-                        values = lists.flatten().to_numpy()
-                        tokens[kind][filled[kind] : filled[kind] + len(values)] = values
-                        filled[kind] += len(values)
-                        count[rows, kind] = lists.value_lengths().to_numpy()
-                    for place, name in enumerate(_NUMBERS):
-                        numbers[rows, place] = table[name].to_numpy()  # a null becomes NaN
+        with ExitStack() as stack:
+            files = [stack.enter_context(PairFile(stage.path / f"{name}.parquet")) for name in (NEW, REPLAYED)]
+            size = sum(map(len, files))
+            tokens = [np.empty(sum(file.num_values(name) for file in files), np.int32) for name in _TOKENS]
+            count, numbers = np.empty((size, 3), np.int32), np.empty((size, len(_NUMBERS)))
+            ids: list[pa.Array] = []
+            row, filled = 0, [0, 0, 0]
+            for table in chain.from_iterable(file.read(("pair_id", *_TOKENS, *_NUMBERS)) for file in files):
+                ids += table["pair_id"].chunks
+                rows = slice(row, row := row + len(table))
+                for kind, name in enumerate(_TOKENS):
+                    lists = table[name].combine_chunks()
+                    values = lists.flatten().to_numpy()
+                    tokens[kind][filled[kind] : filled[kind] + len(values)] = values
+                    filled[kind] += len(values)
+                    count[rows, kind] = lists.value_lengths().to_numpy()
+                for place, name in enumerate(_NUMBERS):
+                    numbers[rows, place] = table[name].to_numpy()  # a null becomes NaN
         pair_ids = pa.chunked_array(ids, pa.string())
         order = pc.sort_indices(pair_ids).to_numpy()
         pair_ids = pair_ids.take(order)

@@ -11,6 +11,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -89,12 +90,17 @@ class PairFile:
 
     def __init__(self, path: epath.Path):
         self.path = path
-        try:
-            self._file = pq.ParquetFile(path.open("rb"))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DnoError(f"{path}: cannot be read ({error}); remove the pairs folder and pair again") from None
-        if not self._file.schema_arrow.equals(SCHEMA):
-            raise DnoError(f"{path}: not the columns of this version's pairs; remove the pairs folder and pair again")
+        with ExitStack() as stack:
+            try:
+                opened = stack.enter_context(path.open("rb"))
+                self._file = pq.ParquetFile(opened)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DnoError(f"{path}: cannot be read ({error}); remove the pairs folder and pair again") from None
+            if not self._file.schema_arrow.equals(SCHEMA):
+                raise DnoError(
+                    f"{path}: not the columns of this version's pairs; remove the pairs folder and pair again"
+                )
+            stack.pop_all()  # it is to stay open
 
     def __enter__(self) -> PairFile:
         return self

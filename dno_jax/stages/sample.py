@@ -72,7 +72,7 @@ def run(config: RunConfig, iteration: int, *, after_shard: Callable[[], None] = 
             after_shard=after_shard,
         )
     counted = _Counted()
-    for shard in stage.shard_names():
+    for shard in stage.shard_names() if is_primary() or config.sampling.audit_prompts else ():
         counted.add(stage.read_shard(Rollout, shard), policy=iteration, audited=config.sampling.audit_prompts)
     audited = audit.run(runtime, counted.audited, policy=iteration, place=stage.path)
     if is_primary():

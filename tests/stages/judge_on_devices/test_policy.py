@@ -414,3 +414,20 @@ def test_a_chat_template_that_refuses_the_rubric_is_said_as_well(make, tmp_path)
     rubric.write_text(RUBRIC.replace('system: ""', "system: Judge."))
     with pytest.raises(DnoError, match="refuses a chat of roles"):
         self_judge.check(config)
+
+
+def test_each_shard_is_parsed_once_whichever_call_closed_it(make, sampled, monkeypatch):
+    config = make()
+    stage = sampled(config).stage("annotate", 0)
+    parsed, real = Counter(), StageDir.read_shard
+    monkeypatch.setattr(
+        StageDir, "read_shard", lambda self, kind, name: parsed.update([str(self.path / name)]) or real(self, kind, name)
+    )
+    whole = self_judge.run(config, 0)
+    assert set(parsed.values()) == {1}
+    stage.manifest_path.unlink()
+    (stage.path / f"{stage.shard_names()[0]}.jsonl").unlink()
+    parsed.clear()
+    again = self_judge.run(config, 0)
+    assert set(parsed.values()) == {1}
+    assert (again.outputs, again.details, again.dropped) == (whole.outputs, whole.details, whole.dropped)
