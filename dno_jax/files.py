@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import BinaryIO, cast
 
 from etils import epath
 
@@ -27,25 +28,36 @@ def write_lines_atomically(path: str | os.PathLike[str], lines: Iterable[str]) -
 
 
 def _write_atomically(path: str | os.PathLike[str], texts: Iterable[str]) -> int:
+    count = 0
+    with written_atomically(path) as file:
+        for text in texts:
+            file.write(text.encode())
+            count += 1
+    return count
+
+
+@contextmanager
+def written_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file to write bytes into; it is there whole when the block ends, and not at all when it raises.
+
+    Raises:
+        DnoError: it cannot be written (a full disk, no permission); what was there before is kept.
+    """
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    count = 0
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with temporary.open("w") as file:
-                for text in texts:
-                    file.write(text)
-                    count += 1
+            with temporary.open("wb") as file:
+                yield cast(BinaryIO, file)
                 file.flush()
                 if "://" not in os.fspath(temporary):  # a local file system: the rename must not overtake the bytes
                     os.fsync(file.fileno())
             temporary.replace(path)
-        except OSError:
+        except BaseException:
             with suppress(OSError):  # it takes room that may be wanted
                 temporary.unlink()
             raise
-    return count
 
 
 @contextmanager

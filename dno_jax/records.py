@@ -5,10 +5,11 @@ Every row is joined to others by id, never by line number. Nothing here imports 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, TypeVar
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from dno_jax.errors import DnoError
 
@@ -18,6 +19,22 @@ VerdictState = Literal["ok", "tie", "refused", "unparsable", "failed", "over bud
 JudgementState = Literal["ok", "refused", "unparsable", "failed", "over budget"]
 Source = Literal["policy", "mixture", "gold", "data"]
 PairKind = Literal["student>student", "student>gold", "gold>student", "data>data", "data>gold", "gold>data"]
+
+
+def _token_ids(value: Any) -> array:
+    if isinstance(value, array) and value.typecode == "i":
+        return value
+    try:
+        return array("i", value)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"token ids are 32-bit integers: {error}") from None
+
+
+if TYPE_CHECKING:
+    TokenIds = Sequence[int]
+else:  # 4 bytes per id while a row is held, where a tuple takes 8 and up to 28 more for each int; a list in JSON
+    _AS_LIST = PlainSerializer(lambda ids: ids.tolist(), return_type=list[int], when_used="json")
+    TokenIds = Annotated[array, PlainValidator(_token_ids), _AS_LIST]
 
 
 class Record(BaseModel):
@@ -111,8 +128,8 @@ class Rollout(Record):
     source: Source
     policy: int | None
     text: str
-    token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...] = Field(min_length=1)
+    token_ids: TokenIds
+    prompt_token_ids: Annotated[TokenIds, Field(min_length=1)]
     logprob: float | None
     finish: Finish
     drawn_logprob: float | None = None
@@ -195,7 +212,7 @@ class TaughtResponse(Record):
 
 
 class Pair(Record):
-    """One training pair (x, y+, y-).
+    """One training pair (x, y+, y-), as a rule chose it; on disk it carries its rows besides (data/pairs.py).
 
     Attributes:
         chosen_reward, rejected_reward: the rewards the pair rule compared, in the unit of `pairing.reward`.

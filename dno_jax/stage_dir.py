@@ -37,7 +37,7 @@ STAGES = {
     "evaluate": "evaluation",
 }
 MANIFEST, STARTED = "MANIFEST.json", "STARTED.json"
-_SHARDS = (".jsonl", ".parquet")
+_SHARDS = (".jsonl", ".parquet")  # one record per line, or a table
 _RECORDED_PACKAGES = (
     "dno_jax",
     "jax",
@@ -73,7 +73,7 @@ class Manifest(Record):
     Attributes:
         config_digest: of what the stage reads of the configuration.
         inputs: path (relative to the run directory) -> sha256 of every manifest or file the stage read.
-        outputs: shard file -> sha256.
+        outputs: shard name -> sha256.
         rows: records written.
         dropped: reason -> count of what went in and did not come out.
         seconds: wall time of the call that finished the stage.
@@ -125,15 +125,15 @@ class StageDir:
         """Close one shard: all rows or, after a crash, none."""
         write_atomically(self.path / f"{name}.jsonl", "".join(record.model_dump_json() + "\n" for record in records))
 
-    def shard_files(self) -> list[str]:
-        """File names of the closed shards, sorted."""
-        if not self.path.exists():
-            return []
-        return sorted(p.name for p in self.path.iterdir() if p.suffix in _SHARDS and not p.name.startswith("."))
-
     def shard_names(self) -> list[str]:
-        """Names of the closed shards of rows, sorted."""
-        return [name.removesuffix(".jsonl") for name in self.shard_files() if name.endswith(".jsonl")]
+        """Names of the closed shards, sorted."""
+        return sorted(self._shards())
+
+    def _shards(self) -> dict[str, epath.Path]:
+        if not self.path.exists():
+            return {}
+        found = (path for path in self.path.iterdir() if path.suffix in _SHARDS and not path.name.startswith("."))
+        return {path.stem: path for path in found}
 
     def read_shard(self, kind: type[RecordT], name: str) -> list[RecordT]:
         path = self.path / f"{name}.jsonl"
@@ -219,7 +219,7 @@ class StageDir:
             iteration=self.iteration,
             config_digest=stage_digest(config, self.reads),
             inputs=dict(inputs),
-            outputs={name: digest_of(self.path / name) for name in self.shard_files()},
+            outputs={name: digest_of(path) for name, path in sorted(self._shards().items())},
             rows=rows,
             dropped=dict(dropped or {}),
             seconds=round(seconds, 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -79,13 +79,28 @@ class Pools:
     def prompts(self) -> PromptFile:
         return PromptFile(self._prompts_path)
 
-    def read(self, shard: str, *, dropped: Counter[str]) -> list[Pool]:
-        """The pools of one shard; what is in none of them is counted by reason."""
-        return self.of(self.sampled.read_shard(Rollout, shard), dropped=dropped)
-
-    def of(self, rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> list[Pool]:
+    def read(self, shard: str) -> PoolShard:
+        """Parse one shard."""
+        rollouts = self.sampled.read_shard(Rollout, shard)
         prompts = self.prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
-        return pools_of(rollouts, prompts, dropped=dropped)
+        dropped: Counter[str] = Counter()
+        pools = pools_of(rollouts, prompts, dropped=dropped)
+        responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
+        return PoolShard(tuple(pools), responses, dropped)
+
+
+@dataclass(frozen=True)
+class PoolShard:
+    """One shard of rollouts as a judge sees it.
+
+    Attributes:
+        responses: of every rollout, by id.
+        dropped: reason -> rollouts that are in no pool, and prompts that have none.
+    """
+
+    pools: tuple[Pool, ...]
+    responses: Mapping[str, Response]
+    dropped: Counter[str]
 
 
 @dataclass
@@ -93,34 +108,34 @@ class Survey:
     """What was judged, over all shards, in whichever call each was closed.
 
     Attributes:
+        shards: those that are in it.
         states: judgements by state.
+        reasons: state and detail -> judgements that are no answer.
         dropped: what went in and has no verdict, by reason.
         quality: figures of the judge's own answers.
     """
 
+    shards: set[str] = field(default_factory=set)
     states: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     quality: Quality = field(default_factory=Quality)
 
+    def add(self, name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
+        """Add a closed shard."""
+        self.count(name, judgements)
+        self.dropped.update(shard.dropped)
+        for judgement in judgements:
+            self.quality.add(judgement, responses=shard.responses)
 
-def survey(pools: Pools, judged: StageDir, *, also: Callable[[Pool, Judgement, Quality], None] | None = None) -> Survey:
-    """Go once over all rollouts and their judgements.
-
-    Args:
-        also: adds to the quality what more is known of a pool than its judgement.
-    """
-    found = Survey()
-    for shard in pools.sampled.shard_names():
-        rollouts = pools.sampled.read_shard(Rollout, shard)
-        own = {pool.prompt.prompt_id: pool for pool in pools.of(rollouts, dropped=found.dropped)}
-        responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
-        for judgement in judged.read_shard(Judgement, shard):
-            found.states[judgement.state] += 1
-            found.quality.add(judgement, responses=responses)
-            if also is not None:
-                also(own[judgement.prompt_id], judgement, found.quality)
-    found.dropped.update({f"verdict {state}": count for state, count in found.states.items() if state != "ok"})
-    return found
+    def count(self, name: str, judgements: Sequence[Judgement]) -> None:
+        """Add a closed shard's judgements by state alone."""
+        self.shards.add(name)
+        for judgement in judgements:
+            self.states[judgement.state] += 1
+            if judgement.state != "ok":
+                self.reasons[f"{judgement.state}: {judgement.detail}"] += 1
+                self.dropped[f"verdict {judgement.state}"] += 1
 
 
 def tell_quality(run_dir: RunDir, quality: Quality, section: AnnotationSection, *, iteration: int) -> dict[str, Any]:

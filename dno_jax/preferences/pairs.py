@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -288,26 +287,6 @@ def _check_unique(what: str, ids: Iterable[str]) -> None:
     for name, count in Counter(ids).items():
         if count > 1:
             raise ValueError(f"{what} {name!r} is there {count} times; ids must be unique")
-
-
-@runtime_checkable
-class _HasPairId(Protocol):
-    @property
-    def pair_id(self) -> str: ...
-
-
-_PairT = TypeVar("_PairT", bound=_HasPairId)
-
-
-def pooled_pairs(pools: Iterable[Iterable[_PairT]]) -> list[_PairT]:
-    """Return the pairs of all iterations as one list, in order: DNO-Lookahead's offline set.
-
-    Raises:
-        ValueError: a pair id is there twice.
-    """
-    pooled = [pair for pool in pools for pair in pool]
-    _check_unique("pair", (pair.pair_id for pair in pooled))
-    return pooled
 
 
 def repeated_ngram_share(token_ids: Sequence[int], n: int) -> float:

@@ -23,7 +23,7 @@ from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, Reminder, say
-from dno_jax.data.pools import Pools, Survey, survey, tell_quality
+from dno_jax.data.pools import Pools, PoolShard, Survey, tell_quality
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
@@ -138,6 +138,7 @@ class _Work:
         self._labels: list[tuple[Judgement, float]] = []
         self._run_dir = run_dir
         self._pools = Pools(sampled, run_dir.prompts_path(stage.iteration))
+        self._found = Survey()
         self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
         self._states: Counter[str] = Counter()  # of pools without a verdict
         self._reasons: Counter[str] = Counter()
@@ -157,7 +158,8 @@ class _Work:
             if self._sampled.manifest() is None or (abandoned and abandoned()):
                 raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
             self._settle()
-            return self._survey()
+            self._add_labels(self._found.quality)
+            return self._found
 
     async def _judge_labels(self) -> None:
         """Ask about pairs that people have judged, before anything else is paid for, and say what they warn of."""
@@ -222,11 +224,15 @@ class _Work:
 
     async def _judge_group(self, shards: Sequence[str], meter: Meter) -> None:
         if isinstance(self._annotator, EndpointAnnotator) and (self._by_batch or self._annotator.desk.by_batch()):
-            pools = [pool for shard in shards for pool in self._pools.read(shard, dropped=Counter())]
+            read = {shard: self._pools.read(shard) for shard in shards}
+            pools = [pool for shard in read.values() for pool in shard.pools]
             again = [pool for pool in pools if self._is_repeated(pool)]
             await all_of(self._annotator.ask_by_batch(pools), self._annotator.ask_by_batch(again, repeat=1))
-        for shard in shards:
-            await self._judge_shard(shard, meter)
+            for name, shard in read.items():
+                await self._judge_shard(name, shard, meter)
+            return
+        for name in shards:
+            await self._judge_shard(name, self._pools.read(name), meter)
 
     def _closed(self) -> set[str]:
         """Shards that need no judge. One that another judge closed (an edited rubric) is judged anew."""
@@ -236,10 +242,20 @@ class _Work:
             if all(row.judge == self._annotator.identity for row in rows):
                 closed.add(shard)
                 self._judged += len(rows)
+                self._add(shard, self._pools.read(shard), rows)
         return closed
 
-    async def _judge_shard(self, shard: str, meter: Meter) -> None:
-        pools = self._pools.read(shard, dropped=Counter())
+    def _add(self, name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
+        """Count what a closed shard says of the judge; repeated pools by both judgements."""
+        self._found.add(name, shard, judgements)
+        own = {judgement.prompt_id: judgement for judgement in judgements}
+        for pool in shard.pools:
+            first = own.get(pool.prompt.prompt_id)
+            if first and self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
+                self._found.quality.add_repeat(first, again)
+
+    async def _judge_shard(self, name: str, shard: PoolShard, meter: Meter) -> None:
+        pools = shard.pools
         meter.expect(len(self._pools.prompts))
         await self._probe_once(pools)
         again = [pool for pool in pools if self._is_repeated(pool)]
@@ -250,12 +266,13 @@ class _Work:
         self._judged += len(judgements)
         missing = {row.prompt_id: row for row in judgements if row.state != "ok"}
         if not missing:
-            self._stage.write_shard(shard, judgements)
+            self._stage.write_shard(name, judgements)
+            self._add(name, shard, judgements)
             return
         self._reasons.update(f"{row.state}: {row.detail}" for row in missing.values())
         self._states.update(row.state for row in missing.values())
         if self._states.total() <= self._config.annotation.max_failed * len(self._pools.prompts):
-            self._missing[shard] = missing  # else this call cannot settle, and what fails is not held
+            self._missing[name] = missing  # else this call cannot settle, and what fails is not held
 
     def _is_repeated(self, pool: Pool) -> bool:
         """Whether a pool is asked about a second time: by its prompt's name, the same after a restart."""
@@ -284,21 +301,12 @@ class _Work:
                 f"{self._stage.path}: {missing} of {self._judged} pools have no verdict ({shown}). Nothing paid for is "
                 "lost: run again and only these are asked anew, or raise annotation.max_failed to go on without them"
             )
-        for shard, rows in self._missing.items():
-            judgements = [
-                rows.get(pool.prompt.prompt_id) or self._annotator.recall(pool)
-                for pool in self._pools.read(shard, dropped=Counter())
-            ]
-            self._stage.write_shard(shard, [row for row in judgements if row is not None])
-
-    def _survey(self) -> Survey:
-        found = survey(self._pools, self._stage, also=self._add_repeat)
-        self._add_labels(found.quality)
-        return found
-
-    def _add_repeat(self, pool: Pool, judgement: Judgement, quality: Quality) -> None:
-        if self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
-            quality.add_repeat(judgement, again)
+        for name, rows in self._missing.items():
+            shard = self._pools.read(name)
+            found = [rows.get(pool.prompt.prompt_id) or self._annotator.recall(pool) for pool in shard.pools]
+            judgements = [row for row in found if row is not None]
+            self._stage.write_shard(name, judgements)
+            self._add(name, shard, judgements)
 
 
 async def _unless(abandoned: Callable[[], bool] | None, work: Coroutine[Any, Any, None]) -> None:

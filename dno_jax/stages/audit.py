@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,6 @@ from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import replicated, reshard
 from dno_jax.records import Rollout
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.stage_dir import StageDir
 from dno_jax.training.batches import TrainingRow
 
 # Where sampling.audit_bound is not given. Rounding differs from token to token: the sums of n tokens part by about
@@ -31,17 +30,18 @@ AUDIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.5, "int8": 0.5, "float8_e4m3fn": 
 STEP_ZERO_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
 
 
-def run(runtime: Runtime[RunConfig], stage: StageDir, *, policy: int) -> dict[str, Any]:
+def run(runtime: Runtime[RunConfig], rollouts: Sequence[Rollout], *, policy: int, place: epath.Path) -> dict[str, Any]:
     """Compare, on all processes together, what the sampler recorded with what the trainer computes.
 
-    Of every closed shard, `sampling.audit_prompts` prompts with all their responses. It comes when all is sampled, as
+    It comes when all is sampled, as
     it needs the weights as training lays them out. By then the judge has read most shards: its verdicts are of the
     texts, which a failed audit says nothing against. So nothing is thrown away. The shards stay, the stage stays
     unfinished, nothing is paired or trained, and a rerun samples nothing: it audits again, by what then is set.
 
     Args:
-        stage: whose shards hold the policy's responses; every process reads all of them.
+        rollouts: of every closed shard what `audited` picks, the same on every process.
         policy: index t of pi_t, which drew them, alone or in the mixture.
+        place: the folder that they lie in, for messages.
 
     Returns:
         `statistics`, with the bound and the dtype; empty where nothing was to be audited.
@@ -50,7 +50,6 @@ def run(runtime: Runtime[RunConfig], stage: StageDir, *, policy: int) -> dict[st
         DnoError: the two disagree (see `check`).
     """
     config = runtime.config
-    rollouts = list(_audited(stage, policy=policy, count=config.sampling.audit_prompts))
     if config.sampling.engine == "openai":  # a server need not give log-probs; ours always does
         rollouts = [rollout for rollout in rollouts if rollout.logprob is not None]
     if not rollouts:
@@ -63,7 +62,7 @@ def run(runtime: Runtime[RunConfig], stage: StageDir, *, policy: int) -> dict[st
             f"by {found['mean']:.1e} nats a token, at most {found['max']:.1e}; largest error {found['error']:.1e}, "
             f"bound {found['bound']:g}"
         )
-    check(found, config=config, place=stage.path)
+    check(found, config=config, place=place)
     return found
 
 
@@ -145,12 +144,11 @@ def _shown(response: Mapping[str, Any]) -> str:
     )
 
 
-def _audited(stage: StageDir, *, policy: int, count: int) -> Iterator[Rollout]:
-    """The policy's responses to the first prompts, by sha256 of their ids, of every shard."""
-    for name in stage.shard_names() if count else ():
-        drawn = [row for row in stage.read_shard(Rollout, name) if row.policy == policy]
-        ids = sorted({row.prompt_id for row in drawn}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-        yield from (row for row in drawn if row.prompt_id in ids[:count])
+def audited(shard: Sequence[Rollout], *, policy: int, count: int) -> list[Rollout]:
+    """The policy's responses to the first `count` prompts of a shard, by sha256 of their ids."""
+    drawn = [row for row in shard if row.policy == policy] if count else []
+    ids = sorted({row.prompt_id for row in drawn}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return [row for row in drawn if row.prompt_id in ids[:count]]
 
 
 def _trainer_logprobs(runtime: Runtime[RunConfig], policy: epath.Path, rollouts: Sequence[Rollout]) -> list[float]:
@@ -165,7 +163,7 @@ def _trainer_logprobs(runtime: Runtime[RunConfig], policy: epath.Path, rollouts:
         )
         for a, b in couples
     ]
-    batches = batches_by_length(rows, size=size)
+    batches = batches_by_length(np.asarray([row.length for row in rows]), size=size)
     found = [0.0] * len(rollouts)
     logprobs = frozen_logprobs(runtime, policy, ([rows[i] for i in batch] for batch in batches), size=size)
     for batch, values in zip(batches, logprobs, strict=True):

@@ -32,7 +32,7 @@ from dno_jax.stages import redo
 from dno_jax.stages.annotate import judge_pools
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import Draws, sample_to_shards
-from dno_jax.stages.sample import response_statistics
+from dno_jax.stages.sample import ResponseLengths
 from dno_jax.stages.teach import taught
 
 GOLD = "gold"
@@ -76,7 +76,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
             rows=len(judged.preferences),
             dropped=dropped + judged.dropped,
             seconds=time.perf_counter() - start,
-            details=_figures(run_dir, judged, newest=newest),
+            details=_figures(judged, newest=newest),
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
@@ -133,6 +133,7 @@ def read_responses(run_dir: RunDir, policy: int, *, num_samples: int) -> Iterato
 class _Judged:
     preferences: list[tuple[str, str, str, float]]  # prompt id, player, opponent, P(player preferred)
     dropped: Counter[str]
+    lengths: dict[str, dict[str, Any]]  # of each policy's responses
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,13 @@ class _Players:
 def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int) -> _Judged:
     """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
+    lengths: dict[str, dict[str, Any]] = {}
     for policy in range(newest + 1):
+        own = ResponseLengths()
         for rollout in read_responses(run_dir, policy, num_samples=config.evaluation.num_samples):
             responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
+            own.add(rollout)
+        lengths[str(policy)] = own.figures()
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     players: list[_Players] = []
     left_out = set(by_id) - {prompt_id for prompt_id, _ in responses}
@@ -227,17 +232,21 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         if verdict is None or verdict.state == "ok":
             preferences += group.preferences(verdict)
     dropped = {"held-out pool without verdict": len(missing), "no usable response from the server": len(left_out)}
-    return _Judged(preferences, +Counter(dropped))
+    return _Judged(preferences, +Counter(dropped), lengths)
 
 
-def _figures(run_dir: RunDir, judged: _Judged, *, newest: int) -> dict[str, Any]:
+def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
     """The manifest's details: win rates of the newest policy, the matrix over policies, lengths, the best."""
-    lengths = {
-        str(policy): response_statistics(rollouts_of(run_dir, policy).read(Rollout)) for policy in range(newest + 1)
-    }
+    lengths = judged.lengths
     if not judged.preferences:
         why = "no verdict on any held-out pool" if judged.dropped else "no held-out prompts"
-        return {"policy": newest, "win_rates": {}, "lengths": lengths, "best": newest, "why": f"the newest: {why}"}
+        return {
+            "policy": newest,
+            "win_rates": {},
+            "lengths": lengths,
+            "best": newest,
+            "why": f"the newest: {why}",
+        }
 
     def rate(player: str, opponent: str) -> Any:
         rows = [row for row in judged.preferences if row[1] == player and row[2] == opponent]

@@ -1,20 +1,25 @@
 """Judgements -> training pairs by the configuration's rule, with every drop counted by reason.
 
-Pairs of earlier iterations are replayed; DNO-Lookahead trains on all of them and on nothing else.
+A pair is written with all that is trained on, so that nothing later reads rollouts again. Pairs of earlier iterations
+are replayed, copied with their rows; DNO-Lookahead trains on all of them and on nothing else.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
+from etils import epath
 
 from dno_jax.config import LossSection, PairingSection, RunConfig
+from dno_jax.data.pairs import NEW, REPLAYED, PairFile, Spool, pair_table, write_pairs
+from dno_jax.data.pools import PromptFile
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
@@ -25,7 +30,6 @@ from dno_jax.preferences import (
     count_cycles,
     large_margin_pairs,
     matched_pairs,
-    pooled_pairs,
     repeated_ngram_share,
     replay_counts,
     scores_to_wins,
@@ -36,9 +40,7 @@ from dno_jax.preferences import (
 )
 from dno_jax.records import Judgement, Pair, PairKind, Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.stage_dir import Manifest, is_lookahead
-
-_NEW, _REPLAYED = "new", "replayed"
+from dno_jax.stage_dir import Manifest, StageDir, is_lookahead
 
 
 def run(config: RunConfig, run_dir: RunDir, iteration: int) -> Manifest:
@@ -61,37 +63,50 @@ def run(config: RunConfig, run_dir: RunDir, iteration: int) -> Manifest:
         return manifest
     stage.start(config)
 
-    made = _Made()
-    if lookahead:
-        replayed = pooled_pairs(source.read_shard(Pair, _NEW) for source in sources)
-    else:
-        sampled, judged = run_dir.stage("sample", iteration), run_dir.stage("annotate", iteration)
-        for shard in sampled.shard_names():  # each has all candidates of its prompts, and so have the judgements
-            rollouts, judgements = sampled.read_shard(Rollout, shard), judged.read_shard(Judgement, shard)
-            made.add(new_pairs(judgements, rollouts, config, iteration=iteration))
-        made.pairs.sort(key=lambda pair: pair.prompt_id)  # replay draws by place: not by how shards were cut
-        if not made.pairs:
-            funnel = "; ".join(f"{reason}: {count}" for reason, count in made.dropped.most_common())
-            raise DnoError(
-                f"{stage.path}: no pair passed the rules (dropped: {funnel or 'nothing was judged'}); "
-                "lower pairing.positive_floor or the margins, or look at the judgements"
-            )
-        replayed = _replay(run_dir, config, iteration=iteration, num_new=len(made.pairs))
-    stage.write_shard(_NEW, made.pairs)
-    stage.write_shard(_REPLAYED, replayed)
+    figures, made = _Figures(), _Made()
+    with Spool(stage.path) as spool:
+        if not lookahead:
+            made = _pair_shards(spool, run_dir, config, iteration=iteration)
+            if not len(spool):
+                funnel = "; ".join(f"{reason}: {count}" for reason, count in made.dropped.most_common())
+                raise DnoError(
+                    f"{stage.path}: no pair passed the rules (dropped: {funnel or 'nothing was judged'}); "
+                    "lower pairing.positive_floor or the margins, or look at the judgements"
+                )
+        # In order of prompt, for replay draws by place: not by how shards were cut.
+        write_pairs(stage.path / f"{NEW}.parquet", figures.passing(spool.by_prompt()))
+        num_new = len(spool)
+    replayed = _all_of(sources) if lookahead else _replay(sources, config, iteration=iteration, num_new=num_new)
+    others = _Figures()
+    write_pairs(stage.path / f"{REPLAYED}.parquet", others.passing(replayed))
     return stage.finish(
         config,
         inputs=inputs,
-        rows=len(made.pairs) + len(replayed),
+        rows=figures.rows + others.rows,
         dropped=made.dropped,
         seconds=time.perf_counter() - start,
         details={
-            "new": len(made.pairs),
-            "replayed": len(replayed),
-            **_statistics(run_dir, made.pairs or replayed),
+            "new": figures.rows,
+            "replayed": others.rows,
+            **(others if lookahead else figures).as_dict(),
             **made.verdicts(),
         },
     )
+
+
+def _pair_shards(spool: Spool, run_dir: RunDir, config: RunConfig, *, iteration: int) -> _Made:
+    """Choose the pairs of every shard and put their rows aside."""
+    sampled, judged = run_dir.stage("sample", iteration), run_dir.stage("annotate", iteration)
+    prompts = PromptFile(run_dir.prompts_path(iteration))
+    whole = _Made()
+    for shard in sampled.shard_names():  # each has all candidates of its prompts, and so have the judgements
+        rollouts = {row.rollout_id: row for row in sampled.read_shard(Rollout, shard)}
+        made = new_pairs(judged.read_shard(Judgement, shard), rollouts.values(), config, iteration=iteration)
+        pairs, made.pairs = made.pairs, []
+        named = list(dict.fromkeys(pair.prompt_id for pair in pairs))
+        spool.add(pair_table(pairs, rollouts, prompts.read(named)))
+        whole.add(made)
+    return whole
 
 
 @dataclass
@@ -293,39 +308,60 @@ class _Pool:
         )
 
 
-def _replay(run_dir: RunDir, config: RunConfig, *, iteration: int, num_new: int) -> list[Pair]:
-    """Draw pairs of earlier iterations within their caps, by the seed alone."""
-    pools = [run_dir.stage("pair", earlier).read_shard(Pair, _NEW) for earlier in range(iteration - 1, -1, -1)]
+def _replay(sources: Sequence[StageDir], config: RunConfig, *, iteration: int, num_new: int) -> Iterator[pa.Table]:
+    """Draw pairs of earlier iterations within their caps, by the seed alone; the youngest first."""
+    paths = [_new_pairs_of(source) for source in reversed(sources) if source.stage == "pair"]
+    available: list[int] = []
+    for path in paths:
+        with PairFile(path) as file:
+            available.append(len(file))
     counts = replay_counts(
-        [len(pool) for pool in pools],
-        num_new=num_new,
-        fraction=config.pairing.replay,
-        decay=config.pairing.replay_decay,
+        available, num_new=num_new, fraction=config.pairing.replay, decay=config.pairing.replay_decay
     )
-    replayed: list[Pair] = []
-    for age, (pool, count) in enumerate(zip(pools, counts, strict=True), start=1):
-        seed = np.random.SeedSequence([config.seed, iteration, age])
-        order = np.random.Generator(np.random.Philox(seed)).permutation(len(pool))
-        replayed += [pool[i] for i in sorted(order[:count])]
-    return replayed
+    for age, (path, count) in enumerate(zip(paths, counts, strict=True), start=1):
+        with PairFile(path) as file:
+            seed = np.random.SeedSequence([config.seed, iteration, age])
+            order = np.random.Generator(np.random.Philox(seed)).permutation(len(file))
+            yield from file.take(np.sort(order[:count]))
 
 
-def _statistics(run_dir: RunDir, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """Figures of the pairs for the manifest."""
-    wanted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
-    tokens: dict[str, int] = {}
-    for iteration in sorted({pair.iteration for pair in pairs}):
-        rows = run_dir.stage("sample", iteration).read(Rollout)
-        tokens |= {row.rollout_id: len(row.token_ids) for row in rows if row.rollout_id in wanted}
+def _all_of(sources: Sequence[StageDir]) -> Iterator[pa.Table]:
+    """Every pair of every iteration, for DNO-Lookahead."""
+    for source in sources:
+        with PairFile(_new_pairs_of(source)) as file:
+            yield from file.read()
 
-    def mean(values: Iterable[float], digits: int) -> float:
-        return round(float(np.mean(list(values))), digits)
 
-    return {
-        "kinds": dict(sorted(Counter(pair.kind for pair in pairs).items())),
-        "prompts": len({pair.prompt_id for pair in pairs}),
-        "mean_margin": mean((pair.chosen_reward - pair.rejected_reward for pair in pairs), 4),
-        "mean_target": mean((pair.target for pair in pairs), 4),
-        "mean_tokens_chosen": mean((tokens[pair.chosen_id] for pair in pairs), 2),
-        "mean_tokens_rejected": mean((tokens[pair.rejected_id] for pair in pairs), 2),
-    }
+def _new_pairs_of(source: StageDir) -> epath.Path:
+    return source.path / f"{NEW}.parquet"
+
+
+class _Figures:
+    """Figures of pairs for the manifest, from their rows as they are written."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._kinds: Counter[str] = Counter()
+        self._prompts: set[str] = set()
+        self._columns: dict[str, list[np.ndarray]] = defaultdict(list)
+
+    def passing(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+        for table in tables:
+            self.rows += len(table)
+            self._kinds.update(table["kind"].to_pylist())
+            self._prompts.update(table["prompt_id"].to_pylist())
+            reward, other = (table[f"{name}_reward"].to_numpy() for name in ("chosen", "rejected"))
+            self._columns["mean_margin"].append(reward - other)
+            self._columns["mean_target"].append(table["target"].to_numpy())
+            for name in ("chosen", "rejected"):
+                lengths = table[f"{name}_tokens"].combine_chunks().value_lengths()
+                self._columns[f"mean_tokens_{name}"].append(lengths.to_numpy())
+            yield table
+
+    def as_dict(self) -> dict[str, Any]:
+        means = {name: float(np.mean(np.concatenate(values))) for name, values in self._columns.items()}
+        return {
+            "kinds": dict(sorted(self._kinds.items())),
+            "prompts": len(self._prompts),
+            **{name: round(mean, 2 if "tokens" in name else 4) for name, mean in means.items()},
+        }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,10 +72,11 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
             also=lambda item: _gold(runtime, item, iteration=iteration),
             after_shard=after_shard,
         )
-    audited = audit.run(runtime, stage, policy=iteration)
+    counted = _Counted()
+    for shard in stage.shard_names() if is_primary() or config.sampling.audit_prompts else ():
+        counted.add(stage.read_shard(Rollout, shard), policy=iteration, audited=config.sampling.audit_prompts)
+    audited = audit.run(runtime, counted.audited, policy=iteration, place=stage.path)
     if is_primary():
-        counted = _Counted()
-        details = response_statistics(counted.passing(stage.read(Rollout)))
         answered = [item for item in tokenized if item.prompt.prompt_id in counted.prompts]
         dropped.update(_gold_drops(counted.gold, answered))  # without responses it has no rows at all
         if left_out := len(tokenized) - len(answered):
@@ -86,7 +88,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
             rows=counted.rows,
             dropped=dropped,
             seconds=time.perf_counter() - start,
-            details=details
+            details=counted.lengths.figures()
             | drawn
             | ({"truncated_prompts": truncated} if truncated else {})
             | ({"audit": audited} if audited else {}),
@@ -186,18 +188,51 @@ def _fixed_rollout(
 
 
 @dataclass
+class ResponseLengths:
+    """Lengths and endings of the policy's own responses."""
+
+    tokens: array = field(default_factory=lambda: array("i"))
+    words: array = field(default_factory=lambda: array("i"))
+    stopped: int = 0
+
+    def add(self, rollout: Rollout) -> None:
+        """Count a response, if a policy gave it."""
+        if rollout.policy is not None:
+            self.tokens.append(len(rollout.token_ids))
+            self.words.append(len(rollout.text.split()))
+            self.stopped += rollout.finish == "stop"
+
+    def figures(self) -> dict[str, Any]:
+        """For a manifest; empty where there are no responses."""
+        if not self.tokens:
+            return {}
+        tokens, words = np.asarray(self.tokens, np.int64), np.asarray(self.words)
+        return {
+            "responses": len(tokens),
+            "tokens": int(tokens.sum()),
+            "mean_tokens": round(float(tokens.mean()), 2),
+            "mean_words": round(float(words.mean()), 2),
+            "std_words": round(float(words.std()), 2),
+            "stopped": round(self.stopped / len(tokens), 4),
+        }
+
+
+@dataclass
 class _Counted:
-    """What is said of an iteration's rows, which are read one by one: there may be more than memory holds."""
+    """What is said of an iteration's rows and what is audited of them, from one reading, shard by shard."""
 
     rows: int = 0
     prompts: set[str] = field(default_factory=set)
     gold: set[str] = field(default_factory=set)  # prompts with a teacher's response
+    lengths: ResponseLengths = field(default_factory=ResponseLengths)
+    audited: list[Rollout] = field(default_factory=list)
 
-    def passing(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
-        for rollout in rollouts:
+    def add(self, shard: Sequence[Rollout], *, policy: int, audited: int) -> None:
+        for rollout in shard:
             self.rows += 1
             (self.gold if rollout.is_gold else self.prompts).add(rollout.prompt_id)
-            yield rollout
+            self.lengths.add(rollout)
+        self.audited += audit.audited(shard, policy=policy, count=audited)
 
 
 def _gold_drops(have: Set[str], prompts: Sequence[TokenizedPrompt]) -> Counter[str]:
@@ -209,23 +244,3 @@ def _gold_drops(have: Set[str], prompts: Sequence[TokenizedPrompt]) -> Counter[s
         return "gold response refuses" if is_refusal(gold) else "gold response without points or ids"
 
     return Counter(map(reason, lost))
-
-
-def response_statistics(rollouts: Iterable[Rollout]) -> dict[str, Any]:
-    """Lengths and endings of the policy's own responses."""
-    own = [
-        (len(rollout.token_ids), len(rollout.text.split()), rollout.finish == "stop")
-        for rollout in rollouts
-        if rollout.policy is not None
-    ]
-    if not own:
-        return {}
-    tokens, words, stopped = np.asarray(own).T
-    return {
-        "responses": len(own),
-        "tokens": int(tokens.sum()),
-        "mean_tokens": round(float(tokens.mean()), 2),
-        "mean_words": round(float(words.mean()), 2),
-        "std_words": round(float(words.std()), 2),
-        "stopped": round(float(stopped.mean()), 4),
-    }

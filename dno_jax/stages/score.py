@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
+from jaxtyping import Bool, Float, Int
 
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
-from dno_jax.data.rows import batches_by_length, frozen_logprobs, load_pairs, training_rows
+from dno_jax.data.pair_table import PairRows, PairTable
+from dno_jax.data.rows import batches_by_length, frozen_logprobs
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.parallel.sharding import owned_rows
-from dno_jax.records import Pair, ReferenceScore, Rollout
+from dno_jax.records import ReferenceScore
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import Update, update_of
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
-from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import policy_fingerprint
 
 INITIAL = "initial"  # sub-folder of the scores under pi_ref
@@ -51,21 +52,22 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
         stage.start(config)
     _discard_others(stage, keep=source)
 
-    pairs = load_pairs(run_dir, iteration)
-    rows = training_rows(run_dir, pairs)
+    pairs = PairTable.load(paired)
     samples = samples_of(run_dir, update.previous)
-    taken = _recorded(samples, pairs) if source == SAMPLED and samples else {}
+    taken = np.zeros(len(pairs), bool)
+    if source == SAMPLED and samples is not None:
+        taken = _recorded(pairs, iteration=samples.iteration)
     if is_primary() and config.sampling.as_reference:
-        say(f"{stage_name:<9} {iteration}: {len(taken)} of {len(pairs)} pairs have log pi_t from the sampler")
-    if is_primary() and taken:
-        stage.write_shard(SAMPLED, taken.values())
+        say(f"{stage_name:<9} {iteration}: {taken.sum()} of {len(pairs)} pairs have log pi_t from the sampler")
+    if is_primary() and taken.any():
+        rows = np.flatnonzero(taken)
+        stage.write_shard(SAMPLED, _scores(pairs, rows, pairs.sampler_logprob[rows]))
     for policy, out in zip(policies, (stage, stage.sub(INITIAL)), strict=False):
-        left = [i for i, pair in enumerate(pairs) if out is not stage or pair.pair_id not in taken]
         _score(
             runtime,
             policy,
-            [pairs[i] for i in left],
-            [rows[i] for i in left],
+            pairs,
+            np.flatnonzero(~taken) if out is stage else np.arange(len(pairs)),
             out=out,
             prefix=f"{SAMPLED}-others-" if out is stage and source == SAMPLED else "",
             description=f"{stage_name:<9} {iteration}",
@@ -76,7 +78,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
             inputs=inputs,
             rows=len(pairs),
             seconds=time.perf_counter() - start,
-            details=reference_identity(runtime, update) | {SAMPLED: len(taken)},
+            details=reference_identity(runtime, update) | {SAMPLED: int(taken.sum())},
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
@@ -87,25 +89,21 @@ def samples_of(run_dir: RunDir, policy: epath.Path) -> StageDir | None:
     return run_dir.stage("sample", int(policy.name)) if policy.name.isdecimal() else None
 
 
-def _recorded(samples: StageDir, pairs: Sequence[Pair]) -> dict[str, ReferenceScore]:
-    """Scores, by id, of the pairs of two samples of one policy, as its sampler recorded them.
+def _recorded(pairs: PairTable, *, iteration: int) -> Bool[np.ndarray, " N"]:
+    """Which pairs are of two samples of one policy, so that its sampler recorded both log-probabilities.
 
-    Samples of the mixture count, as their record is pi_t's own. The teacher's and the data's responses have none;
-    replayed ones are in other iterations' samples.
+    Samples of the mixture count, as their record is pi_t's own. The teacher's and the data's responses have none, and
+    what is recorded of replayed pairs is another policy's.
     """
-    wanted = {name for pair in pairs for name in (pair.chosen_id, pair.rejected_id)}
-    found = {
-        rollout.rollout_id: rollout.logprob
-        for rollout in samples.read(Rollout)
-        if rollout.policy == samples.iteration and rollout.logprob is not None and rollout.rollout_id in wanted
-    }
-    return {
-        pair.pair_id: ReferenceScore(
-            pair_id=pair.pair_id, chosen_logprob=found[pair.chosen_id], rejected_logprob=found[pair.rejected_id]
-        )
-        for pair in pairs
-        if pair.chosen_id in found and pair.rejected_id in found
-    }
+    return (pairs.iteration == iteration) & ~np.isnan(pairs.sampler_logprob).any(axis=1)
+
+
+def _scores(
+    pairs: PairTable, rows: Int[np.ndarray, " rows"], logprobs: Float[np.ndarray, "rows 2"]
+) -> Iterator[ReferenceScore]:
+    for row, (chosen, rejected) in zip(rows, logprobs.tolist(), strict=True):
+        name = pairs.pair_ids[int(row)].as_py()
+        yield ReferenceScore(pair_id=name, chosen_logprob=chosen, rejected_logprob=rejected)
 
 
 def _discard_others(stage: StageDir, *, keep: str) -> None:
@@ -121,39 +119,40 @@ def _discard_others(stage: StageDir, *, keep: str) -> None:
 def _score(
     runtime: Runtime[RunConfig],
     policy: epath.Path,
-    pairs: Sequence[Pair],
-    rows: Sequence[TrainingRow],
+    pairs: PairTable,
+    left: Int[np.ndarray, " left"],
     *,
     out: StageDir,
     prefix: str,
     description: str,
 ) -> None:
-    """Write what is missing of one policy's scores; each process writes the rows that its devices hold."""
-    if not rows:
+    """Write what is missing of one policy's scores; each process writes the rows that its devices hold.
+
+    Args:
+        left: the pairs to score.
+    """
+    if not left.size:
         return
     size = runtime.config.training.micro_batch_size or runtime.config.training.batch_size
-    batches = batches_by_length(rows, size=size)  # a batch is a shard, so that a restart scores the very same batches
-    scored = {score.pair_id for score in out.read(ReferenceScore)} if is_primary() else set()
-    missing = [any(pairs[i].pair_id not in scored for i in batch) for batch in batches]
-    pending = [int(b) for b in np.flatnonzero(broadcast_from_primary(np.asarray(missing, bool)))]
+    # A batch is a shard, so that a restart scores the very same batches.
+    batches = [left[batch] for batch in batches_by_length(pairs.lengths[left], size=size)]
+    scored = pairs.placed(out.read(ReferenceScore))[1] if is_primary() else np.zeros(len(pairs), bool)
+    missing = np.asarray([not scored[batch].all() for batch in batches])
+    pending = np.flatnonzero(broadcast_from_primary(missing)).tolist()
     if not pending:
         return
-    done = len(pairs) - sum(len(batches[b]) for b in pending)
+    done = left.size - sum(batches[b].size for b in pending)
+    rows = PairRows(pairs)
     batched = ([rows[i] for i in batches[b]] for b in pending)
-    with Meter(description, total=len(pairs), unit="pairs", done=done, enabled=is_primary()) as meter:
+    with Meter(description, total=left.size, unit="pairs", done=done, enabled=is_primary()) as meter:
         for index, logprobs in zip(pending, frozen_logprobs(runtime, policy, batched, size=size), strict=True):
-            mine = {row: value for row, value in owned_rows(logprobs).items() if row < len(batches[index])}
-            scores = [
-                ReferenceScore(
-                    pair_id=pairs[batches[index][row]].pair_id,
-                    chosen_logprob=float(value[0]),
-                    rejected_logprob=float(value[1]),
-                )
-                for row, value in sorted(mine.items())
-            ]
-            if scores:
-                out.write_shard(f"{prefix}{index * size + min(mine):07d}", scores)
-            meter.advance(len(batches[index]))
+            batch = batches[index]
+            mine = {row: value for row, value in owned_rows(logprobs).items() if row < batch.size}
+            if mine:
+                own = sorted(mine)
+                values = np.asarray([mine[row] for row in own], np.float64)
+                out.write_shard(f"{prefix}{index * size + own[0]:07d}", _scores(pairs, batch[own], values))
+            meter.advance(batch.size)
     barrier(f"scored {out.path}")
 
 

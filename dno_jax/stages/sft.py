@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from pydantic import ValidationError
 
@@ -122,7 +123,8 @@ def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[Trai
                 f"{place}: {len(prompt) + len(response)} tokens exceed data.max_length {config.data.max_length}; "
                 "raise it or remove the example"
             )
-        rows.append(TrainingRow((prompt,), (response,), previous_logprob=(0.0,), weight=float(len(response))))
+        ids = (np.asarray(prompt, np.int32),), (np.asarray(response, np.int32),)
+        rows.append(TrainingRow(*ids, previous_logprob=(0.0,), weight=float(len(response))))
     if not rows:
         raise DnoError(f"{config.data.path}: holds no examples")
     return rows

@@ -12,7 +12,7 @@ import numpy as np
 
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
-from dno_jax.data.rows import load_pairs, training_rows
+from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
@@ -57,10 +57,10 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
 
     if is_primary():
         stage.start(config)
-    pairs = load_pairs(run_dir, iteration)
-    previous = list(scored.read(ReferenceScore))
-    initial = previous if update.initial is None else scored.sub(INITIAL).read(ReferenceScore)
-    rows = training_rows(run_dir, pairs, previous, initial)
+    pairs = PairTable.load(run_dir.stage("pair", iteration))
+    previous = pairs.logprobs(scored.read(ReferenceScore))
+    initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
+    rows = PairRows(pairs, previous, initial)
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
     result = train(
         runtime,

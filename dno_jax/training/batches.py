@@ -9,21 +9,23 @@ from typing import Any
 import flax.struct
 import numpy as np
 
+Ids = Sequence[int] | np.ndarray  # token ids of one text
+
 
 @dataclass(frozen=True)
 class TrainingRow:
     """One pair (two sequences: chosen, rejected) or one supervised example (one sequence).
 
     Attributes:
-        prompt_ids, response_ids: a tuple a sequence; the loss covers `response_ids`, end id included.
+        prompt_ids, response_ids: token ids of each sequence; the loss covers `response_ids`, end id included.
         previous_logprob, initial_logprob: log pi_t and log pi_ref of each response, nats; 0 where nothing reads them.
         reward: of each response, points or a win rate; zeros where nothing reads it.
         target: P(chosen preferred).
         weight: 1 for a pair; the number of response tokens for an example, so that its loss is a mean over tokens.
     """
 
-    prompt_ids: tuple[tuple[int, ...], ...]
-    response_ids: tuple[tuple[int, ...], ...]
+    prompt_ids: tuple[Ids, ...]
+    response_ids: tuple[Ids, ...]
     previous_logprob: tuple[float, ...] = (0.0, 0.0)
     initial_logprob: tuple[float, ...] = (0.0, 0.0)
     reward: tuple[float, ...] = (0.0, 0.0)
@@ -76,7 +78,8 @@ def make_batch(rows: Sequence[TrainingRow], *, batch_size: int, max_length: int)
     for i, row in enumerate(rows):
         for c, (prompt, response) in enumerate(zip(row.prompt_ids, row.response_ids, strict=True)):
             total = len(prompt) + len(response)
-            token[i, c, :total] = prompt + response
+            token[i, c, : len(prompt)] = prompt
+            token[i, c, len(prompt) : total] = response
             position[i, c, :total] = np.arange(total)
             mask[i, c, len(prompt) : total] = True
     filler = batch_size - len(rows)

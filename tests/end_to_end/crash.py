@@ -33,7 +33,7 @@ def die_at(
 def arm(point: str) -> None:
     """Patch the one function that the point names."""
     from dno_jax import run_dir
-    from dno_jax.stages import checkpoints, train
+    from dno_jax.stages import checkpoints, pair, train
     from dno_jax.training import checkpoint
 
     what, number = point.rsplit(":", 1)
@@ -41,6 +41,8 @@ def arm(point: str) -> None:
     if what.startswith("shard-"):  # a shard of this stage
         stage = what.removeprefix("shard-")
         die_at(run_dir.StageDir, "write_shard", int(number), after=after, only=lambda self, *_: self.stage == stage)
+    elif what == "pairs":  # a file of the pair stage
+        die_at(pair, "write_pairs", int(number), after=after)
     elif what.startswith("finish-"):  # the manifest of this stage
         stage = what.removeprefix("finish-")
         die_at(run_dir.StageDir, "finish", int(number), after=after, only=lambda self, **_: self.stage == stage)

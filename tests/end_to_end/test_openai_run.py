@@ -10,8 +10,9 @@ from dno_jax import iteration
 from dno_jax.config import RunConfig, TeacherSection, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
-from dno_jax.records import Judgement, Pair, Rollout
+from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
+from tests.pairs import read_pairs
 from tests.small import small_tree, write_prompts
 from tests.stages.conftest import deep_merge
 
@@ -45,7 +46,7 @@ def test_the_loop_runs_to_the_end_and_pairs_follow_the_scores(folder):
     run_dir = RunDir(config.run_dir)
     judgements = {row.prompt_id: row for row in run_dir.stage("annotate", 0).read(Judgement)}
     assert len(judgements) == 12
-    pairs = list(run_dir.stage("pair", 0).read(Pair))
+    pairs = read_pairs(run_dir.stage("pair", 0))
     assert {pair.kind for pair in pairs} & {"student>student", "student>gold", "gold>student"}
     for pair in pairs:
         judgement = judgements[pair.prompt_id]
@@ -75,7 +76,7 @@ def test_faults_leave_a_run_that_goes_on_to_the_same_labels(folder, monkeypatch)
             assert "no verdict" in refusal or "does not take a request" in refusal, refusal
         assert server.duplicates == 0
     labels = [
-        sorted((p.chosen_id, p.rejected_id) for p in RunDir(c.run_dir).stage("pair", 0).read(Pair))
+        sorted((p.chosen_id, p.rejected_id) for p in read_pairs(RunDir(c.run_dir).stage("pair", 0)))
         for c in (expected, config)
     ]
     assert labels[0] == labels[1]
@@ -93,7 +94,7 @@ def test_a_tolerated_share_of_failures_is_dropped_and_counted(folder, monkeypatc
     assert 0 < refused < 12
     assert run_dir.stage("annotate", 0).require().dropped["verdict refused"] == refused
     assert run_dir.stage("pair", 0).require().dropped["verdict refused"] == refused
-    named = {pair.prompt_id for pair in run_dir.stage("pair", 0).read(Pair)}
+    named = {pair.prompt_id for pair in read_pairs(run_dir.stage("pair", 0))}
     assert not named & {row.prompt_id for row in run_dir.stage("annotate", 0).read(Judgement) if row.state != "ok"}
 
 
@@ -148,4 +149,4 @@ def test_a_teacher_writes_the_gold_that_students_are_compared_with(folder):
     run_dir = RunDir(config.run_dir)
     gold = [row for row in run_dir.stage("sample", 0).read(Rollout) if row.source == "gold"]
     assert len(gold) == run_dir.stage("teach", 0).require().rows == 12
-    assert any("gold" in row.kind for row in run_dir.stage("pair", 0).read(Pair))
+    assert any("gold" in row.kind for row in read_pairs(run_dir.stage("pair", 0)))

@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from dno_jax.model import hf
-from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
+from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.pairs import read_pairs
 from tests.small import small_tree
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +53,7 @@ def test_every_stage_is_whole_and_every_prompt_comes_once(runs):
             rollouts = list(run_dir.stage("sample", t).read(Rollout))
             assert len(rollouts) == len({row.rollout_id for row in rollouts}) == 6 * 5
             scores = [row.pair_id for row in run_dir.stage("score", t).read(ReferenceScore)]
-            assert sorted(scores) == sorted({row.pair_id for row in run_dir.stage("pair", t).read(Pair)})
+            assert sorted(scores) == sorted({row.pair_id for row in read_pairs(run_dir.stage("pair", t))})
             assert len(list(run_dir.stage("annotate", t).read(Judgement))) == 6
             # Each process saw all audited responses, also those that the other's devices scored.
             assert run_dir.stage("sample", t).require().details["audit"]["error"] < 1e-5
@@ -66,7 +67,7 @@ def test_the_first_iteration_equals_one_processs(runs):
     _, found = runs
     one, two = ({row.rollout_id: row for row in found[n].stage("sample", 0).read(Rollout)} for n in (1, 2))
     assert {name: row.token_ids for name, row in one.items()} == {name: row.token_ids for name, row in two.items()}
-    pairs = [sorted(row.pair_id for row in found[n].stage("pair", 0).read(Pair)) for n in (1, 2)]
+    pairs = [sorted(row.pair_id for row in read_pairs(found[n].stage("pair", 0))) for n in (1, 2)]
     assert pairs[0] == pairs[1]
     assert policy_fingerprint(found[1].policy(0)) == policy_fingerprint(found[2].policy(0))
 

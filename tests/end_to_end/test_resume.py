@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from dno_jax.fake_judge import FakeJudge
-from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
+from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.pairs import read_rows
 from tests.small import small_tree
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,8 @@ POINTS = [
     "shard-annotate:1",
     "finish-sample:1",
     "finish-annotate:1",
+    "after-pairs:1",
+    "pairs:2",
     "finish-pair:1",
     "shard-score:2",
     "finish-score:1",
@@ -79,8 +82,9 @@ def contents(run_dir):
     """Everything that decides a result: rows of all stages and the fingerprints of all policies."""
     rows = {}
     for t in range(2):
-        for stage, kind in (("sample", Rollout), ("annotate", Judgement), ("pair", Pair), ("score", ReferenceScore)):
+        for stage, kind in (("sample", Rollout), ("annotate", Judgement), ("score", ReferenceScore)):
             rows[stage, t] = sorted(row.model_dump_json() for row in run_dir.stage(stage, t).read(kind))
+        rows["pair", t] = read_rows(run_dir.stage("pair", t))
         rows["evaluate", t] = run_dir.stage("evaluate", t).require().details
         rows["dropped", t] = [
             run_dir.stage(name, t).require().dropped for name in stage_names(run_dir.load_config(), t)

@@ -10,13 +10,14 @@ import pytest
 from dno_jax import iteration
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.console import console
-from dno_jax.data.rows import load_pairs, training_rows
+from dno_jax.data.pair_table import PairTable
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
+from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.stages import checkpoints, pair, sample, score, train
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.pairs import read_pairs
 from tests.small import small_tree
 from tests.stages.conftest import deep_merge
 
@@ -69,8 +70,8 @@ def test_pairs_name_rollouts_and_judgements_and_every_drop_is_counted(finished):
     for t in range(2):
         stage = run_dir.stage("pair", t)
         details, rollouts = stage.require().details, {r.rollout_id: r for r in run_dir.stage("sample", t).read(Rollout)}
-        new = [row for row in stage.read(Pair) if row.iteration == t]
-        replayed = [row for row in stage.read(Pair) if row.iteration != t]
+        new = [row for row in read_pairs(stage) if row.iteration == t]
+        replayed = [row for row in read_pairs(stage) if row.iteration != t]
         assert (len(new), len(replayed)) == (details["new"], details["replayed"])
         assert len(replayed) <= 0.3 * (len(new) + len(replayed)) + 1e-9
         silent = {row.prompt_id for row in rollouts.values() if not row.text.strip()}  # one more candidate each
@@ -85,7 +86,7 @@ def test_pairs_name_rollouts_and_judgements_and_every_drop_is_counted(finished):
             assert made.chosen_reward == pytest.approx(rate[ids.index(made.chosen_id)], abs=1e-6)
             assert made.chosen_reward > made.rejected_reward
             assert made.target == 1.0
-    assert [row for row in run_dir.stage("pair", 1).read(Pair) if row.iteration == 0]
+    assert [row for row in read_pairs(run_dir.stage("pair", 1)) if row.iteration == 0]
 
 
 def test_training_starts_at_log_two_and_the_reference_is_the_previous_policy(finished):
@@ -112,7 +113,7 @@ def test_sampled_logprobs_equal_the_trainers(finished):
     rollouts = {row.rollout_id: row for row in run_dir.stage("sample", 0).read(Rollout)}
     scores = {row.pair_id: row for row in run_dir.stage("score", 0).read(ReferenceScore)}
     compared = 0
-    for made in run_dir.stage("pair", 0).read(Pair):
+    for made in read_pairs(run_dir.stage("pair", 0)):
         for name, value in (
             (made.chosen_id, scores[made.pair_id].chosen_logprob),
             (made.rejected_id, scores[made.pair_id].rejected_logprob),
@@ -188,12 +189,12 @@ def test_prompts_that_changed_under_a_run_are_refused(finished, make_config, tmp
 
 def test_missing_reference_scores_are_never_zeros(finished):
     _, run_dir, _ = finished
-    pairs = load_pairs(run_dir, 0)
+    pairs = PairTable.load(run_dir.stage("pair", 0))
     scores = list(run_dir.stage("score", 0).read(ReferenceScore))
     with pytest.raises(DnoError, match="has no reference score"):
-        training_rows(run_dir, pairs, scores[1:])
+        pairs.logprobs(scores[1:])
     with pytest.raises(DnoError, match="has no reference score"):
-        training_rows(run_dir, pairs, [])
+        pairs.logprobs([])
 
 
 def test_step_zero_refuses_a_foreign_reference(make_config):

@@ -16,16 +16,16 @@ import yaml
 from dno_jax import iteration
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.console import console
-from dno_jax.data.rows import load_pairs
 from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
-from dno_jax.records import Judgement, Pair, ReferenceScore, Rollout
+from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.report.summary import stage_statuses, status_table
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.training.batches import batch_order
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.pairs import in_order_of_id, read_pairs
 from tests.small import WORDS, small_tree
 from tests.stages.conftest import deep_merge
 
@@ -98,7 +98,7 @@ def run_of(tmp_path_factory):
 
 
 def pairs_of(run_dir, t):
-    return list(run_dir.stage("pair", t).read(Pair))
+    return read_pairs(run_dir.stage("pair", t))
 
 
 def rollouts_of(run_dir, t):
@@ -110,7 +110,7 @@ def steps_of(run_dir, t, stage="train"):
 
 
 def first_batch(config, run_dir, t):
-    pairs = load_pairs(run_dir, t)
+    pairs = in_order_of_id(run_dir, t)
     order = batch_order(len(pairs), batch_size=8, num_epochs=1, seed=config.seed, iteration=t)
     return [pairs[i] for i in next(order)]
 
@@ -426,10 +426,10 @@ def test_lookahead_restarts_from_policy_0_on_all_earlier_pairs(run_of):
     last = run_dir.stage("sample", 2)
     assert not last.path.exists()
     assert not run_dir.stage("annotate", 2).path.exists()
-    earlier = [pair for t in range(2) for pair in run_dir.stage("pair", t).read_shard(Pair, "new")]
+    earlier = [pair for t in range(2) for pair in read_pairs(run_dir.stage("pair", t), "new")]
     assert {pair.iteration for pair in earlier} == {0, 1}
-    assert run_dir.stage("pair", 2).read_shard(Pair, "new") == []
-    assert run_dir.stage("pair", 2).read_shard(Pair, "replayed") == earlier
+    assert read_pairs(run_dir.stage("pair", 2), "new") == []
+    assert read_pairs(run_dir.stage("pair", 2), "replayed") == earlier
     for name in ("score", "train"):
         assert inputs_of(run_dir, name, 2) == {"000": policy_fingerprint(run_dir.policy(0))}
     assert run_dir.stage("score", 2).require().details["policy"] == "000"

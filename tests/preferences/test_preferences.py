@@ -1,6 +1,5 @@
 import math
 from collections import Counter
-from dataclasses import dataclass
 from itertools import combinations, product
 
 import numpy as np
@@ -16,7 +15,6 @@ from dno_jax.preferences import (
     count_cycles,
     large_margin_pairs,
     matched_pairs,
-    pooled_pairs,
     ranking,
     repeated_ngram_share,
     replay_counts,
@@ -504,18 +502,6 @@ def test_a_candidate_is_checked_and_a_pair_knows_its_kind():
         ScoredCandidate("x", 1.0, "teacher")
     with pytest.raises(ValueError, match="'x': count must be >= 1"):
         ScoredCandidate("x", 1.0, count=0)
-
-
-def test_pooled_pairs_are_one_list_of_unique_ids():
-    @dataclass(frozen=True)
-    class Row:
-        pair_id: str
-
-    first, second = [Row("0/a>b"), Row("0/a>c")], [Row("1/a>b")]
-    assert pooled_pairs([first, iter(second), []]) == first + second
-    assert pooled_pairs([]) == []
-    with pytest.raises(ValueError, match="'1/a>b' is there 2 times"):
-        pooled_pairs([first, second, second])
 
 
 # Odds and ends

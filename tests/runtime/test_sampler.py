@@ -16,11 +16,12 @@ from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import AXES, make_mesh, own_submesh, submeshes_of
-from dno_jax.records import Judgement, Pair, Rollout
+from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.runtime import sampler, slots
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import annotate, pair, sample
+from tests.pairs import read_pairs
 from tests.sampling.completion_server import CompletionServer
 
 
@@ -220,7 +221,7 @@ def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_con
     judged = {judgement.prompt_id for judgement in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
     assert len(judged) == 5
     pair.run(config, 0)
-    assert {row.prompt_id for row in RunDir(config.run_dir).stage("pair", 0).read(Pair)} <= judged
+    assert {row.prompt_id for row in read_pairs(RunDir(config.run_dir).stage("pair", 0))} <= judged
 
 
 class Killed(Exception):

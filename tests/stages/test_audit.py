@@ -15,10 +15,11 @@ from dno_jax.config import RunConfig, parse_config
 from dno_jax.console import console
 from dno_jax.data import rows
 from dno_jax.errors import DnoError
-from dno_jax.records import Pair, ReferenceScore, Rollout
+from dno_jax.records import ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime import sampler
 from dno_jax.stages import audit, pair, sample, score, train
+from tests.pairs import read_pairs
 from tests.small import small_tree, write_prompts
 from tests.stages.conftest import deep_merge
 
@@ -198,7 +199,7 @@ def test_the_samplers_record_is_the_reference_and_nothing_is_scored(plain, tmp_p
     manifest = score.run(config, 0)
     assert not steps
     taken, drawn = scores_of(run_dir), rollouts_of(run_dir)
-    pairs = list(run_dir.stage("pair", 0).read(Pair))
+    pairs = read_pairs(run_dir.stage("pair", 0))
     assert len(pairs) == len(taken) == manifest.details["sampled"] > 5
     for made in pairs:
         assert taken[made.pair_id].chosen_logprob == drawn[made.chosen_id].logprob
@@ -251,7 +252,7 @@ def test_training_begins_at_log_two_and_keeps_what_it_has_read(trained, steps):
 def test_replayed_pairs_are_scored_under_the_policy_that_is_the_reference_now(trained, steps):
     config, run_dir = trained
     manifest = score.run(config, 1)
-    pairs = {row.pair_id: row for row in run_dir.stage("pair", 1).read(Pair)}
+    pairs = {row.pair_id: row for row in read_pairs(run_dir.stage("pair", 1))}
     replayed = {name for name, row in pairs.items() if row.iteration == 0}
     stage = run_dir.stage("score", 1)
     others = [name for name in stage.shard_names() if name != "sampled"]
@@ -277,7 +278,7 @@ def test_pairs_with_the_teacher_are_scored_and_the_mixtures_samples_are_not(make
     iteration.prepare(config)
     paired(config)
     run_dir = RunDir(config.run_dir)
-    drawn, pairs = rollouts_of(run_dir), list(run_dir.stage("pair", 0).read(Pair))
+    drawn, pairs = rollouts_of(run_dir), read_pairs(run_dir.stage("pair", 0))
     found = run_dir.stage("sample", 0).require().details["audit"]
     assert found["responses"] == 4 * 2 * 2  # samples, prompts, shards: the mixture's samples, and not the teacher's
     del steps[:]

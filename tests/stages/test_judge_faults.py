@@ -7,9 +7,10 @@ import pytest
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.errors import DnoError
 from dno_jax.fake_judge import OUTCOMES, FakeJudge
-from dno_jax.records import Judgement, Pair
+from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
+from tests.pairs import read_pairs
 from tests.stages.judged import sampled_run
 
 STATUSES = ("400", "408", "429", "500", "503")
@@ -52,6 +53,6 @@ def test_a_third_of_faults_of_every_kind_ends_in_the_labels_of_a_faultless_run(t
             assert sum(tally.verdicts for tally in store.tallies()) == 12 * PROMPTS
         pair.run(config, 0)
         judgements = [row.model_dump(exclude={"raw"}) for row in stage.read(Judgement)]
-        found.append((judgements, list(run_dir.stage("pair", 0).read(Pair))))
+        found.append((judgements, read_pairs(run_dir.stage("pair", 0))))
     assert found[0] == found[1]
     assert len(found[0][1]) == 6 * PROMPTS

@@ -8,10 +8,12 @@ import pytest
 
 from dno_jax.config import RunConfig, config_digest, parse_config
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Pair, Rollout
+from dno_jax.files import write_lines_atomically
+from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import pair
 from dno_jax.stages.pair import new_pairs
+from tests.pairs import read_pairs
 
 
 def make_config(run_dir="run", *, kind="oracle", **sections):
@@ -389,9 +391,15 @@ def test_pools_without_a_verdict_or_without_opponents_are_counted():
     assert made.verdicts() == {"cyclic_triples": 0}
 
 
+def keep_prompts(run_dir, names, iteration=0):
+    rows = [Prompt(prompt_id=name, messages=(Message(role="user", content=f"{name}?"),)) for name in sorted(names)]
+    write_lines_atomically(run_dir.prompts_path(iteration), [row.model_dump_json() for row in rows])
+
+
 def finish(config, rollouts, judgements, iteration=0):
     """Leave a sample and an annotate stage as those stages would."""
     run_dir, digest = RunDir(config.run_dir), config_digest(config)
+    keep_prompts(run_dir, {row.prompt_id for row in rollouts}, iteration)
     for name, rows in (("sample", rollouts), ("annotate", judgements)):
         stage = run_dir.stage(name, iteration)
         stage.write_shard("0000000", rows)
@@ -409,6 +417,7 @@ def test_pairs_do_not_depend_on_how_shards_were_cut(tmp_path):
     for cut in (["qrst"], ["ts", "rq"], ["s", "q", "t", "r"]):
         config = make_config(tmp_path / "-".join(cut))
         run_dir = RunDir(config.run_dir)
+        keep_prompts(run_dir, texts)
         for name in ("sample", "annotate"):
             stage = run_dir.stage(name, 0)
             for number, prompts in enumerate(cut):
@@ -418,7 +427,7 @@ def test_pairs_do_not_depend_on_how_shards_were_cut(tmp_path):
                 stage.write_shard(f"{number:07d}", rows)
             stage.finish(config_digest=config_digest(config), inputs={}, rows=0, seconds=0.0)
         details = pair.run(config, 0).details
-        found.append((list(run_dir.stage("pair", 0).read(Pair)), details))
+        found.append((read_pairs(run_dir.stage("pair", 0)), details))
     assert len({row.prompt_id for row in found[0][0]}) == 4
     assert found[1] == found[0]
     assert found[2] == found[0]
@@ -432,7 +441,7 @@ def test_the_manifest_holds_cycles_errors_and_drops(tmp_path):
     order = dict.fromkeys(itertools.combinations(["aaaa", "bb", "cc", "d"], 2), 1.0)
     finish(config, cyclic + chain, [judged(cyclic, wins=wins), judged(chain, wins=order)])
     manifest = pair.run(config, 0)
-    details, made = manifest.details, list(RunDir(config.run_dir).stage("pair", 0).read(Pair))
+    details, made = manifest.details, read_pairs(RunDir(config.run_dir).stage("pair", 0))
     rates = {"a": [0.9, 0.2], "b": [0.1, 0.8], "c": [0.2, 0.8]}
     errors = [np.std(values, ddof=1) / math.sqrt(2) for values in rates.values()]
     for beaten in (3, 2, 1, 0):

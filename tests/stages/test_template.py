@@ -11,16 +11,17 @@ import pytest
 from dno_jax import iteration
 from dno_jax.annotation.annotator import Candidate
 from dno_jax.config import SftConfig, parse_config
+from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.data.pools import pools_of
 from dno_jax.data.prompts import load_prompts
-from dno_jax.data.rows import training_rows
 from dno_jax.errors import DnoError
-from dno_jax.records import Judgement, Message, Pair, Prompt, Rollout
+from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime, load_tokenizer
 from dno_jax.stages import annotate, checkpoints, pair, sample
 from dno_jax.stages.sft import supervised_rows
 from dno_jax.training.batches import make_batch
+from tests.pairs import in_order_of_id
 from tests.small import TEMPLATE, WORDS, small_tree
 
 PREFIX = "bam dom"
@@ -73,7 +74,7 @@ def test_the_judge_is_shown_what_was_sampled_from(run):
     tokenizer = load_tokenizer(config.model)
     for rollout in run_dir.stage("sample", 0).read(Rollout):
         prompt = shown[rollout.prompt_id]
-        assert rollout.prompt_token_ids == tokenizer.prompt_ids(prompt.messages, prompt.assistant_prefix)
+        assert tuple(rollout.prompt_token_ids) == tokenizer.prompt_ids(prompt.messages, prompt.assistant_prefix)
         assert len(rollout.prompt_token_ids) <= 16
         assert (rollout.prompt_token_ids[0], rollout.prompt_token_ids.count(1)) == (1, 1)
     assert len(shown["long"].messages[0].content.split()) == 15
@@ -91,9 +92,9 @@ def test_the_judge_is_shown_what_was_sampled_from(run):
 
 def test_only_what_follows_the_prefix_is_trained_with_at_most_one_end_token(run):
     _, run_dir = run
-    pairs = list(run_dir.stage("pair", 0).read(Pair))
+    pairs = in_order_of_id(run_dir, 0)
     rollouts = {row.rollout_id: row for row in run_dir.stage("sample", 0).read(Rollout)}
-    rows = training_rows(run_dir, pairs)
+    rows = PairRows(PairTable.load(run_dir.stage("pair", 0)))
     batch = make_batch(rows, batch_size=len(rows), max_length=64)
     finishes = set()
     for index, made in enumerate(pairs):

@@ -21,7 +21,7 @@ from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.rubric import PointRubric, Unparsable, load_point_rubric
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
-from dno_jax.data.pools import Pools
+from dno_jax.data.pools import Pools, PoolShard
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
@@ -33,8 +33,8 @@ from dno_jax.sampling.engine import generate
 from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams
 from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
-from dno_jax.stage_dir import Manifest, StageDir
-from dno_jax.stages.judge_on_devices.shards import judge_on_devices
+from dno_jax.stage_dir import Manifest
+from dno_jax.stages.judge_on_devices.shards import CloseShard, judge_on_devices
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
 _JUDGE_KEYS = 1 << 30
@@ -73,7 +73,8 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
         identity=identity,
         inputs=inputs | {f"rubric {judge.rubric.name}": judge.rubric.digest},
         judge_shards=partial(_judge_shards, judge, policy, identity=identity),
-        figures=lambda judgements: {"readings": _reading_states(judgements)},
+        counts=_reading_states,
+        figures=lambda states: {"readings": dict(states)},
         who="the policy",
         remedy="would read the same: teach the policy to judge first (dno sft on examples of the rubric), start a run "
         "with another annotation.self_judge",
@@ -202,16 +203,16 @@ class _Request:
 class _Sheet:
     """One shard under judgement."""
 
-    shard: str
-    pools: list[Pool]
+    name: str
+    shard: PoolShard
     requests: dict[str, _Request] = field(default_factory=dict)
     unasked: dict[str, str] = field(default_factory=dict)  # prompt id -> why its pool cannot be asked about
     readings: dict[str, list[_Reading]] = field(default_factory=dict)
 
     @classmethod
-    def lay_out(cls, judge: _Judge, shard: str, pools: list[Pool]) -> _Sheet:
-        sheet = cls(shard, pools)
-        for pool in pools:
+    def lay_out(cls, judge: _Judge, name: str, shard: PoolShard) -> _Sheet:
+        sheet = cls(name, shard)
+        for pool in shard.pools:
             asked = {item.candidate_id: judge.request(pool.prompt.messages, item.text) for item in pool.candidates}
             problems = [found for found in asked.values() if isinstance(found, str)]
             if problems:
@@ -228,7 +229,7 @@ class _Sheet:
         return len(self.readings) == len(self.requests)
 
     def judgements(self, *, identity: str) -> list[Judgement]:
-        return [self._judgement(pool, identity=identity) for pool in self.pools]
+        return [self._judgement(pool, identity=identity) for pool in self.shard.pools]
 
     def _judgement(self, pool: Pool, *, identity: str) -> Judgement:
         fields = {"prompt_id": pool.prompt.prompt_id, "candidate_ids": pool.candidate_ids, "judge": identity}
@@ -246,51 +247,54 @@ class _Sheet:
 
 
 def _judge_shards(
-    judge: _Judge, policy: epath.Path, pools: Pools, shards: Sequence[str], *, out: StageDir, identity: str
+    judge: _Judge, policy: epath.Path, pools: Pools, shards: Sequence[str], *, close: CloseShard, identity: str
 ) -> None:
     """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
-    submesh, iteration = judge.runtime.submesh, out.iteration
+    submesh, iteration = judge.runtime.submesh, pools.sampled.iteration
     own = shards[submesh.index :: submesh.count]
-    # Of all shards, whoever judges them: processes that share a model must decode as many rows. Counted, not kept.
-    counts = {shard: [len(pool.candidate_ids) for pool in pools.read(shard, dropped=Counter())] for shard in shards}
-    shape = judge.shape(num_requests=sum(map(sum, counts.values())))
+    # At most so many readings are asked for, of all shards, whoever judges them: processes that share a model must
+    # decode as many rows.
+    shape = judge.shape(num_requests=pools.sampled.require().rows)
     params = judge.runtime.load_for_decoding(policy)
     asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
 
     def coming() -> Iterator[_Request]:
         """Lay shards out one after the other, as the sampler takes requests."""
         numbers = itertools.count()
-        for shard in own:
-            sheet = _Sheet.lay_out(judge, shard, pools.read(shard, dropped=Counter()))
+        for name in own:
+            sheet = _Sheet.lay_out(judge, name, pools.read(name))
             if sheet.is_read:
-                close(sheet)
+                finish(sheet)
             # Prompts of like length side by side pad little.
             for request in sorted(sheet.requests.values(), key=lambda request: len(request.token_ids)):
                 asked[next(numbers)] = sheet, request
                 yield request
 
-    def close(sheet: _Sheet) -> None:
-        if submesh.leads:
-            out.write_shard(sheet.shard, sheet.judgements(identity=identity))
-        meter.advance(len(sheet.pools))
+    def finish(sheet: _Sheet) -> None:
+        nonlocal judged
+        close(sheet.name, sheet.shard, sheet.judgements(identity=identity))
+        judged += len(sheet.shard.pools)
+        meter.advance(len(sheet.shard.pools))
 
-    total = sum(len(counts[shard]) for shard in own)
+    judged = 0
+    at_most = min(len(pools.prompts), len(own) * judge.runtime.config.sampling.shard_prompts)
     stream = judge.generate(params, coming(), shape=shape, iteration=iteration)
     with (
         contextlib.closing(stream),
-        Meter(f"judge     {iteration}", total=total, unit="pools", enabled=is_primary()) as meter,
+        Meter(f"judge     {iteration}", total=at_most, unit="pools", enabled=is_primary()) as meter,
     ):
         for finished in stream:
             sheet, request = asked.pop(finished.index)
             sheet.readings[request.candidate_id] = [judge.read(response) for response in finished.responses]
             if sheet.is_read:
-                close(sheet)
+                finish(sheet)
+        meter.expect(judged)
 
 
-def _reading_states(judgements: Iterable[Judgement]) -> dict[str, int]:
+def _reading_states(judgements: Iterable[Judgement]) -> Counter[str]:
     """How many readings were answers, over all pools that were asked about."""
     states = Counter({"ok": 0, "unparsable": 0})
     for judgement in judgements:
         pool = json.loads(judgement.raw) if judgement.raw else {}
         states.update("unparsable" if one["score"] is None else "ok" for own in pool.values() for one in own)
-    return dict(states)
+    return states

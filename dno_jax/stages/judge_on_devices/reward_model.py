@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -41,9 +41,9 @@ from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message
 from dno_jax.runtime.fit import check_ids
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.stage_dir import Manifest, StageDir
+from dno_jax.stage_dir import Manifest
 from dno_jax.stages.checkpoints import read_checkpoint
-from dno_jax.stages.judge_on_devices.shards import judge_on_devices
+from dno_jax.stages.judge_on_devices.shards import CloseShard, judge_on_devices
 from dno_jax.training.batches import length_bucket
 
 _FILES_AT_ONCE = 8
@@ -78,6 +78,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
         identity=judge.identity,
         inputs={f"reward model {judge.path.name}": judge.digest},
         judge_shards=partial(_judge_shards, judge),
+        counts=_reward_sums,
         figures=_reward_figures,
         who="the reward model",
         remedy="would compute the same: start a run with a larger annotation.reward_model.max_length where chats are "
@@ -244,31 +245,37 @@ def bradley_terry(rewards: Sequence[float], *, temperature: float) -> tuple[tupl
     return tuple(tuple(row) for row in wins.tolist())
 
 
-def _judge_shards(judge: RewardModel, pools: Pools, shards: Sequence[str], *, out: StageDir) -> None:
+def _judge_shards(judge: RewardModel, pools: Pools, shards: Sequence[str], *, close: CloseShard) -> None:
     """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
     submesh = judge.runtime.submesh
     own = shards[submesh.index :: submesh.count]
     params = judge.load()
-    with Meter(f"judge     {out.iteration}", total=len(own), unit="shards", enabled=is_primary()) as meter:
-        for shard in own:
-            judged = judge.judge(params, pools.read(shard, dropped=Counter()))
-            if submesh.leads:
-                out.write_shard(shard, judged)
+    description = f"judge     {pools.sampled.iteration}"
+    with Meter(description, total=len(own), unit="shards", enabled=is_primary()) as meter:
+        for name in own:
+            shard = pools.read(name)
+            close(name, shard, judge.judge(params, shard.pools))
             meter.advance(1)
 
 
-def _reward_figures(judgements: Iterator[Judgement]) -> dict[str, dict[str, float]]:
-    """The mean and the standard deviation of the rewards, and that within pools, in which `temperature` is measured."""
-    count, total, squares, within = 0, 0.0, 0.0, 0.0
+def _reward_sums(judgements: Iterable[Judgement]) -> Counter[str]:
+    """Number and sums of the rewards, of their squares, and of their squared distances from their pools' means."""
+    found: Counter[str] = Counter()
     for judgement in judgements:
         if judgement.state == "ok":
             own = np.asarray(list(json.loads(judgement.raw).values()))
-            count, total, squares = count + own.size, total + own.sum(), squares + (own**2).sum()
-            within += ((own - own.mean()) ** 2).sum()
-    if not count:
+            within = ((own - own.mean()) ** 2).sum()
+            found.update({"count": own.size, "total": own.sum(), "squares": (own**2).sum(), "within": within})
+    return found
+
+
+def _reward_figures(sums: Counter[str]) -> dict[str, dict[str, float]]:
+    """The mean and the standard deviation of the rewards, and that within pools, in which `temperature` is measured."""
+    if not (count := sums["count"]):
         return {}
-    spread = max(squares / count - (total / count) ** 2, 0.0)
-    return {"rewards": {"mean": total / count, "deviation": spread**0.5, "within_pools": (within / count) ** 0.5}}
+    mean = sums["total"] / count
+    spread = max(sums["squares"] / count - mean**2, 0.0)
+    return {"rewards": {"mean": mean, "deviation": spread**0.5, "within_pools": (sums["within"] / count) ** 0.5}}
 
 
 def _tokenizer(section: RewardModelSection, *, date: datetime.date) -> ChatTokenizer:

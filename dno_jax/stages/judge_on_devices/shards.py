@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dno_jax.config import RunConfig
-from dno_jax.data.pools import Pools, survey, tell_quality
+from dno_jax.data.pools import Pools, PoolShard, Survey, tell_quality
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
@@ -23,10 +23,17 @@ from dno_jax.stage_dir import Manifest, StageDir
 
 
 @runtime_checkable
-class JudgeShards(Protocol):
-    """Judges and closes shards, this process those of its part of the mesh."""
+class CloseShard(Protocol):
+    """Takes a judged shard: its name, what it was read as, and its judgements."""
 
-    def __call__(self, pools: Pools, shards: Sequence[str], *, out: StageDir) -> None: ...
+    def __call__(self, name: str, shard: PoolShard, judgements: Sequence[Judgement], /) -> None: ...
+
+
+@runtime_checkable
+class JudgeShards(Protocol):
+    """Judges shards and hands each to `close`, this process those of its part of the mesh."""
+
+    def __call__(self, pools: Pools, shards: Sequence[str], *, close: CloseShard) -> None: ...
 
 
 def judge_on_devices(
@@ -36,7 +43,8 @@ def judge_on_devices(
     identity: str,
     inputs: Mapping[str, str],
     judge_shards: JudgeShards,
-    figures: Callable[[Iterator[Judgement]], Mapping[str, Any]],
+    counts: Callable[[Iterable[Judgement]], Counter[str]],
+    figures: Callable[[Counter[str]], Mapping[str, Any]],
     who: str,
     remedy: str,
 ) -> Manifest:
@@ -45,7 +53,8 @@ def judge_on_devices(
     Args:
         identity: everything that changes a verdict; what another judge closed is judged anew.
         inputs: what the manifest names beside the samples.
-        figures: the manifest's details beside the states, of all judgements.
+        counts: what to add up of a shard's judgements.
+        figures: the manifest's details beside the states, of the sums of `counts`.
         who, remedy: complete "... gave no verdict" and "Another call ...", which is said of too many failures.
 
     Raises:
@@ -55,27 +64,36 @@ def judge_on_devices(
     run_dir = runtime.run_dir
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
     # The manifest's: every process must see the same ones.
-    shards = sorted(name.removesuffix(".jsonl") for name in sampled.require().outputs)
+    shards = sorted(sampled.require().outputs)
     inputs = {**stage.input_digest(sampled.manifest_path), **inputs}
     if manifest := stage.finished(runtime.config, inputs):
         return manifest
     if is_primary():
         stage.start(runtime.config)
     pools = Pools(sampled, run_dir.prompts_path(iteration))
-    if pending := _unfinished(stage, shards, identity=identity):
-        judge_shards(pools, pending, out=stage)
+    found = Survey()
+    sums: dict[str, Counter[str]] = {}
+
+    def add(name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
+        found.add(name, shard, judgements)
+        sums[name] = counts(judgements)
+
+    def close(name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
+        if runtime.submesh.leads:  # all processes of a part of the mesh have the same judgements
+            stage.write_shard(name, judgements)
+        add(name, shard, judgements)
+
+    if pending := _unfinished(stage, shards, identity=identity, pools=pools, add=add):
+        judge_shards(pools, pending, close=close)
         barrier(f"judged {stage.path}")
-
-    def judgements() -> Iterator[Judgement]:
-        for shard in shards:
-            yield from stage.read_shard(Judgement, shard)
-
-    states: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    for row in judgements():
-        states[row.state] += 1
-        if row.state != "ok":
-            reasons[f"{row.state}: {row.detail}"] += 1
+    for name in shards:
+        if name not in found.shards:  # another process judged it, or found it closed
+            judgements = stage.read_shard(Judgement, name)
+            if is_primary():
+                add(name, pools.read(name), judgements)
+            else:
+                found.count(name, judgements)
+    states, reasons = found.states, found.reasons
     if reasons.total() > runtime.config.annotation.max_failed * states.total():
         # Every process has counted all judgements, so that all of them stop here, or none.
         shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
@@ -84,7 +102,9 @@ def judge_on_devices(
             f"call {remedy}, or raise annotation.max_failed to go on without these pools"
         )
     if is_primary():
-        found = survey(pools, stage)
+        total: Counter[str] = Counter()
+        for name in shards:  # in one order, whichever call closed them
+            total.update(sums[name])
         stage.finish(
             runtime.config,
             inputs=inputs,
@@ -95,18 +115,21 @@ def judge_on_devices(
                 "judge": identity,
                 "states": dict(states),
                 **tell_quality(run_dir, found.quality, runtime.config.annotation, iteration=iteration),
-                **figures(judgements()),
+                **figures(total),
             },
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
 
 
-def _unfinished(stage: StageDir, shards: Sequence[str], *, identity: str) -> list[str]:
-    """Shards that are not closed, or were judged by another judge; process 0 says which, for all."""
+def _unfinished(stage: StageDir, shards: Sequence[str], *, identity: str, pools: Pools, add: CloseShard) -> list[str]:
+    """Shards that are not closed, or were judged by another judge; process 0 says which, for all, and adds the rest."""
+    missing = np.ones(len(shards), bool)
     closed = set(stage.shard_names()) if is_primary() else set()
-    missing = [
-        shard not in closed or any(row.judge != identity for row in stage.read_shard(Judgement, shard))
-        for shard in shards
-    ]
-    return [shards[int(index)] for index in np.flatnonzero(broadcast_from_primary(np.asarray(missing, bool)))]
+    for index, name in enumerate(shards):
+        if name in closed:
+            judgements = stage.read_shard(Judgement, name)
+            missing[index] = any(row.judge != identity for row in judgements)
+            if not missing[index]:
+                add(name, pools.read(name), judgements)
+    return [shards[index] for index in np.flatnonzero(broadcast_from_primary(missing)).tolist()]

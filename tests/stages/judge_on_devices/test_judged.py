@@ -24,9 +24,10 @@ from dno_jax.config import RunConfig, parse_config
 from dno_jax.data.pools import PromptFile
 from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
-from dno_jax.records import Judgement, Pair, Rollout
+from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
+from tests.pairs import read_pairs
 from tests.stages.judged import judged_tree, paid, sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
@@ -41,7 +42,7 @@ def texts_of(config):
 
 
 def stage_pairs(config):
-    return RunDir(config.run_dir).stage("pair", 0).read(Pair)
+    return read_pairs(RunDir(config.run_dir).stage("pair", 0))
 
 
 def made_pairs(config):

@@ -19,10 +19,11 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
-from dno_jax.records import Judgement, Message, Pair, Rollout
+from dno_jax.records import Judgement, Message, Rollout
 from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.stages import checkpoints, pair, sample, sft
 from dno_jax.stages.judge_on_devices import policy as self_judge
+from tests.pairs import read_pairs
 from tests.stages.conftest import deep_merge
 
 TOPICS = [f"{a}{b}{c}" for a in "bd" for b in "aeo" for c in "mn"]
@@ -199,7 +200,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
     assert min(good) > max(poor)
     pair.run(config, 0)
     texts = {rollout.rollout_id: rollout.text for rollout in run_dir.stage("sample", 0).read(Rollout)}
-    pairs = list(run_dir.stage("pair", 0).read(Pair))
+    pairs = read_pairs(run_dir.stage("pair", 0))
     assert len(pairs) >= 4
     for made in pairs:
         assert GOOD in texts[made.chosen_id].split()
@@ -413,3 +414,20 @@ def test_a_chat_template_that_refuses_the_rubric_is_said_as_well(make, tmp_path)
     rubric.write_text(RUBRIC.replace('system: ""', "system: Judge."))
     with pytest.raises(DnoError, match="refuses a chat of roles"):
         self_judge.check(config)
+
+
+def test_each_shard_is_parsed_once_whichever_call_closed_it(make, sampled, monkeypatch):
+    config = make()
+    stage = sampled(config).stage("annotate", 0)
+    parsed, real = Counter(), StageDir.read_shard
+    monkeypatch.setattr(
+        StageDir, "read_shard", lambda self, kind, name: parsed.update([str(self.path / name)]) or real(self, kind, name)
+    )
+    whole = self_judge.run(config, 0)
+    assert set(parsed.values()) == {1}
+    stage.manifest_path.unlink()
+    (stage.path / f"{stage.shard_names()[0]}.jsonl").unlink()
+    parsed.clear()
+    again = self_judge.run(config, 0)
+    assert set(parsed.values()) == {1}
+    assert (again.outputs, again.details, again.dropped) == (whole.outputs, whole.details, whole.dropped)

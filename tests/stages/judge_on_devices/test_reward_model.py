@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +20,13 @@ from dno_jax.config import MeshSection, RunConfig, dump_config, parse_config
 from dno_jax.data.pools import Pools, PromptFile
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.records import Judgement, Message, Pair, Prompt, Rollout
+from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import checkpoints, pair, sample
 from dno_jax.stages.judge_on_devices import reward_model
 from tests.model.checkpoints import edit_config, edit_tensors
+from tests.pairs import read_pairs
 from tests.small import WORDS, write_checkpoint
 from tests.stages.conftest import deep_merge
 
@@ -108,7 +108,7 @@ def files(run_dir: RunDir) -> dict[str, tuple[int, str]]:
 
 def pools_of_run(run_dir: RunDir) -> list[Pool]:
     source = Pools(run_dir.stage("sample", 0), run_dir.prompts_path(0))
-    return [pool for shard in source.sampled.shard_names() for pool in source.read(shard, dropped=Counter())]
+    return [pool for shard in source.sampled.shard_names() for pool in source.read(shard).pools]
 
 
 def transformers_reward(path: Path, chats: list[list[dict]]) -> list[float]:
@@ -162,7 +162,7 @@ def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled,
     assert manifest.details["rewards"]["mean"] == pytest.approx(np.mean(ours))
     assert manifest.details["rewards"]["deviation"] == pytest.approx(np.std(ours))
     pair.run(config, 0)
-    for made in run_dir.stage("pair", 0).read(Pair):
+    for made in read_pairs(run_dir.stage("pair", 0)):
         kept = json.loads(next(row.raw for row in rows if row.prompt_id == made.prompt_id))
         assert kept[made.chosen_id] > kept[made.rejected_id]
 
@@ -296,8 +296,9 @@ def test_each_part_of_the_mesh_closes_shards_of_its_own(make, sampled):
     for index in (1, 0):
         runtime = Runtime.start(config)
         judge = reward_model.RewardModel.start(runtime)
-        vars(judge.runtime)["part"] = replace(runtime.submesh, index=index, count=2)
-        reward_model._judge_shards(judge, pools, source.shard_names(), out=stage)
+        vars(judge.runtime)["submesh"] = replace(runtime.submesh, index=index, count=2)
+        shards = source.shard_names()
+        reward_model._judge_shards(judge, pools, shards, close=lambda name, _, rows: stage.write_shard(name, rows))
         closed.append(stage.shard_names())
     assert closed == [["0000008"], ["0000000", "0000008"]]
     before = files(run_dir)
