@@ -237,7 +237,7 @@ class _TemplateByDefault(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export, purge or salvage it.")
+app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")

@@ -1,21 +1,25 @@
-"""Figures of a stream in constant memory: means over prompts, and histograms."""
+"""Means over prompts with intervals, and histograms."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dno_jax.preferences import Z95, share_interval
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dno_jax.statistics import Z95, share_interval
 
 _DIGITS = 4
+_LEAST_WIDTH = 2.0**-6
+_MAX_BINS = 24
 
 
 @dataclass
 class Tally:
-    """A mean of values that come in clusters, one a prompt: those of one prompt are no independent witnesses.
+    """A mean of values that come in clusters, one per prompt: those of one prompt are no independent witnesses.
 
     Attributes:
         total, count: sum and number of all values.
@@ -39,14 +43,6 @@ class Tally:
             self.total_squares += total * total
             self.products += total * count
             self.count_squares += count * count
-
-    def merge(self, other: Tally) -> None:
-        self.total += other.total
-        self.count += other.count
-        self.clusters += other.clusters
-        self.total_squares += other.total_squares
-        self.products += other.products
-        self.count_squares += other.count_squares
 
     @property
     def mean(self) -> float:
@@ -78,55 +74,24 @@ class Tally:
         return {"value": value, "low": low, "high": high, "n": self.count, "prompts": self.clusters}
 
 
-class Histogram:
-    """Counts by group and bin. Bins begin narrow and double their width whenever more than `max_bins` are in use.
+def histogram(groups: Mapping[str, ArrayLike]) -> dict[str, Any]:
+    """Count values by group and bin; bins are as narrow as 24 of them for all groups allow.
 
-    The width is thus the least that does for everything seen, in whatever order it was seen.
+    Args:
+        groups: name -> finite values, at least one.
+
+    Returns:
+        `width` of a bin, a power of two, at least 2^-6; `bins`: group -> lower edge (all its digits, so that no two
+        bins are one; whole numbers as such) -> count.
     """
-
-    def __init__(self, *, max_bins: int = 24):
-        self._max_bins = max_bins
-        self._width = 2.0**-6
-        self._counts: defaultdict[str, Counter[int]] = defaultdict(Counter)
-
-    def add(self, group: str, values: Iterable[float]) -> None:
-        counts = self._counts[group]
-        before = len(counts)
-        counts.update([math.floor(value / self._width) for value in values])
-        if len(counts) > before:
-            self._fit()
-
-    def merge(self, other: Histogram) -> None:
-        self._widen(max(self._width, other._width))
-        for group, counts in other._at(self._width).items():
-            self._counts[group].update(counts)
-        self._fit()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the width of a bin and, by group, lower edge -> count."""
-        bins = {
-            group: {_edge(index * self._width): count for index, count in sorted(counts.items())}
-            for group, counts in sorted(self._counts.items())
-        }
-        return {"width": self._width, "bins": bins}
-
-    def _fit(self) -> None:
-        while len(set().union(*self._counts.values())) > self._max_bins:
-            self._widen(2 * self._width)
-
-    def _widen(self, width: float) -> None:
-        self._counts, self._width = self._at(width), width
-
-    def _at(self, width: float) -> defaultdict[str, Counter[int]]:
-        """The counts in bins of another width, a power of two times as wide."""
-        times = round(width / self._width)
-        found: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        for group, counts in self._counts.items():
-            for index, count in counts.items():
-                found[group][index // times] += count
-        return found
-
-
-def _edge(value: float) -> str:
-    """All its digits, so that no two bins are one; whole numbers as such."""
-    return repr(value).removesuffix(".0")
+    values = {group: np.asarray(found, np.float64) for group, found in sorted(groups.items())}
+    width = _LEAST_WIDTH
+    used = np.unique(np.floor(np.concatenate(list(values.values())) / width))
+    while len(used) > _MAX_BINS:
+        width, used = 2 * width, np.unique(np.floor(used / 2))
+    bins = {}
+    for group, found in values.items():
+        indices, counts = np.unique(np.floor(found / width), return_counts=True)
+        edges = (repr(edge).removesuffix(".0") for edge in (indices * width + 0.0).tolist())  # + 0.0: no -0
+        bins[group] = dict(zip(edges, counts.tolist(), strict=True))
+    return {"width": width, "bins": bins}
