@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from dno_jax.statistics import Z95, share_interval
 
@@ -74,7 +73,7 @@ class Tally:
         return {"value": value, "low": low, "high": high, "n": self.count, "prompts": self.clusters}
 
 
-def histogram(groups: Mapping[str, ArrayLike]) -> dict[str, Any]:
+def histogram(groups: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Count values by group and bin; bins are as narrow as 24 of them for all groups allow.
 
     Args:
