@@ -70,14 +70,6 @@ class Tally:
             self.products += total * count
             self.count_squares += count * count
 
-    def merge(self, other: Tally) -> None:
-        self.total += other.total
-        self.count += other.count
-        self.clusters += other.clusters
-        self.total_squares += other.total_squares
-        self.products += other.products
-        self.count_squares += other.count_squares
-
     @property
     def mean(self) -> float:
         return self.total / self.count

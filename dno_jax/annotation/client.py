@@ -160,11 +160,9 @@ class JudgeClient:
         else:
             verdict = Verdict("refused" if result.then == "refused" else "failed", detail=result.detail)
         verdict = replace(verdict, tries=1, tokens_in=paid.tokens_in, tokens_out=paid.tokens_out, usd=paid.usd)
-        stands = await self._store.put(
+        return await self._store.put(
             question.key, verdict, judge=question.judge, prompt_id=question.prompt_id, paid=paid
         )
-        self._stop_if_full()
-        return stands
 
     async def drain(self) -> None:
         """Send nothing more, and wait until what is in flight has come back and is committed."""
@@ -209,7 +207,6 @@ class JudgeClient:
                 raise OverBudget
             result = await send()
             await self._store.pay(self.budget.bill(asked, result))
-            self._stop_if_full()
             return result
 
     async def _ask(self, question: Question) -> Verdict:
@@ -287,10 +284,6 @@ class JudgeClient:
             self._stop(error)
             raise
 
-    def _stop_if_full(self) -> None:
-        if self._store.full is not None:
-            self._stop(self._store.full)
-
     def _stop(self, error: DnoError) -> None:
         """Send nothing more, to nobody; who waits for a turn to send gets the error."""
         self._stopped.say(error)
@@ -314,7 +307,7 @@ def open_client(section: AnnotationSection, *, store_path: str | os.PathLike[str
         who = "teacher" if chat is section.teacher else "judge"
         clients[chat] = Client(chat, who=f"the {who} {chat.model!r}", place=place)
     own = os.fspath(store_path)
-    store = VerdictStore(section.store or own, reserve=True)
+    store = VerdictStore(section.store or own)
     return JudgeClient(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
 
 

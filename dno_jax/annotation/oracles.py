@@ -103,25 +103,16 @@ def freshness(prompt: str, response: str, target_words: int) -> float:
     return len(set(trigrams)) / len(trigrams) if trigrams else 1.0
 
 
-def majority(prompt: str, first: str, second: str, *, criteria: Sequence[str], target_words: int) -> float:
-    """Return P(first beats second | prompt): 1, 0, or 1/2 on a draw (the formula at the top).
+def majority_matrix(
+    prompt: str, candidates: Sequence[str], *, criteria: Sequence[str], target_words: int
+) -> tuple[tuple[float, ...], ...]:
+    """Return [C][C] probabilities P(row beats column | prompt) (the formula at the top): diagonal 1/2, P + P^T = 1.
+
+    An entry depends on its two texts only: neither on their order nor on the others in the pool.
 
     Args:
         criteria: names in CRITERIA.
         target_words: the length that "brevity" likes best, in words.
-
-    Raises:
-        DnoError: for an unknown criterion, listing the known ones.
-    """
-    return majority_matrix(prompt, (first, second), criteria=criteria, target_words=target_words)[0][1]
-
-
-def majority_matrix(
-    prompt: str, candidates: Sequence[str], *, criteria: Sequence[str], target_words: int
-) -> tuple[tuple[float, ...], ...]:
-    """Return [C][C] probabilities P(row beats column | prompt): diagonal 1/2, P + P^T = 1.
-
-    An entry depends on its two texts only: neither on their order nor on the others in the pool.
 
     Raises:
         DnoError: for an unknown criterion, listing the known ones.

@@ -1,4 +1,4 @@
-"""`dno annotations`: look into a file of verdicts, take verdicts out of it, and mend it."""
+"""`dno annotations`: look into a file of verdicts, and take verdicts out of it."""
 
 from __future__ import annotations
 
@@ -77,23 +77,6 @@ def purge(
             say(f"{store.purge(judge=judge, state=state):,} verdicts deleted")
         else:
             say(f"{sum(tally.verdicts for tally in found):,} verdicts would be deleted; add --yes to do it")
-
-
-@annotations.command()
-def salvage(place: Place) -> None:
-    """Put all that can still be read of a damaged file in its place; the damaged one is kept beside it."""
-    from dno_jax.annotation.ledger.salvage import salvage as work
-    from dno_jax.console import say
-
-    file = _file(place)
-    found = work(file)
-    rows = ", ".join(f"{count:,} {table}" for table, count in found.rows.items() if table != "identity")
-    say(f"salvaged to {file}: {rows}; the damaged file is now {found.aside}")
-    if found.lost_usd > 0.0:
-        say(
-            f"warning: no receipt is left of ${found.lost_usd:.4f} or more that its verdicts cost: the run's spending "
-            "counts from what is left, so lower annotation.max_usd by as much"
-        )
 
 
 def _store(place: Path) -> VerdictStore:

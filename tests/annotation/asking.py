@@ -11,7 +11,8 @@ from typing import Any
 
 import openai
 
-from dno_jax.annotation.judges.rubric import load_rubric
+from dno_jax.annotation.judges.forms import LISTWISE, load_rubric
+from dno_jax.annotation.question import Reply
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Message
 
@@ -20,7 +21,7 @@ CODE = "0123456789abcdef"
 
 
 def listwise(*texts: str, **fields: Any) -> dict[str, Any]:
-    messages = load_rubric("listwise_6point").messages((QUESTION,), texts)
+    messages = load_rubric(LISTWISE).messages((QUESTION,), texts)
     return {"model": "judge", "messages": messages, "max_tokens": 2048, **fields}
 
 
@@ -62,8 +63,8 @@ def text_of(server: FakeJudge, body: dict[str, Any]) -> str:
     return ask(server, body)[0].choices[0].message.content
 
 
-def scores(server: FakeJudge, *texts: str, **fields: Any) -> tuple[int, ...]:
-    return load_rubric("listwise_6point").parse(text_of(server, listwise(*texts, **fields)), count=len(texts))
+def scores(server: FakeJudge, *texts: str, **fields: Any) -> tuple[float, ...]:
+    return load_rubric(LISTWISE).read(Reply(text=text_of(server, listwise(*texts, **fields))), texts)
 
 
 def verdict(server: FakeJudge, first: str, second: str, **fields: Any) -> str:

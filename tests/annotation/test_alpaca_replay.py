@@ -11,8 +11,7 @@ import pytest
 
 from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.judges.functions import PairWise
-from dno_jax.annotation.judges.pair_rubric import TokenRubric
-from dno_jax.annotation.judges.rubric import load_token_rubric
+from dno_jax.annotation.judges.replies import read_tokens
 from dno_jax.annotation.question import Reply
 from dno_jax.config import OpenAISection
 from dno_jax.data.pools import distinct_candidates, pools_of
@@ -71,10 +70,10 @@ def test_every_recorded_preference_comes_out(folder, prompts, model):
 
 def test_the_swap_rule_cannot_be_left_out(folder, prompts):
     """Without it, half of the recorded preferences would be turned round."""
-    rubric, wrong = load_token_rubric(TokenRubric.builtin), 0
+    wrong = 0
     for row in rows(folder / "annotations" / "vicuna-7b-v1.5.jsonl.gz"):
         if row["top_logprobs"] is not None:
-            wrong += abs(1.0 + rubric.parse(dict(row["top_logprobs"]))[1] - row["preference"]) > 1e-3
+            wrong += abs(1.0 + read_tokens(dict(row["top_logprobs"]), tokens=("m", "M"))[1] - row["preference"]) > 1e-3
     assert wrong > 300
 
 

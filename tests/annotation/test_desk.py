@@ -583,10 +583,10 @@ def test_a_full_disk_stops_cleanly_and_loses_nothing_that_was_seen(store_path):
     assert len(client.bodies) == asked
 
 
-def test_a_damaged_store_is_refused_with_the_command_that_salvages_it(store_path):
+def test_a_damaged_store_is_refused_with_the_command_that_recovers_it(store_path):
     store_path.write_bytes(b"no database" * 1000)
     with FakeJudge() as server:
-        with pytest.raises(DnoError, match=f"dno annotations salvage {store_path}"):
+        with pytest.raises(DnoError, match=f"sqlite3 {store_path} .recover"):
             judge_one(section(server), store_path)
         assert server.log == []
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from dno_jax.annotation.oracles import CRITERIA, majority, majority_matrix, words
+from dno_jax.annotation.oracles import CRITERIA, majority_matrix, words
 from dno_jax.errors import DnoError
 
 PROMPT = "Tell me about a red fox with a lamp near the river."
@@ -20,7 +20,7 @@ SHORT = "The fox sleeps near one red tree all day long now"
 
 
 def vote(first: str, second: str, *, criteria: tuple[str, ...] = THREE, target_words: int = 10) -> float:
-    return majority(PROMPT, first, second, criteria=criteria, target_words=target_words)
+    return majority_matrix(PROMPT, (first, second), criteria=criteria, target_words=target_words)[0][1]
 
 
 def rate(name: str, response: str, *, target_words: int = 10) -> float:
@@ -55,7 +55,8 @@ def test_hand_computed_values(name, response, expected):
 
 def test_a_prompt_without_content_words_makes_relevance_abstain():
     assert CRITERIA["relevance"]("Tell me a story.", "Anything.", 10) == 0.0
-    assert majority("Tell me a story.", "One.", "Two.", criteria=("relevance",), target_words=10) == 0.5
+    wins = majority_matrix("Tell me a story.", ("One.", "Two."), criteria=("relevance",), target_words=10)
+    assert wins == ((0.5, 0.5), (0.5, 0.5))
 
 
 def test_the_majority_of_transitive_criteria_has_a_cycle():
@@ -74,7 +75,7 @@ def test_matrix_is_antisymmetric_about_one_half_and_independent_of_order():
     wins = majority_matrix(PROMPT, pool, criteria=criteria, target_words=10)
     for i, j in itertools.product(range(len(pool)), repeat=2):
         assert wins[i][j] + wins[j][i] == 1.0
-        assert wins[i][j] == majority(PROMPT, pool[i], pool[j], criteria=criteria, target_words=10)
+        assert wins[i][j] == vote(pool[i], pool[j], criteria=criteria)
     assert all(wins[i][i] == 0.5 for i in range(len(pool)))
 
     for order in itertools.islice(itertools.permutations(range(len(pool))), 0, 5040, 97):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from dno_jax.annotation.quality.figures import Quality, Response
-from dno_jax.annotation.quality.tallies import Histogram
+from dno_jax.annotation.quality.histogram import histogram
 from dno_jax.annotation.quality.warnings import CHECKS, warnings
 from dno_jax.config import QualitySection
 from dno_jax.records import Answer, Judgement
+from dno_jax.statistics import Tally
 
 SECTION = QualitySection()
 
@@ -191,6 +192,7 @@ def test_lists_in_two_orders():
     assert found["first_on_top"]["chance"] == pytest.approx(1 / 3, abs=1e-4)
     assert [place["value"] for place in found["points_by_position"]] == [1.0, -1.0, 0.0]
     assert found["points_by_position"][0]["low"] is None  # one prompt shows no spread
+    assert json.loads(json.dumps(found)) == found
     assert value(found, "longer_wins") == (0.5, 2)  # 0 over the shorter 1, 2 over the longer 1
     assert "cyclic_share" not in found  # points have no cycles
 
@@ -310,61 +312,53 @@ def test_every_threshold_of_the_configuration_has_a_check():
     assert {check.field for check in CHECKS} == thresholds
 
 
-def test_parts_merge_into_the_whole():
-    draw = random.Random(3)
+def test_a_tally_is_the_mean_over_clusters():
+    values = [[1.0, 0.0, 1.0], [0.0], [1.0, 1.0], [0.5, 0.0]]
+    tally = Tally()
+    for cluster in values:
+        tally.add(sum(cluster), len(cluster))
+    tally.add(0.0, 0)
+    mean = 4.5 / 8
+    sums = [sum(cluster) - mean * len(cluster) for cluster in values]
+    assert tally.mean == mean
+    assert tally.clusters == 4
+    assert tally.variance == pytest.approx(4 / 3 * sum(s**2 for s in sums) / 8**2)
 
-    def one(i):
-        if i % 2:
-            points = [(tuple(draw.sample(range(4), 4)), tuple(float(draw.randint(1, 6)) for _ in range(4)))]
-            points.append((tuple(draw.sample(range(4), 4)), tuple(draw.uniform(0, 40) for _ in range(4))))
-            return listwise(*points, prompt=str(i))
-        return pairwise(lambda first, second: draw.choice([0.0, 0.5, 1.0]), prompt=str(i), count=4)
 
-    judged = [one(i) for i in range(120)]
-    words, sources = [3, 4, 5, 5], ["gold", "policy", "policy", "data"]
-
-    def gather(part):
-        quality = Quality()
-        for judgement in part:
-            quality.add(judgement, responses=responses(judgement, words=words, sources=sources))
-            quality.add_repeat(judgement, judgement)
-        for judgement in part[::3]:
-            quality.add_label(pairwise(by_index, prompt=judgement.prompt_id), 0.25)
-        return quality
-
-    whole, parts = gather(judged), Quality()
-    for start in range(0, 120, 30):  # every third of a part's is every third of the whole's
-        parts.merge(gather(judged[start : start + 30]))
-    parts.merge(Quality())
-    assert parts.figures() == whole.figures()
-    assert json.loads(json.dumps(whole.figures())) == whole.figures()
+def test_intervals_know_that_one_prompt_is_one_witness():
+    """Each prompt's 15 comparisons have one coin: only clusters cover the truth 95 times in 100."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(300):
+        tally = Tally()
+        for won in rng.random(80) < 0.6:
+            tally.add(15.0 * won, 15)
+        found = tally.share()
+        covered += found.low <= 0.6 <= found.high
+    assert 0.91 <= covered / 300 <= 0.99
 
 
 def test_bins_far_from_zero_are_told_apart():
-    histogram = Histogram()
-    histogram.add("student", [10000 + k / 64 for k in range(10)])
-    found = histogram.as_dict()
-    assert sum(found["bins"]["student"].values()) == len(found["bins"]["student"]) == 10
-    assert [float(edge) for edge in found["bins"]["student"]] == [10000 + k / 64 for k in range(10)]
+    found = histogram({"student": [10000 + k / 64 for k in range(10)]})
+    assert found["bins"] == {"student": {str(10000 + k / 64).removesuffix(".0"): 1 for k in range(10)}}
 
 
-def test_histograms_stay_small_whatever_comes_in_whatever_order():
+def test_the_bin_of_zero_has_one_name():
+    assert histogram({"a": [-0.0, 0.0, 0.01], "b": [-0.01]})["bins"] == {"a": {"0": 3}, "b": {"-0.015625": 1}}
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 1e4])
+def test_histograms_are_as_fine_as_24_bins_allow(scale):
     rng = np.random.default_rng(1)
-    values = [*rng.normal(0.0, 1e4, size=2000).tolist(), *rng.uniform(0, 1, size=500).tolist()]
-    whole, backwards, parts = Histogram(), Histogram(), Histogram()
-    for index, number in enumerate(values):
-        whole.add("ab"[index % 2], [number])
-    for index in reversed(range(len(values))):
-        backwards.add("ab"[index % 2], [values[index]])
-    for group in (0, 1):
-        part = Histogram()
-        part.add("ab"[group], values[group::2])
-        parts.merge(part)
-    assert whole.as_dict() == backwards.as_dict() == parts.as_dict()
-    found = whole.as_dict()
-    assert len({edge for counts in found["bins"].values() for edge in counts}) <= 24
-    assert sum(count for counts in found["bins"].values() for count in counts.values()) == len(values)
+    values = {"a": rng.normal(0.0, scale, size=2000).tolist(), "b": rng.uniform(0, 1, size=500).tolist()}
+    found = histogram(values)
     width = found["width"]
-    edges, counts = np.unique(np.floor(np.asarray(values[::2]) / width) * width, return_counts=True)
-    bins = found["bins"]["a"]
-    assert ([float(edge) for edge in bins], list(bins.values())) == (edges.tolist(), counts.tolist())
+    floors = {group: np.floor(np.asarray(own) / width) for group, own in values.items()}
+    used = np.unique(np.concatenate(list(floors.values())))
+    assert len(used) <= 24
+    assert width == 2.0**-6 or len(np.unique(np.floor(np.concatenate(list(values.values())) * 2 / width))) > 24
+    for group, floor in floors.items():
+        edges, counts = np.unique(floor * width, return_counts=True)
+        bins = found["bins"][group]
+        assert ([float(edge) for edge in bins], list(bins.values())) == (edges.tolist(), counts.tolist())
+    assert json.loads(json.dumps(found)) == found

@@ -1,4 +1,4 @@
-"""`dno annotations`: what judges were paid for, listed, exported, purged and salvaged."""
+"""`dno annotations`: what judges were paid for, listed, exported and purged."""
 
 from __future__ import annotations
 
@@ -116,16 +116,6 @@ def test_a_purge_counts_first_and_deletes_what_is_asked_for(path, dno):
         assert store.spent(".") == 0.75
 
 
-def test_a_damaged_file_is_salvaged(path, dno):
-    with closing(VerdictStore(path)) as store:
-        store._database._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    code, said = dno("salvage", path)
-    assert code == 0
-    assert f"salvaged to {path}: 4 verdicts, 2 receipts, 0 batches; the damaged file is now {path}.damaged" in said
-    with closing(VerdictStore(path)) as store:
-        assert len(list(store.rows())) == 4
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_run_directory_stands_for_its_store(path, dno, tmp_path, shared):
     tree = small_tree(tmp_path)
@@ -148,7 +138,6 @@ def test_a_run_directory_stands_for_its_store(path, dno, tmp_path, shared):
         (["list", "annotations.sqlite", "--state", "good"], "--state is 'good'; expected one of ok, tie, refused"),
         (["purge", "annotations.sqlite", "--yes"], "say which: --judge, --state or both"),
         (["export", "text", "out.jsonl"], "not a sound database"),
-        (["salvage", "text"], "nothing can be read of it"),
     ],
 )
 def test_bad_input_is_named(path, dno, monkeypatch, tmp_path, arguments, message):

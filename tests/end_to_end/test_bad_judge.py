@@ -1,9 +1,9 @@
 """What a person gets wrong about a judge, by `dno annotate`: named, exit status 2, no traceback, nothing lost."""
 
 import contextlib
-import re
 import resource
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,7 +122,8 @@ def test_a_limit_without_a_price(dno, sampled):
     assert_nothing_judged(run_dir)
 
 
-def test_a_damaged_store_is_salvaged_by_the_command_that_is_named(dno, sampled):
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs sqlite's shell")
+def test_a_damaged_store_is_recovered_by_sqlite_and_only_the_rest_is_asked_again(dno, sampled, tmp_path):
     with FakeJudge(prefers="marker") as server:
         run_dir, path = sampled(server, prompts=40)
         assert dno("annotate", path)[0] == 0
@@ -132,17 +133,21 @@ def test_a_damaged_store_is_salvaged_by_the_command_that_is_named(dno, sampled):
             file.write(b"\x5a" * 8192)
         status, said = dno("annotate", path)
         assert status == 2
-        command = re.search(r"`dno (annotations salvage \S+)`", said)
-        assert command, said
+        assert f"`sqlite3 {run_dir.annotations_path} .recover | sqlite3 " in said
         assert server.requests == 40  # nothing was bought in its place
-        assert dno(*command[1].split())[0] == 0
+        # As docs/annotation.md has it; .recover itself is not built into every shell.
+        recovered, whole = tmp_path / "recovered.sqlite", "sed 's/^ROLLBACK; -- due to errors$/COMMIT;/'"
+        command = f"sqlite3 {run_dir.annotations_path} .dump | {whole} | sqlite3 {recovered}"
+        subprocess.run(command, shell=True, check=False, stderr=subprocess.DEVNULL)
+        for file in run_dir.annotations_path.parent.glob("annotations.sqlite*"):
+            file.unlink()
+        shutil.move(recovered, run_dir.annotations_path)
         assert dno("annotate", path)[0] == 0
         assert 40 < server.requests < 70  # what could not be read is asked again, and nothing else
     assert len(list(run_dir.stage("annotate", 0).read(Judgement))) == 40
 
 
-def test_a_full_disk_stops_it_and_the_next_run_goes_on(dno, sampled, monkeypatch):
-    monkeypatch.setattr("dno_jax.annotation.ledger.database.RESERVE_BYTES", 100_000)  # of which this disk gives nothing
+def test_a_full_disk_stops_it_and_the_next_run_goes_on(dno, sampled):
     prompts = 60
     with FakeJudge(prefers="marker") as server:
         run_dir, path = sampled(server, prompts=prompts)

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from dno_jax.annotation.oracles import majority
+from dno_jax.annotation.oracles import majority_matrix
 from dno_jax.fake_judge import FakeJudge
 from tests.annotation.asking import (
     QUESTION,
@@ -51,7 +51,7 @@ def test_the_oracle_prefers_what_the_oracle_prefers():
         assert (max(given), min(given), given.index(6)) == (6, 1, 2)
         for first in texts:
             for second in texts:
-                wins = majority(QUESTION.content, first, second, criteria=criteria, target_words=30)
+                wins = majority_matrix(QUESTION.content, (first, second), criteria=criteria, target_words=30)[0][1]
                 assert verdict(server, first, second) == {1.0: "first", 0.0: "second", 0.5: "tie"}[wins]
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import openai
 import pytest
 
-from dno_jax.annotation.judges.rubric import Unparsable
+from dno_jax.annotation.question import Unparsable
 from dno_jax.fake_judge import FAULTS, OUTCOMES, Behaviour, FakeJudge
 from dno_jax.fake_judge.behaviour import draw_delay
 from tests.annotation.asking import (

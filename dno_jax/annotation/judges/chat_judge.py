@@ -6,11 +6,10 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from dno_jax.annotation.annotator import Pool
-from dno_jax.annotation.judges.rubric_file import JudgeRubric
+from dno_jax.annotation.judges.forms import LISTWISE, ONE_TOKEN, PAIRWISE, load_rubric
 from dno_jax.annotation.question import Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
 from dno_jax.records import Answer, Judgement, JudgementState
@@ -21,6 +20,7 @@ Asked = Sequence[tuple[Question, Verdict]]
 
 # Of the reasons why there is no judgement, the first of these that occurs is told: the least of the judge's making.
 _WORST_FIRST: tuple[JudgementState, ...] = ("failed", "over budget", "unparsable", "refused")
+_FORMS = {"listwise": LISTWISE, "pairwise": PAIRWISE, "logprob": ONE_TOKEN}
 _TOP_LOGPROBS = 5  # AlpacaEval's: what is less likely has probability 0
 
 
@@ -33,9 +33,17 @@ class ChatJudge(ABC):
         seed: the run's; decides orders, seats, and what is sent as the request's seed.
     """
 
-    def __init__(self, section: OpenAISection, *, rubric: JudgeRubric, seed: int):
+    def __init__(self, section: OpenAISection, *, seed: int, place: str = "annotation.openai"):
+        """Read the rubric.
+
+        Args:
+            place: the section's field in the configuration.
+
+        Raises:
+            DnoError: no rubric, or one of another form.
+        """
         self.section = section
-        self.rubric = rubric
+        self.rubric = load_rubric(_FORMS[section.form], section.rubric, place=f"{place}.rubric")
         self.seed = seed
 
     def __repr__(self) -> str:
@@ -71,7 +79,7 @@ class ChatJudge(ABC):
             prompt_id=pool.prompt.prompt_id,
             order=order,
             body=self._body(messages, repeat=repeat),
-            read=partial(self.rubric.read, shown=shown),
+            read=lambda reply: self.rubric.read(reply, shown),
             schema=self.rubric.schema(len(order)),
             repeat=repeat,
         )

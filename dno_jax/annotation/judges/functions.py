@@ -10,8 +10,6 @@ import numpy as np
 
 from dno_jax.annotation.annotator import Pool, presentation_order
 from dno_jax.annotation.judges.chat_judge import NUM_SEEDS, ChatJudge, all_answered, drawn, judgement, no_judgement
-from dno_jax.annotation.judges.pair_rubric import PairRubric, TokenRubric
-from dno_jax.annotation.judges.rubric import Rubric, load_pair_rubric, load_rubric, load_token_rubric
 from dno_jax.annotation.judges.schedules import all_pairs, known_wins, tournament
 from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
 from dno_jax.config import AnnotationSection, OpenAISection
@@ -22,18 +20,6 @@ from dno_jax.records import Judgement
 
 class ListWise(ChatJudge):
     """All candidates in one request, graded by points; over several orders the points are averaged."""
-
-    def __init__(self, section: OpenAISection, *, seed: int, place: str = "annotation.openai"):
-        """Read the rubric.
-
-        Args:
-            place: the section's field in the configuration.
-
-        Raises:
-            DnoError: no rubric, or one of another form.
-        """
-        rubric = load_rubric(section.rubric or Rubric.builtin, place=f"{place}.rubric")
-        super().__init__(section, rubric=rubric, seed=seed)
 
     def rounds(self, pool: Pool, *, repeat: int = 0) -> Rounds:
         questions = [self.question(pool, order=order, repeat=repeat) for order in self._orders(pool)]
@@ -75,18 +61,6 @@ class PairWise(ChatJudge):
     A judge that looks only at places says 1/2 of every pair, of which no training pair is made. Form logprob takes the
     preference from the probabilities of the reply's first token and asks for no more than that one.
     """
-
-    def __init__(self, section: OpenAISection, *, seed: int, place: str = "annotation.openai"):
-        """Read the rubric.
-
-        Args:
-            place: the section's field in the configuration.
-
-        Raises:
-            DnoError: no rubric, or one of another form.
-        """
-        kind, load = (TokenRubric, load_token_rubric) if section.form == "logprob" else (PairRubric, load_pair_rubric)
-        super().__init__(section, rubric=load(section.rubric or kind.builtin, place=f"{place}.rubric"), seed=seed)
 
     def rounds(self, pool: Pool, *, repeat: int = 0) -> Rounds:
         count = len(pool.candidates)

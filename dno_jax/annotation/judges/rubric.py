@@ -1,192 +1,113 @@
-"""Rubrics that grade by points, and the loading of rubrics of every form.
-
-The reply has exactly the expected shape, or is no answer: one JSON object (list-wise), or words that end with one score
-(point-wise).
-"""
+"""What a judge is told, and how its reply is read: one record, whatever the form (`forms` has them)."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import model_validator
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
 
-from dno_jax.annotation.judges.pair_rubric import PairRubric, TokenRubric
-from dno_jax.annotation.judges.replies import few, object_schema, read_object, read_whole
-from dno_jax.annotation.judges.rubric_file import JudgeRubric, RubricFile, RubricT, read_rubric
-from dno_jax.annotation.question import Reply, Unparsable
+from dno_jax.annotation.judges.fences import count_fences, fence, fence_code, fence_rule, fenced_conversation
+from dno_jax.annotation.question import Reply
 from dno_jax.errors import DnoError
 from dno_jax.records import Message
 
-_SCORE = re.compile(r"\bScore:[ \t*]*([^\s*]*)")  # judges write it bold, too
+_JINJA = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
-class _Scale(RubricFile):
-    """Integer scores.
+@dataclass(frozen=True)
+class Rubric:
+    """What is asked about some texts, and how the reply is read.
+
+    Whatever a model wrote is hostile here. It reaches the request only as a value of a template, never as a template,
+    between fences.
 
     Attributes:
-        min_score, max_score: the inclusive range.
+        name, version: as its file says.
+        digest: sha256 of the file's bytes, so that an edited rubric with an old version is still another rubric.
+        system, user: Jinja texts of the two messages; an empty system message is not sent.
+        titles: n -> titles of the fences around n texts, by their places.
+        reply_shape: n -> the words by which the reply's shape is asked for.
+        read: (reply, texts as shown) -> one number per text, as `question.Reader` gives them; raises Unparsable where
+            the reply is no answer.
+        schema: n -> JSON schema of the reply; None where a reply is no JSON.
+        optional: n -> values of the fields that a template may use besides.
+        shown: the field of the templates that holds the texts.
     """
 
-    optional: ClassVar[frozenset[str]] = frozenset({"min_score", "max_score"})
+    name: str
+    version: str
+    digest: str
+    system: str
+    user: str
+    titles: Callable[[int], Sequence[str]]
+    reply_shape: Callable[[int], str]
+    read: Callable[[Reply, Sequence[str]], tuple[float, ...]]
+    schema: Callable[[int], Mapping[str, Any] | None]
+    optional: Callable[[int], Mapping[str, Any]]
+    shown: str = "candidates"
 
-    min_score: int
-    max_score: int
+    @property
+    def identity(self) -> str:
+        return f"{self.name}@{self.version}#{self.digest[:12]}"
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> _Scale:
-        if self.min_score >= self.max_score:
-            raise ValueError(f"min_score {self.min_score} is not below max_score {self.max_score}")
-        return self
+    def messages(self, conversation: Sequence[Message], texts: Sequence[str]) -> list[dict[str, str]]:
+        """Render the request.
 
-    def _in_range(self, score: int) -> int:
-        if not self.min_score <= score <= self.max_score:
-            raise Unparsable(f"score {score} is outside {self.min_score}..{self.max_score}")
-        return score
+        Args:
+            conversation: the prompt's messages.
+            texts: what is judged, in the order of presentation: two where the form compares, one where it grades one.
 
-
-class Rubric(_Scale, JudgeRubric):
-    """A list-wise rubric: all candidates of a prompt are graded in one reply."""
-
-    form = "list-wise"
-    builtin = "listwise_6point"
-    optional = _Scale.optional | {"count"}
-
-    def parse(self, reply: str, *, count: int) -> tuple[int, ...]:
-        """Read the scores of `count` candidates, in the order of presentation.
-
-        Accepts one JSON object {"1": {"justification": str, "score": int}, ...} with exactly these keys, whitespace
-        around it, and one ```json fence around the whole. Nothing is searched for inside other text: what a candidate
-        wrote and the judge quoted can never be taken for a verdict.
-
-        Raises:
-            Unparsable: anything else.
+        Returns:
+            The messages of a chat.completions request: a system message, unless the rubric's is empty, and a user
+            message.
         """
-        answer = read_object(reply)
-        expected = self._names(count)
-        if set(answer) != set(expected):
-            raise Unparsable(f"expected the candidates {few(expected)}, got {few(sorted(answer))}")
-        return tuple(self._score(number, answer[number]) for number in expected)
-
-    def read(self, reply: Reply, *, shown: Sequence[str]) -> tuple[float, ...]:
-        return read_whole(reply, lambda text: self.parse(text, count=len(shown)), shown=shown)
-
-    def schema(self, count: int) -> Mapping[str, Any]:
-        score = {"type": "integer", "enum": list(range(self.min_score, self.max_score + 1))}
-        # The justification comes first: a score that is written before its reasons does not follow from them.
-        entry = object_schema({"justification": {"type": "string"}, "score": score})
-        return object_schema(dict.fromkeys(self._names(count), entry))
-
-    def _names(self, count: int) -> list[str]:
-        return [str(number) for number in range(1, count + 1)]
-
-    def _fields(self, count: int) -> dict[str, Any]:
-        return {"count": count, "min_score": self.min_score, "max_score": self.max_score}
-
-    def _reply_shape(self, count: int) -> str:
-        entry = f'{{"justification": "...", "score": <integer from {self.min_score} to {self.max_score}>}}'
-        return "{" + ", ".join(f'"{number}": {entry}' for number in self._names(count)) + "}"
-
-    def _score(self, number: str, entry: Any) -> int:
-        if not isinstance(entry, dict) or set(entry) != {"justification", "score"}:
-            raise Unparsable(f"candidate {number}: expected an object of justification and score")
-        score = entry["score"]
-        if not isinstance(entry["justification"], str):
-            raise Unparsable(f"candidate {number}: the justification is no string")
-        if type(score) is not int:  # bool is a subclass of int
-            raise Unparsable(f"candidate {number}: the score is of type {type(score).__name__}, not an integer")
-        try:
-            return self._in_range(score)
-        except Unparsable as error:
-            raise Unparsable(f"candidate {number}: {error}") from None
+        code = fence_code([*(message.content for message in conversation), *texts], salt=self.digest)
+        titled = zip(self.titles(len(texts)), texts, strict=True)
+        fields = {
+            "fence_rule": fence_rule(code),
+            "conversation": fenced_conversation(conversation, code=code),
+            self.shown: "\n\n".join(fence(title, text, code=code) for title, text in titled),
+            "reply_shape": self.reply_shape(len(texts)),
+            **self.optional(len(texts)),
+        }
+        system, user = (_template(text).render(fields) for text in (self.system, self.user))
+        return [{"role": "system", "content": system}] * bool(system.strip()) + [{"role": "user", "content": user}]
 
 
-class PointRubric(_Scale):
-    """A point-wise rubric: one response a request, one score a reply."""
-
-    form = "point-wise"
-    builtin = "additive_5point"
-    shown = "response"
-
-    def messages(self, conversation: Sequence[Message], response: str) -> list[dict[str, str]]:
-        """Render the request: a system message, unless the rubric's is empty, and a user message."""
-        scale = {"min_score": self.min_score, "max_score": self.max_score}
-        return self._render(conversation, {"RESPONSE": response}, reply_shape="Score: <points>", **scale)
-
-    def parse(self, reply: str) -> int:
-        """Read the score that a reply ends with.
-
-        A judge may repeat its score, and may quote the response: every "Score:" in the reply must give the same one,
-        and the last must be the end of it, full stop and asterisks aside.
-
-        Raises:
-            Unparsable: anything else; a score out of range is none, never the nearest one within.
-        """
-        found = list(_SCORE.finditer(reply))
-        if not found:
-            raise Unparsable("no 'Score: <points>'")
-        given = [match[1].removesuffix(".") for match in found]
-        for text in given:
-            if not re.fullmatch("-?[0-9]{1,9}", text):
-                raise Unparsable(f"'Score: {few([text])}' is no whole number")
-        scores = sorted({int(text) for text in given})
-        if len(scores) > 1:
-            raise Unparsable(f"scores that differ: {few([str(score) for score in scores])}")
-        if reply[found[-1].end() :].strip(" \t\r\n*"):
-            raise Unparsable("the reply goes on after its score")
-        return self._in_range(scores[0])
-
-    def _example(self) -> tuple[list[dict[str, str]], int]:
-        return self.messages([Message(role="user", content="q")], "response"), 2
-
-
-_KINDS: tuple[type[RubricFile], ...] = (Rubric, PointRubric, PairRubric, TokenRubric)
-
-
-def load_rubric(name: str, *, place: str = "annotation.openai.rubric") -> Rubric:
-    """Read a builtin list-wise rubric by name, or a file by path (a name that ends in .yaml or .yml).
+def check_templates(rubric: Rubric, *, texts: Sequence[str], place: str) -> None:
+    """Refuse a template that would forget what is judged or the fences' rule, or that fails when it is rendered.
 
     Args:
-        place: the field of the configuration that names it.
-
-    Raises:
-        DnoError: there is none, it is of another form, or it cannot be used; naming the file, the field and what was
-            expected.
+        texts: as many as a request may show.
+        place: names the rubric in errors.
     """
-    return _load(Rubric, name, place=place)
-
-
-def load_point_rubric(name: str, *, place: str = "annotation.self_judge.rubric") -> PointRubric:
-    """Read a point-wise rubric, as `load_rubric` does."""
-    return _load(PointRubric, name, place=place)
-
-
-def load_pair_rubric(name: str, *, place: str = "annotation.openai.rubric") -> PairRubric:
-    """Read a pairwise rubric, as `load_rubric` does."""
-    return _load(PairRubric, name, place=place)
-
-
-def load_token_rubric(name: str, *, place: str = "annotation.openai.rubric") -> TokenRubric:
-    """Read a rubric of one-token verdicts, as `load_rubric` does."""
-    return _load(TokenRubric, name, place=place)
-
-
-def _load(kind: type[RubricT], name: str, *, place: str) -> RubricT:
+    needed, optional = {"fence_rule", "conversation", rubric.shown, "reply_shape"}, set(rubric.optional(len(texts)))
     try:
-        return read_rubric(kind, name, place=place)
-    except DnoError as error:
-        found = next((other for other in _KINDS if other is not kind and _is(other, name)), None)
-        if found is None:
-            raise
+        used = jinja2.meta.find_undeclared_variables(_JINJA.parse(rubric.system + "\n" + rubric.user))
+    except jinja2.TemplateError as error:
+        raise DnoError(f"{place}: not a Jinja template: {error}") from None
+    if missing := needed - used:
+        raise DnoError(f"{place}: the template never shows {', '.join(sorted(missing))}; each is needed once")
+    if unknown := used - needed - optional:
+        known = ", ".join(sorted(needed | optional))
+        raise DnoError(f"{place}: the template uses {', '.join(sorted(unknown))}; known here: {known}")
+    try:
+        messages = rubric.messages([Message(role="user", content="q")], texts)
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        raise DnoError(f"{place}: the template does not render: {error}") from None
+    num_fences = 1 + len(texts)
+    if count_fences("\n".join(message["content"] for message in messages)) != (num_fences, num_fences):
         raise DnoError(
-            f"{error}. It is a {found.form} rubric; needed here is a {kind.form} one (builtin: {kind.builtin})"
-        ) from None
+            f"{place}: conversation and {rubric.shown} must each be shown exactly once, on lines of their own, so that "
+            "the lines that enclose them stay lines"
+        )
 
 
-def _is(kind: type[RubricFile], name: str) -> bool:
-    try:
-        read_rubric(kind, name, place="")
-    except DnoError:
-        return False
-    return True
+@functools.lru_cache(maxsize=16)
+def _template(text: str) -> jinja2.Template:
+    return _JINJA.from_string(text)

@@ -5,9 +5,6 @@ replays. `synchronous` is FULL, not WAL's usual NORMAL, because NORMAL may lose 
 dies (a preempted node), and each was paid for. A commit then waits for the disk, 0.2 to 4 ms on local ones (measured,
 idle and busy), and a fast judge answers more often than that. So one thread commits, and whatever arrives while it
 waits for the disk shares the next commit; each caller still waits for its own, and nobody sees what is not yet there.
-
-What is in flight when the disk fills up is paid for, too. So a database may hold a reserve: a file without a name,
-which is gone when the process is, and makes room when nothing else does.
 """
 
 from __future__ import annotations
@@ -17,18 +14,16 @@ import queue
 import random
 import shlex
 import sqlite3
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from dno_jax.errors import DnoError
 
 LOCK_SECONDS = 30.0
-RESERVE_BYTES = 8 * 2**20  # a thousand long replies
 _MOST_AT_ONCE = 256  # writes of one commit: bounds what one failing disk takes down together
 
 T = TypeVar("T")
@@ -38,15 +33,14 @@ Write = Callable[[sqlite3.Connection], T]
 class Database:
     """One file; several processes may have it open, each through a database of its own."""
 
-    def __init__(self, path: str | os.PathLike[str], *, prepare: Write[None], reserve: bool = False):
+    def __init__(self, path: str | os.PathLike[str], *, prepare: Write[None]):
         """Open the file, making it if there is none.
 
         Args:
             prepare: makes or brings up to date the tables; it runs before anything else does.
-            reserve: hold `RESERVE_BYTES` of the disk.
 
         Raises:
-            DnoError: it cannot be opened, is no database, or is locked; or there is no room for the reserve.
+            DnoError: it cannot be opened, is no database, or is locked.
         """
         self.path = os.fspath(path)
         if "://" in self.path:
@@ -54,23 +48,16 @@ class Database:
         self._jobs: queue.SimpleQueue[tuple[Write[Any], Future[Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
-        self.full: DnoError | None = None
-        """That the disk was full, once the reserve was needed: what was written is kept, and more should not come."""
         self._reading = threading.Lock()  # a stage may build it in one thread and run its event loop in another
-        self._reserve: Any = None
         self._writer = self._connect()
         try:
             with self.explained():
                 _keep_a_wal(self._writer)
                 self._writer.execute("PRAGMA synchronous = FULL")
                 prepare(self._writer)
-            if reserve:
-                self._reserve = self._hold()
             self._reader = self._connect()
         except BaseException:
             self._writer.close()
-            if self._reserve is not None:
-                self._reserve.close()
             raise
 
     def read(self, sql: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -117,8 +104,6 @@ class Database:
             self._thread.join()
         self._reader.close()
         self._writer.close()
-        if self._reserve is not None:
-            self._reserve.close()
 
     @contextmanager
     def explained(self) -> Iterator[None]:
@@ -126,24 +111,7 @@ class Database:
         try:
             yield
         except sqlite3.Error as error:
-            raise self._error(error) from None
-
-    def _error(self, error: sqlite3.Error) -> DnoError:
-        return DnoError(f"{self.path}: {error}; {_remedy(error, self.path)}")
-
-    def _hold(self) -> Any:
-        reserve = tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(self.path)))  # noqa: SIM115
-        try:
-            reserve.write(os.urandom(RESERVE_BYTES))  # zeros take no room where a file system compresses
-            reserve.flush()
-        except OSError as error:
-            with suppress(OSError):  # the same, of what stands in its buffer
-                reserve.close()
-            raise DnoError(
-                f"{self.path}: no room for {RESERVE_BYTES / 2**20:.0f} MiB beside it ({error.strerror}), which keep "
-                "what is in flight when the disk fills up; make room, then start again"
-            ) from None
-        return reserve
+            raise DnoError(f"{self.path}: {error}; {_remedy(error, self.path)}") from None
 
     def _connect(self) -> sqlite3.Connection:
         with self.explained():
@@ -162,8 +130,8 @@ class Database:
 
     def _commit(self, jobs: list[tuple[Write[Any], Future[Any]]]) -> None:
         try:
-            with self.explained():
-                results = self._transact(jobs)
+            with self.explained(), transaction(self._writer):
+                results = [job(self._writer) for job, _ in jobs]
         except BaseException as error:
             # What is wrong with the file (a lock, a full disk) is a DnoError, and wrong for all. Anything else is one
             # job's own, and must not take the others' verdicts with it.
@@ -176,18 +144,6 @@ class Database:
         else:
             for (_, future), result in zip(jobs, results, strict=True):
                 future.set_result(result)
-
-    def _transact(self, jobs: list[tuple[Write[Any], Future[Any]]]) -> list[Any]:
-        try:
-            with transaction(self._writer):
-                return [job(self._writer) for job, _ in jobs]
-        except sqlite3.Error as error:
-            if primary_code(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR) or self._reserve is None:
-                raise
-            self.full = self.full or self._error(error)
-            self._reserve.close()
-        with transaction(self._writer):
-            return [job(self._writer) for job, _ in jobs]
 
 
 @contextmanager
@@ -213,25 +169,26 @@ def _keep_a_wal(connection: sqlite3.Connection) -> None:
         except sqlite3.OperationalError as error:
             # Where several processes make the file at once, sqlite says so at once instead of waiting: each holds a
             # share of the file and wants it alone, so that all would wait for each other.
-            if primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if _primary_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(random.uniform(0.001, 0.02))
 
 
-def primary_code(error: sqlite3.Error) -> int:
+def _primary_code(error: sqlite3.Error) -> int:
     """Return sqlite's code of an error without its extension."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _remedy(error: sqlite3.Error, path: str) -> str:
-    code = primary_code(error)
+    code = _primary_code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return f"another process has held its lock for {LOCK_SECONDS:.0f} s: end that process, then start again"
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
         return "it has to lie in a folder that exists and can be written: the run directory, or annotation.store's"
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
         return "see to the disk (full, or failing), then start again: what was committed is kept"
+    old, new = shlex.quote(path), shlex.quote(f"{path}.recovered")
     return (
-        f"not a sound database. Salvage what is whole with `dno annotations salvage {shlex.quote(path)}`; or move it "
-        "away, and its verdicts are paid for again"
+        f"not a sound database. Recover what is whole with `sqlite3 {old} .recover | sqlite3 {new}`, and put that in its "
+        "place (docs/annotation.md, The store); or move it away, and its verdicts are paid for again"
     )

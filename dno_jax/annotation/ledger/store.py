@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -88,7 +88,6 @@ _COLUMNS = "state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd
 _ROW = f"key, judge, prompt_id, {_COLUMNS}, created_at"
 _RECEIPT = "run, model, requests, tokens_in, tokens_out, usd, unmetered"
 _BATCH = "token, url, keys, batch_id"
-TABLES = {"verdicts": _ROW, "receipts": _RECEIPT, "batches": _BATCH, "identity": "one, store_id"}
 
 
 @dataclass(frozen=True)
@@ -129,22 +128,14 @@ class Tally:
 class VerdictStore:
     """The file of verdicts; several processes may have it open, each through a store of its own."""
 
-    def __init__(self, path: str | os.PathLike[str], *, reserve: bool = False):
+    def __init__(self, path: str | os.PathLike[str]):
         """Open the file, making it if there is none; one of an earlier version is brought up to date in place.
 
-        Args:
-            reserve: hold room on the disk for what is in flight when it fills up: for who pays.
-
         Raises:
-            DnoError: it cannot be opened, is no database of ours, or is locked; or there is no room for the reserve.
+            DnoError: it cannot be opened, is no database of ours, or is locked.
         """
         self.path = os.fspath(path)
-        self._database = Database(path, prepare=functools.partial(_prepare, self.path), reserve=reserve)
-
-    @property
-    def full(self) -> DnoError | None:
-        """Why nothing more should be paid for: the disk is full, and what comes is written into the reserve."""
-        return self._database.full
+        self._database = Database(path, prepare=functools.partial(_prepare, self.path))
 
     @property
     def store_id(self) -> str:
@@ -157,13 +148,9 @@ class VerdictStore:
         Raises:
             DnoError: the file is damaged or locked.
         """
-        verdict = self.look(key)
-        return verdict if verdict is not None and verdict.is_answer else None
-
-    def look(self, key: str) -> Verdict | None:
-        """Return whatever is known of a request, failures included."""
         rows = self._database.read(f"SELECT {_COLUMNS} FROM verdicts WHERE key = ?", (key,))
-        return self._verdict(rows[0]) if rows else None
+        verdict = self._verdict(rows[0]) if rows else None
+        return verdict if verdict is not None and verdict.is_answer else None
 
     async def put(self, key: str, verdict: Verdict, *, judge: str, prompt_id: str, paid: Receipt) -> Verdict:
         """Commit a try with its receipt, and return what now stands: an earlier answer to the request is kept.
@@ -247,19 +234,6 @@ class VerdictStore:
         """Forget a batch; on the disk when this returns."""
         self._execute("DELETE FROM batches WHERE token = ?", (token,))
 
-    def restore(self, tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, int]:
-        """Take over rows of another file as they are, by table, and return how many there were."""
-
-        def insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
-            names, places = ", ".join(row), ", ".join("?" * len(row))
-            command = f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({places})"
-            return connection.execute(command, tuple(row.values())).rowcount
-
-        def job(connection: sqlite3.Connection) -> dict[str, int]:
-            return {table: sum(insert(connection, table, row) for row in rows) for table, rows in tables.items()}
-
-        return self._database.write(job).result()
-
     def close(self) -> None:
         """Commit what was given, then let go of the file."""
         self._database.close()
@@ -298,7 +272,7 @@ def _prepare(path: str, connection: sqlite3.Connection) -> None:
             connection.execute(_BATCHES)
             connection.execute(_IDENTITY)
             connection.execute(_IDENTIFY)
-            # By shape, not by number: another process may have been here, and a salvaged file has no number.
+            # By shape, not by number: another process may have been here, and a recovered file may have no number.
             if "usd" not in {column[1] for column in connection.execute("PRAGMA table_info(verdicts)")}:
                 connection.execute("ALTER TABLE verdicts ADD COLUMN usd REAL NOT NULL DEFAULT 0")
             connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")

@@ -1,19 +1,21 @@
 """How good a judge is, from its own answers: does order decide, does length, does it agree with itself and with people?
 
-Figures are gathered judgement by judgement in constant memory, so that a million candidates may pass. Where it matters,
-only pairs that the judge compared count: what a schedule infers of the others is no verdict.
+Figures are gathered judgement by judgement, in sums and one number per candidate. Where it matters, only pairs that the
+judge compared count: what a schedule infers of the others is no verdict.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dno_jax.annotation.quality.tallies import Histogram
+from dno_jax.annotation.quality.histogram import histogram
 from dno_jax.preferences import count_cycles, count_decided_triples, win_matrix
 from dno_jax.records import Answer, Judgement, Source
 from dno_jax.statistics import Tally
@@ -36,7 +38,7 @@ class Quality:
         self._shares: defaultdict[str, Tally] = defaultdict(Tally)
         self._positions: defaultdict[int, Tally] = defaultdict(Tally)
         self._scores: defaultdict[str, Tally] = defaultdict(Tally)
-        self._histogram = Histogram()
+        self._points: defaultdict[str, array[float]] = defaultdict(partial(array, "d"))
         self._answers: Counter[str] = Counter()
 
     def add(self, judgement: Judgement, *, responses: Mapping[str, Response]) -> None:
@@ -98,16 +100,6 @@ class Quality:
         if (label := _half_steps(preference)) != 0.5:
             self._shares["calibration_agreement"].add(1.0 - abs(_half_steps(judged) - label), 1)
 
-    def merge(self, other: Quality) -> None:
-        """Add all that another one has seen, of other prompts."""
-        for mine, theirs in ((self._shares, other._shares), (self._scores, other._scores)):
-            for name, tally in theirs.items():
-                mine[name].merge(tally)
-        for position, tally in other._positions.items():
-            self._positions[position].merge(tally)
-        self._histogram.merge(other._histogram)
-        self._answers.update(other._answers)
-
     def figures(self) -> dict[str, Any]:
         """Return everything that has been seen; what has not been is left out.
 
@@ -136,7 +128,7 @@ class Quality:
             found["points_by_position"] = [tally.points().as_dict() for _, tally in sorted(self._positions.items())]
         if self._scores:
             means = {source: tally.points().as_dict() for source, tally in sorted(self._scores.items())}
-            found["scores"] = {"mean": means, **self._histogram.as_dict()}
+            found["scores"] = {"mean": means, **histogram(self._points)}
         if self._answers:
             found["answers"] = dict(self._answers)
         return found
@@ -223,7 +215,7 @@ class Quality:
             by_source["student" if response.source in _STUDENTS else response.source].append(score)
         for source, points in by_source.items():
             self._scores[source].add(sum(points), len(points))
-            self._histogram.add(source, points)
+            self._points[source].extend(points)
 
 
 def scalars(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,9 @@ from typing import Any
 from etils import epath
 
 from dno_jax.annotation.annotator import Pool
-from dno_jax.annotation.judges.rubric import PointRubric, Unparsable, load_point_rubric
+from dno_jax.annotation.judges.forms import POINTWISE, load_rubric
+from dno_jax.annotation.judges.rubric import Rubric
+from dno_jax.annotation.question import Reply, Unparsable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pools import Pools, PoolShard
@@ -93,7 +95,7 @@ class _Judge:
     """The rubric, and what the model's sampler needs to read it out."""
 
     runtime: Runtime[RunConfig]
-    rubric: PointRubric
+    rubric: Rubric
     num_fixed: int  # tokens of a judge prompt besides what is judged
     control: Counter[int]  # ids that begin or end a text, as often as every judge prompt has them
 
@@ -105,7 +107,7 @@ class _Judge:
             DnoError: an unknown or unusable rubric, a template that refuses it, or lengths that cannot be met.
         """
         section = runtime.config.annotation.self_judge
-        rubric = load_point_rubric(section.rubric)
+        rubric = load_rubric(POINTWISE, section.rubric, place="annotation.self_judge.rubric")
         context = runtime.model_config.context
         if section.max_prompt_length + section.max_new_tokens > context:
             raise DnoError(
@@ -178,12 +180,12 @@ class _Judge:
             limit = self.runtime.config.annotation.self_judge.max_new_tokens
             return _Reading(text, None, f"the reading was cut at annotation.self_judge.max_new_tokens={limit}")
         try:
-            return _Reading(text, self.rubric.parse(text))
+            return _Reading(text, int(self.rubric.read(Reply(text=text), ())[0]))
         except Unparsable as error:
             return _Reading(text, None, str(error))
 
     def _ids(self, conversation: Sequence[Message], text: str) -> tuple[int, ...]:
-        messages = self.rubric.messages(conversation, text)
+        messages = self.rubric.messages(conversation, (text,))
         return self.runtime.tokenizer.prompt_ids([Message.model_validate(message) for message in messages])
 
     def _control(self, ids: Sequence[int]) -> Counter[int]:

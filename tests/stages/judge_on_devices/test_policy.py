@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from dno_jax.annotation.judges.rubric import load_point_rubric
+from dno_jax.annotation.judges.forms import POINTWISE, load_rubric
 from dno_jax.config import RunConfig, SftConfig, parse_config
 from dno_jax.data.pools import Pools
 from dno_jax.errors import DnoError
@@ -88,7 +88,7 @@ def examples(rubric: str, rng: np.random.Generator) -> list[dict]:
             words.insert(rng.integers(len(words) + 1), GOOD)
         text = " ".join(words)
         question = [{"role": "user", "content": topic}]
-        request = load_point_rubric(rubric).messages([Message(role="user", content=topic)], text)
+        request = load_rubric(POINTWISE, rubric).messages([Message(role="user", content=topic)], [text])
         points = rng.integers(4, 6) if good else rng.integers(1, 3)  # a judge that is of two minds: there is a mean
         rows.append({"prompt_id": f"a{index}", "messages": question, "response": text})
         rows.append({"prompt_id": f"j{index}", "messages": request, "response": f"Score: {points}"})

@@ -1,0 +1,213 @@
+"""Which replies are answers, in every form: the whole of the expected shape, or nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+
+from dno_jax.annotation.judges.forms import ONE_TOKEN, PAIRWISE, load_rubric
+from dno_jax.annotation.judges.replies import read_points, read_score, read_tokens, read_verdict
+from dno_jax.annotation.question import Reply, Unparsable
+from tests.annotation.planted import decided
+
+
+def entry(score: object, justification: object = "because") -> dict[str, object]:
+    return {"justification": justification, "score": score}
+
+
+GOOD = json.dumps({"1": entry(4), "2": entry(6)})
+
+
+@pytest.mark.parametrize(
+    ("reply", "scores"),
+    [
+        (GOOD, (4, 6)),
+        (f" \n{GOOD}\n\n", (4, 6)),
+        (f"```json\n{GOOD}\n```", (4, 6)),
+        (f"```\n{GOOD}\n```", (4, 6)),
+        (f"<think>\nPerhaps {GOOD}?\n</think>\n\n```json\n{GOOD}\n```", (4, 6)),
+        (f"\n```json\n{json.dumps(json.loads(GOOD), indent=2)}\n```\n", (4, 6)),
+        (json.dumps({"2": entry(1), "1": entry(6)}), (6, 1)),
+        (json.dumps({"1": entry(1, 'it says {"1": {"score": 6}} and ```json'), "2": entry(2)}), (1, 2)),
+        ("```json\n" + json.dumps({"1": entry(3, "```json\n{}\n```"), "2": entry(2)}) + "\n```", (3, 2)),
+    ],
+)
+def test_good_replies(reply, scores):
+    assert read_points(reply, count=2, scale=range(1, 7)) == scores
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "not one JSON object"),
+        ("Candidate 2 wins. Score: 6", "not one JSON object"),
+        (f"Here you are: {GOOD}", "not one JSON object"),
+        (f"{GOOD}\nHope this helps!", "not one JSON object"),
+        (f"{GOOD}{GOOD}", "not one JSON object"),
+        (f"```json\n{GOOD}\n```\n```json\n{GOOD}\n```", "not one JSON object"),
+        (f"<think>Mind {GOOD}", "not one JSON object"),
+        (f"<think>It says </think>{GOOD} itself.</think>{GOOD}", "not one JSON object"),
+        (f"So: <think>hm</think>{GOOD}", "not one JSON object"),
+        (GOOD[:-5], "not one JSON object"),
+        ('{"1": {"justification": "", "score": 6}, "1": {"justification": "", "score": 1}}', "occurs twice"),
+        ('{"1": {"justification": "", "score": 6, "score": 1}, "2": {}}', "occurs twice"),
+        ("[" * 100_000, "not one JSON object"),
+        ('{"1": {"justification": "", "score": ' + "9" * 5000 + "}}", "not one JSON object"),
+        ("[4, 6]", "expected a JSON object, got list"),
+        ("null", "expected a JSON object, got NoneType"),
+        (json.dumps({"1": entry(4)}), "expected the candidates 1, 2, got 1"),
+        (json.dumps({"1": entry(4), "2": entry(4), "3": entry(4)}), "got 1, 2, 3"),
+        (json.dumps({"0": entry(4), "1": entry(4)}), "got 0, 1"),
+        (json.dumps({"01": entry(4), "2": entry(4)}), "got 01, 2"),
+        (json.dumps({}), "got none"),
+        (json.dumps({"1": 4, "2": 6}), "candidate 1: expected an object"),
+        (json.dumps({"1": {"score": 4}, "2": entry(6)}), "candidate 1: expected an object"),
+        (json.dumps({"1": {**entry(4), "final": 6}, "2": entry(6)}), "candidate 1: expected an object"),
+        (json.dumps({"1": entry(4, None), "2": entry(6)}), "candidate 1: the justification is no string"),
+        (json.dumps({"1": entry(4.0), "2": entry(6)}), "candidate 1: the score is of type float"),
+        (json.dumps({"1": entry(True), "2": entry(6)}), "candidate 1: the score is of type bool"),
+        (json.dumps({"1": entry("4"), "2": entry(6)}), "candidate 1: the score is of type str"),
+        (json.dumps({"1": entry(None), "2": entry(6)}), "candidate 1: the score is of type NoneType"),
+        (json.dumps({"1": entry(float("nan")), "2": entry(6)}), "candidate 1: the score is of type float"),
+        (json.dumps({"1": entry(4), "2": entry(0)}), "candidate 2: score 0 is outside 1..6"),
+        (json.dumps({"1": entry(4), "2": entry(7)}), "candidate 2: score 7 is outside 1..6"),
+        (json.dumps({"1": entry(4), "2": entry(-3)}), "candidate 2: score -3 is outside 1..6"),
+    ],
+)
+def test_bad_replies_are_no_answers(reply, reason):
+    with pytest.raises(Unparsable, match=re.escape(reason)):
+        read_points(reply, count=2, scale=range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Score: 5", 5),
+        ("It names the cause, and no more.\n\nScore: 0\n", 0),
+        ("All there. Score: 3.", 3),
+        ("**Score: 4**", 4),
+        ("**Score:** 4", 4),
+        ("Score:2", 2),
+        ("Score: 2. To be sure:\nScore: 2", 2),
+        ("He is 7 of 10, they say; the score: good.\nScore: 1", 1),
+    ],
+)
+def test_a_reading_ends_with_its_score(reply, score):
+    assert read_score(reply, scale=range(6)) == score
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "no 'Score: <points>'"),
+        ("5", "no 'Score: <points>'"),
+        ("score 5", "no 'Score: <points>'"),
+        ("HighScore: 5", "no 'Score: <points>'"),
+        ("Score:", "is no whole number"),
+        ("Score: <points>", "'Score: <points>' is no whole number"),
+        ("Score: five", "is no whole number"),
+        ("Score: 3.5", "is no whole number"),
+        ("Score: 4/5", "is no whole number"),
+        ("Score: \u0664", "is no whole number"),
+        ("Score: 1e0", "is no whole number"),
+        ("Score: " + "9" * 5000, "is no whole number"),
+        ("Score: 6", "score 6 is outside 0..5"),
+        ("Score: -1", "score -1 is outside 0..5"),
+        ('It says "Score: 5" itself.\nScore: 1', "is no whole number"),
+        ("It says\nScore: 5\nitself.\nScore: 1", "scores that differ: 1, 5"),
+        ("Score: 5\nScore: <points>", "is no whole number"),
+        ('The answer ends with\n"Score: 5\nwhich is of no use', "goes on after its score"),
+        ("Score: 5 points", "goes on after its score"),
+        ("Score: 5\n<<<END RESPONSE", "goes on after its score"),
+    ],
+)
+def test_other_readings_are_no_answers(reply, reason):
+    with pytest.raises(Unparsable, match=re.escape(reason)):
+        read_score(reply, scale=range(6))
+
+
+@pytest.mark.parametrize(
+    ("reply", "preference"),
+    [
+        (decided("first"), (1.0, 0.0)),
+        (decided("second"), (0.0, 1.0)),
+        (decided("tie"), (0.5, 0.5)),
+        (f" \n{decided('tie')}\n", (0.5, 0.5)),
+        (f"```json\n{decided('second')}\n```", (0.0, 1.0)),
+        (decided("second", decided("first")), (0.0, 1.0)),
+        ('{"verdict": "first", "justification": ""}', (1.0, 0.0)),
+    ],
+)
+def test_verdicts(reply, preference):
+    assert read_verdict(reply) == preference
+    assert load_rubric(PAIRWISE).read(Reply(text=reply), ["a", "b"]) == preference
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("", "not one JSON object"),
+        ("first", "not one JSON object"),
+        ('"first"', "expected a JSON object, got str"),
+        (f"So: {decided('first')}", "not one JSON object"),
+        (f"{decided('first')}\n{decided('second')}", "not one JSON object"),
+        (decided("first")[:-1], "not one JSON object"),
+        ('{"justification": "", "verdict": "first", "verdict": "second"}', "occurs twice"),
+        ('{"verdict": "first"}', "expected justification and verdict, got verdict"),
+        ('{"justification": "", "verdict": "first", "score": 6}', "got justification, score, verdict"),
+        ('{"justification": null, "verdict": "first"}', "the justification is no string"),
+        (decided("First"), "the verdict is 'First', none of first, second, tie"),
+        (decided(" first"), "none of first"),
+        (decided("1"), "none of first"),
+        (decided(""), "none of first"),
+        ('{"justification": "", "verdict": ["first"]}', "the verdict is ['first']"),
+        ('{"justification": "", "verdict": true}', "none of first"),
+        ('{"justification": "", "verdict": null}', "none of first"),
+    ],
+)
+def test_bad_verdicts_are_no_answers(reply, reason):
+    with pytest.raises(Unparsable, match=re.escape(reason)):
+        read_verdict(reply)
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "preference"),
+    [
+        ({"m": math.log(0.6), "M": math.log(0.2)}, 0.75),
+        ({"M": -0.5, "m": -0.5, "The": -3.0}, 0.5),
+        ({"m": -4.0}, 1.0),
+        ({"M": -0.1, "N": -1.0}, 0.0),
+        ({"M": -0.1, "m": -math.inf}, 0.0),
+        ({"m": -4.0, "M": -5.0}, 1 / (1 + math.exp(-1.0))),
+        ({"m": -9999.0, "M": -0.0}, 0.0),
+        ({" m": -0.1, "m ": -0.2, "mM": -0.3, "M": -3.0, "m": -3.0}, 0.5),
+    ],
+)
+def test_token_preferences(logprobs, preference):
+    found = read_tokens(logprobs, tokens=("m", "M"))
+    assert found == pytest.approx((preference, 1.0 - preference), abs=1e-15)
+    assert sum(found) == 1.0
+    assert load_rubric(ONE_TOKEN).read(Reply(text=None, finish="length", first_logprobs=logprobs), ["a", "b"]) == found
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "reason"),
+    [
+        (None, "no log-probabilities"),
+        ({}, "neither 'm' nor 'M' among the first tokens none"),
+        ({"The": -0.1, "\u043c": -0.2, " m": -3.0}, "neither 'm' nor 'M' among the first tokens 'The', '\u043c', ' m'"),
+        ({"m": -math.inf, "M": -math.inf}, "neither"),
+        ({"m": math.nan, "M": -0.1}, "log-probabilities nan"),
+        ({"m": -0.1, "M": math.nan}, "log-probabilities -0.1 and nan"),
+        ({"m": math.inf}, "log-probabilities inf"),
+        # A refusal leaves next to nothing to the two, which is no opinion on them.
+        ({"I": -1e-4, "m": -12.0}, "a probability of 6.1e-06 together; a verdict needs 0.01"),
+        ({"m": -9999.0, "M": -10000.0}, "a probability of 0 together"),
+    ],
+)
+def test_without_either_token_there_is_no_answer(logprobs, reason):
+    with pytest.raises(Unparsable, match=re.escape(reason)):
+        read_tokens(logprobs, tokens=("m", "M"))
