@@ -12,10 +12,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
-from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
+from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.schedules import num_questions
+from dno_jax.annotation.pool import Annotator, Pool
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dno_jax.annotation.annotator import Candidate, Pool, build_annotator
+from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.receipts import closing
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter

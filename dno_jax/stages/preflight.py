@@ -6,7 +6,7 @@ import asyncio
 import os
 import tempfile
 
-from dno_jax.annotation.annotator import build_annotator
+from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.config import RunConfig
 from dno_jax.console import say

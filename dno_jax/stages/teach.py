@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from dno_jax.annotation.client import JudgeClient, open_client
+from dno_jax.annotation.build import open_client
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
 from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.refusals import is_refusal

@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 
-from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.judges.functions import PairWise
 from dno_jax.annotation.judges.pair_rubric import TokenRubric
 from dno_jax.annotation.judges.rubric import load_token_rubric
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.question import Reply
 from dno_jax.config import OpenAISection
 from dno_jax.data.pools import distinct_candidates, pools_of

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator, prompt_text
-from dno_jax.annotation.annotator import Annotator, presentation_order
 from dno_jax.annotation.embedded import GivenAnnotator, GoldAnnotator, TableAnnotator
+from dno_jax.annotation.pool import Annotator, presentation_order
 from dno_jax.config import AnnotationSection, OpenAISection, OracleSection, TableSection
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.rubric_file import JudgeRubric
+from dno_jax.annotation.pool import Pool
 from dno_jax.annotation.question import Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
 from dno_jax.records import Answer, Judgement, JudgementState

@@ -17,8 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.rubric import PointRubric, Unparsable, load_point_rubric
+from dno_jax.annotation.pool import Pool
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pools import Pools

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dno_jax import iteration
-from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.cli.main import app
 from dno_jax.config import MeshSection, RunConfig, dump_config, parse_config
 from dno_jax.data.pools import Pools, PromptFile
