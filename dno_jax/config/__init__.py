@@ -20,7 +20,7 @@ from dno_jax.config.annotation import (
 from dno_jax.config.base import MIN_TEMPERATURE, Section
 from dno_jax.config.loading import changed_fields, config_digest, dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
-from dno_jax.config.sampling import CompletionServerSection, Dialect, SamplingSection
+from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
     LossName,
@@ -41,7 +41,6 @@ __all__ = [
     "AnnotationSection",
     "ChatSection",
     "CompletionServerSection",
-    "Dialect",
     "EndpointSection",
     "EvaluationSection",
     "LossName",

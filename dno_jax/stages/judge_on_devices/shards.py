@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
 from dno_jax.data.pools import Pools, survey, tell_quality
-from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
 from dno_jax.run_dir import Manifest, StageDir
@@ -46,7 +46,7 @@ def judge_on_devices(
         identity: everything that changes a verdict; what another judge closed is judged anew.
         inputs: what the manifest names beside the samples.
         figures: the manifest's details beside the states, of all judgements.
-        who, remedy: complete "... gave no verdict" and "Another call ...", which is said of too many failures.
+        who, remedy: complete "pools have no verdict of ..." and "Another call ...", which is said of too many failures.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict.
@@ -73,13 +73,15 @@ def judge_on_devices(
         states[row.state] += 1
         if row.state != "ok":
             reasons[f"{row.state}: {row.detail}"] += 1
-    if reasons.total() > runtime.config.annotation.max_failed * states.total():
-        # Every process has counted all judgements, so that all of them stop here, or none.
-        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise DnoError(
-            f"{stage.path}: {who} gave no verdict on {reasons.total()} of {states.total()} pools ({shown}). Another "
-            f"call {remedy}, or raise annotation.max_failed to go on without these pools"
-        )
+    # Every process has counted all judgements, so that all of them stop here, or none.
+    refuse_shortfall(
+        str(stage.path),
+        reasons,
+        total=states.total(),
+        missing=f"pools have no verdict of {who}",
+        remedy=f"Another call {remedy}, or raise annotation.max_failed to go on without these pools",
+        max_failed=runtime.config.annotation.max_failed,
+    )
     if is_primary():
         found = survey(pools, stage)
         stage.finish(
