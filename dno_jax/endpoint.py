@@ -1,6 +1,6 @@
 """The one door to OpenAI-compatible endpoints: keys kept, pauses polite, failures sorted.
 
-Retries are their callers', not the client's, because an answer that cannot be used is retried as well, and all count.
+Retries are `retried`'s, not the client's, because an answer that cannot be used is retried as well, and all count.
 
 The key is read from the environment when the client is made. What others wrote (errors, replies) is scrubbed of it
 before it is raised, logged or stored. Errors are raised outside `except` blocks, so that they do not carry the client's
@@ -11,18 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import email.utils
+import logging
+import math
 import os
+import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from dno_jax.errors import DnoError
 
 if TYPE_CHECKING:
     import openai
+
+_LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BACKOFF_SECONDS = 0.5
 MAX_BACKOFF_SECONDS = 30.0
@@ -81,6 +87,55 @@ class Trouble:
         return self.status == 429 or (self.retry_after is not None and (self.status or 0) >= 500)
 
 
+@dataclass(frozen=True)
+class GaveUp:
+    """Why no more tries were made.
+
+    Attributes:
+        trouble: of the last one.
+        tries: that were made.
+        seconds: that they took, pauses included.
+    """
+
+    trouble: Trouble
+    tries: int
+    seconds: float
+
+
+async def retried(
+    attempt: Callable[[], Awaitable[T | Trouble]],
+    *,
+    who: str,
+    max_tries: float = math.inf,
+    min_tries: int = 1,
+    max_outage: float = math.inf,
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> T | GaveUp:
+    """Try until it succeeds, no further try would help, or enough were made; longer and longer pauses lie between.
+
+    Args:
+        attempt: one try; a `Trouble` that says "retry" is worth another, any other ends it. What it raises is raised.
+        who: as the log names it.
+        max_tries: no more are made.
+        min_tries: so many are made, whatever the time.
+        max_outage: seconds after which no further one is made; a pause ends by then, whatever Retry-After says.
+        pause: waits, or raises what it likes where nothing more is to be sent.
+    """
+    began, tries = time.monotonic(), 0
+    while isinstance(result := await attempt(), Trouble):
+        tries += 1
+        seconds = time.monotonic() - began
+        left = max_outage - seconds
+        if result.then != "retry" or tries >= max_tries or (tries >= min_tries and left <= 0.0):
+            return GaveUp(result, tries, seconds)
+        limit = f" of {max_tries}" if max_tries < math.inf else ""
+        _LOG.info("%s: try %d%s: %s", who, tries, limit, result.detail)
+        wanted = None if result.retry_after is None else min(result.retry_after, max(0.0, left))
+        wait = wait_seconds(tries, retry_after=wanted, jitter=random.random())
+        await pause(min(wait, left) if left > 0.0 else wait)
+    return result
+
+
 class Endpoint:
     """A server, by the name that messages give it.
 
@@ -124,47 +179,30 @@ class Endpoint:
         Raises:
             EndpointError: no request of this configuration can succeed.
         """
-        from openai import HttpxBinaryResponseContent
-
-        options: Any = {} if file is None else {"headers": {"Content-Type": "multipart/form-data"}}
-        return await self._answer(
-            lambda client: client.post(
-                path,
-                body=body,
-                files=None if file is None else [("file", file)],
-                options=options if timeout is None else options | {"timeout": timeout},
-                cast_to=HttpxBinaryResponseContent,
-            ),
-            timeout=timeout or self._timeout,
-        )
+        options = {} if file is None else {"headers": {"Content-Type": "multipart/form-data"}}
+        files = None if file is None else [("file", file)]
+        return await self._answer(self._client.post, path, timeout=timeout, options=options, body=body, files=files)
 
     async def get(
         self, path: str, *, query: Mapping[str, str] | None = None, timeout: float | None = None
     ) -> Response | Trouble:
         """Fetch what lies at a path; `timeout` and errors as in `post`."""
-        from openai import HttpxBinaryResponseContent
-
-        options: Any = {"params": dict(query or {})}
-        return await self._answer(
-            lambda client: client.get(
-                path,
-                options=options if timeout is None else options | {"timeout": timeout},
-                cast_to=HttpxBinaryResponseContent,
-            ),
-            timeout=timeout or self._timeout,
-        )
+        return await self._answer(self._client.get, path, timeout=timeout, options={"params": dict(query or {})})
 
     async def _answer(
-        self, request: Callable[[openai.AsyncOpenAI], Awaitable[Any]], *, timeout: float
+        self, send: Callable[..., Awaitable[Any]], path: str, *, timeout: float | None, options: Any, **sent: Any
     ) -> Response | Trouble:
         import openai
 
+        if timeout is not None:
+            options = options | {"timeout": timeout}
+        timeout = timeout or self._timeout
         try:
             # The client's own timeout counts silence only; a server that trickles would hold the slot for ever.
             async with asyncio.timeout(timeout):
-                response = (await request(self._client)).response
+                found = await send(path, cast_to=openai.HttpxBinaryResponseContent, options=options, **sent)
                 # JSON is UTF-8, whatever the header says: Python has charsets that are none of text.
-                return Response(response.content.decode("utf-8", "replace"), response.headers)
+                return Response(found.response.content.decode("utf-8", "replace"), found.response.headers)
         except openai.APIStatusError as error:
             trouble = self.trouble(error.status_code, error.body or error.message, headers=error.response.headers)
         except openai.APIConnectionError as error:

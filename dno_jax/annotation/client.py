@@ -1,16 +1,13 @@
 """Where questions are carried: to the store first, then, within the budget, to the model that is asked.
 
 A try is committed when it comes back, with what it cost, before anything else happens; so is every failure. What no
-later question could survive (a refused key, an unknown model, a full disk under the store) stops the desk: what is
-under way comes back and is committed, and nothing more is sent.
+later question could survive (a refused key, an unknown model, a full disk under the store) stops the client: what
+is under way comes back and is committed, and nothing more is sent.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
@@ -24,22 +21,21 @@ from dno_jax.annotation.question import Question, Reply, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
 from dno_jax.annotation.transport.probe import Pay, Sending
 from dno_jax.annotation.transport.stop import Stop
-from dno_jax.config import AnnotationSection, ChatSection, OpenAISection
-from dno_jax.endpoint import Trouble, wait_seconds
+from dno_jax.config import ChatSection, OpenAISection
+from dno_jax.endpoint import Trouble, retried
 from dno_jax.errors import DnoError
 
 if TYPE_CHECKING:
-    from dno_jax.annotation.transport.client import Client
+    from dno_jax.annotation.transport.client import EndpointClient
 
-_LOG = logging.getLogger(__name__)
 # Replies, none of which could be read, after which nobody is asked any more: they are paid for in vain.
 _MOST_UNREAD = 100
 _BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
 
 
 @runtime_checkable
-class Asked(Protocol):
-    """What a desk needs of a client: `annotation.client.Client`."""
+class ModelClient(Protocol):
+    """How one model is reached: `transport.client.EndpointClient`."""
 
     async def probe(self, body: Mapping[str, Any], *, pay: Pay) -> Any: ...
 
@@ -61,10 +57,10 @@ class Asked(Protocol):
 class JudgeClient:
     """Answers questions, each of which is paid for once. It serves one event loop, and is closed in it."""
 
-    def __init__(self, clients: Mapping[ChatSection, Asked], *, store: VerdictStore, budget: Budget):
+    def __init__(self, clients: Mapping[ChatSection, ModelClient], *, store: VerdictStore, budget: Budget):
         """
         Args:
-            clients: by the section of the configuration that questions name; closed with the desk, as is the store.
+            clients: by the section of the configuration that questions name; closed with this one, as is the store.
         """
         self.budget = budget
         self._clients = clients
@@ -76,12 +72,18 @@ class JudgeClient:
         self._stopped = Stop()
         self._unread: Counter[ChatSection] = Counter()  # replies of models of which none was read so far
         self._read_once: set[ChatSection] = set()
-        self._jitter = random.Random()  # spreads retries over time; decides no result
 
     @property
     def width(self) -> int:
         """How many requests may be in flight, of all models together."""
         return sum(section.max_concurrency for section in self._clients)
+
+    @property
+    def asks_by_batch(self) -> bool:
+        """Whether the configuration asks for the Batch API, or a run has left batches that are to be collected."""
+        return any(isinstance(section, OpenAISection) and section.batch for section in self._clients) or bool(
+            self.by_batch()
+        )
 
     def recall(self, question: Question) -> Verdict | None:
         """Return the answer where it is already paid for, else None."""
@@ -132,7 +134,7 @@ class JudgeClient:
         for section in {question.asked: None for question in by_key.values()}:
             own = [question for question in by_key.values() if question.asked == section]
             await self.probe(own[0])
-            client = cast("Client", self._clients[section])  # nothing else has a Batch API
+            client = cast("EndpointClient", self._clients[section])  # nothing else has a Batch API
             async with AsyncExitStack() as rooms:  # held until all of it is committed
 
                 async def room(question: Question, *, was_sent: bool, rooms: AsyncExitStack = rooms) -> bool:
@@ -163,6 +165,10 @@ class JudgeClient:
         return await self._store.put(
             question.key, verdict, judge=question.judge, prompt_id=question.prompt_id, paid=paid
         )
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what the run has paid by model, for receipts.json."""
+        return self.budget.receipt()
 
     async def drain(self) -> None:
         """Send nothing more, and wait until what is in flight has come back and is committed."""
@@ -215,27 +221,33 @@ class JudgeClient:
         section, client = question.asked, self._clients[question.asked]
         usage = most_usage(question)
         tokens = usage.tokens_in // _BYTES_A_TOKEN + usage.tokens_out
-        tries = 0
-        while True:
+        verdict = result = None
+
+        async def attempt() -> Verdict | Trouble:
+            nonlocal verdict, result
             async with self._slots[section], self.budget.room(question) as granted:
                 self._stopped.check()
                 if not granted:
-                    return Verdict("over budget", detail=self.budget.why)
+                    raise OverBudget
                 with self._breaking():
-                    try:
-                        pay = partial(self._pay, question, wait=False)
-                        result = await client.send(question.body, schema=question.schema, tokens=tokens, pay=pay)
-                    except OverBudget:  # another endpoint was to be got to know first
-                        return Verdict("over budget", detail=self.budget.why)
+                    pay = partial(self._pay, question, wait=False)
+                    result = await client.send(question.body, schema=question.schema, tokens=tokens, pay=pay)
                     verdict = await self.settle(question, result)
-            tries += 1
-            gone = isinstance(result, Trouble) and result.then != "retry"
-            if verdict.is_answer or verdict.state == "refused" or gone or tries >= section.max_tries:
+            if verdict.is_answer or verdict.state == "refused":
                 return verdict
-            _LOG.info("%s: try %d of %d: %s", section.model, tries, section.max_tries, verdict.detail)
-            # A reply that does not parse is no reason to wait; Retry-After is one endpoint's, and the client keeps it.
-            if isinstance(result, Trouble):
-                await self._stopped.pause(wait_seconds(tries, retry_after=None, jitter=self._jitter.random()))
+            # Retry-After is one endpoint's, and its client keeps it.
+            return replace(result, retry_after=None) if isinstance(result, Trouble) else Trouble(verdict.detail)
+
+        async def pause(seconds: float) -> None:
+            if isinstance(result, Trouble):  # a reply that does not parse is no reason to wait
+                await self._stopped.pause(seconds)
+
+        try:
+            await retried(attempt, who=section.model, max_tries=section.max_tries, pause=pause)
+        except OverBudget:  # before this question, or before another endpoint was got to know for it
+            return Verdict("over budget", detail=self.budget.why)
+        assert verdict is not None
+        return verdict
 
     def _read(self, question: Question, reply: Reply) -> Verdict:
         client = self._clients[question.asked]
@@ -289,50 +301,3 @@ class JudgeClient:
         self._stopped.say(error)
         for client in self._clients.values():
             client.stop(error)
-
-
-def open_client(section: AnnotationSection, *, store_path: str | os.PathLike[str]) -> JudgeClient:
-    """Return a desk for all that a configuration asks by chat; nothing is sent yet.
-
-    Args:
-        store_path: the run's own file of verdicts, in its directory; `annotation.store` stands before it.
-
-    Raises:
-        DnoError: a missing key, an unusable URL, a store that cannot be opened.
-    """
-    from dno_jax.annotation.transport.client import Client  # openai's HTTP client takes long to load
-
-    clients: dict[ChatSection, Asked] = {}
-    for place, chat in _places(section).items():
-        who = "teacher" if chat is section.teacher else "judge"
-        clients[chat] = Client(chat, who=f"the {who} {chat.model!r}", place=place)
-    own = os.fspath(store_path)
-    store = VerdictStore(section.store or own)
-    return JudgeClient(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
-
-
-def run_name(own_path: str, path: str) -> str:
-    """Return the name of a run in a store: its directory seen from the store's, so that both may move together.
-
-    Args:
-        own_path: of the store that the run would have for itself.
-        path: of the store that it has.
-    """
-    folder = os.path.dirname(own_path)
-    return (
-        folder
-        if "://" in folder
-        else os.path.relpath(os.path.realpath(folder), os.path.dirname(os.path.realpath(path)))
-    )
-
-
-def _places(section: AnnotationSection) -> dict[str, ChatSection]:
-    """Whom a configuration asks, by the place where messages say that they are configured."""
-    places: dict[str, ChatSection] = {}
-    if section.kind == "openai":
-        places["annotation.openai"] = section.openai
-    if section.kind == "ensemble":
-        places |= {f"annotation.ensemble.{number}": judge for number, judge in enumerate(section.ensemble)}
-    if section.teacher is not None:
-        places["annotation.teacher"] = section.teacher
-    return places

@@ -1,13 +1,14 @@
-"""Judging pools by asking: a preference function says what, a desk carries it."""
+"""Judging pools by asking: a preference function says what, a client carries it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
-from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.client import JudgeClient
-from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
+from dno_jax.annotation.pool import Candidate, Pool
+from dno_jax.annotation.question import PreferenceFunction, Question, Verdict, advance
 from dno_jax.config import OpenAISection
 from dno_jax.records import Judgement, Message, Prompt
 
@@ -18,15 +19,15 @@ _SAMPLE = Pool(
 
 
 class EndpointAnnotator:
-    """Judges pools by a preference function whose questions a desk carries."""
+    """Judges pools by a preference function whose questions a client carries."""
 
-    def __init__(self, function: PreferenceFunction, desk: JudgeClient):
+    def __init__(self, function: PreferenceFunction, client: JudgeClient):
         """
         Args:
-            desk: closed with the annotator.
+            client: closed with the annotator.
         """
         self._function = function
-        self.desk = desk
+        self.client = client
 
     def __repr__(self) -> str:
         return f"EndpointAnnotator({self.identity!r})"
@@ -37,7 +38,15 @@ class EndpointAnnotator:
 
     @property
     def width(self) -> int:
-        return self.desk.width
+        return self.client.width
+
+    @property
+    def asks_by_batch(self) -> bool:
+        return self.client.asks_by_batch
+
+    @property
+    def may_repeat(self) -> bool:
+        return True
 
     def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         """Return the judgement if all that it asks is already paid for, else None."""
@@ -46,7 +55,7 @@ class EndpointAnnotator:
         while not isinstance(found := advance(rounds, verdicts), Judgement):
             verdicts = []
             for question in found:
-                verdict = self.desk.recall(question)
+                verdict = self.client.recall(question)
                 if verdict is None:
                     return None
                 verdicts.append(verdict)
@@ -61,7 +70,7 @@ class EndpointAnnotator:
         questions = advance(self._function.rounds(_SAMPLE), None)
         assert not isinstance(questions, Judgement)
         for asked in {question.asked: question for question in questions}.values():
-            await self.desk.probe(asked)
+            await self.client.probe(asked)
 
     async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         """Return the judgement of one pool, round by round; all that arrives is in the store before this returns.
@@ -76,7 +85,7 @@ class EndpointAnnotator:
         verdicts: list[Verdict] | None = None
         while not isinstance(found := advance(rounds, verdicts), Judgement):
             # After an error the others still come back: they are paid for.
-            outcomes = await asyncio.gather(*map(self.desk.ask, found), return_exceptions=True)
+            outcomes = await asyncio.gather(*map(self.client.ask, found), return_exceptions=True)
             verdicts = []
             for outcome in outcomes:
                 if isinstance(outcome, BaseException):
@@ -84,7 +93,7 @@ class EndpointAnnotator:
                 verdicts.append(outcome)
         return found
 
-    async def ask_by_batch(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
+    async def ask_ahead(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
         """Ask what the pools need by the Batch API, round after round, where the configuration says so.
 
         What an earlier run has asked by batch is collected in any case. What comes back is in the store, where `judge`
@@ -93,36 +102,43 @@ class EndpointAnnotator:
         tried: set[str] = set()
         while True:
             missing = [question for pool in pools for question in self._missing(pool, repeat=repeat)]
-            under_way = self.desk.by_batch()
+            under_way = self.client.by_batch()
             batched = [question for question in missing if _by_batch(question) or question.key in under_way]
             wanted = [question for question in batched if question.key not in tried]
             if not wanted:
                 return
             tried.update(question.key for question in wanted)
-            await self.desk.ask_by_batch(wanted)
+            await self.client.ask_by_batch(wanted)
 
     def _missing(self, pool: Pool, *, repeat: int) -> Sequence[Question]:
         """What a pool asks next that the store cannot answer."""
         rounds = self._function.rounds(pool, repeat=repeat)
         verdicts: list[Verdict] | None = None
         while not isinstance(found := advance(rounds, verdicts), Judgement):
-            known = [self.desk.recall(question) for question in found]
+            known = [self.client.recall(question) for question in found]
             if missing := [item for item, verdict in zip(found, known, strict=True) if verdict is None]:
                 return missing
             verdicts = [verdict for verdict in known if verdict is not None]
         return ()
 
+    def refuse_over_budget(self, missing: int) -> None:
+        """
+        Raises:
+            DnoError: pools were not asked about for lack of money.
+        """
+        if missing:
+            raise self.client.budget.stop(missing=missing)
+
+    async def drain(self) -> None:
+        await self.client.drain()
+
+    def receipt(self) -> dict[str, Any]:
+        """Return what the run has paid by model, for receipts.json."""
+        return self.client.receipt()
+
     async def close(self) -> None:
-        await self.desk.close()
+        await self.client.close()
 
 
 def _by_batch(question: Question) -> bool:
     return isinstance(question.asked, OpenAISection) and question.asked.batch
-
-
-def advance(rounds: Rounds, verdicts: Sequence[Verdict] | None) -> Sequence[Question] | Judgement:
-    """Give a preference function the verdicts of its last round (None at first); return the next round or the end."""
-    try:
-        return next(rounds) if verdicts is None else rounds.send(verdicts)
-    except StopIteration as end:
-        return end.value

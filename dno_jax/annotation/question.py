@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
-from dno_jax.annotation.annotator import Pool
+from dno_jax.annotation.pool import Pool
 from dno_jax.config import ChatSection
 from dno_jax.records import Judgement, VerdictState
 
@@ -138,3 +138,11 @@ class PreferenceFunction(Protocol):
             repeat: asks everything anew under other keys, to see how far a judge agrees with itself.
         """
         ...
+
+
+def advance(rounds: Rounds, verdicts: Sequence[Verdict] | None) -> Sequence[Question] | Judgement:
+    """Give a preference function the verdicts of its last round (None at first); return the next round or the end."""
+    try:
+        return next(rounds) if verdicts is None else rounds.send(verdicts)
+    except StopIteration as end:
+        return end.value

@@ -9,20 +9,28 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from dno_jax.annotation.annotator import Annotator
-from dno_jax.annotation.client import JudgeClient
-from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.run_dir import RunDir
 
 
+@runtime_checkable
+class Paid(Protocol):
+    """Who is paid, or may be: an annotator, or the client that a teacher is asked through."""
+
+    async def drain(self) -> None: ...
+
+    def receipt(self) -> dict[str, Any] | None: ...
+
+    async def close(self) -> None: ...
+
+
 @contextlib.asynccontextmanager
-async def closing(asked: Annotator | JudgeClient, run_dir: RunDir) -> AsyncIterator[None]:
-    """Close a judge or a desk when the work with it ends, however it ends, and leave the receipts.
+async def closing(asked: Paid, run_dir: RunDir) -> AsyncIterator[None]:
+    """Close a judge or a teacher when the work with it ends, however it ends, and leave the receipts.
 
     Nothing more is asked then; what is in flight comes back and is stored first. A second interrupt gives it up.
 
@@ -40,13 +48,10 @@ async def closing(asked: Annotator | JudgeClient, run_dir: RunDir) -> AsyncItera
     await _close(asked, run_dir)
 
 
-async def _close(asked: Annotator | JudgeClient, run_dir: RunDir) -> None:
-    desk = asked.desk if isinstance(asked, EndpointAnnotator) else asked
-    receipt = None
+async def _close(asked: Paid, run_dir: RunDir) -> None:
     try:
-        if isinstance(desk, JudgeClient):
-            await desk.drain()
-            receipt = desk.budget.receipt()
+        await asked.drain()
+        receipt = asked.receipt()
     finally:
         await asked.close()
     if receipt is not None:

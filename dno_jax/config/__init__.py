@@ -21,7 +21,7 @@ from dno_jax.config.base import MIN_TEMPERATURE, Section, Stage
 from dno_jax.config.identity import changes, deciding, stage_digest
 from dno_jax.config.loading import dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
-from dno_jax.config.sampling import CompletionServerSection, Dialect, SamplingSection
+from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
     LossName,
@@ -42,7 +42,6 @@ __all__ = [
     "AnnotationSection",
     "ChatSection",
     "CompletionServerSection",
-    "Dialect",
     "EndpointSection",
     "EvaluationSection",
     "LossName",

@@ -8,11 +8,9 @@ from pydantic import Field, model_validator
 
 from dno_jax.config.base import COSTS, ROUNDS, SAMPLED, Count, Fraction, Section, Temperature, decides
 
-Dialect = Literal["openai", "tgi"]
-
 
 class CompletionServerSection(Section):
-    """A server of the exported policy with /v1/completions (vLLM, SGLang, llama.cpp's, TGI).
+    """A server of the exported policy with /v1/completions (vLLM, SGLang, llama.cpp's).
 
     The key itself never stands in a file: only the variable's name does.
     """
@@ -25,12 +23,6 @@ class CompletionServerSection(Section):
         json_schema_extra=COSTS,
     )
     base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=COSTS)
-    dialect: Dialect = Field(
-        default="openai",
-        description="openai: prompts are sent as token ids (vLLM, SGLang, llama.cpp's server). tgi: as text, and only "
-        "where our tokenizer makes the prompt's very ids of it; TGI has no top_k, min_p and log-probs there",
-        json_schema_extra=SAMPLED,
-    )
     api_key_env: str | None = Field(
         default=None,
         description="environment variable of the key; None for no key",
@@ -168,22 +160,6 @@ class SamplingSection(Section):
                 "engine=openai with samples of a mixture: a server gives one policy's tokens; set engine=jax, or "
                 "source=policy and num_opponents=0"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _server_honours_all(self) -> SamplingSection:
-        if self.engine == "openai" and self.server.dialect == "tgi":
-            unknown = {
-                "top_k": (self.top_k, 0),
-                "min_p": (self.min_p, 0.0),
-                "server.logprobs": (self.server.logprobs, "none"),
-            }
-            for name, (value, only) in unknown.items():
-                if value != only:
-                    raise ValueError(
-                        f"{name} is {value} with server.dialect=tgi, whose /v1/completions does not have it and would "
-                        f"ignore it; set {name}={only}, or use another server"
-                    )
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.quality.figures import Quality, Response, scalars
 from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.config import AnnotationSection

@@ -13,12 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dno_jax.annotation.annotator import Candidate, Pool
-from dno_jax.annotation.endpoint_annotator import advance
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.ledger.budget import Usage, cost, most_usage
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.quality.calibration import read_calibration
-from dno_jax.annotation.question import Question, Verdict
+from dno_jax.annotation.question import Question, Verdict, advance
 from dno_jax.config import AnnotationSection, ChatSection, QualitySection, RunConfig, TeacherSection
 from dno_jax.data.prompts import PromptSplit, TokenizedPrompt
 from dno_jax.records import Judgement, Message, Prompt, Role

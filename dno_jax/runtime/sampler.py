@@ -17,7 +17,7 @@ from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Source
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
-from dno_jax.sampling.completion import Codec
+from dno_jax.sampling.completion import Codec, Task
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.requests import Finished, Request, SamplingParams
 from dno_jax.sampling.server import complete
@@ -104,22 +104,14 @@ class Sampler:
     def _from_server(self, spec: SampleSpec, counts: Counter[str]) -> Stream:
         """Sample from the configured server."""
         section = self.runtime.config.sampling
-        yield from complete(
-            self._requests(),
+        task = Task(
             section=section.server,
             sampling_params=self._sampling_params(spec),
-            codec=Codec(
-                encode=self._encode,
-                decode=self._decode,
-                text_ids=self.runtime.tokenizer.text_ids,
-                prompt_text=self._prompt_text,
-            ),
+            codec=Codec(encode=self._encode, decode=self._decode, text_ids=self.runtime.tokenizer.text_ids),
             iteration=self.policy,
             stop=section.stop,
-            counts=counts,
-            num_prompts=self.num_prompts,
-            num_lost=self.num_lost,
         )
+        yield from complete(self._requests(), task, counts=counts, num_prompts=self.num_prompts, num_lost=self.num_lost)
         self.details["server"] = dict(counts)
 
     def _requests(self) -> list[Request]:
@@ -167,10 +159,6 @@ class Sampler:
             prompt.messages, text, end_id=self.runtime.end_ids[0], assistant_prefix=prompt.assistant_prefix
         )
         return ids[:-1]
-
-    def _prompt_text(self, index: int) -> str | None:
-        prompt = self.prompts[index].prompt
-        return self.runtime.tokenizer.whole_text(prompt.messages, prompt.assistant_prefix)
 
     def _stop(self, index: int, ids: Sequence[int]) -> tuple[int, str] | None:
         return stopped(self.runtime.config.sampling.stop, ids, decode=partial(self._decode, index))

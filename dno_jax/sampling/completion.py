@@ -5,8 +5,7 @@ Servers differ in what they say beyond OpenAI's fields, all of which is read whe
 - vLLM and SGLang return the drawn ids (`return_token_ids`) and what ended a response (`stop_reason`, `matched_stop`);
 - llama.cpp's server returns ids with log-probs;
 - a server that returns none is read by its text, which our tokenizer makes ids of. That is only right where the model
-  drew those very ids, so text and count of tokens must both come back the same;
-- TGI also takes prompts as text only. Its count is of all that was drawn, and its text keeps the stop string.
+  drew those very ids, so text and count of tokens must both come back the same.
 """
 
 from __future__ import annotations
@@ -16,13 +15,11 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from dno_jax.config import Dialect
+from dno_jax.config import CompletionServerSection
 from dno_jax.errors import DnoError
 from dno_jax.sampling.requests import Request, Response, SamplingParams
-from dno_jax.sampling.stops import stopped
 from dno_jax.sampling.transforms import Truncation
 
 
@@ -38,13 +35,35 @@ class Codec:
         encode: (index of a request, text) -> ids of that text as a response to it, without an end id.
         decode: (index of a request, ids) -> text.
         text_ids: what the tokenizer makes of a text of its own accord, with its begin token if it has one.
-        prompt_text: index of a request -> the text of which `text_ids` makes its ids, None if there is none.
     """
 
     encode: Callable[[int, str], Sequence[int]]
     decode: Callable[[int, Sequence[int]], str]
     text_ids: Callable[[str], Sequence[int]]
-    prompt_text: Callable[[int], str | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn for every prompt alike, from whom, and the tokenizer that reads it.
+
+    Attributes:
+        section: of the server.
+        sampling_params: `end_ids` are sent as stop_token_ids; ids from `num_ids` on are refused.
+        iteration: of the policy that is to be served; part of each seed, and of the model's name where it asks for it.
+        stop: strings that end a response. The text is then cut before the string, and the ids are not.
+    """
+
+    section: CompletionServerSection
+    sampling_params: SamplingParams
+    codec: Codec
+    iteration: int
+    stop: tuple[str, ...] = ()
+
+    @property
+    def takes_logprobs(self) -> bool:
+        """Whether the server's log-probs are the policy's own, at temperature 1."""
+        of_what, drawn_from = self.section.logprobs, self.sampling_params.truncation
+        return of_what == "raw" or (of_what == "processed" and drawn_from == Truncation(temperature=1.0))
 
 
 @dataclass(frozen=True)
@@ -56,7 +75,6 @@ class Answer:
         end_id: the id that ended it; None also where that was the usual one.
         tells_stop: whether the server says what ended a response.
         completion_tokens: drawn tokens; servers count the end id or do not.
-        verbatim: whether `text` keeps the stop string, and `completion_tokens` counts all that was drawn.
     """
 
     text: str
@@ -69,7 +87,6 @@ class Answer:
     prompt_token_ids: tuple[int, ...] | None
     prompt_tokens: int | None
     completion_tokens: int | None
-    verbatim: bool
 
 
 def request_seed(*, seed: int, iteration: int, prompt: int, sample: int, redraw: int) -> int:
@@ -85,31 +102,23 @@ def request_seed(*, seed: int, iteration: int, prompt: int, sample: int, redraw:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def sampling_fields(
-    truncation: Truncation, *, stop: Sequence[str], end_ids: Sequence[int], logprobs: bool, dialect: Dialect
-) -> dict[str, Any]:
+def sampling_fields(task: Task) -> dict[str, Any]:
     """Return the fields that all requests share.
 
     Every knob is sent, also one that does nothing: servers have defaults of their own, and vLLM and SGLang take them
-    from the checkpoint's generation_config.json. TGI knows fewer, and refuses a top_p of 1.
+    from the checkpoint's generation_config.json.
     """
-    if dialect == "tgi":
-        return {
-            "temperature": truncation.temperature,
-            "repetition_penalty": truncation.repetition_penalty,
-            **({"top_p": truncation.top_p} if truncation.top_p < 1.0 else {}),
-            **({"stop": list(stop)} if stop else {}),
-        }
+    truncation, logprobs = task.sampling_params.truncation, task.section.logprobs != "none"
     return {
         "n": 1,
         "temperature": truncation.temperature,
         "top_p": truncation.top_p,
-        **({"stop": list(stop)} if stop else {}),
+        **({"stop": list(task.stop)} if task.stop else {}),
         **({"logprobs": 1} if logprobs else {}),
         "top_k": truncation.top_k or -1,
         "min_p": truncation.min_p,
         "repetition_penalty": truncation.repetition_penalty,
-        "stop_token_ids": list(end_ids),
+        "stop_token_ids": list(task.sampling_params.end_ids),
         "return_token_ids": True,
         # llama.cpp's names, and our order: its own cuts before it divides by the temperature.
         "repeat_penalty": truncation.repetition_penalty,
@@ -118,12 +127,7 @@ def sampling_fields(
     }
 
 
-def leaves_policy(truncation: Truncation) -> bool:
-    """Return whether what is drawn from is the policy itself."""
-    return truncation == Truncation(temperature=1.0)
-
-
-def parse_answer(text: str, *, dialect: Dialect) -> Answer | None:
+def parse_answer(text: str) -> Answer | None:
     """Read the body of a 200; None if it is anything but one completion."""
     try:
         body = json.loads(text)
@@ -132,24 +136,19 @@ def parse_answer(text: str, *, dialect: Dialect) -> Answer | None:
             return None
         usage = body.get("usage") or {}
         token_ids, logprobs = _ids_and_logprobs(choice)
-        finish, tgi = choice.get("finish_reason"), dialect == "tgi"
+        finish = choice.get("finish_reason")
         stopped_by = choice.get("stop_reason", choice.get("matched_stop"))
-        by_string = isinstance(stopped_by, str) or (tgi and finish == "stop_sequence")
-        if tgi and by_string:
-            finish = "stop"
-        prompt_tokens = _integer(usage.get("prompt_tokens"))
         return Answer(
             text=choice["text"],
             finish=finish if isinstance(finish, str) else None,
             token_ids=token_ids,
             logprobs=logprobs,
-            by_string=by_string,
+            by_string=isinstance(stopped_by, str),
             end_id=_integer(stopped_by),
-            tells_stop=tgi or "stop_reason" in choice or "matched_stop" in choice,
+            tells_stop="stop_reason" in choice or "matched_stop" in choice,
             prompt_token_ids=_integers(choice.get("prompt_token_ids")),
-            prompt_tokens=None if tgi and prompt_tokens == 0 else prompt_tokens,  # some versions of TGI do not count
+            prompt_tokens=_integer(usage.get("prompt_tokens")),
             completion_tokens=_integer(usage.get("completion_tokens")),
-            verbatim=tgi,
         )
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -198,38 +197,23 @@ def check_text(answer: Answer, ours: Sequence[int]) -> bool:
     return True
 
 
-def read_response(
-    answer: Answer,
-    index: int,
-    *,
-    codec: Codec,
-    sampling_params: SamplingParams,
-    limit: int,
-    stop: Sequence[str],
-    logprobs_are_policys: bool,
-) -> Response:
+def read_response(answer: Answer, index: int, *, task: Task, limit: int) -> Response:
     """Make a response of an answer whose `finish` is "stop" or "length".
 
     Args:
         index: of the request.
         limit: the most tokens that it may have.
-        logprobs_are_policys: whether the server's log-probs are the policy's own, at temperature 1.
 
     Raises:
         Refused: it is no sample of the policy, or not surely one.
         DnoError: the server does what no further request can mend.
     """
-    if stop and answer.finish == "stop" and not _says_what_stopped(answer, sampling_params):
+    if task.stop and answer.finish == "stop" and not _says_what_stopped(answer, task.sampling_params):
         raise DnoError(
             "sampling.server: the server does not say whether a stop string or the end id ended a response; use one "
             "that returns stop_reason (vLLM) or matched_stop (SGLang), or set sampling.stop=[]"
         )
-    if answer.verbatim:
-        response = _from_verbatim(answer, index, codec=codec, sampling_params=sampling_params, stop=stop)
-    elif answer.token_ids is None:
-        response = _from_text(answer, index, codec=codec, sampling_params=sampling_params)
-    else:
-        response = _from_ids(answer, sampling_params=sampling_params, logprobs_are_policys=logprobs_are_policys)
+    response = _from_text(answer, index, task=task) if answer.token_ids is None else _from_ids(answer, task=task)
     if len(response.token_ids) > limit:
         raise Refused("longer than it may be")
     drawn = answer.completion_tokens if answer.token_ids is None else len(answer.token_ids)
@@ -248,9 +232,9 @@ def _says_what_stopped(answer: Answer, sampling_params: SamplingParams) -> bool:
     return answer.tells_stop or ended
 
 
-def _from_ids(answer: Answer, *, sampling_params: SamplingParams, logprobs_are_policys: bool) -> Response:
-    ids = answer.token_ids or ()
-    logprobs = answer.logprobs if logprobs_are_policys else None
+def _from_ids(answer: Answer, *, task: Task) -> Response:
+    ids, sampling_params = answer.token_ids or (), task.sampling_params
+    logprobs = answer.logprobs if task.takes_logprobs else None
     if not ids:
         raise Refused("empty")
     num_ids = sampling_params.num_ids
@@ -286,8 +270,8 @@ def _end_id(answer: Answer, sampling_params: SamplingParams) -> int:
     return answer.end_id
 
 
-def _from_text(answer: Answer, index: int, *, codec: Codec, sampling_params: SamplingParams) -> Response:
-    ids = _ids_of(answer.text, index, codec=codec)
+def _from_text(answer: Answer, index: int, *, task: Task) -> Response:
+    ids = _ids_of(answer.text, index, codec=task.codec)
     ended = answer.finish == "stop"
     by_string = ended and answer.by_string
     # Servers count the end id or do not. A stop string is counted, but cut from the text: there, any higher count may
@@ -297,27 +281,8 @@ def _from_text(answer: Answer, index: int, *, codec: Codec, sampling_params: Sam
     if count is not None and not fewest <= count <= most:
         raise Refused("text of other tokens than were drawn")
     if ended and not by_string:
-        ids = (*ids, _end_id(answer, sampling_params))
+        ids = (*ids, _end_id(answer, task.sampling_params))
     return Response(token_ids=ids, logprobs=None, finish="stop" if ended else "length", text=answer.text)
-
-
-def _from_verbatim(
-    answer: Answer, index: int, *, codec: Codec, sampling_params: SamplingParams, stop: Sequence[str]
-) -> Response:
-    by_end_id = answer.finish == "stop" and not answer.by_string
-    drew_nothing_else = by_end_id and not answer.text
-    ids = () if drew_nothing_else else _ids_of(answer.text, index, codec=codec)
-    if answer.completion_tokens != len(ids) + by_end_id:
-        raise Refused("text of other tokens than were drawn")
-    # The server looks for a stop string at the end of the text only, and passes over one inside a token.
-    if (cut := stopped(stop, ids, decode=partial(codec.decode, index))) is not None:
-        count, text = cut
-        return Response(token_ids=ids[:count], logprobs=None, finish="stop", text=text)
-    if answer.by_string:
-        raise Refused("text without the stop string that ended it")
-    if by_end_id:
-        return Response((*ids, _end_id(answer, sampling_params)), logprobs=None, finish="stop", text=answer.text)
-    return Response(ids, logprobs=None, finish="length", text=answer.text)
 
 
 def _ids_of(text: str, index: int, *, codec: Codec) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """Sampling from an OpenAI-compatible completion server that serves the exported policy.
 
-Prompts are sent as token ids, so that no template is applied twice (to TGI, which takes none, as the text that has
-those very ids), and each response is a request of its own: some servers take no `n`, and some give n equal answers to
-one seed. Servers with a prefix cache compute a prompt once all the same.
+Prompts are sent as token ids, so that no template is applied twice, and each response is a request of its own: some
+servers take no `n`, and some give n equal answers to one seed. Servers with a prefix cache compute a prompt once all
+the same.
 
 A request's seed is made of (seed, iteration, prompt, sample). A server that honours seeds then gives the same response
 whenever it computes the same numbers. That is less than the engine of this package promises: batch size, hardware,
@@ -19,20 +19,19 @@ import asyncio
 import json
 import logging
 import queue
-import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
+from typing import Any, TypeVar
 
-from dno_jax.config import CompletionServerSection
-from dno_jax.endpoint import Endpoint, Trouble, wait_seconds
+from dno_jax.endpoint import Endpoint, GaveUp, Trouble, retried
 from dno_jax.errors import DnoError
 from dno_jax.sampling import completion
-from dno_jax.sampling.completion import Answer, Codec, Refused
-from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams, response_limit
+from dno_jax.sampling.completion import Answer, Refused, Task
+from dno_jax.sampling.requests import Finished, Request, Response, response_limit
 
 _LOG = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # Tokenizers part over capitals, digits, blanks, accents, rare scripts and emoji.
 PROBE = "The 2nd GRÜNE Schildkröte  costs 1,234.50 €\n\tdef f(x): return x**2  # 東京 🐢 isn't it?"
@@ -41,12 +40,8 @@ _CLONES_ARE_SUSPECT = 8  # prompts, all of whose responses are equal
 
 def complete(
     requests: Sequence[Request],
+    task: Task,
     *,
-    section: CompletionServerSection,
-    sampling_params: SamplingParams,
-    codec: Codec,
-    iteration: int,
-    stop: Sequence[str] = (),
     counts: Counter[str] | None = None,
     num_prompts: int | None = None,
     num_lost: int = 0,
@@ -54,9 +49,6 @@ def complete(
     """Yield prompts with their responses, as they are done; requests go on while the caller works. Closing ends it.
 
     Args:
-        generation: `end_ids` are sent as stop_token_ids; ids from `num_ids` on are refused.
-        iteration: of the policy that is to be served; part of each seed, and of the model's name where it asks for it.
-        stop: strings that end a response. The text is then cut before the string, and the ids are not.
         counts: what was asked, drawn and refused is added here.
         num_prompts: of the whole list that these requests are left of, which `max_refused` is a share of; None where
             they are all of it.
@@ -69,53 +61,24 @@ def complete(
 
     Raises:
         DnoError: the server cannot be reached, refuses, does not list the model, reads prompts otherwise than they were
-            sent, has another tokenizer, or more than `max_refused` of the whole list got no responses; a prompt has to
-            be sent as text, and no text has its ids.
+            sent, has another tokenizer, or more than `max_refused` of the whole list got no responses.
     """
     if not requests:
         return
     for request in requests:
-        if response_limit(request, sampling_params) < 1:
+        if response_limit(request, task.sampling_params) < 1:
             raise DnoError(
-                f"a prompt of {len(request.token_ids)} tokens leaves no room for a response within "
-                f"sampling.max_total_tokens={sampling_params.max_total_tokens}; raise it, or lower prompts.max_length"
+                f"a prompt of {len(request.token_ids)} tokens leaves no room for a response within sampling."
+                f"max_total_tokens={task.sampling_params.max_total_tokens}; raise it, or lower prompts.max_length"
             )
-    prompts: list[list[int] | str] = [list(request.token_ids) for request in requests]
-    if section.dialect == "tgi":
-        prompts = [_text_of(index, request, codec=codec) for index, request in enumerate(requests)]
-    model = section.model.replace("{iteration}", f"{iteration:03d}")
-    endpoint = Endpoint(
-        who=f"the completion server of {model!r}",
-        place="sampling.server",
-        url=section.base_url,
-        api_key_env=section.api_key_env,
-        timeout=section.timeout,
-    )
     calls = _Calls(
         requests,
-        prompts,
-        endpoint=endpoint,
-        model=model,
-        section=section,
-        sampling_params=sampling_params,
-        codec=codec,
-        iteration=iteration,
-        stop=stop,
+        task,
         counts=Counter() if counts is None else counts,
         num_prompts=len(requests) if num_prompts is None else num_prompts,
         num_lost=num_lost,
     )
     yield from stream(calls.run)
-
-
-def _text_of(index: int, request: Request, *, codec: Codec) -> str:
-    if (text := codec.prompt_text(index)) is not None:
-        return text
-    raise DnoError(
-        f"sampling.server.dialect=tgi sends prompts as text, and of prompt {index} no text has its very "
-        f"{len(request.token_ids)} ids (the template may write no begin token where the tokenizer adds one); use a "
-        "server that takes token ids, with dialect=openai"
-    )
 
 
 def stream(produce: Callable[[Callable[[Any], None]], Coroutine[Any, Any, None]]) -> Generator[Any, None, None]:
@@ -157,44 +120,29 @@ class _Calls:
     def __init__(
         self,
         requests: Sequence[Request],
-        prompts: Sequence[list[int] | str],
+        task: Task,
         *,
-        endpoint: Endpoint,
-        model: str,
-        section: CompletionServerSection,
-        sampling_params: SamplingParams,
-        codec: Codec,
-        iteration: int,
-        stop: Sequence[str],
         counts: Counter[str],
         num_prompts: int,
         num_lost: int,
     ):
         self._requests = requests
-        self._prompts = prompts
-        self._endpoint = endpoint
-        self._model = model
-        self._section = section
-        self._sampling_params = sampling_params
-        self._codec = codec
-        self._iteration = iteration
-        self._stop = stop
+        self._task = task
+        self._sampling_params = task.sampling_params
+        self._section = section = task.section
         self._counts = counts
         self._num_prompts = num_prompts
         self._num_lost = num_lost
-        truncation = sampling_params.truncation
-        self._greedy = truncation.temperature == 0.0
-        self._logprobs_are_policys = section.logprobs == "raw" or (
-            section.logprobs == "processed" and completion.leaves_policy(truncation)
+        self._model = section.model.replace("{iteration}", f"{task.iteration:03d}")
+        self._endpoint = Endpoint(
+            who=f"the completion server of {self._model!r}",
+            place="sampling.server",
+            url=section.base_url,
+            api_key_env=section.api_key_env,
+            timeout=section.timeout,
         )
-        self._fields = completion.sampling_fields(
-            truncation,
-            stop=stop,
-            end_ids=sampling_params.end_ids,
-            logprobs=section.logprobs != "none",
-            dialect=section.dialect,
-        )
-        self._jitter = random.Random()  # spreads retries over time; decides no result
+        self._greedy = task.sampling_params.truncation.temperature == 0.0
+        self._fields = completion.sampling_fields(task)
         self._done: dict[int, dict[int, Response | None]] = {}
         self._clones = 0
 
@@ -264,22 +212,18 @@ class _Calls:
         redraws = tries = 0
         while True:
             seed = completion.request_seed(
-                seed=sampling_params.seed, iteration=self._iteration, prompt=request.name, sample=sample, redraw=redraws
+                seed=sampling_params.seed,
+                iteration=self._task.iteration,
+                prompt=request.name,
+                sample=sample,
+                redraw=redraws,
             )
-            answer, tries = await self._ask(prompt=self._prompts[index], max_tokens=limit, seed=seed, tries=tries)
+            answer, tries = await self._ask(prompt=list(request.token_ids), max_tokens=limit, seed=seed, tries=tries)
             completion.check_prompt(answer, request)
             try:
                 if answer.finish == "content_filter":
                     raise Refused("content filter")
-                return completion.read_response(
-                    answer,
-                    index,
-                    codec=self._codec,
-                    sampling_params=sampling_params,
-                    limit=limit,
-                    stop=self._stop,
-                    logprobs_are_policys=self._logprobs_are_policys,
-                )
+                return completion.read_response(answer, index, task=self._task, limit=limit)
             except Refused as refused:
                 self._counts[f"refused: {refused}"] += 1
                 _LOG.info("%s: prompt %d, sample %d refused: %s", self._endpoint.who, index, sample, refused)
@@ -299,31 +243,31 @@ class _Calls:
         Raises:
             DnoError: there is no answer, and no try left.
         """
-        # TGI takes any other name for an adapter's.
-        name = "tgi" if self._section.dialect == "tgi" else self._model
-        body = {"model": name, "prompt": prompt, "max_tokens": max_tokens, "seed": seed, **self._fields}
-        failures = 0
-        while True:
+        body = {"model": self._model, "prompt": prompt, "max_tokens": max_tokens, "seed": seed, **self._fields}
+
+        async def attempt() -> Answer | Trouble:
+            nonlocal tries
             tries += 1
             self._counts["requests"] += 1
             response = await self._endpoint.post("/completions", body)
-            trouble = response if isinstance(response, Trouble) else self._trouble(response.text)
-            if isinstance(trouble, Answer):
-                self._counts["tokens"] += trouble.completion_tokens or 0
-                return trouble, tries
-            failures += 1
-            if trouble.then != "retry" or tries >= self._section.max_tries:
-                start_it = "start it, or mend sampling.server.base_url" if trouble.unreachable else "see its log"
-                raise DnoError(
-                    f"{self._endpoint.who} at {self._endpoint.url} gave no answer in {tries} "
-                    f"{'tries' if tries > 1 else 'try'}: {trouble.detail}; {start_it}, then start again: closed "
-                    "shards are kept"
-                )
-            _LOG.info("%s: try %d of %d: %s", self._endpoint.who, tries, self._section.max_tries, trouble.detail)
-            await _pause(wait_seconds(failures, retry_after=trouble.retry_after, jitter=self._jitter.random()))
+            return response if isinstance(response, Trouble) else self._read(response.text)
 
-    def _trouble(self, text: str) -> Answer | Trouble:
-        answer = completion.parse_answer(text, dialect=self._section.dialect)
+        found = await self._retried(attempt, max_tries=self._section.max_tries - tries)
+        if isinstance(found, GaveUp):
+            start_it = "start it, or mend sampling.server.base_url" if found.trouble.unreachable else "see its log"
+            raise DnoError(
+                f"{self._endpoint.who} at {self._endpoint.url} gave no answer in {tries} "
+                f"{'tries' if tries > 1 else 'try'}: {found.trouble.detail}; {start_it}, then start again: closed "
+                "shards are kept"
+            )
+        self._counts["tokens"] += found.completion_tokens or 0
+        return found, tries
+
+    async def _retried(self, attempt: Callable[[], Awaitable[T | Trouble]], *, max_tries: int) -> T | GaveUp:
+        return await retried(attempt, who=self._endpoint.who, max_tries=max_tries, pause=_pause)
+
+    def _read(self, text: str) -> Answer | Trouble:
+        answer = completion.parse_answer(text)
         if answer is None:
             return Trouble(f"HTTP 200 without one completion: {self._endpoint.words(text)}")
         if answer.finish not in ("stop", "length", "content_filter"):  # "abort": a server that shuts down
@@ -334,34 +278,30 @@ class _Calls:
         """See that the server lists the model and has our tokenizer, and takes the real requests' parameters."""
         await self._check_model()
         answer, _ = await self._ask(prompt=PROBE, max_tokens=1, seed=0, tries=0)
-        if not completion.check_text(answer, self._codec.text_ids(PROBE)):
+        if not completion.check_text(answer, self._task.codec.text_ids(PROBE)):
             _LOG.warning("%s does not count tokens: its tokenizer goes unchecked", self._endpoint.who)
 
     async def _check_model(self) -> None:
-        tries = 0
-        while isinstance(response := await self._endpoint.get("/models"), Trouble):
-            tries += 1
-            if response.then != "retry" or tries >= self._section.max_tries:
-                raise DnoError(
-                    f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {response.detail}; start "
-                    "it, or mend sampling.server.base_url (it usually ends in /v1)"
-                )
-            await _pause(wait_seconds(tries, retry_after=response.retry_after, jitter=self._jitter.random()))
+        found = await self._retried(lambda: self._endpoint.get("/models"), max_tries=self._section.max_tries)
+        if isinstance(found, GaveUp):
+            raise DnoError(
+                f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {found.trouble.detail}; start "
+                "it, or mend sampling.server.base_url (it usually ends in /v1)"
+            )
         try:
-            names = [str(model["id"]) for model in json.loads(response.text)["data"]]
+            names = [str(model["id"]) for model in json.loads(found.text)["data"]]
         except (ValueError, LookupError, TypeError, RecursionError):
             names = None
         if names is None:
             raise DnoError(
-                f"{self._endpoint.url}/models is no list of models: {self._endpoint.words(response.text)}; mend "
+                f"{self._endpoint.url}/models is no list of models: {self._endpoint.words(found.text)}; mend "
                 "sampling.server.base_url (it usually ends in /v1)"
             )
         if self._model not in names:
             listed = self._endpoint.words(", ".join(names) or "none")
             raise DnoError(
                 f"the completion server at {self._endpoint.url} serves {listed}, not {self._model!r}; serve the "
-                "policy of this iteration under that name (vLLM: --served-model-name; TGI lists the path that it was "
-                "started with), or mend sampling.server.model"
+                "policy of this iteration under that name (vLLM: --served-model-name), or mend sampling.server.model"
             )
 
 

@@ -12,14 +12,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
-from dno_jax.annotation.annotator import Annotator, Pool, build_annotator
-from dno_jax.annotation.client import JudgeClient
-from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
+from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.judges.schedules import num_questions
+from dno_jax.annotation.pool import Annotator, Pool
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings
 from dno_jax.annotation.receipts import closing
+from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, Reminder, say
@@ -133,7 +133,6 @@ class _Work:
         self._stage = stage
         self._sampled = sampled
         self._annotator = annotator
-        self._desk: JudgeClient | None = annotator.desk if isinstance(annotator, EndpointAnnotator) else None
         self._by_batch = any(judge.batch for judge in config.annotation.judges)
         self._labels: list[tuple[Judgement, float]] = []
         self._run_dir = run_dir
@@ -223,16 +222,13 @@ class _Work:
         return [waiting.popleft() for _ in range(min(size, len(waiting)))]
 
     async def _judge_group(self, shards: Sequence[str], meter: Meter) -> None:
-        if isinstance(self._annotator, EndpointAnnotator) and (self._by_batch or self._annotator.desk.by_batch()):
-            read = {shard: self._pools.read(shard) for shard in shards}
+        read = {name: self._pools.read(name) for name in shards}
+        if self._annotator.asks_by_batch:
             pools = [pool for shard in read.values() for pool in shard.pools]
             again = [pool for pool in pools if self._is_repeated(pool)]
-            await all_of(self._annotator.ask_by_batch(pools), self._annotator.ask_by_batch(again, repeat=1))
-            for name, shard in read.items():
-                await self._judge_shard(name, shard, meter)
-            return
-        for name in shards:
-            await self._judge_shard(name, self._pools.read(name), meter)
+            await all_of(self._annotator.ask_ahead(pools), self._annotator.ask_ahead(again, repeat=1))
+        for name, shard in read.items():
+            await self._judge_shard(name, shard, meter)
 
     def _closed(self) -> set[str]:
         """Shards that need no judge. One that another judge closed (an edited rubric) is judged anew."""
@@ -277,7 +273,7 @@ class _Work:
     def _is_repeated(self, pool: Pool) -> bool:
         """Whether a pool is asked about a second time: by its prompt's name, the same after a restart."""
         share = self._config.annotation.quality.repeat
-        return self._desk is not None and name_bits(f"repeat {pool.prompt.prompt_id}") < share * 2**32
+        return self._annotator.may_repeat and name_bits(f"repeat {pool.prompt.prompt_id}") < share * 2**32
 
     async def _probe_once(self, pools: Sequence[Pool]) -> None:
         """Ask the endpoint for a sign of life before the first pool that has to be paid for."""
@@ -292,15 +288,16 @@ class _Work:
         Raises:
             DnoError: naming how many are missing, and why.
         """
-        missing = self._states.total()
-        if self._desk is not None and self._states["over budget"]:
-            raise self._desk.budget.stop(missing=missing)
-        if missing > self._config.annotation.max_failed * self._judged:
-            shown = "; ".join(f"{count} x {reason}" for reason, count in self._reasons.most_common(3))
-            raise DnoError(
-                f"{self._stage.path}: {missing} of {self._judged} pools have no verdict ({shown}). Nothing paid for is "
-                "lost: run again and only these are asked anew, or raise annotation.max_failed to go on without them"
-            )
+        self._annotator.refuse_over_budget(self._states.total() if self._states["over budget"] else 0)
+        refuse_shortfall(
+            str(self._stage.path),
+            self._reasons,
+            total=self._judged,
+            missing="pools have no verdict",
+            remedy="Nothing paid for is lost: run again and only these are asked anew, or raise annotation.max_failed "
+            "to go on without them",
+            max_failed=self._config.annotation.max_failed,
+        )
         for name, rows in self._missing.items():
             shard = self._pools.read(name)
             found = [rows.get(pool.prompt.prompt_id) or self._annotator.recall(pool) for pool in shard.pools]
@@ -310,7 +307,7 @@ class _Work:
 
 
 async def _unless(abandoned: Callable[[], bool] | None, work: Coroutine[Any, Any, None]) -> None:
-    """Do some work to its end, or give it up when asked to; what is in flight is the desk's."""
+    """Do some work to its end, or give it up when asked to; what is in flight is the client's."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done() and not (abandoned and abandoned()):

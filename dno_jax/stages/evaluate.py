@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from dno_jax.annotation.annotator import Candidate, Pool, build_annotator
-from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
+from dno_jax.annotation.build import build_annotator
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.receipts import closing
+from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
@@ -211,21 +212,23 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         async with closing(annotator, run_dir):
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
                 judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
-            broke = sum(judgement.state == "over budget" for judgement in judgements)
-            if broke and isinstance(annotator, EndpointAnnotator):
-                raise annotator.desk.budget.stop(missing=broke)
+            annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
             return judgements
 
     judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))
     verdicts = [judgements.get(index) for index in range(len(players))]
     answered = [verdict for verdict in verdicts if verdict is not None]
     missing = [verdict for verdict in answered if verdict.state != "ok"]
-    if len(missing) > config.evaluation_judge.max_failed * max(len(players), 1):
-        reasons = Counter(f"{verdict.state}: {verdict.detail}" for verdict in missing).most_common(1)
-        raise DnoError(
-            f"{stage.path}: {len(missing)} of {len(players)} held-out pools have no verdict "
-            f"(most often {reasons[0][0]}); run again: verdicts that were given are kept"
-        )
+    judge = "annotation" if config.evaluation.annotation is None else "evaluation.annotation"
+    refuse_shortfall(
+        str(stage.path),
+        Counter(f"{verdict.state}: {verdict.detail}" for verdict in missing),
+        total=len(players),
+        missing="held-out pools have no verdict",
+        remedy="Verdicts that were given are kept: run again and only these are asked anew, or raise "
+        f"{judge}.max_failed to go on without them",
+        max_failed=config.evaluation_judge.max_failed,
+    )
     stage.sub("judgements").write_shard("0000000", answered)
     preferences: list[tuple[str, str, str, float]] = []
     for group, verdict in zip(players, verdicts, strict=True):

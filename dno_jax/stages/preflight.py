@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
-from dno_jax.annotation import build_annotator
+from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.config import RunConfig
 from dno_jax.console import say

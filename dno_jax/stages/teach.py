@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dno_jax.annotation.client import JudgeClient, open_client
+from dno_jax.annotation.build import open_client
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
 from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.refusals import is_refusal
+from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig, TeacherSection
 from dno_jax.console import Meter
 from dno_jax.data.prompts import PromptSplit, split_prompts
@@ -55,8 +57,8 @@ def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSpli
     if manifest := stage.finished(config, inputs):
         return manifest
     stage.start(config)
-    desk = open_client(config.annotation, store_path=str(run_dir.annotations_path))
-    teacher = _Teacher(section, desk, run_dir, seed=config.seed, max_failed=config.annotation.max_failed)
+    client = open_client(config.annotation, store_path=str(run_dir.annotations_path))
+    teacher = _Teacher(section, client, run_dir, seed=config.seed, max_failed=config.annotation.max_failed)
     asyncio.run(teacher.write_all(wanted, description=f"teach     {iteration}"))
     rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
     states = Counter(row.state for row in rows)
@@ -106,9 +108,9 @@ def _held_out(run_dir: RunDir) -> StageDir:
 class _Teacher:
     """Asks for responses, shard by shard of prompts."""
 
-    def __init__(self, section: TeacherSection, desk: JudgeClient, run_dir: RunDir, *, seed: int, max_failed: float):
+    def __init__(self, section: TeacherSection, client: JudgeClient, run_dir: RunDir, *, seed: int, max_failed: float):
         self._section = section
-        self._desk = desk
+        self._client = client
         self._run_dir = run_dir
         self._seed = seed
         self._max_failed = max_failed
@@ -127,7 +129,7 @@ class _Teacher:
         """Close every shard; those with a failed request last, and only if few enough failed."""
         total = sum(map(len, wanted.values()))
         open_shards: list[tuple[StageDir, str, Sequence[Prompt]]] = []
-        async with closing(self._desk, self._run_dir):
+        async with closing(self._client, self._run_dir):
             with Meter(description, total=total, unit="prompts") as meter:
                 for folder, prompts in wanted.items():
                     closed = set(folder.shard_names())
@@ -162,14 +164,14 @@ class _Teacher:
     def _refuse_if_too_many(self, total: int) -> None:
         failed = [row for row in self._lost.values() if _has_failed(row)]
         broke = sum(row.state == "over budget" for row in failed)
-        if not broke and len(failed) <= self._max_failed * total:
-            return
-        reasons = Counter(f"{row.state}: {row.detail}" for row in failed)
-        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         remedy = "raise annotation.max_usd first" if broke else "raise annotation.max_failed to go on without them"
-        raise DnoError(
-            f"annotation.teacher {self._section.model!r}: {len(failed)} of {total} prompts have no response "
-            f"({shown}). Nothing paid for is lost: run again and only these are asked anew, or {remedy}"
+        refuse_shortfall(
+            f"annotation.teacher {self._section.model!r}",
+            Counter(f"{row.state}: {row.detail}" for row in failed),
+            total=total,
+            missing="prompts have no response",
+            remedy=f"Nothing paid for is lost: run again and only these are asked anew, or {remedy}",
+            max_failed=0.0 if broke else self._max_failed,
         )
 
     async def _respond(self, prompt: Prompt) -> TaughtResponse:
@@ -183,7 +185,7 @@ class _Teacher:
             body=self._body(prompt),
             read=_reader(prompt.assistant_prefix),
         )
-        verdict = await self._desk.ask(question)
+        verdict = await self._client.ask(question)
         if not verdict.is_answer:
             return TaughtResponse(prompt_id=prompt.prompt_id, state=verdict.state, detail=verdict.detail)
         text = verdict.raw.strip().removeprefix(prompt.assistant_prefix)

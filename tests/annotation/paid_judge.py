@@ -1,4 +1,4 @@
-"""A client without a network, for what the desk and the budget do with replies and failures."""
+"""A client without a network, for what the judges' client and the budget do with replies and failures."""
 
 from __future__ import annotations
 

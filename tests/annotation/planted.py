@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.question import PreferenceFunction, Question, Reply, Unparsable, Verdict
 from dno_jax.records import Judgement, Message, Prompt
 

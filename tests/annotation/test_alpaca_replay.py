@@ -9,9 +9,9 @@ from collections import Counter
 
 import pytest
 
-from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.judges.functions import PairWise
 from dno_jax.annotation.judges.replies import read_tokens
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.question import Reply
 from dno_jax.config import OpenAISection
 from dno_jax.data.pools import distinct_candidates, pools_of

@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator, prompt_text
-from dno_jax.annotation.annotator import Annotator, presentation_order
 from dno_jax.annotation.embedded import GivenAnnotator, GoldAnnotator, TableAnnotator
+from dno_jax.annotation.pool import Annotator, presentation_order
 from dno_jax.config import AnnotationSection, OpenAISection, OracleSection, TableSection
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt
@@ -56,7 +56,33 @@ def test_the_oracle_answers_every_pool_and_needs_no_store(tmp_path):
     assert all(judgement.wins[i][j] + judgement.wins[j][i] == 1.0 for i in range(3) for j in range(3))
     assert judgement == annotator.recall(judged)
     asyncio.run(annotator.probe())
+    assert (annotator.asks_by_batch, annotator.may_repeat, annotator.receipt()) == (False, False, None)
+    annotator.refuse_over_budget(0)
+    asyncio.run(annotator.drain())
     asyncio.run(annotator.close())
+
+
+def test_an_annotator_behind_an_endpoint_can_be_asked_again_and_says_what_it_has_paid(tmp_path):
+    judge = OpenAISection(api_key_env=None, base_url="http://127.0.0.1:9/v1")
+    prices = {judge.model: {"input": 1.0, "output": 1.0}}
+
+    async def built(**fields):
+        tree = {"kind": "openai", "openai": judge.model_copy(update=fields), "prices": prices, "max_usd": 2.5}
+        annotator = build_annotator(AnnotationSection.model_validate(tree), store_path=tmp_path / "s.sqlite", seed=0)
+        try:
+            assert isinstance(annotator, Annotator)
+            annotator.refuse_over_budget(0)
+            with pytest.raises(DnoError, match=r"max_usd=2\.5 leaves no room.* 7 pools have no verdict yet"):
+                annotator.refuse_over_budget(7)
+            receipt = annotator.receipt()
+            assert (receipt["usd"], receipt["max_usd"], receipt["models"]) == (0, 2.5, {})
+            return annotator.asks_by_batch, annotator.may_repeat
+        finally:
+            await annotator.drain()
+            await annotator.close()
+
+    assert asyncio.run(built()) == (False, True)
+    assert asyncio.run(built(batch=True)) == (True, True)
 
 
 def test_every_embedded_kind_is_built_without_a_store(tmp_path):

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from dno_jax.annotation.annotator import Candidate, Pool
 from dno_jax.annotation.judges.functions import build_function
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.question import Reply, Unparsable
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.records import Message, Prompt

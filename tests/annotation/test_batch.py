@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 
 from dno_jax.annotation.question import Question, Reply
 from dno_jax.annotation.transport import batch as batch_module
-from dno_jax.annotation.transport.batch import OpenBatch, Room, run
-from dno_jax.annotation.transport.client import Client, Unreachable
+from dno_jax.annotation.transport import batch_api
+from dno_jax.annotation.transport.batch import Room, run
+from dno_jax.annotation.transport.batch_api import OpenBatch
+from dno_jax.annotation.transport.client import EndpointClient, Unreachable
 from dno_jax.config import OpenAISection
 from dno_jax.endpoint import Trouble
 from dno_jax.errors import DnoError
@@ -183,7 +186,7 @@ def ask(
 ) -> dict[str, Reply | Trouble]:
     async def work() -> dict[str, Reply | Trouble]:
         config = OpenAISection(**{"base_url": url, "api_key_env": None, "max_outage": 5.0, **fields})
-        client = Client(config, who="the judge 'm'", place="annotation.openai")
+        client = EndpointClient(config, who="the judge 'm'", place="annotation.openai")
         found: dict[str, Reply | Trouble] = {}
         try:
             await client.probe(asked[0].body)
@@ -532,7 +535,9 @@ def test_two_groups_that_collect_one_batch_together_leave_no_note():
     api, store, asked = Api(), Memory(), questions(range(6))
 
     async def both(url: str) -> list[dict[str, Reply | Trouble]]:
-        client = Client(OpenAISection(base_url=url, api_key_env=None), who="the judge 'm'", place="annotation.openai")
+        client = EndpointClient(
+            OpenAISection(base_url=url, api_key_env=None), who="the judge 'm'", place="annotation.openai"
+        )
 
         async def group(own: Sequence[Question]) -> dict[str, Reply | Trouble]:
             return {key: result async for key, result in run(own, client=client, store=store, room=plenty)}
@@ -558,8 +563,8 @@ def test_a_retry_after_is_waited_for_no_longer_than_an_outage_may_last(monkeypat
         waits.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(batch_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(batch_module, "_pause", pause)
+    monkeypatch.setattr("dno_jax.endpoint.time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    monkeypatch.setattr(batch_api, "pause", pause)
     api = Api()
     with Scripted(after_probe(api)) as server:
         api.faults = [("POST /v1/files", fault(429, headers={"Retry-After": "3600"}), False)] * 9

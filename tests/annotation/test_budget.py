@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack, closing
 
 import pytest
 
-from dno_jax.annotation.client import JudgeClient, run_name
+from dno_jax.annotation.build import run_name
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.ledger.budget import Budget, Usage, cost, most_usage
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Verdict
@@ -38,16 +39,16 @@ def names(count: int, *, first: int = 0) -> list[Question]:
     return [question(f"{number:04d}") for number in range(first, first + count)]
 
 
-def ask_all(client: FakeClient, config: AnnotationSection, path, questions) -> tuple[list[Verdict], float, dict]:
+def ask_all(model: FakeClient, config: AnnotationSection, path, questions) -> tuple[list[Verdict], float, dict]:
     async def work():
         store = VerdictStore(path)
         budget = Budget(config, store=store, run=".")
-        desk = JudgeClient({SECTION: client}, store=store, budget=budget)
+        client = JudgeClient({SECTION: model}, store=store, budget=budget)
         try:
-            verdicts = await asyncio.gather(*map(desk.ask, questions))
+            verdicts = await asyncio.gather(*map(client.ask, questions))
             return verdicts, budget.spent, budget.receipt()
         finally:
-            await desk.close()
+            await client.close()
 
     return asyncio.run(work())
 
@@ -191,7 +192,7 @@ def test_a_reply_without_usage_counts_as_the_most_it_can_have_cost(path):
 def test_a_failed_try_is_free_where_the_endpoint_refused_it_and_counts_where_nobody_knows(
     path, monkeypatch, trouble, usd
 ):
-    monkeypatch.setattr("dno_jax.annotation.client.wait_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr("dno_jax.endpoint.wait_seconds", lambda *_, **__: 0.0)
     client = FakeClient([trouble], probe=Used(1, 0))
     verdicts, spent, receipt = ask_all(client, section(), path, names(1))
     assert verdicts[0].tries == 2
@@ -247,18 +248,18 @@ def test_a_batch_takes_the_room_there_is_at_its_own_price_and_stops_nobody(path)
 def test_what_a_batch_answers_is_billed_at_its_price(path):
     async def work() -> Verdict:
         store = VerdictStore(path)
-        desk = JudgeClient({SECTION: FakeClient()}, store=store, budget=Budget(section(), store=store, run="."))
+        client = JudgeClient({SECTION: FakeClient()}, store=store, budget=Budget(section(), store=store, run="."))
         try:
-            return await desk.settle(names(1)[0], said("1"), batch=True)
+            return await client.settle(names(1)[0], said("1"), batch=True)
         finally:
-            await desk.close()
+            await client.close()
 
     assert asyncio.run(work()).usd == pytest.approx(0.5 * REAL)
 
 
 def test_no_order_of_events_passes_the_limit(path, monkeypatch):
     """Calls of random sizes and lengths, with failures and replies to be asked again: never is more served."""
-    monkeypatch.setattr("dno_jax.annotation.client.wait_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr("dno_jax.endpoint.wait_seconds", lambda *_, **__: 0.0)
     rng = random.Random(5)
     served = [10e-6]
 

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from dno_jax.annotation.annotator import build_annotator
+from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings

@@ -21,10 +21,8 @@ from urllib.parse import quote
 import pytest
 
 from dno_jax.annotation.question import Reply
-from dno_jax.annotation.transport import client as client_module
-from dno_jax.annotation.transport import probe as probe_module
 from dno_jax.annotation.transport import routes
-from dno_jax.annotation.transport.client import Client, Unreachable
+from dno_jax.annotation.transport.client import EndpointClient, Unreachable
 from dno_jax.annotation.transport.completion import read_completion
 from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.annotation.transport.stop import Stop
@@ -58,9 +56,9 @@ def section(*servers: Scripted | str, **fields: Any) -> OpenAISection:
     return OpenAISection(base_url=first, more_endpoints=tuple(EndpointSection(base_url=url) for url in more), **fields)
 
 
-def with_client(config: OpenAISection | TeacherSection, work: Callable[[Client], Coroutine[Any, Any, T]]) -> T:
+def with_client(config: OpenAISection | TeacherSection, work: Callable[[EndpointClient], Coroutine[Any, Any, T]]) -> T:
     async def run() -> T:
-        client = Client(config, who="the judge 'judge-1'", place="annotation.openai")
+        client = EndpointClient(config, who="the judge 'judge-1'", place="annotation.openai")
         try:
             return await work(client)
         finally:
@@ -70,7 +68,7 @@ def with_client(config: OpenAISection | TeacherSection, work: Callable[[Client],
 
 
 def send_all(config: OpenAISection, number: int, **arguments: Any) -> list[Reply | Trouble]:
-    async def work(client: Client) -> list[Reply | Trouble]:
+    async def work(client: EndpointClient) -> list[Reply | Trouble]:
         bodies = [{**BODY, "seed": n} for n in range(number)]
         return await asyncio.gather(*(client.send(body, **arguments) for body in bodies))
 
@@ -242,7 +240,7 @@ def test_what_no_request_can_mend_raises_at_once(answer, expected):
 def test_a_429_pauses_every_request_and_not_only_its_own():
     with Scripted(first_then(fault(429, headers={"Retry-After": "0.4"}))) as server:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             await client.probe(BODY)
             assert isinstance(await client.send(BODY), Trouble)
             replies = await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(6)))
@@ -262,7 +260,7 @@ def test_remaining_requests_are_read_from_any_answer():
     }
     with Scripted(first_then(Answer(status=400, body={"error": {"message": "odd"}}, headers=headers))) as server:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             await client.send(BODY)
             await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(6)))
 
@@ -274,7 +272,7 @@ def test_remaining_requests_are_read_from_any_answer():
 def test_tokens_a_minute_hold_requests_back_and_usage_corrects_the_estimate():
     with Scripted(after_probe(lambda _: completion())) as server:  # which uses 10
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             tokens = client._routes.all[0].tokens  # 100 a second
             await client.probe(BODY)
             began = time.monotonic()
@@ -305,7 +303,7 @@ def together(number: int, answer: Answer) -> Callable[[Asked], Answer]:
 def test_never_more_in_flight_than_configured_and_fewer_after_failures():
     with Scripted(together(4, completion())) as server:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             async def send(number: int) -> None:
                 server.max_in_flight = 0
                 await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(number)))
@@ -324,7 +322,7 @@ def test_never_more_in_flight_than_configured_and_fewer_after_failures():
 def test_connections_are_used_again_however_the_requests_ended():
     with Scripted() as server:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             endpoint = client.endpoint
             numbers = count()
             answers = [completion(), fault(500), Answer(fault="reset"), Answer(body=b"<html>")]
@@ -356,7 +354,7 @@ def test_turns_come_in_the_order_of_asking():
 def test_a_cancelled_request_gives_its_slot_back():
     with Scripted(after_probe(lambda _: Answer(fault="hang"))) as server:
 
-        async def work(client: Client) -> Reply | Trouble:
+        async def work(client: EndpointClient) -> Reply | Trouble:
             await client.probe(BODY)
             hanging = asyncio.create_task(client.send(BODY))
             waiting = asyncio.create_task(client.send(BODY))
@@ -380,7 +378,7 @@ def test_while_the_preferred_endpoint_says_nothing_the_others_serve():
     port = free_port()
     with closing(socket.socket()) as silent, Scripted(after_probe(lambda _: completion("second"))) as second:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             await client.probe(BODY)
             silent.bind(("127.0.0.1", port))
             silent.listen(8)  # takes connections, and never answers
@@ -393,7 +391,7 @@ def test_while_the_preferred_endpoint_says_nothing_the_others_serve():
 def test_after_a_stop_nobody_in_the_queue_sends_any_more():
     with Scripted(after_probe(lambda _: completion())) as server:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             await client.probe(BODY)
             before = len(server.asked)
             waiting = [asyncio.ensure_future(client.send(BODY)) for _ in range(6)]
@@ -411,7 +409,7 @@ def test_after_a_stop_nobody_in_the_queue_sends_any_more():
 def test_a_stop_ends_the_wait_for_an_endpoint_that_wants_to_be_left_alone():
     with Scripted(lambda _: fault(429, headers={"Retry-After": "300"})) as server:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             probing = asyncio.ensure_future(client.probe(BODY))
             while not server.asked:
                 await asyncio.sleep(0.01)
@@ -434,7 +432,7 @@ def test_a_busy_endpoint_is_waited_for_and_not_passed_over():
 def test_a_trial_that_is_cancelled_makes_room_for_the_next():
     with Scripted(after_probe(lambda _: fault(500))) as server:
 
-        async def work(client: Client) -> Reply | Trouble:
+        async def work(client: EndpointClient) -> Reply | Trouble:
             for _ in range(routes.FAILURES_OPEN):
                 await client.send(BODY)
             server.script = lambda asked: Answer(fault="hang")
@@ -453,7 +451,7 @@ def test_a_trial_that_is_cancelled_makes_room_for_the_next():
 def test_an_endpoint_is_probed_once_however_many_are_waiting():
     with Scripted(after_probe(lambda _: completion())) as server:
         send_all(section(server), 10)
-        assert len(server.asked) == 10 + 4
+        assert len(server.asked) == 10 + 2
 
 
 def test_a_dead_endpoint_is_passed_over_and_returned_to(caplog):
@@ -461,7 +459,7 @@ def test_a_dead_endpoint_is_passed_over_and_returned_to(caplog):
     port = free_port()
     with Scripted(after_probe(lambda _: completion("second"))) as second, contextlib.ExitStack() as stack:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             for _ in range(12):
                 assert (await client.send(BODY)).text == "second"
             first = stack.enter_context(Scripted(after_probe(lambda _: completion("first")), port=port))
@@ -491,7 +489,7 @@ def test_an_endpoint_that_dies_amid_the_run_costs_what_opens_the_breaker_and_no_
 
     with Scripted(after_probe(script)) as first, Scripted(after_probe(lambda _: completion("second"))) as second:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             assert (await client.send(BODY)).text == "first"
             first_dead.set()
             results = [await client.send(BODY) for _ in range(20)]
@@ -504,7 +502,7 @@ def test_an_endpoint_that_dies_amid_the_run_costs_what_opens_the_breaker_and_no_
 def test_a_long_retry_after_sends_to_the_next_endpoint():
     with Scripted(first_then(fault(429, headers={"Retry-After": "3600"}))) as first, Scripted() as second:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             trouble = await client.send(BODY)
             assert isinstance(trouble, Trouble)
             assert trouble.then == "retry"  # elsewhere, or later: the request is not to blame
@@ -520,8 +518,9 @@ class Clock:
     def __init__(self, monkeypatch) -> None:
         self.now = 1000.0
         self.waits: list[float] = []
-        for module in (client_module, routes):
-            monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: self.now))
+        passing = SimpleNamespace(monotonic=lambda: self.now, time=time.time)
+        for module in ("endpoint", "annotation.transport.routes"):
+            monkeypatch.setattr(f"dno_jax.{module}.time", passing)
 
     async def pause(self, seconds: float) -> None:
         self.waits.append(seconds)
@@ -542,7 +541,6 @@ def test_a_probe_waits_no_longer_than_an_outage_may_last(monkeypatch):
 def test_an_endpoint_that_wants_to_be_left_alone_amid_the_probe_is_asked_again(pauses, waits, monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(Stop, "pause", clock.pause)
-    monkeypatch.setattr(probe_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     left = iter(pauses)
 
     def script(asked: Asked) -> Answer:
@@ -671,7 +669,7 @@ def test_an_endpoint_that_refuses_is_asked_no_more_and_the_others_are(refusal, c
 def test_when_all_endpoints_refuse_the_run_stops_at_once():
     with Scripted(lambda _: fault(401, "bad key")) as first, Scripted(first_then(fault(402, "pay"))) as second:
 
-        async def work(client: Client) -> None:
+        async def work(client: EndpointClient) -> None:
             await client.probe(BODY)
             assert client.endpoint.url == second.url
             assert client.offers is not None
@@ -696,7 +694,7 @@ def test_a_backup_that_will_not_do_leaves_a_run_whose_first_is_briefly_away(back
     body = {**BODY, "logprobs": True, "top_logprobs": 1}
     with Scripted(after_probe(lambda _: completion("first"))) as first, Scripted(backup) as second:
 
-        async def work(client: Client) -> Reply | Trouble:
+        async def work(client: EndpointClient) -> Reply | Trouble:
             await client.probe(body)
             first.script = after_probe(lambda _: fault(503))
             for _ in range(routes.FAILURES_OPEN):
@@ -731,7 +729,7 @@ def test_the_run_goes_on_when_an_endpoint_comes_back(caplog):
 
     with Scripted(after_probe(script)) as server:
 
-        async def work(client: Client) -> list[Reply | Trouble]:
+        async def work(client: EndpointClient) -> list[Reply | Trouble]:
             await client.probe(BODY)
             down.set()
             await asyncio.gather(*(client.send({**BODY, "seed": n}) for n in range(routes.FAILURES_OPEN)))
@@ -768,7 +766,7 @@ def test_no_endpoint_for_max_outage_ends_the_run_and_names_the_remedy():
 def test_an_attempt_that_reached_nobody_is_no_try():
     port = free_port()
 
-    async def work(client: Client) -> Reply | Trouble:
+    async def work(client: EndpointClient) -> Reply | Trouble:
         task = asyncio.create_task(client.send(BODY))
         await asyncio.sleep(0.2)
         with Scripted(after_probe(lambda _: completion("fine")), port=port):
@@ -790,14 +788,12 @@ def offers(script: Callable[[Asked], Answer], **fields: Any) -> tuple[Capabiliti
 
 def test_the_probe_uses_the_real_parameters_and_small_messages():
     found, asked = offers(after_probe(lambda _: fault(500)))
-    assert found == Capabilities(seed=True, json_schema=True, logprobs=True, several=False)
-    plain, schema, logprobs, several = (request.body for request in asked)
+    assert found == Capabilities(seed=True, json_schema=True)
+    plain, schema = (request.body for request in asked)
     assert {name: value for name, value in plain.items() if name != "messages"} == {
         name: value for name, value in BODY.items() if name != "messages"
     }
     assert schema["response_format"]["type"] == "json_schema"
-    assert logprobs["logprobs"] is True
-    assert several["n"] == 2
 
 
 def test_what_an_endpoint_does_not_take_is_not_sent(caplog):
@@ -806,22 +802,20 @@ def test_what_an_endpoint_does_not_take_is_not_sent(caplog):
     def script(asked: Asked) -> Answer:
         if "seed" in asked.body:
             return fault(422, "[{'type': 'extra_forbidden', 'loc': ['body', 'seed']}]")
-        if "response_format" in asked.body or "logprobs" in asked.body:
-            return fault(400, "unknown field")
-        if asked.body.get("n", 1) > 1:
+        if "response_format" in asked.body:
             return fault(404, "nobody offers that")
         return completion("fine")
 
     with Scripted(script) as server:
 
-        async def work(client: Client) -> Capabilities:
+        async def work(client: EndpointClient) -> Capabilities:
             found = await client.probe(BODY)
             assert isinstance(await client.send(BODY, schema=SCHEMA), Reply)
             return found
 
         found = with_client(section(server), work)
         (asked,) = server.chats
-    assert (found.seed, found.json_schema, found.logprobs, found.several) == (False, False, False, False)
+    assert (found.seed, found.json_schema) == (False, False)
     assert set(asked.body) == {"model", "messages", "max_tokens", "temperature"}
     assert [record.getMessage() for record in caplog.records if "takes no seed" in record.getMessage()]
 
@@ -836,16 +830,6 @@ def test_a_schema_is_sent_where_it_is_taken_and_wanted(structured, sent):
         return
     form = asked.body["response_format"]["json_schema"]
     assert (form["schema"], form["strict"]) == (SCHEMA, True)
-
-
-def test_several_choices_are_noted():
-    def script(asked: Asked) -> Answer:
-        body = completion().body
-        return Answer(body={**body, "choices": body["choices"] * asked.body.get("n", 1)})
-
-    found, _ = offers(script)
-    assert found.several
-    assert not found.logprobs  # taken, and not given
 
 
 @pytest.mark.parametrize(
@@ -913,7 +897,7 @@ def test_the_key_is_sent_and_appears_nowhere_else(monkeypatch, caplog):
     ]
     with Scripted(first_then(*echoes)) as server:
 
-        async def work(client: Client) -> list[Any]:
+        async def work(client: EndpointClient) -> list[Any]:
             await client.probe(BODY)
             seen: list[Any] = [repr(client)]
             for _ in echoes[:-1]:
@@ -962,7 +946,7 @@ def test_each_endpoint_gets_its_own_key_and_no_other(monkeypatch):
 def test_another_endpoint_that_is_wrong_is_named_before_anything_is_sent(more, expected):
     config = OpenAISection(base_url="http://127.0.0.1:1/v1", api_key_env=None, more_endpoints=(more,))
     with pytest.raises(DnoError, match=expected):
-        Client(config, who="the judge", place="annotation.openai")
+        EndpointClient(config, who="the judge", place="annotation.openai")
 
 
 @pytest.mark.parametrize("key", ["sk-1234", "1234", "a/b+c=d e", KEY])

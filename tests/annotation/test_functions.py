@@ -10,9 +10,9 @@ import random
 import numpy as np
 import pytest
 
-from dno_jax.annotation.annotator import Candidate, Pool, presentation_order
 from dno_jax.annotation.judges.functions import Ensemble, ListWise, PairWise, build_function
 from dno_jax.annotation.judges.schedules import num_questions
+from dno_jax.annotation.pool import Candidate, Pool, presentation_order
 from dno_jax.annotation.question import Reply, Unparsable, Verdict
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.errors import DnoError

@@ -22,12 +22,12 @@ import pytest
 import yaml
 
 from dno_jax.annotation import build_annotator
-from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.chat_judge import ChatJudge
 from dno_jax.annotation.judges.functions import PairWise
 from dno_jax.annotation.ledger.store import VerdictStore
+from dno_jax.annotation.pool import Pool
 from dno_jax.annotation.question import Reply
-from dno_jax.annotation.transport.client import Client
+from dno_jax.annotation.transport.client import EndpointClient
 from dno_jax.annotation.transport.probe import Capabilities
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.endpoint import Trouble
@@ -123,7 +123,7 @@ def test_litellms_limits_delay_verdicts_and_lose_none(tmp_path, monkeypatch, cap
     assert [(one.state, one.verdicts) for one in tally] == [("ok", NUM_POOLS)]
     assert statuses["429"] == tally[0].tries - NUM_POOLS > 0
     num_probes = statuses["200"] - NUM_POOLS
-    assert 1 <= num_probes <= 4
+    assert 1 <= num_probes <= 2
     assert [(one.requests, one.unmetered) for one in receipts] == [(statuses.total(), 0)]
     assert os.environ[KEY_ENV].encode() not in store_path.read_bytes()
     with capsys.disabled():
@@ -144,7 +144,6 @@ def test_llama_cpps_server_answers_with_log_probabilities(tmp_path, shared_data,
     with served(command, sign_of_life=f"{url}/models", log=tmp_path / "server.log", env={}):
         offers, reply = asyncio.run(ask_once(section, judge, pool))
         judgement = judge_all(section, [pool], tmp_path / "annotations.sqlite")[0]
-    assert offers.logprobs
     assert isinstance(reply, Reply), reply
     assert reply.first_logprobs, reply
     assert all(logprob <= 1e-6 for logprob in reply.first_logprobs.values())
@@ -158,7 +157,7 @@ def test_llama_cpps_server_answers_with_log_probabilities(tmp_path, shared_data,
 
 
 async def ask_once(section: OpenAISection, judge: ChatJudge, pool: Pool) -> tuple[Capabilities, Reply | Trouble]:
-    client = Client(section, who="the judge", place="annotation.openai")
+    client = EndpointClient(section, who="the judge", place="annotation.openai")
     question = judge.question(pool, order=(0, 1))
     try:
         return await client.probe(question.body), await client.send(question.body)

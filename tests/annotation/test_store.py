@@ -19,7 +19,7 @@ import pytest
 from dno_jax.annotation.ledger import database
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Verdict
-from dno_jax.annotation.transport.batch import BatchStore, OpenBatch
+from dno_jax.annotation.transport.batch_api import BatchStore, OpenBatch
 from dno_jax.errors import DnoError
 
 OK = Verdict("ok", (1.0, 6.0), raw="{...}", model="m-1", tries=2, tokens_in=10, tokens_out=5, usd=0.25)

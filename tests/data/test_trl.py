@@ -31,10 +31,17 @@ def some_pairs(tokenizer, count, *, prefix):
         prompts[name] = Prompt(prompt_id=name, messages=messages, assistant_prefix=begun)
         for side, text in zip("ab", words[1:], strict=True):
             rollouts[f"{name}/{side}"] = Rollout(
-                rollout_id=f"{name}/{side}", prompt_id=name, sample=0, source="policy", policy=0, logprob=-1.0,
-                text=text, token_ids=tokenizer.response_ids(messages, text, end_id=2, assistant_prefix=begun),
-                prompt_token_ids=tokenizer.prompt_ids(messages, begun), finish="stop",
-            )  # fmt: skip
+                rollout_id=f"{name}/{side}",
+                prompt_id=name,
+                sample=0,
+                source="policy",
+                policy=0,
+                logprob=-1.0,
+                text=text,
+                token_ids=tokenizer.response_ids(messages, text, end_id=2, assistant_prefix=begun),
+                prompt_token_ids=tokenizer.prompt_ids(messages, begun),
+                finish="stop",
+            )
         pairs.append(
             Pair(
                 pair_id=f"{name}/a>b",
@@ -46,7 +53,7 @@ def some_pairs(tokenizer, count, *, prefix):
                 target=0.8,
                 kind="student>student",
                 iteration=0,
-            )  # fmt: skip
+            )
         )
     return pairs, pair_table(pairs, rollouts, prompts)
 

@@ -16,10 +16,9 @@ import pytest
 import yaml
 
 from dno_jax.annotation import Candidate, Pool
-from dno_jax.annotation.endpoint_annotator import advance
 from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.judges.schedules import num_questions
-from dno_jax.annotation.question import Verdict
+from dno_jax.annotation.question import Verdict, advance
 from dno_jax.cli import main as cli
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.data.prompts import split_prompts, tokenize_prompts

@@ -101,7 +101,7 @@ def test_candidates_of_the_data_are_cut_where_a_response_would_be(make_config, t
     assert (len(short.token_ids), short.finish) == ((1, "length") if limit == 1 else (2, "stop"))
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "tgi"])
+@pytest.mark.parametrize("dialect", ["vllm", "plain"])
 def test_a_server_gives_the_same_records(make_config, dialect):
     """Our checkpoint, decoded behind HTTP: the run samples from it, and the audit compares what it says."""
     config = make_config()
@@ -125,8 +125,8 @@ def test_a_server_gives_the_same_records(make_config, dialect):
         end_ids=tokenizer.end_ids,
         dialect=dialect,
     ) as server:
-        how = {"dialect": "tgi"} if dialect == "tgi" else {"logprobs": "raw"}
-        served = make_config(sampling={"engine": "openai", "server": {"base_url": server.url, "max_tries": 20, **how}})
+        section = {"base_url": server.url, "max_tries": 20, "logprobs": "raw"}
+        served = make_config(sampling={"engine": "openai", "server": section})
         manifest, found = drawn(served)
         asked = len(server.sampled)
         assert sample.run(served, 0) == manifest
@@ -134,7 +134,7 @@ def test_a_server_gives_the_same_records(make_config, dialect):
     own = [row for row in found.values() if row.source == "policy"]
     assert len(own) == 6 * 4  # 12 prompts in two iterations, K = 4
     assert {row.sample for row in own} == {0, 1, 2, 3}
-    assert all(row.policy == 0 and (row.logprob is None) == (dialect == "tgi") for row in own)
+    assert all(row.policy == 0 and (row.logprob is None) == (dialect == "plain") for row in own)
     assert manifest.details["server"]["responses"] == len(own)
     if dialect == "vllm":
         assert manifest.details["audit"]["error"] < 1e-4

@@ -26,7 +26,7 @@ from dno_jax.sampling.server import PROBE
 PIECES = ["", "", "a", "b", "c", "d", " ", "ab", "cd", "é", "<|tool|>"]
 END, BEGIN = 0, 1
 
-DIALECTS = ("vllm", "sglang", "llama.cpp", "plain", "tgi")
+DIALECTS = ("vllm", "sglang", "llama.cpp", "plain")
 
 
 def toy_logits(ids: Sequence[int]) -> np.ndarray:
@@ -173,10 +173,7 @@ class CompletionServer:
         finish = "length" if stopped_by is None else "stop"
         text = self.text_of([token for token in ids if token not in self.end_ids])
         if isinstance(stopped_by, str):
-            if self.dialect == "tgi":
-                finish = "stop_sequence"
-            else:
-                text = text[: text.index(stopped_by)]
+            text = text[: text.index(stopped_by)]
         choice: dict[str, Any] = {"index": 0, "text": text, "finish_reason": finish, "logprobs": None}
         if self.dialect == "vllm":
             choice["stop_reason"] = stopped_by if isinstance(stopped_by, str) else None
@@ -187,7 +184,7 @@ class CompletionServer:
         if self.dialect == "llama.cpp":
             if body.get("n_probs"):
                 choice["logprobs"] = {"content": [{"id": i, "logprob": p} for i, p in zip(ids, logprobs, strict=True)]}
-        elif "logprobs" in body and self.dialect != "tgi":
+        elif "logprobs" in body:
             choice["logprobs"] = {"token_logprobs": logprobs, "tokens": [self.text_of([token]) for token in ids]}
         usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(ids)}
         return {"object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
@@ -196,16 +193,6 @@ class CompletionServer:
         """What it reads of a request's prompt."""
         prompt = body["prompt"]
         return [BEGIN, *self.ids_of(prompt)] if isinstance(prompt, str) else list(prompt)
-
-    def refuses(self, body: dict[str, Any]) -> str | None:
-        """Why the dialect's server would not take a request."""
-        if self.dialect != "tgi":
-            return None
-        if not isinstance(body["prompt"], str):
-            return "Failed to deserialize the JSON body: prompt: data did not match any variant of Prompt"
-        if not 0.0 < body.get("top_p", 0.5) < 1.0:
-            return "`top_p` must be > 0.0 and < 1.0"
-        return None
 
     def _draw(self, prompt_ids: list[int], body: dict[str, Any]) -> tuple[list[int], list[float], int | str | None]:
         rng = np.random.default_rng(body["seed"] if self.honours_seed else 0)
@@ -221,8 +208,7 @@ class CompletionServer:
             if token in self.end_ids:
                 return ids, logprobs, token
             text = self.text_of(ids)
-            is_in = str.endswith if self.dialect == "tgi" else str.__contains__
-            if matched := next((string for string in body.get("stop", ()) if is_in(text, string)), None):
+            if matched := next((string for string in body.get("stop", ()) if string in text), None):
                 return ids, logprobs, matched
         return ids, logprobs, None
 
@@ -315,8 +301,6 @@ class _Handler(BaseHTTPRequestHandler):
             owner.stopping.wait(30.0 if outcome == "hang" else 0.0)
             self.close_connection = True
             return None
-        if why := owner.refuses(body):
-            return 422, {"error": why, "error_type": "validation"}
         reply = owner.reply(body)
         choice = reply["choices"][0]
         if outcome == "none":

@@ -10,10 +10,10 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from dno_jax.config import CompletionServerSection
 from dno_jax.errors import DnoError
@@ -21,7 +21,7 @@ from dno_jax.model import hf
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message
 from dno_jax.sampling import server as server_module
-from dno_jax.sampling.completion import Codec, request_seed
+from dno_jax.sampling.completion import Codec, Task, request_seed
 from dno_jax.sampling.requests import Finished, Request, Response, SamplingParams
 from dno_jax.sampling.server import complete
 from dno_jax.sampling.transforms import Truncation
@@ -40,13 +40,11 @@ from tests.sampling.completion_server import (
 )
 from tests.small import WORDS, write_checkpoint
 
-TAKE_IDS = tuple(dialect for dialect in DIALECTS if dialect != "tgi")
 KEY = "planted.0123456789.do-not-leak"  # unlike an OpenAI key: found because it is the key, not by its looks
 CODEC = Codec(
     encode=lambda index, text: encode(text),
     decode=lambda index, ids: decode(ids),
     text_ids=lambda text: (BEGIN, *encode(text)),
-    prompt_text=lambda index: None,
 )
 TRUNCATION = Truncation(temperature=0.8, top_k=6, top_p=0.9, min_p=0.02)
 PENALISED = dataclasses.replace(TRUNCATION, repetition_penalty=1.1)
@@ -79,6 +77,11 @@ def prompts(count: int) -> list[Request]:
     return [Request((BEGIN, 2 + number % 8, 2 + number // 8 % 8), name=1000 + number) for number in range(count)]
 
 
+def task(config: CompletionServerSection, what: SamplingParams | None = None, **fields: Any) -> Task:
+    base = {"sampling_params": what or sampling_params(), "codec": CODEC, "iteration": 0}
+    return Task(section=config, **{**base, **fields})
+
+
 def sample(
     config: CompletionServerSection,
     requests: Sequence[Request],
@@ -86,12 +89,14 @@ def sample(
     *,
     codec: Codec = CODEC,
     iteration: int = 0,
+    stop: tuple[str, ...] = (),
     **others: object,
 ) -> list[tuple[Response, ...]]:
     """All responses, in the order of the requests; every request must have been answered once."""
     what = what or sampling_params()
     found: dict[int, tuple[Response, ...]] = {}
-    for item in complete(requests, section=config, sampling_params=what, codec=codec, iteration=iteration, **others):
+    asked = task(config, what, codec=codec, iteration=iteration, stop=stop)
+    for item in complete(requests, asked, **others):
         assert isinstance(item, Finished)
         assert item.index not in found
         assert len(item.responses) == what.num_samples
@@ -117,7 +122,7 @@ def test_frequencies_are_those_of_the_truncated_distribution():
         assert chi_square < 25.7  # 1e-4 of chi-square with 5 degrees of freedom, the most there can be
 
 
-@pytest.mark.parametrize("dialect", TAKE_IDS)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_what_was_drawn_comes_back_with_its_ids(dialect):
     requests = prompts(8)
     with CompletionServer(dialect=dialect) as server:
@@ -236,7 +241,7 @@ def test_log_probs_that_can_be_none_are_none(odd):
     assert answers == [(Response((2, END), None, "stop"),) * 3]
 
 
-@pytest.mark.parametrize("dialect", TAKE_IDS)
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_stop_string_ends_a_response_without_an_end_id(dialect):
     def talks() -> CompletionServer:
         return CompletionServer(dialect=dialect, logits=lambda ids: np.where(np.arange(len(PIECES)) == END, -9, 0.0))
@@ -325,10 +330,7 @@ def test_text_is_tokenised_only_where_that_is_what_was_drawn(text, finish, token
         assert counts[f"refused: {reason}"] == 12
         assert len({body["seed"] for body in server.sampled}) == 12  # each draws anew
         # as long as few enough are lost, they are counted and left out
-        got = complete(
-            prompts(1), section=section(server, max_refused=1.0), sampling_params=sampling_params(), codec=codec,
-            iteration=0, counts=counts,
-        )  # fmt: skip
+        got = complete(prompts(1), task(section(server, max_refused=1.0), codec=codec), counts=counts)
         assert list(got) == []
         assert counts["prompts without responses"] == 2
         greedy = sampling_params(truncation=Truncation(temperature=0.0), num_samples=1)
@@ -454,9 +456,7 @@ def test_no_more_requests_are_in_flight_than_allowed_and_prompts_come_as_they_ar
     last = [BEGIN, 2, 2]  # the first prompt's
     with CompletionServer(delay=lambda body: 2.0 if body["prompt"] == last else 0.01) as server:
         config, what = section(server, max_concurrency=5), sampling_params(num_samples=2)
-        order = [
-            item.index for item in complete(prompts(12), section=config, sampling_params=what, codec=CODEC, iteration=0)
-        ]
+        order = [item.index for item in complete(prompts(12), task(config, what))]
         assert server.max_in_flight == 5
     assert order[-1] == 0
     assert sorted(order) == list(range(12))
@@ -464,9 +464,7 @@ def test_no_more_requests_are_in_flight_than_allowed_and_prompts_come_as_they_ar
 
 def test_requests_go_on_while_the_caller_works():
     with CompletionServer() as server:
-        items = complete(
-            prompts(5), section=section(server), sampling_params=sampling_params(), codec=CODEC, iteration=0
-        )
+        items = complete(prompts(5), task(section(server)))
         next(items)
         deadline = time.monotonic() + 20.0
         while len(server.sampled) < 15 and time.monotonic() < deadline:
@@ -478,7 +476,7 @@ def test_requests_go_on_while_the_caller_works():
 def test_closing_early_cancels_what_is_in_flight():
     with CompletionServer(delay=lambda body: 30.0 if body["prompt"] == [BEGIN, 3, 2] else 0.0) as server:
         config = section(server, max_concurrency=4)
-        items = complete(prompts(40), section=config, sampling_params=sampling_params(), codec=CODEC, iteration=0)
+        items = complete(prompts(40), task(config))
         assert next(items).index != 1
         before = time.monotonic()
         items.close()
@@ -490,7 +488,7 @@ def test_closing_early_cancels_what_is_in_flight():
         assert len(server.bodies) == asked
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "plain", "tgi"])
+@pytest.mark.parametrize("dialect", ["vllm", "plain"])
 def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
     """Our export in transformers behind HTTP, with our tokenizer: log-probs are those of our decoder on its ids."""
     torch = pytest.importorskip("torch")
@@ -511,7 +509,6 @@ def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
         encode=lambda index, text: tokenizer.response_ids(chats[index], text, end_id=end_id)[:-1],
         decode=lambda index, ids: tokenizer.decode(ids),
         text_ids=tokenizer.text_ids,
-        prompt_text=lambda index: tokenizer.whole_text(chats[index]),
     )
     what = sampling_params(
         num_samples=2, max_new_tokens=10, end_ids=(end_id,), num_ids=tokenizer.vocab_size,
@@ -521,8 +518,7 @@ def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
         peer_logits, text_of=tokenizer.decode, ids_of=lambda text: tokenizer.text_ids(text)[1:], end_ids=(end_id,),
         dialect=dialect,
     ) as server:  # fmt: skip
-        ours = {"dialect": "tgi"} if dialect == "tgi" else {"logprobs": "raw"}
-        answers = sample(section(server, max_tries=20, **ours), requests, what, codec=codec)
+        answers = sample(section(server, max_tries=20, logprobs="raw"), requests, what, codec=codec)
         bodies = {body["seed"]: body for body in server.sampled}
         read = [(server.prompt_ids(body), body) for body in bodies.values()]
         drawn = {(*prompt, *server._draw(prompt, body)[0]) for prompt, body in read}
@@ -543,9 +539,7 @@ def test_a_caller_that_fails_leaves_nothing_running():
     with CompletionServer(delay=lambda body: 0.02) as server:
 
         def work() -> None:
-            for item in complete(
-                prompts(90), section=section(server), sampling_params=sampling_params(), codec=CODEC, iteration=0
-            ):
+            for item in complete(prompts(90), task(section(server))):
                 raise RuntimeError(f"the disk is full at {item.index}")
 
         with pytest.raises(RuntimeError, match="the disk is full"):
@@ -574,7 +568,7 @@ def test_the_key_is_nowhere_but_in_the_request(monkeypatch, caplog):
     with CompletionServer(api_key=KEY, schedule=[None, "500"]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY", max_concurrency=1)
         said.append(repr(sample(config, prompts(2))))
-        items = complete(prompts(9), section=config, sampling_params=sampling_params(), codec=CODEC, iteration=0)
+        items = complete(prompts(9), task(config))
         next(items)
         monkeypatch.setattr(server, "api_key", "another")  # its 401 quotes the key it was given
         with pytest.raises(DnoError, match=r"Incorrect API key provided: \[key\].*variable DNO_TEST_KEY") as caught:
@@ -604,114 +598,3 @@ def test_retry_after_is_honoured(monkeypatch):
     with CompletionServer(schedule=[None, "429", "500"]) as server:
         sample(section(server, max_concurrency=1), prompts(1))
     assert len(waits) == 2
-
-
-TGI = dataclasses.replace(CODEC, prompt_text=lambda index: decode(prompts(8)[index].token_ids))
-TGI_TRUNCATION = Truncation(temperature=0.8, top_p=0.9)
-
-
-def test_tgi_is_sent_text_and_what_it_knows():
-    with CompletionServer(dialect="tgi") as server:
-        config, what = section(server, dialect="tgi"), sampling_params(truncation=TGI_TRUNCATION)
-        sample(config, prompts(2), what, codec=TGI, stop=("dc",))
-        bodies = [{name: value for name, value in body.items() if name != "seed"} for body in server.sampled]
-        assert bodies[0] == {
-            "model": "tgi", "prompt": "aa", "max_tokens": 8, "temperature": 0.8, "top_p": 0.9,
-            "repetition_penalty": 1.0, "stop": ["dc"],
-        }  # fmt: skip
-        assert {body["prompt"] for body in bodies} == {"aa", "ba"}
-        server.bodies.clear()
-        sample(config, prompts(1), sampling_params(truncation=ALL), codec=TGI)  # of which it would refuse top_p=1
-        assert all("top_p" not in body and "stop" not in body for body in server.sampled)
-        with pytest.raises(DnoError, match=r"HTTP 422.*did not match any variant"):
-            sample(section(server), prompts(1))
-        with pytest.raises(DnoError, match=r"serves policy-000, not 'policy-003'.*path that it was started with"):
-            sample(config, prompts(1), what, codec=TGI, iteration=3)
-
-
-def test_frequencies_behind_tgi_are_those_of_the_truncated_distribution():
-    """As above, of what TGI knows; an end at once is a response too, and told by its count alone."""
-    with CompletionServer(dialect="tgi") as server:
-        what = sampling_params(num_samples=250, max_new_tokens=1, truncation=TGI_TRUNCATION)
-        answers = sample(section(server, dialect="tgi"), prompts(3), what, codec=TGI)
-    for request, responses in zip(prompts(3), answers, strict=True):
-        expected = 250 * distribution(toy_logits(request.token_ids), {"temperature": 0.8, "top_p": 0.9})
-        count = np.bincount([item.token_ids[0] for item in responses], minlength=len(PIECES))
-        kept = expected > 0
-        assert np.all(count[~kept] == 0)
-        chi_square = np.sum((count[kept] - expected[kept]) ** 2 / expected[kept])
-        assert chi_square < scipy.stats.chi2.isf(1e-4, kept.sum() - 1)
-
-
-def test_tgis_text_gives_the_ids_that_were_drawn_and_ends_at_the_first_stop_string():
-    """TGI passes over a stop string inside a token; the response ends there all the same."""
-    stop = ("a", "cd")
-    requests, what = prompts(8), sampling_params(truncation=Truncation(temperature=1.5), max_new_tokens=12)
-    for stops in ((), stop):
-        with CompletionServer(dialect="tgi") as server:
-            counts: Counter[str] = Counter()
-            config = section(server, dialect="tgi", max_tries=60)
-            answers = sample(config, requests, what, codec=TGI, stop=stops, counts=counts)
-            drawn = [
-                (prompt := tuple(server.prompt_ids(body)), tuple(server._draw(list(prompt), body)[0]))
-                for body in server.sampled
-            ]
-        assert stops or counts["refused: text of other tokens than were drawn"] > 0
-        inside = 0
-        for request, responses in zip(requests, answers, strict=True):
-            for item in responses:
-                assert item.logprobs is None
-                text = decode(item.token_ids)
-                holds = [string for string in stops if string in text]
-                whole = [ids for prompt, ids in drawn if prompt == request.token_ids]
-                if not holds:
-                    assert item.token_ids in whole
-                    assert item.text == text
-                    assert (item.finish == "stop") == (item.token_ids[-1] == END)
-                    assert item.finish == "stop" or len(item.token_ids) == 12
-                    continue
-                assert any(ids[: len(item.token_ids)] == item.token_ids for ids in whole)
-                assert item.finish == "stop"
-                assert item.text == text[: min(text.index(string) for string in holds)]
-                assert not any(string in decode(item.token_ids[:-1]) for string in stops)
-                inside += not text.endswith(tuple(stops))
-        assert (inside > 0) == bool(stops)
-
-
-@pytest.mark.parametrize(
-    ("text", "finish", "tokens", "kept"),
-    [
-        ("cabd", "stop", 4, (4, 7, 5, END)),
-        ("cabd", "stop", 3, "text of other tokens than were drawn"),  # it always counts its end id
-        ("cabd", "stop_sequence", 3, "text without the stop string that ended it"),
-        ("", "stop", 1, (END,)),
-        ("", "stop", 2, "text of other tokens than were drawn"),  # a special token, which the text is without
-        ("", "length", 8, "empty"),
-        ("cabd", "stop", None, "text of other tokens than were drawn"),
-    ],
-)
-def test_what_tgi_says_is_believed_where_it_adds_up(text, finish, tokens, kept):
-    def alter(reply):
-        reply["choices"][0] |= {"text": text, "finish_reason": finish}
-        reply["usage"] = {"prompt_tokens": 0, "completion_tokens": tokens}  # 0: it says nothing of the prompt
-        return reply
-
-    with CompletionServer(dialect="tgi", alter=alter) as server:
-        config = section(server, dialect="tgi", max_tries=1)
-        if isinstance(kept, tuple):
-            assert sample(config, prompts(1), codec=TGI) == [(Response(kept, None, "stop", text=text),) * 3]
-            return
-        with pytest.raises(DnoError, match=f"no usable response.*'refused: {kept}'"):
-            sample(config, prompts(1), codec=TGI)
-
-
-def test_a_prompt_that_no_text_gives_or_that_tgi_reads_otherwise_stops_the_sampling():
-    with CompletionServer(dialect="tgi") as server:
-        config = section(server, dialect="tgi")
-        codec = dataclasses.replace(CODEC, prompt_text=lambda index: None if index else "aa")
-        with pytest.raises(DnoError, match="of prompt 1 no text has its very 3 ids"):
-            sample(config, prompts(2), codec=codec)
-        assert not server.bodies
-        other = dataclasses.replace(CODEC, prompt_text=lambda index: "aaa")
-        with pytest.raises(DnoError, match="a prompt of 3 token ids was sent, and the server read another of 4"):
-            sample(config, prompts(1), codec=other)

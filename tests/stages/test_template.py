@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dno_jax import iteration
-from dno_jax.annotation.annotator import Candidate
+from dno_jax.annotation.pool import Candidate
 from dno_jax.config import SftConfig, parse_config
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.data.pools import pools_of
@@ -118,8 +118,8 @@ def test_the_report_lies_in_the_run_directory(run):
 
 def test_a_response_given_for_a_prefix_and_scored_is_found(run):
     """sampling.source=data with points: the judge's text is prefix and response, the points are by response."""
-    from dno_jax.annotation.annotator import Pool
     from dno_jax.annotation.embedded import GivenAnnotator
+    from dno_jax.annotation.pool import Pool
 
     row = {"prompt_id": "p", "messages": [{"role": "user", "content": "q"}], "assistant_prefix": "Sure,"}
     row["candidates"] = [{"text": " yes", "score": 2.0}, {"text": " no", "score": 1.0}]

@@ -8,8 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.forms import LISTWISE, ONE_TOKEN, PAIRWISE, load_rubric
+from dno_jax.annotation.pool import Pool
 from dno_jax.annotation.question import Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
 from dno_jax.records import Answer, Judgement, JudgementState

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dno_jax.annotation.annotator import Pool, presentation_order
 from dno_jax.annotation.judges.chat_judge import NUM_SEEDS, ChatJudge, all_answered, drawn, judgement, no_judgement
 from dno_jax.annotation.judges.schedules import all_pairs, known_wins, tournament
+from dno_jax.annotation.pool import Pool, presentation_order
 from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
 from dno_jax.config import AnnotationSection, OpenAISection
 from dno_jax.errors import DnoError

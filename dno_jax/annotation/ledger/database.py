@@ -189,6 +189,6 @@ def _remedy(error: sqlite3.Error, path: str) -> str:
         return "see to the disk (full, or failing), then start again: what was committed is kept"
     old, new = shlex.quote(path), shlex.quote(f"{path}.recovered")
     return (
-        f"not a sound database. Recover what is whole with `sqlite3 {old} .recover | sqlite3 {new}`, and put that in its "
-        "place (docs/annotation.md, The store); or move it away, and its verdicts are paid for again"
+        f"not a sound database. Recover what is whole with `sqlite3 {old} .recover | sqlite3 {new}`, and put that in "
+        "its place (docs/annotation.md, The store); or move it away, and its verdicts are paid for again"
     )

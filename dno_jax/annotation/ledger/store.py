@@ -18,7 +18,7 @@ from typing import Any
 
 from dno_jax.annotation.ledger.database import Database, transaction
 from dno_jax.annotation.question import Verdict
-from dno_jax.annotation.transport.batch import OpenBatch
+from dno_jax.annotation.transport.batch_api import OpenBatch
 from dno_jax.errors import DnoError
 
 _SCHEMA_VERSION = 3

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt, explain
 

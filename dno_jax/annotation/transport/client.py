@@ -1,14 +1,11 @@
-"""One model: the door through which a desk sends its requests, one try at a time.
+"""One model: the door through which its requests are sent, one try at a time.
 
 Retries are the caller's, who counts them: nothing here sends a request twice that an endpoint may have charged for.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import random
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,16 +15,14 @@ from dno_jax.annotation.transport.completion import read_completion, with_schema
 from dno_jax.annotation.transport.probe import Capabilities, Pay, nobody_pays, probe
 from dno_jax.annotation.transport.routes import Route, Routes, Unreachable
 from dno_jax.config import ChatSection
-from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
+from dno_jax.endpoint import Endpoint, EndpointError, GaveUp, Trouble, retried
 from dno_jax.errors import DnoError
-
-_LOG = logging.getLogger(__name__)
 
 DEFAULT_URL = "https://api.openai.com/v1"
 
 
-class Client:
-    """Sends requests to one model. One client serves one event loop.
+class EndpointClient:
+    """Sends requests to one model, at whichever of its endpoints answers. One client serves one event loop.
 
     Args:
         who: as in "the judge 'gpt' at http://... answered HTTP 500".
@@ -50,7 +45,6 @@ class Client:
             for address, url, key in addresses
         ]
         self._routes = Routes(endpoints, section, who=who, place=place)
-        self._jitter = random.Random()  # spreads retries over time; decides no result
 
     @property
     def endpoint(self) -> Endpoint:
@@ -87,26 +81,17 @@ class Client:
                 what `stop` was told.
         """
         async with self._routes.queue:
-            deadline = time.monotonic() + self.section.max_outage
-            for tries in range(1, self.section.max_tries + 1):
-                waits: list[float] = []
-                for route in self._routes.in_service:
-                    try:
-                        trouble = await self._introduce(route, body, pay)
-                    except EndpointError as error:
-                        self._routes.dismiss(route, error)
-                        continue
-                    if trouble is None:
-                        assert route.offers is not None
-                        return route.offers
-                    _LOG.info("%s at %s: try %d: %s", self.who, route.endpoint.url, tries, trouble.detail)
-                    waits.append(trouble.retry_after or 0.0)
-                left = deadline - time.monotonic()
-                if tries == self.section.max_tries or left <= 0.0:
-                    break
-                pause = wait_seconds(tries, retry_after=min(waits) or None, jitter=self._jitter.random())
-                await self._routes.stopped.pause(min(pause, left))
-        raise Unreachable(self._routes.no_answer(f"in {tries} tries"))
+            section, pause = self.section, self._routes.stopped.pause
+            found = await retried(
+                lambda: self._introduce_one(body, pay),
+                who=self.who,
+                max_tries=section.max_tries,
+                max_outage=section.max_outage,
+                pause=pause,
+            )
+        if isinstance(found, GaveUp):
+            raise Unreachable(self._routes.no_answer(f"in {found.tries} tries"))
+        return found
 
     async def send(
         self,
@@ -184,6 +169,23 @@ class Client:
 
     async def close(self) -> None:
         await self._routes.close()
+
+    async def _introduce_one(self, body: Mapping[str, Any], pay: Pay) -> Capabilities | Trouble:
+        """Probe the endpoints in turn until one answers; else it is worth another try when the first may be back."""
+        troubles: list[str] = []
+        waits: list[float] = []
+        for route in self._routes.in_service:
+            try:
+                trouble = await self._introduce(route, body, pay)
+            except EndpointError as error:
+                self._routes.dismiss(route, error)
+                continue
+            if trouble is None:
+                assert route.offers is not None
+                return route.offers
+            troubles.append(f"{route.endpoint.url}: {trouble.detail}")
+            waits.append(trouble.retry_after or 0.0)
+        return Trouble("; ".join(troubles), retry_after=min(waits, default=0.0) or None)
 
     async def _introduce(self, route: Route, body: Mapping[str, Any], pay: Pay) -> Trouble | None:
         pause = self._routes.stopped.pause

@@ -18,18 +18,18 @@ def with_schema(body: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str,
     return {**body, "response_format": {"type": "json_schema", "json_schema": form}}
 
 
-def read_completion(text: str, *, choice: int = 0) -> Reply | None:
-    """Read the body of a 200; None if it is anything but a chat completion with that choice."""
+def read_completion(text: str) -> Reply | None:
+    """Read the body of a 200; None if it is anything but a chat completion."""
     try:
-        return completion_reply(json.loads(text), choice=choice)
+        return completion_reply(json.loads(text))
     except (ValueError, RecursionError):
         return None
 
 
-def completion_reply(body: Any, *, choice: int = 0) -> Reply | None:
+def completion_reply(body: Any) -> Reply | None:
     """Read a chat completion's JSON; None if it is none."""
     try:
-        chosen = body["choices"][choice]
+        chosen = body["choices"][0]
         content, refusal = chosen["message"].get("content"), chosen["message"].get("refusal")
         finish, (tokens_in, tokens_out) = chosen.get("finish_reason"), _usage(body.get("usage"))
         if not (isinstance(content, str | None) and isinstance(refusal, str | None) and isinstance(finish, str | None)):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import re
-import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from dno_jax.annotation.question import Reply
 from dno_jax.annotation.transport.completion import read_completion, with_schema
 from dno_jax.config import ChatSection, OpenAISection
-from dno_jax.endpoint import Endpoint, EndpointError, Trouble, wait_seconds
+from dno_jax.endpoint import Endpoint, EndpointError, GaveUp, Trouble, retried
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,14 +50,10 @@ class Capabilities:
     Attributes:
         seed: it takes one; where it does not, none is sent.
         json_schema: schemas are sent: it takes them, and the configuration has nothing against it.
-        logprobs: it gives the log-probabilities of the first token.
-        several: it gives n > 1 replies to one request.
     """
 
     seed: bool = True
     json_schema: bool = False
-    logprobs: bool = False
-    several: bool = False
 
 
 async def probe(
@@ -105,14 +99,7 @@ async def probe(
         return schema
     if structured == "json_schema" and isinstance(schema, Trouble):
         raise EndpointError(_explained(endpoint, schema, by_schema, place=place), status=schema.status or 0)
-    logprobs = await asked.again({**body, "logprobs": True, "top_logprobs": 1}) if "logprobs" not in body else plain
-    several = await asked.again({**body, "n": 2}, choice=1)
-    offers = Capabilities(
-        seed=takes_seed,
-        json_schema=isinstance(schema, Reply),
-        logprobs=isinstance(logprobs, Reply) and bool(logprobs.first_logprobs),
-        several=isinstance(several, Reply),
-    )
+    offers = Capabilities(seed=takes_seed, json_schema=isinstance(schema, Reply))
     _LOG.info("%s at %s: %s", endpoint.who, endpoint.url, offers)
     return offers
 
@@ -128,37 +115,35 @@ class _Asked:
         self._pay = pay
         self._pause = pause
 
-    async def once(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
-        text = ""
-
+    async def once(self, body: Mapping[str, Any]) -> Reply | Trouble:
         async def send() -> Reply | Trouble:
-            nonlocal text
             response = await self._endpoint.post("/chat/completions", body)
             if isinstance(response, Trouble):
                 return response
-            text = response.text
-            words = self._endpoint.words(text)
-            return read_completion(text) or Trouble(f"HTTP 200 without a chat completion: {words}")
+            words = self._endpoint.words(response.text)
+            return read_completion(response.text) or Trouble(f"HTTP 200 without a chat completion: {words}")
 
-        result = await self._pay(body, send)
-        if isinstance(result, Trouble) or choice == 0:
-            return result
-        return read_completion(text, choice=choice) or Trouble(f"no choice {choice}", then="give up")
+        return await self._pay(body, send)
 
-    async def again(self, body: Mapping[str, Any], *, choice: int = 0) -> Reply | Trouble:
+    async def again(self, body: Mapping[str, Any]) -> Reply | Trouble:
         """Ask for more than an answered request did, until the answer is no accident of the moment."""
-        tries, until = 0, time.monotonic() + self._section.max_outage
-        while True:
-            tries += 1
+
+        async def attempt() -> Reply | Trouble:
             try:
-                result = await self.once(body, choice=choice)
+                return await self.once(body)
             except EndpointError as error:  # some say 404 for what no model of theirs offers
                 return Trouble(str(error), then="give up", status=error.status)
-            if isinstance(result, Reply) or result.then != "retry" or tries >= self._section.max_tries:
-                return result
-            left = max(0.0, until - time.monotonic())
-            wanted = None if result.retry_after is None else min(result.retry_after, left)
-            await self._pause(wait_seconds(tries, retry_after=wanted, jitter=random.random()))
+
+        tries = self._section.max_tries
+        found = await retried(
+            attempt,
+            who=self._endpoint.who,
+            max_tries=tries,
+            min_tries=tries,
+            max_outage=self._section.max_outage,
+            pause=self._pause,
+        )
+        return found.trouble if isinstance(found, GaveUp) else found
 
 
 def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:

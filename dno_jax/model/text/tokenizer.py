@@ -141,17 +141,6 @@ class ChatTokenizer:
             return self._apply(messages, tokenize=False, add_generation_prompt=True)
         return self._apply([*messages, _assistant(assistant_prefix)], tokenize=False, continue_final_message=True)
 
-    def whole_text(self, messages: Sequence[Message], assistant_prefix: str = "") -> str | None:
-        """Return a text of which `text_ids` makes `prompt_ids`, begin token and all; None if there is none.
-
-        It is for whoever tokenises text by itself: where the template writes a begin token and the tokenizer adds one
-        too, one of them is left out. Raises as `prompt_ids` does.
-        """
-        text, ids = self.prompt_text(messages, assistant_prefix), self.prompt_ids(messages, assistant_prefix)
-        begin = "" if self.bos_id is None else self.strip([self.bos_id])[0]
-        texts = (text, text.removeprefix(begin))
-        return next((one for one in texts if self.text_ids(one) == ids), None)
-
     def chat_ids(self, messages: Sequence[Message], response: str) -> tuple[int, ...]:
         """Return the ids of the whole chat as the template writes it, with what it writes after the response."""
         if self.template is None:

@@ -17,9 +17,9 @@ from typing import Any
 
 from etils import epath
 
-from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.forms import POINTWISE, load_rubric
 from dno_jax.annotation.judges.rubric import Rubric
+from dno_jax.annotation.pool import Pool
 from dno_jax.annotation.question import Reply, Unparsable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 
-from dno_jax.annotation.annotator import Pool
+from dno_jax.annotation.pool import Pool
 from dno_jax.config import RewardModelSection, RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pools import Pools

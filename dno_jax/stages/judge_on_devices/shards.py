@@ -13,9 +13,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
 from dno_jax.data.pools import Pools, PoolShard, Survey, tell_quality
-from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
 from dno_jax.runtime.runtime import Runtime
@@ -55,7 +55,7 @@ def judge_on_devices(
         inputs: what the manifest names beside the samples.
         counts: what to add up of a shard's judgements.
         figures: the manifest's details beside the states, of the sums of `counts`.
-        who, remedy: complete "... gave no verdict" and "Another call ...", which is said of too many failures.
+        who, remedy: complete "pools have no verdict of ..." and "Another call ...", which is said of too many failures.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict.
@@ -93,14 +93,16 @@ def judge_on_devices(
                 add(name, pools.read(name), judgements)
             else:
                 found.count(name, judgements)
-    states, reasons = found.states, found.reasons
-    if reasons.total() > runtime.config.annotation.max_failed * states.total():
-        # Every process has counted all judgements, so that all of them stop here, or none.
-        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise DnoError(
-            f"{stage.path}: {who} gave no verdict on {reasons.total()} of {states.total()} pools ({shown}). Another "
-            f"call {remedy}, or raise annotation.max_failed to go on without these pools"
-        )
+    states = found.states
+    # Every process has counted all judgements, so that all of them stop here, or none.
+    refuse_shortfall(
+        str(stage.path),
+        found.reasons,
+        total=states.total(),
+        missing=f"pools have no verdict of {who}",
+        remedy=f"Another call {remedy}, or raise annotation.max_failed to go on without these pools",
+        max_failed=runtime.config.annotation.max_failed,
+    )
     if is_primary():
         total: Counter[str] = Counter()
         for name in shards:  # in one order, whichever call closed them

@@ -50,21 +50,13 @@ def test_a_template_without_end_token_gets_one(tmp_path):
     assert chat.prompt_ids(user("hi")).count(0) == 0  # the template wrote no BOS, so there is none
 
 
-def test_the_whole_text_of_a_prompt_has_its_ids_for_whoever_tokenises_text(tmp_path, chat):
-    """The template writes a begin token and the tokenizer adds one: one of them is left out of the text."""
+def test_text_that_is_tokenised_by_itself_gets_the_begin_token_that_the_template_writes(chat):
     from transformers import AutoTokenizer
 
     peer = AutoTokenizer.from_pretrained(chat.path)
     for question in SENTENCES:
-        text = chat.whole_text(user(question), "Well")
-        assert text is not None
-        assert not text.startswith("<s>")
-        assert chat.prompt_text(user(question), "Well") == "<s>" + text
-        assert tuple(peer(text)["input_ids"]) == chat.prompt_ids(user(question), "Well")
-    raw = ChatTokenizer.load(make_tokenizer(tmp_path / "raw", template=None), "raw")
-    assert raw.whole_text(user("So")) == "So"
-    # Without a begin token by the template, no text gives the prompt: the tokenizer adds one to all of them.
-    assert ChatTokenizer.load(make_tokenizer(tmp_path / "none", template=NO_END)).whole_text(user("hi")) is None
+        text = chat.prompt_text(user(question), "Well").removeprefix("<s>")
+        assert chat.text_ids(text) == tuple(peer(text)["input_ids"]) == chat.prompt_ids(user(question), "Well")
 
 
 @pytest.mark.parametrize("eos_after", [False, True])
@@ -170,9 +162,7 @@ def test_mistral_sample_ids(mistral):
             assert ids[: len(prompt + response)] == prompt + response
             assert len(prompt) > at
             at = len(prompt + response)
-    text = chat.whole_text(messages)
-    assert text is not None
-    assert chat.text_ids(text) == ids
+    assert chat.text_ids(chat.prompt_text(messages).removeprefix("<s>")) == ids
 
 
 @pytest.mark.parametrize("name", ["mistral-common-v1_spm", "mistral-common-v3_spm", "meta-llama-Llama-3.1-8B-Instruct"])
@@ -202,7 +192,7 @@ def test_real_templates_on_a_byte_tokenizer(tmp_path, shared_data, name):
         return
     for question in SENTENCES:
         prompt = chat.prompt_ids(user(question))
-        assert chat.text_ids(chat.whole_text(user(question)) or "") == prompt
+        assert chat.text_ids(chat.prompt_text(user(question))) == prompt
         response = chat.response_ids(user(question), "A plain answer.", end_id=chat.end_ids[0])
         tokens = chat.strip(prompt + response)
         assert chat.bos_id is None or (prompt + response).count(chat.bos_id) <= 1

@@ -306,7 +306,7 @@ def test_a_policy_that_cannot_judge_gives_no_numbers(make, sampled, folder, monk
     untaught = {"path": str(folder / "untaught")}
     config = make(model=untaught)
     run_dir = sampled(config)
-    with pytest.raises(DnoError, match=r"no verdict on 12 of 12 pools .*unparsable: .*teach the policy to judge"):
+    with pytest.raises(DnoError, match=r"12 of 12 pools have no verdict of the policy .*unparsable: .*teach the"):
         self_judge.run(config, 0)
     assert not run_dir.stage("annotate", 0).manifest_path.exists()
     rows = judgements(run_dir)
@@ -421,7 +421,9 @@ def test_each_shard_is_parsed_once_whichever_call_closed_it(make, sampled, monke
     stage = sampled(config).stage("annotate", 0)
     parsed, real = Counter(), StageDir.read_shard
     monkeypatch.setattr(
-        StageDir, "read_shard", lambda self, kind, name: parsed.update([str(self.path / name)]) or real(self, kind, name)
+        StageDir,
+        "read_shard",
+        lambda self, kind, name: parsed.update([str(self.path / name)]) or real(self, kind, name),
     )
     whole = self_judge.run(config, 0)
     assert set(parsed.values()) == {1}

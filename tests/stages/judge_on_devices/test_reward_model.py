@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dno_jax import iteration
-from dno_jax.annotation.annotator import Candidate, Pool
+from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.cli.main import app
 from dno_jax.config import MeshSection, RunConfig, dump_config, parse_config
 from dno_jax.data.pools import Pools, PromptFile
@@ -263,7 +263,7 @@ def test_a_chat_that_is_too_long_is_not_cut(make, sampled):
 
     strict = make(annotation={"max_failed": 0.0, "reward_model": {"max_length": 24}})
     run_dir.stage("annotate", 0).manifest_path.unlink()
-    with pytest.raises(DnoError, match=r"the reward model gave no verdict on \d+ of 12 pools .*would compute the same"):
+    with pytest.raises(DnoError, match=r"\d+ of 12 pools have no verdict of the reward model .*would compute the same"):
         reward_model.run(strict, 0)
 
 

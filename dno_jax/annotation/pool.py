@@ -1,15 +1,13 @@
-"""What an annotator is, what it is shown, and the factory of all that there are."""
+"""What an annotator is, and what it is shown."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from dno_jax.config import AnnotationSection
-from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Prompt
 
 
@@ -56,6 +54,16 @@ class Annotator(Protocol):
         """How many pools it is worth to have judged side by side."""
         ...
 
+    @property
+    def asks_by_batch(self) -> bool:
+        """Whether `ask_ahead` has anything to do: there are batches to make, or to collect."""
+        ...
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether the same question may be answered otherwise the second time."""
+        ...
+
     def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         """Return the answer where it is already paid for, else None."""
         ...
@@ -68,6 +76,14 @@ class Annotator(Protocol):
         """
         ...
 
+    async def ask_ahead(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
+        """Have the Batch API answer what it may; what it leaves, `judge` asks live.
+
+        Raises:
+            DnoError: the endpoint has no Batch API, refuses it, or has not answered for long; or the store fails.
+        """
+        ...
+
     async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         """Return the judgement of one pool; no answer is a state of it, never a number.
 
@@ -77,6 +93,25 @@ class Annotator(Protocol):
         Raises:
             DnoError: no pool can be judged (a dead endpoint, a refused key): the run had better stop.
         """
+        ...
+
+    def refuse_over_budget(self, missing: int) -> None:
+        """Stop a run that may spend no more.
+
+        Args:
+            missing: pools whose judgement is "over budget"; with 0 nothing happens.
+
+        Raises:
+            DnoError: there are some; it says what is spent and what to raise.
+        """
+        ...
+
+    async def drain(self) -> None:
+        """Ask nothing more, and wait until what is in flight has come back and is stored."""
+        ...
+
+    def receipt(self) -> dict[str, Any] | None:
+        """Return what the run has paid, as receipts.json has it; None where nothing is paid for."""
         ...
 
     async def close(self) -> None:
@@ -104,38 +139,3 @@ def presentation_order(pool: Pool, *, seed: int) -> tuple[int, ...]:
         return hashlib.sha256(name.encode()).hexdigest()
 
     return tuple(sorted(range(len(pool.candidates)), key=address))
-
-
-def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[str], seed: int) -> Annotator:
-    """Build the annotator a configuration asks for; whatever is wrong shows here, before sampling is paid for.
-
-    Args:
-        store_path: the run's own file of verdicts, in its directory; made if absent, touched only where verdicts are
-            paid for. `annotation.store` stands before it.
-        seed: decides the order in which a list-wise judge sees the candidates, and a table's draws.
-
-    Raises:
-        DnoError: an unknown criterion, a table that is none, a missing key, an unreadable rubric, a store that cannot
-            be opened, a bad URL; a kind that is no annotator of the host's.
-    """
-    # All these modules stand on this one. What is embedded needs nothing of what the client imports.
-    from dno_jax.annotation import embedded
-
-    match config.kind:
-        case "oracle":
-            return embedded.OracleAnnotator(config.oracle)
-        case "table" if config.table is not None:
-            return embedded.TableAnnotator(config.table, seed=seed)
-        case "gold":
-            return embedded.GoldAnnotator()
-        case "given":
-            return embedded.GivenAnnotator()
-        case "openai" | "ensemble":
-            from dno_jax.annotation.client import open_client
-            from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
-            from dno_jax.annotation.judges.functions import build_function
-
-            function = build_function(config, seed=seed)
-            return EndpointAnnotator(function, open_client(config, store_path=store_path))
-        case kind:
-            raise DnoError(f"annotation.kind={kind}: judged on the devices, not by an annotator of the host's")

@@ -1,4 +1,4 @@
-"""Questions over a desk, and judges over real HTTP: faults never become labels, and nothing is paid for twice."""
+"""Questions through the client, judges over real HTTP: faults never become labels, and nothing is paid for twice."""
 
 from __future__ import annotations
 
@@ -390,7 +390,7 @@ def test_a_candidate_that_writes_a_verdict_changes_nothing(store_path):
 
 KILLED = """
 import asyncio, sys
-from tests.annotation.test_desk import judge_all, planted, section
+from tests.annotation.test_client import judge_all, planted, section
 config = section(sys.argv[1], max_concurrency=4)
 judge_all(config, [planted(number)[0] for number in range(200)], sys.argv[2])
 """
@@ -419,7 +419,7 @@ def test_the_key_is_nowhere_but_in_the_request(store_path, tmp_path, monkeypatch
     with FakeJudge(scorer=read_worth, api_key=KEY, schedule=["500", None]) as server:
         config = section(server, api_key_env="DNO_TEST_KEY")
         annotator = build(config, store_path)
-        said += [repr(annotator), str(vars(annotator)), str(vars(annotator.desk)), annotator.identity]
+        said += [repr(annotator), str(vars(annotator)), str(vars(annotator.client)), annotator.identity]
 
         async def work() -> None:
             try:
@@ -461,31 +461,31 @@ def test_without_a_key_variable_none_is_taken_from_the_surroundings(store_path, 
         assert judge_one(section(server), store_path).state == "ok"
 
 
-def desk_over(client: FakeClient, store_path, config: AnnotationSection | None = None) -> JudgeClient:
+def client_over(model: FakeClient, store_path, config: AnnotationSection | None = None) -> JudgeClient:
     store = VerdictStore(store_path)
     return JudgeClient(
-        {SECTION: client}, store=store, budget=Budget(config or AnnotationSection(), store=store, run=".")
+        {SECTION: model}, store=store, budget=Budget(config or AnnotationSection(), store=store, run=".")
     )
 
 
-def ask_all(client: FakeClient, store_path, questions: Sequence[Question]) -> list[Verdict | BaseException]:
+def ask_all(model: FakeClient, store_path, questions: Sequence[Question]) -> list[Verdict | BaseException]:
     async def work() -> list[Verdict | BaseException]:
-        desk = desk_over(client, store_path)
+        client = client_over(model, store_path)
         try:
-            return await asyncio.gather(*map(desk.ask, questions), return_exceptions=True)
+            return await asyncio.gather(*map(client.ask, questions), return_exceptions=True)
         finally:
-            await desk.close()
+            await client.close()
 
     return asyncio.run(work())
 
 
 def test_the_same_question_asked_at_once_is_asked_once(store_path):
-    client = FakeClient(delay=0.005)
-    found = ask_all(client, store_path, [question("a"), question("b"), question("a"), question("a", repeat=1)])
-    assert len(client.bodies) == 3
+    model = FakeClient(delay=0.005)
+    found = ask_all(model, store_path, [question("a"), question("b"), question("a"), question("a", repeat=1)])
+    assert len(model.bodies) == 3
     assert found[0] == found[2]
-    assert client.probes == 1
-    assert client.closed
+    assert model.probes == 1
+    assert model.closed
 
 
 @pytest.mark.parametrize(
@@ -502,19 +502,19 @@ def test_the_same_question_asked_at_once_is_asked_once(store_path):
 )
 def test_what_a_reply_comes_to(store_path, reply, state, scores):
     asked = SECTION.model_copy(update={"form": "pairwise", "max_tries": 1})
-    client = FakeClient([reply])
+    model = FakeClient([reply])
 
     async def work() -> Verdict:
         store = VerdictStore(store_path)
-        desk = JudgeClient({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
+        client = JudgeClient({asked: model}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
         try:
-            return await desk.ask(question("a", asked=asked))
+            return await client.ask(question("a", asked=asked))
         finally:
-            await desk.close()
+            await client.close()
 
     verdict = asyncio.run(work())
     assert (verdict.state, verdict.scores) == (state, scores)
-    assert len(client.bodies) == verdict.tries == 1
+    assert len(model.bodies) == verdict.tries == 1
 
 
 def test_waiting_follows_failures_and_not_replies_that_do_not_parse(store_path, monkeypatch):
@@ -524,7 +524,7 @@ def test_waiting_follows_failures_and_not_replies_that_do_not_parse(store_path, 
         waits.append(seconds)
 
     monkeypatch.setattr(Stop, "pause", note)
-    # Retry-After is of one endpoint: the client keeps it, and another may be asked meanwhile.
+    # Retry-After is of one endpoint: its client keeps it, and another may be asked meanwhile.
     script = [Trouble("slow down", retry_after=3600.0, status=429), said("none"), said("1")]
     assert ask_all(FakeClient(script), store_path, [question("a")])[0].state == "ok"
     assert len(waits) == 1
@@ -533,54 +533,54 @@ def test_waiting_follows_failures_and_not_replies_that_do_not_parse(store_path, 
 
 def test_after_what_stops_everything_nothing_more_is_sent_and_what_was_under_way_is_kept(store_path):
     refusal = DnoError("HTTP 401")
-    client = FakeClient([said("1"), said("2"), refusal], delay=0.005)
+    model = FakeClient([said("1"), said("2"), refusal], delay=0.005)
 
     async def work() -> list[Verdict | BaseException]:
-        desk = desk_over(client, store_path)
+        client = client_over(model, store_path)
         try:
-            first = await asyncio.gather(*(desk.ask(question(name)) for name in "abcd"), return_exceptions=True)
-            return first + await asyncio.gather(*(desk.ask(question(name)) for name in "efa"), return_exceptions=True)
+            first = await asyncio.gather(*(client.ask(question(name)) for name in "abcd"), return_exceptions=True)
+            return first + await asyncio.gather(*(client.ask(question(name)) for name in "efa"), return_exceptions=True)
         finally:
-            await desk.close()
+            await client.close()
 
     found = asyncio.run(work())
     assert [verdict.state for verdict in (found[0], found[1], found[3])] == ["ok"] * 3
     assert found[2] is refusal
     assert found[4] is found[5] is refusal
     assert found[6] == found[0]  # what is known is known
-    assert len(client.bodies) == 4
+    assert len(model.bodies) == 4
     assert tries_of(store_path) == 3
 
 
 def test_a_full_disk_stops_cleanly_and_loses_nothing_that_was_seen(store_path):
-    client = FakeClient(default=lambda: said("1" + " " * 3000))
+    model = FakeClient(default=lambda: said("1" + " " * 3000))
 
     seen: list[str] = []
 
     async def work() -> None:
-        desk = desk_over(client, store_path)
-        writer = desk._store._database._writer
+        client = client_over(model, store_path)
+        writer = client._store._database._writer
         (pages,) = writer.execute("PRAGMA page_count").fetchone()
         writer.execute(f"PRAGMA max_page_count = {pages + 30}")
 
         async def one(number: int) -> None:
-            await desk.ask(question(str(number)))
+            await client.ask(question(str(number)))
             seen.append(str(number))
 
         try:
             for first in range(0, 400, 8):
                 await asyncio.gather(*(one(number) for number in range(first, first + 8)))
         finally:
-            await desk.close()
+            await client.close()
 
     with pytest.raises(DnoError, match="see to the disk"):
         asyncio.run(work())
     assert len(seen) >= 8
-    asked = len(client.bodies)
+    asked = len(model.bodies)
     assert asked <= len(seen) + 8  # of those under way, no more
-    found = ask_all(client, store_path, [question(name) for name in seen])
+    found = ask_all(model, store_path, [question(name) for name in seen])
     assert {verdict.state for verdict in found} == {"ok"}
-    assert len(client.bodies) == asked
+    assert len(model.bodies) == asked
 
 
 def test_a_damaged_store_is_refused_with_the_command_that_recovers_it(store_path):
@@ -592,58 +592,58 @@ def test_a_damaged_store_is_refused_with_the_command_that_recovers_it(store_path
 
 
 def test_a_caller_that_goes_away_takes_no_one_else_along(store_path):
-    client = FakeClient(delay=0.01)
+    model = FakeClient(delay=0.01)
 
     async def work() -> Verdict:
-        desk = desk_over(client, store_path)
+        client = client_over(model, store_path)
         try:
-            first, second = (asyncio.ensure_future(desk.ask(question("a"))) for _ in range(2))
+            first, second = (asyncio.ensure_future(client.ask(question("a"))) for _ in range(2))
             await asyncio.sleep(0.002)
             first.cancel()
             return await second
         finally:
-            await desk.close()
+            await client.close()
 
     assert asyncio.run(work()).state == "ok"
-    assert len(client.bodies) == 1
+    assert len(model.bodies) == 1
 
 
 def test_draining_sends_nothing_more_and_keeps_what_comes_back(store_path):
-    client = FakeClient(delay=0.01)
+    model = FakeClient(delay=0.01)
     asked = SECTION.model_copy(update={"max_concurrency": 2})
 
     async def work() -> list[Verdict | BaseException]:
         store = VerdictStore(store_path)
-        desk = JudgeClient({asked: client}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
+        client = JudgeClient({asked: model}, store=store, budget=Budget(AnnotationSection(), store=store, run="."))
         try:
-            tasks = [asyncio.ensure_future(desk.ask(question(name, asked=asked))) for name in "abcdef"]
-            while len(client.bodies) < 2:
+            tasks = [asyncio.ensure_future(client.ask(question(name, asked=asked))) for name in "abcdef"]
+            while len(model.bodies) < 2:
                 await asyncio.sleep(0)
-            await desk.drain()
+            await client.drain()
             return await asyncio.gather(*tasks, return_exceptions=True)
         finally:
-            await desk.close()
+            await client.close()
 
     found = asyncio.run(work())
-    assert len(client.bodies) == 2
+    assert len(model.bodies) == 2
     assert [isinstance(verdict, Verdict) for verdict in found] == [True] * 2 + [False] * 4
     assert tries_of(store_path) == 2
 
 
 def test_closing_gives_up_what_is_under_way(store_path):
-    client = FakeClient(delay=3600.0)
+    model = FakeClient(delay=3600.0)
 
     async def work() -> None:
-        desk = desk_over(client, store_path)
-        asked = asyncio.ensure_future(desk.ask(question("a")))
-        while not client.bodies:
+        client = client_over(model, store_path)
+        asked = asyncio.ensure_future(client.ask(question("a")))
+        while not model.bodies:
             await asyncio.sleep(0.001)
-        await desk.close()
+        await client.close()
         with pytest.raises(asyncio.CancelledError):
             await asked
 
     asyncio.run(work())
-    assert client.closed
+    assert model.closed
 
 
 def test_a_repetition_is_paid_for_anew_and_recalled_by_its_number(store_path):
