@@ -3,7 +3,6 @@
 from dno_jax.fake_judge.behaviour import FAULTS, OUTCOMES, Behaviour, read_settings, settings_table
 from dno_jax.fake_judge.counts import Counts, Entry, counts_table
 from dno_jax.fake_judge.preference import Scorer
-from dno_jax.fake_judge.reading import read_request
 from dno_jax.fake_judge.server import FakeJudge
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "FakeJudge",
     "Scorer",
     "counts_table",
-    "read_request",
     "read_settings",
     "settings_table",
 ]

@@ -10,14 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from dno_jax.fake_judge.completion import error_body
+from aiohttp import web
+
+from dno_jax.fake_judge.checks import ApiError
 from dno_jax.fake_judge.files import Files, page
-from dno_jax.fake_judge.http import Answer, Request, json_answer
 
 _MAX_LINES = 50_000
 _WINDOW_SECONDS = 24 * 3600
-_LINES_A_TURN = 16  # between two of which the connections are served
+_LINES_PER_TURN = 16  # between two of which the connections are served
 _OPEN = ("validating", "in_progress", "finalizing")
+_STAMPS = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
+_CANCELLED = {"code": "batch_cancelled", "message": "This request was not executed: the batch was cancelled."}
+_EXPIRED = {
+    "code": "batch_expired",
+    "message": "This request could not be executed before the completion window expired.",
+}
 
 Judge = Callable[[dict[str, Any]], tuple[int, Any]]
 """Answers a line's body: HTTP status and the body of the reply."""
@@ -25,8 +32,9 @@ Judge = Callable[[dict[str, Any]], tuple[int, Any]]
 
 @dataclass
 class _Batch:
+    """A batch as the API tells it (`fields`), its rows so far, and whether it was cancelled."""
+
     fields: dict[str, Any]
-    lines: list[dict[str, Any]] = field(default_factory=list)
     output: list[dict[str, Any]] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -34,6 +42,16 @@ class _Batch:
     def turn(self, status: str) -> None:
         self.fields["status"] = status
         self.fields[f"{status}_at"] = int(time.time())
+
+    def add(self, line: dict[str, Any], *, status: int = 0, body: Any = None, error: Any = None) -> None:
+        """Take down what became of a line: a response, or an error where there is none."""
+        row_id = f"{self.fields['id'].replace('batch_', 'batch_req_')}_{len(self.output) + len(self.errors)}"
+        response = {"status_code": status, "request_id": row_id, "body": body} if error is None else None
+        good = status == 200
+        (self.output if good else self.errors).append(
+            {"id": row_id, "custom_id": line["custom_id"], "response": response, "error": error}
+        )
+        self.fields["request_counts"]["completed" if good else "failed"] += 1
 
     async def wait(self, until: float) -> None:
         """Wait for a moment of the loop's clock, or to be cancelled; give the loop a turn in any case."""
@@ -45,7 +63,7 @@ class _Batch:
 
 
 class Batches:
-    """Files and batches of one endpoint.
+    """Batches and their files, of one endpoint.
 
     Args:
         judge: answers a line.
@@ -69,133 +87,108 @@ class Batches:
         self._files = Files()
         self._batches: dict[str, _Batch] = {}
         self._work: set[asyncio.Task[None]] = set()
-        self.started = 0
 
-    def handle(self, request: Request) -> Answer | None:
-        """Answer what is said to /v1/files and /v1/batches; None if it is something else."""
-        match request.method, *request.path.removeprefix("/v1/").split("/"):
-            case _, "files", *_:
-                return self._files.handle(request)
-            case "POST", "batches":
-                return self._create(request)
-            case "GET", "batches":
-                return json_answer(200, page([batch.fields for batch in self._batches.values()], request))
-            case "GET", "batches", name if name in self._batches:
-                return json_answer(200, self._batches[name].fields)
-            case "POST", "batches", name, "cancel" if name in self._batches:
-                return self._cancel(self._batches[name])
-            case _, "batches", name, *_:
-                return json_answer(404, error_body(f"No such Batch object: {name}", param="id"))
-        return None
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            *self._files.routes(),
+            web.post("/v1/batches", self._create),
+            web.get("/v1/batches", self._list),
+            web.get("/v1/batches/{id}", self._show),
+            web.post("/v1/batches/{id}/cancel", self._cancel),
+        ]
 
-    def _create(self, request: Request) -> Answer:
+    @property
+    def started(self) -> int:
+        return len(self._batches)
+
+    async def _create(self, request: web.Request) -> web.Response:
         try:
-            asked = json.loads(request.body)
-            file = self._files.by_id[asked["input_file_id"]]
+            asked = json.loads(await request.read())
+            content = self._files.by_id[asked["input_file_id"]].content
         except (ValueError, LookupError, TypeError, RecursionError):
-            return json_answer(400, error_body("no such input file", param="input_file_id"))
+            raise ApiError(400, "no such input file", param="input_file_id") from None
         if asked.get("endpoint") != "/v1/chat/completions" or asked.get("completion_window") != "24h":
-            return json_answer(400, error_body("expected endpoint /v1/chat/completions and completion_window 24h"))
+            raise ApiError(400, "expected endpoint /v1/chat/completions and completion_window 24h")
         now = int(time.time())
-        stamps = ("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled")
         batch = _Batch(
             {
                 "id": f"batch_{len(self._batches) + 1:06d}",
                 "object": "batch",
                 "endpoint": asked["endpoint"],
                 "errors": None,
-                "input_file_id": file.file_id,
+                "input_file_id": asked["input_file_id"],
                 "completion_window": "24h",
                 "status": "validating",
                 "output_file_id": None,
                 "error_file_id": None,
                 "created_at": now,
                 "expires_at": now + _WINDOW_SECONDS,
-                **{f"{stamp}_at": None for stamp in stamps},
+                **{f"{stamp}_at": None for stamp in _STAMPS},
                 "request_counts": {"total": 0, "completed": 0, "failed": 0},
                 "metadata": asked.get("metadata"),
             }
         )
         self._batches[batch.fields["id"]] = batch
-        self.started += 1
-        answer = json_answer(200, batch.fields)
-        task = asyncio.get_running_loop().create_task(self._run(batch, file.content))
+        task = asyncio.create_task(self._run(batch, content))  # not before this answer, which says "validating"
         self._work.add(task)
         task.add_done_callback(self._end)
-        return answer
+        return web.json_response(batch.fields)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        return web.json_response(page([batch.fields for batch in self._batches.values()], request))
+
+    async def _show(self, request: web.Request) -> web.Response:
+        return web.json_response(self._named(request).fields)
+
+    async def _cancel(self, request: web.Request) -> web.Response:
+        batch = self._named(request)
+        if batch.fields["status"] not in _OPEN:
+            raise ApiError(409, f"Cannot cancel a batch with status '{batch.fields['status']}'.")
+        batch.turn("cancelling")
+        batch.cancelled.set()
+        return web.json_response(batch.fields)
+
+    def _named(self, request: web.Request) -> _Batch:
+        name = request.match_info["id"]
+        if name not in self._batches:
+            raise ApiError(404, f"No such Batch object: {name}", param="id")
+        return self._batches[name]
 
     def _end(self, task: asyncio.Task[None]) -> None:
         self._work.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._errors.append(error)
 
-    def _cancel(self, batch: _Batch) -> Answer:
-        if batch.fields["status"] not in _OPEN:
-            return json_answer(409, error_body(f"Cannot cancel a batch with status '{batch.fields['status']}'."))
-        batch.turn("cancelling")
-        batch.cancelled.set()
-        return json_answer(200, batch.fields)
-
     async def _run(self, batch: _Batch, content: bytes) -> None:
         start = asyncio.get_running_loop().time()
-        await asyncio.sleep(0)  # the answer that made it says "validating"
-        batch.lines, problems = _read_lines(content)
+        lines, problems = _read_lines(content)
         if problems:
             batch.fields["errors"] = {"object": "list", "data": problems}
             batch.turn("failed")
             return
-        counts = batch.fields["request_counts"]
-        counts["total"] = len(batch.lines)
-        if not batch.cancelled.is_set():
-            batch.turn("in_progress")
+        batch.fields["request_counts"]["total"] = len(lines)
+        batch.turn("in_progress")
         late = False
-        for number, line in enumerate(batch.lines):
-            if number % _LINES_A_TURN == 0:
-                await batch.wait(start + self._delay * number / len(batch.lines))
+        for number, line in enumerate(lines):
+            if number % _LINES_PER_TURN == 0:
+                await batch.wait(start + self._delay * number / len(lines))
             if batch.cancelled.is_set():
-                _leave_out(batch, line, "batch_cancelled", "This request was not executed: the batch was cancelled.")
+                batch.add(line, error=_CANCELLED)
             elif self._expires(line["body"]):
                 late = True
-                _leave_out(
-                    batch,
-                    line,
-                    "batch_expired",
-                    "This request could not be executed before the completion window expired.",
-                )
+                batch.add(line, error=_EXPIRED)
             else:
                 status, body = self._judge(line["body"])
-                _report(batch, line, status, body)
+                batch.add(line, status=status, body=body)
         if not batch.cancelled.is_set():
             batch.turn("finalizing")
             await batch.wait(start + self._delay)
         for name, rows in (("output", batch.output), ("error", batch.errors)):
             if rows:
                 text = "".join(json.dumps(row) + "\n" for row in reversed(rows))  # the API promises no order
-                file = self._files.keep(f"{batch.fields['id']}_{name}.jsonl", "batch_output", text.encode())
-                batch.fields[f"{name}_file_id"] = file.file_id
-        if batch.cancelled.is_set():
-            batch.turn("cancelled")
-        else:
-            batch.turn("expired" if late else "completed")
-
-
-def _report(batch: _Batch, line: dict[str, Any], status: int, body: Any) -> None:
-    row = _row(batch, line)
-    row["response"] = {"status_code": status, "request_id": row["id"], "body": body}
-    good = status == 200
-    (batch.output if good else batch.errors).append(row)
-    batch.fields["request_counts"]["completed" if good else "failed"] += 1
-
-
-def _leave_out(batch: _Batch, line: dict[str, Any], code: str, message: str) -> None:
-    batch.errors.append(_row(batch, line) | {"error": {"code": code, "message": message}})
-    batch.fields["request_counts"]["failed"] += 1
-
-
-def _row(batch: _Batch, line: dict[str, Any]) -> dict[str, Any]:
-    number = len(batch.output) + len(batch.errors)
-    row_id = f"batch_req_{batch.fields['id'].removeprefix('batch_')}_{number}"
-    return {"id": row_id, "custom_id": line["custom_id"], "response": None, "error": None}
+                kept = self._files.keep(f"{batch.fields['id']}_{name}.jsonl", "batch_output", text.encode())
+                batch.fields[f"{name}_file_id"] = kept["id"]
+        batch.turn("cancelled" if batch.cancelled.is_set() else "expired" if late else "completed")
 
 
 def _read_lines(content: bytes) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

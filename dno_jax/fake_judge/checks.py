@@ -3,45 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from aiohttp import web
 
 from dno_jax.fake_judge.behaviour import Behaviour
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A 4xx: message, code and field as the API's error object has them."""
+class ApiError(Exception):
+    """An error in the API's words: its HTTP status, the body that says so, and headers."""
 
-    status: int
-    message: str
-    code: str | None = None
-    param: str | None = None
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+        self.headers = headers
+
+    def response(self) -> web.Response:
+        return web.json_response(self.body, status=self.status, headers=self.headers)
 
 
-def refuse(body: Any, *, behaviour: Behaviour) -> Refusal | None:
-    """Check a chat.completions request as the API does; None if it may pass."""
+def check(body: Any, *, behaviour: Behaviour) -> None:
+    """Check a chat.completions request as the API does.
+
+    Raises:
+        ApiError: if it may not pass.
+    """
     if not isinstance(body, dict):
-        return Refusal(400, "We could not parse the JSON body of your request.")
+        raise ApiError(400, "We could not parse the JSON body of your request.")
     model, messages = body.get("model"), body.get("messages")
     if not isinstance(model, str) or not model:
-        return Refusal(400, "you must provide a model parameter", param="model")
+        raise ApiError(400, "you must provide a model parameter", param="model")
     if behaviour.models and model not in behaviour.models:
-        return Refusal(
-            404, f"The model `{model}` does not exist or you do not have access to it.", "model_not_found", "model"
-        )
+        message = f"The model `{model}` does not exist or you do not have access to it."
+        raise ApiError(404, message, "model_not_found", "model")
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        return Refusal(400, "Invalid 'messages': expected objects with content.", "invalid_type", "messages")
+        raise ApiError(400, "Invalid 'messages': expected objects with content.", "invalid_type", "messages")
     for name in (*behaviour.refused_fields, "stream"):
         if body.get(name):
-            return Refusal(400, f"Unsupported parameter: '{name}'.", "unsupported_parameter", name)
+            raise ApiError(400, f"Unsupported parameter: '{name}'.", "unsupported_parameter", name)
     for name, low, high in (("n", 1, 128), ("top_logprobs", 0, 20), ("max_tokens", 1, 10**9)):
         value = body.get(name)
         if value is not None and (type(value) is not int or not low <= value <= high):
-            return Refusal(400, f"Invalid '{name}': expected an integer from {low} to {high}.", "invalid_value", name)
+            raise ApiError(400, f"Invalid '{name}': expected an integer from {low} to {high}.", "invalid_value", name)
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
-        return Refusal(400, "'top_logprobs' is only allowed when 'logprobs' is enabled.", None, "top_logprobs")
-    return _refuse_format(body.get("response_format"))
+        raise ApiError(400, "'top_logprobs' is only allowed when 'logprobs' is enabled.", None, "top_logprobs")
+    _check_format(body.get("response_format"))
 
 
 def _is_message(message: Any) -> bool:
@@ -51,19 +66,18 @@ def _is_message(message: Any) -> bool:
     return isinstance(content, str) or (isinstance(content, list) and all(isinstance(part, dict) for part in content))
 
 
-def _refuse_format(response_format: Any) -> Refusal | None:
-    if response_format is None or response_format == {"type": "text"} or response_format == {"type": "json_object"}:
-        return None
+def _check_format(response_format: Any) -> None:
+    if response_format in (None, {"type": "text"}, {"type": "json_object"}):
+        return
     place = "response_format"
     given = response_format if isinstance(response_format, dict) else {}
     asked = given.get("json_schema")
     if given.get("type") != "json_schema" or not isinstance(asked, dict):
-        return Refusal(400, f"Invalid value: '{place}'.", "invalid_value", place)
+        raise ApiError(400, f"Invalid value: '{place}'.", "invalid_value", place)
     if not isinstance(asked.get("name"), str) or not isinstance(asked.get("schema"), dict):
-        return Refusal(400, f"Missing required parameter: '{place}.json_schema'.", "missing_required_parameter", place)
+        raise ApiError(400, f"Missing required parameter: '{place}.json_schema'.", "missing_required_parameter", place)
     for problem in _strict_problems(asked["schema"]) if asked.get("strict") else ():
-        return Refusal(400, f"Invalid schema for {place} '{asked['name']}': {problem}", "invalid_json_schema", place)
-    return None
+        raise ApiError(400, f"Invalid schema for {place} '{asked['name']}': {problem}", "invalid_json_schema", place)
 
 
 def _strict_problems(schema: Any) -> Iterator[str]:

@@ -7,40 +7,24 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dno_jax.fake_judge.behaviour import MISJUDGED, Behaviour, uniform
-from dno_jax.fake_judge.preference import (
-    Scorer,
-    first_probability,
-    first_wins,
-    given_points,
-    true_points,
-)
+from dno_jax.fake_judge.behaviour import Behaviour
+from dno_jax.fake_judge.preference import Scorer, first_probability, first_wins, given_points, true_points
 from dno_jax.fake_judge.reading import Asked, message_text
 from dno_jax.fake_judge.teacher import teach
 
 REFUSAL = "I cannot help with that."
 _CHARACTERS_A_TOKEN = 4
 _UNLIKELY = -9999.0  # the API's word for a probability of nothing
-_OTHER_TOKENS = (
-    "The",
-    "Both",
-    "I",
-    "\n",
-    "Model",
-    "Output",
-    "**",
-    "#",
-    "It",
-    " ",
-    "-",
-    "Neither",
-    "(",
-    '"',
-    "`",
-    "As",
-    "Answer",
-    "=",
-)
+_OTHER_WORDS = 'The Both I Model Output ** # It - Neither ( " ` As Answer ='
+_OTHER_TOKENS = ("\n", " ", *_OTHER_WORDS.split())
+
+_UNANSWERED: dict[str, dict[str, Any]] = {
+    "refusal": {"content": None, "refusal": REFUSAL},
+    "filter": {"content": ""},
+    "null": {"content": None},
+    "empty": {"content": ""},
+}
+"""What a message says by outcome, where that is no answer."""
 
 
 def count_tokens(text: str) -> int:
@@ -77,21 +61,13 @@ def complete(
     spent = 0
     for index in range(body.get("n") or 1):
         text, top = _say(asked, body, outcome=outcome, behaviour=behaviour, scorer=scorer, name=f"{name} {index}")
-        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-        finish = "stop"
-        limit = token_limit(body)
-        if outcome == "refusal":
-            message.update(content=None, refusal=REFUSAL)
-        elif outcome == "filter":
-            message["content"], finish = "", "content_filter"
-        elif outcome == "null":
-            message["content"] = None
-        elif outcome == "empty":
-            message["content"] = ""
-        elif outcome == "length":
-            message["content"], finish = text[:40], "length"
-        elif limit is not None and count_tokens(text) >= limit:  # the end of a text is a token, too
-            message["content"], finish = text[: _CHARACTERS_A_TOKEN * limit], "length"
+        cut = token_limit(body)
+        finish = "content_filter" if outcome == "filter" else "stop"
+        if outcome == "length":
+            text, finish = text[:40], "length"
+        elif outcome not in _UNANSWERED and cut is not None and count_tokens(text) >= cut:  # its end is a token, too
+            text, finish = text[: _CHARACTERS_A_TOKEN * cut], "length"
+        message = {"role": "assistant", "content": text, "refusal": None, **_UNANSWERED.get(outcome, {})}
         said = message["content"] or ""
         spent += count_tokens(message["refusal"] or said)
         logprobs = {"content": _logprobs(said, top), "refusal": None} if body.get("logprobs") and top != () else None
@@ -103,17 +79,9 @@ def complete(
         "created": 0,
         "model": f"{body['model']}-planted",
         "choices": [] if outcome == "no_choices" else choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": spent,
-            "total_tokens": prompt_tokens + spent,
-        },
+        "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": spent, "total_tokens": prompt_tokens + spent},
         "system_fingerprint": "fp_planted",
     }
-
-
-def error_body(message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
 
 
 _Top = Sequence[tuple[str, float]] | None  # the first token's likeliest ones; () where none are given
@@ -191,20 +159,3 @@ def _logprobs(text: str, top: _Top) -> list[dict[str, Any]]:
 
 def _entry(token: str, logprob: float) -> dict[str, Any]:
     return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-
-def settle(asked: Asked, body: Mapping[str, Any], *, digest: str, attempt: int, behaviour: Behaviour) -> str:
-    """What becomes of a request when it comes for the `attempt`-th time."""
-    if behaviour.refusals and uniform(behaviour.seed, "refusal", opinion_name(body)) < behaviour.refusals:
-        return "refusal"
-    if not behaviour.fraction or uniform(behaviour.seed, "fault", digest, attempt) >= behaviour.fraction:
-        return "ok"
-    faults = behaviour.faults
-    return faults[int(len(faults) * uniform(behaviour.seed, "which", digest, attempt))]
-
-
-def is_possible(outcome: str, asked: Asked) -> bool:
-    """Whether such a thing can become of such a request: a chat has no verdict to spoil, a token cannot be cut."""
-    if asked.form == "chat":
-        return outcome not in MISJUDGED
-    return (outcome, asked.form) != ("length", "token")

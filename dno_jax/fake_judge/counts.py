@@ -66,18 +66,14 @@ class Counts:
         return self.answered.total() - len(self.answered)
 
     def as_json(self) -> dict[str, Any]:
+        named = ("in_flight", "max_in_flight", "prompt_tokens", "completion_tokens", "batches", "batch_lines")
         return {
             "requests": self.requests,
             "forms": dict(self.forms),
             "outcomes": dict(self.outcomes),
             "answered": self.answered.total(),
             "duplicates": self.duplicates,
-            "in_flight": self.in_flight,
-            "max_in_flight": self.max_in_flight,
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "batches": self.batches,
-            "batch_lines": self.batch_lines,
+            **{name: getattr(self, name) for name in named},
         }
 
 

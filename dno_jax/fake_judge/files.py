@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dno_jax.fake_judge.completion import error_body
-from dno_jax.fake_judge.http import Answer, Request, json_answer
+from aiohttp import web
 
-_FIELD = re.compile(r'; *(name|filename)="([^"]*)"')
+from dno_jax.fake_judge.checks import ApiError
 
 
-@dataclass
+@dataclass(frozen=True)
 class File:
-    file_id: str
-    filename: str
-    purpose: str
-    content: bytes
-    created_at: int
+    """A file's bytes, and what the API tells of it."""
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.file_id,
-            "object": "file",
-            "bytes": len(self.content),
-            "created_at": self.created_at,
-            "expires_at": None,
-            "filename": self.filename,
-            "purpose": self.purpose,
-            "status": "processed",
-            "status_details": None,
-        }
+    content: bytes
+    fields: dict[str, Any]
 
 
 class Files:
@@ -42,40 +27,61 @@ class Files:
         self.by_id: dict[str, File] = {}
         self._made = 0
 
-    def keep(self, filename: str, purpose: str, content: bytes) -> File:
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/v1/files", self._upload),
+            web.get("/v1/files", self._list),
+            web.get("/v1/files/{id}", self._show),
+            web.get("/v1/files/{id}/content", self._content),
+            web.delete("/v1/files/{id}", self._delete),
+        ]
+
+    def keep(self, filename: str, purpose: str, content: bytes) -> dict[str, Any]:
+        """Make a file; return what the API tells of it."""
         self._made += 1
-        file = File(f"file-{self._made:06d}", filename, purpose, content, int(time.time()))
-        self.by_id[file.file_id] = file
-        return file
+        fields = {
+            "id": f"file-{self._made:06d}",
+            "object": "file",
+            "bytes": len(content),
+            "created_at": int(time.time()),
+            "expires_at": None,
+            "filename": filename,
+            "purpose": purpose,
+            "status": "processed",
+            "status_details": None,
+        }
+        self.by_id[fields["id"]] = File(content, fields)
+        return fields
 
-    def handle(self, request: Request) -> Answer | None:
-        """Answer what is said to /v1/files; None if it is something else."""
-        match request.method, *request.path.removeprefix("/v1/files").split("/")[1:]:
-            case ("POST",):
-                return self._upload(request)
-            case ("GET",):
-                return json_answer(200, page([file.as_json() for file in self.by_id.values()], request))
-            case _, name, *_ if name not in self.by_id:
-                return json_answer(404, error_body(f"No such File object: {name}", param="id"))
-            case "GET", name:
-                return json_answer(200, self.by_id[name].as_json())
-            case "GET", name, "content":
-                return Answer(200, self.by_id[name].content, content_type="application/octet-stream")
-            case "DELETE", name:
-                del self.by_id[name]
-                return json_answer(200, {"id": name, "object": "file", "deleted": True})
-        return None
+    async def _upload(self, request: web.Request) -> web.Response:
+        form = await request.post()
+        file = form.get("file")
+        if not isinstance(file, web.FileField) or form.get("purpose") != "batch":
+            raise ApiError(400, "a file with a name and purpose=batch are needed", param="file")
+        return web.json_response(self.keep(file.filename, "batch", file.file.read()))
 
-    def _upload(self, request: Request) -> Answer:
-        parts = _multipart(request)
-        name, content = parts.get("file", ("", b""))
-        purpose = parts.get("purpose", ("", b""))[1].decode("utf-8", "replace")
-        if not name or purpose != "batch":
-            return json_answer(400, error_body("a file with a name and purpose=batch are needed", param="file"))
-        return json_answer(200, self.keep(name, purpose, content).as_json())
+    async def _list(self, request: web.Request) -> web.Response:
+        return web.json_response(page([file.fields for file in self.by_id.values()], request))
+
+    async def _show(self, request: web.Request) -> web.Response:
+        return web.json_response(self._named(request).fields)
+
+    async def _content(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._named(request).content, content_type="application/octet-stream")
+
+    async def _delete(self, request: web.Request) -> web.Response:
+        name = self._named(request).fields["id"]
+        del self.by_id[name]
+        return web.json_response({"id": name, "object": "file", "deleted": True})
+
+    def _named(self, request: web.Request) -> File:
+        name = request.match_info["id"]
+        if name not in self.by_id:
+            raise ApiError(404, f"No such File object: {name}", param="id")
+        return self.by_id[name]
 
 
-def page(rows: list[dict[str, Any]], request: Request) -> dict[str, Any]:
+def page(rows: Sequence[dict[str, Any]], request: web.Request) -> dict[str, Any]:
     """The newest first, `limit` of those that come after the id `after`."""
     rows = rows[::-1]
     ids = [row["id"] for row in rows]
@@ -90,14 +96,3 @@ def page(rows: list[dict[str, Any]], request: Request) -> dict[str, Any]:
         "last_id": shown[-1]["id"] if shown else None,
         "has_more": start + limit < len(rows),
     }
-
-
-def _multipart(request: Request) -> dict[str, tuple[str, bytes]]:
-    """Name -> (file name, content) of a form."""
-    _, _, boundary = request.headers.get("content-type", "").partition("boundary=")
-    found = {}
-    for part in request.body.split(b"--" + boundary.strip('"').encode())[1:-1]:
-        head, _, content = part.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        fields = dict(_FIELD.findall(head.decode("utf-8", "replace")))
-        found[fields.get("name", "")] = (fields.get("filename", ""), content.removesuffix(b"\r\n"))
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,12 +33,6 @@ class Asked:
     names: tuple[str, ...] = ()
     low: int = 1
     high: int = 6
-
-
-def read_request(messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]] | None:
-    """Take prompt text and candidates out of a judge's request; None if it is none."""
-    found = _read_fences("\n".join(message_text(message) for message in messages))
-    return None if found is None else (found[0], list(found[1].values()))
 
 
 def read_body(body: Mapping[str, Any]) -> Asked:

@@ -1,4 +1,4 @@
-"""The fake endpoint: a request in, an answer out, and a count of everything."""
+"""What becomes of each request, and a count of everything."""
 
 from __future__ import annotations
 
@@ -6,31 +6,41 @@ import hashlib
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from dno_jax.fake_judge.batches import Batches
-from dno_jax.fake_judge.behaviour import BROKEN, Behaviour, check_outcome, draw_delay, uniform
-from dno_jax.fake_judge.checks import refuse
-from dno_jax.fake_judge.completion import (
-    complete,
-    count_prompt_tokens,
-    error_body,
-    is_possible,
-    settle,
-    token_limit,
-)
+from dno_jax.fake_judge.behaviour import BROKEN, MISJUDGED, Behaviour, check_outcome, draw_delay, uniform
+from dno_jax.fake_judge.checks import ApiError, check
+from dno_jax.fake_judge.completion import complete, count_prompt_tokens, opinion_name, token_limit
 from dno_jax.fake_judge.counts import Counts, Entry
-from dno_jax.fake_judge.http import Answer, Request, json_answer
 from dno_jax.fake_judge.limits import Limits
 from dno_jax.fake_judge.preference import Scorer
 from dno_jax.fake_judge.reading import Asked, read_body
 
 
+@dataclass(frozen=True)
+class Case:
+    """A request that is answered, or meets its fault.
+
+    Attributes:
+        body, digest: of the request.
+        asked: what it asks.
+        outcome: what becomes of it: a name of OUTCOMES, a status, or "probe".
+        attempt: how often it has come, from 1.
+        headers: that tell of limits.
+    """
+
+    body: dict[str, Any]
+    digest: str
+    asked: Asked
+    outcome: str
+    attempt: int
+    headers: dict[str, str] = field(default_factory=dict)
+
+
 class Service:
-    """Chat completions, models and the Batch API, as `behaviour` says.
+    """Judges requests as `behaviour` says; how that is sent is no matter of its.
 
     Args:
         behaviour: the judge's and the endpoint's.
@@ -42,7 +52,6 @@ class Service:
         behaviour, schedule, api_key: may be set at any time (limits and `batch_delay` are read at the start).
         counts: totals.
         log, bodies: requests in the order of their arrival.
-        errors: what failed here that was not to fail.
     """
 
     def __init__(
@@ -59,14 +68,9 @@ class Service:
         self.counts = Counts()
         self.log: list[Entry] = []
         self.bodies: list[dict[str, Any]] = []
-        self.errors: list[BaseException] = []
         self._scorer = scorer
         self._record = record
         self._limits = Limits(behaviour, now=time.monotonic())
-        self._batches = Batches(
-            self._batch_line, expires=self._expires, delay=behaviour.batch_delay, errors=self.errors
-        )
-        self._batch_calls: Counter[str] = Counter()
 
     @property
     def requests(self) -> int:
@@ -82,132 +86,94 @@ class Service:
     def max_in_flight(self) -> int:
         return self.counts.max_in_flight
 
-    def handle(self, request: Request) -> Answer:
-        """Answer a request; nothing here waits."""
-        if (request.method, request.path) == ("GET", "/counts"):
-            return json_answer(200, self.counts.as_json())
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        answer = self._answer(request, given=given)
-        return _with_key(answer, given) if self.behaviour.echoes_key else answer
+    def demand_key(self, given: str) -> None:
+        if self.api_key is not None and given != self.api_key:
+            raise ApiError(401, f"Incorrect API key provided: {given}.", "invalid_api_key")
 
-    def _answer(self, request: Request, *, given: str) -> Answer:
-        route = (request.method, request.path)
-        refused = self.api_key is not None and given != self.api_key
-        if route == ("POST", "/v1/chat/completions"):
-            return self._chat(request, given=given, refused=refused)
-        if refused:
-            return json_answer(401, _wrong_key(given))
-        if route == ("GET", "/v1/models"):
-            listed = self.behaviour.models or ("planted-judge",)
-            models = [{"id": name, "object": "model", "created": 0, "owned_by": "dno"} for name in listed]
-            return json_answer(200, {"object": "list", "data": models})
-        if request.path.startswith(("/v1/files", "/v1/batches")) and self.behaviour.batches:
-            return self._batch_call(request)
-        return json_answer(404, error_body(f"Invalid URL ({request.method} {request.path})"))
+    def admit(self, body: Any, *, key: str) -> Case:
+        """Take a live request in, and count it as in flight, which it is until the caller says that it is not.
 
-    def _batch_call(self, request: Request) -> Answer:
-        """Answer, or fail: half of the failures before anything was done, half when only the reply is left to send."""
-        call = f"{request.method} {request.path}"
-        self._batch_calls[call] += 1
-        drawn = uniform(self.behaviour.seed, "call", call, self._batch_calls[call])
-        if drawn < self.behaviour.batch_fraction / 2:
-            return json_answer(500, error_body("planted fault 500"))
-        answer = self._batches.handle(request) or json_answer(404, error_body(f"Invalid URL ({call})"))
-        self.counts.batches = self._batches.started
-        return replace(answer, ending="close") if drawn < self.behaviour.batch_fraction else answer
-
-    def _chat(self, request: Request, *, given: str, refused: bool) -> Answer:
+        Raises:
+            ApiError: for one that gets no further than the door: its key, its fields, the limits.
+        """
         try:
-            body: Any = json.loads(request.body)
-        except (ValueError, RecursionError):
-            body = None
-        if refused:
-            self._note(body, None, "401")
-            return json_answer(401, _wrong_key(given))
-        if (problem := refuse(body, behaviour=self.behaviour)) is not None:
-            self._note(body, None, str(problem.status))
-            return json_answer(problem.status, error_body(problem.message, code=problem.code, param=problem.param))
-        return self._judge(body, given=given)
-
-    def _judge(self, body: dict[str, Any], *, given: str) -> Answer:
-        turn = self._limits.admit(tokens=_charged_tokens(body), now=time.monotonic())
+            self.demand_key(key)
+            check(body, behaviour=self.behaviour)
+        except ApiError as error:
+            self._note(body, None, str(error.status))
+            raise
         asked = read_body(body)
+        tokens = max(count_prompt_tokens(body), token_limit(body) or 0)  # the larger of what it is and what it may make
+        turn = self._limits.admit(tokens=tokens, now=time.monotonic())
         if turn.wait is not None:
             self._note(body, asked, "limited")
             message = f"Rate limit reached for {body['model']}. Please try again in {turn.wait:.3f}s."
             if turn.wait == math.inf:
-                message = f"Request too large for {body['model']}: {_charged_tokens(body)} tokens."
-            return json_answer(429, error_body(message, code="rate_limit_exceeded"), headers=turn.headers)
-        outcome, attempt, digest = self._settle(body, asked)
+                message = f"Request too large for {body['model']}: {tokens} tokens."
+            raise ApiError(429, message, "rate_limit_exceeded", headers=turn.headers)
+        case = self._settle(body, asked, headers=turn.headers)
         self.counts.in_flight += 1
         self.counts.max_in_flight = max(self.counts.max_in_flight, self.counts.in_flight)
-        self._note(body, asked, outcome, digest=digest)
-        delay = draw_delay(self.behaviour, digest, attempt)
-        headers = {"x-request-id": f"req_{digest[:16]}_{attempt}", **turn.headers}
-        common: dict[str, Any] = {"delay": delay, "done": self._done}
-        if outcome.isdigit():
-            if outcome == "429":
-                headers["retry-after"] = self.behaviour.retry_after
-            said = "slow down" if outcome == "429" else f"planted fault {outcome}"
-            message = f"{said} (a request with the key {given})"
-            code = "rate_limit_exceeded" if outcome == "429" else None
-            return json_answer(int(outcome), error_body(message, code=code), headers=headers, **common)
-        if outcome == "html":
-            return Answer(200, b"<html>a proxy's front page</html>", "text/html", headers, **common)
-        if outcome in ("hang", "trickle", "close", "reset"):
-            return Answer(ending=outcome, headers=headers, **common)
-        text = json.dumps(self._complete(body, asked, outcome, digest=digest, attempt=attempt)).encode()
-        if outcome == "cut_json":
-            text = text[: len(text) // 2]
-        return Answer(body=text, headers=headers, ending="truncated" if outcome == "truncated" else "whole", **common)
+        self._note(body, asked, case.outcome, digest=case.digest)
+        return case
 
-    def _settle(self, body: dict[str, Any], asked: Asked) -> tuple[str, int, str]:
-        """What becomes of a request, how often it has come, and its digest."""
-        digest = _digest(body)
-        if asked.form == "probe":
-            return "probe", 1, digest
-        self.counts.tries[digest] += 1
-        attempt = self.counts.tries[digest]
-        if self.schedule:
-            outcome = self.schedule.pop(0) or "ok"
-        else:
-            outcome = settle(asked, body, digest=digest, attempt=attempt, behaviour=self.behaviour)
-        if not is_possible(outcome, asked):
-            outcome = "ok"
-        if outcome == "ok":
-            self.counts.answered[digest] += 1
-        return outcome, attempt, digest
+    def delay(self, case: Case) -> float:
+        """Seconds that the answer takes."""
+        return draw_delay(self.behaviour, case.digest, case.attempt)
 
-    def _complete(
-        self, body: dict[str, Any], asked: Asked, outcome: str, *, digest: str, attempt: int
-    ) -> dict[str, Any]:
-        taken = {name: value for name, value in body.items() if name not in self.behaviour.ignored_fields}
+    def complete(self, case: Case) -> dict[str, Any]:
+        """Say what the case's outcome says: a chat completion."""
+        taken = {name: value for name, value in case.body.items() if name not in self.behaviour.ignored_fields}
         completion = complete(
             taken,
-            asked,
-            outcome=outcome,
+            case.asked,
+            outcome=case.outcome,
             behaviour=self.behaviour,
             scorer=self._scorer,
-            completion_id=f"chatcmpl-{digest[:16]}-{attempt}",
+            completion_id=f"chatcmpl-{case.digest[:16]}-{case.attempt}",
         )
         self.counts.prompt_tokens += completion["usage"]["prompt_tokens"]
         self.counts.completion_tokens += completion["usage"]["completion_tokens"]
         return completion
 
-    def _batch_line(self, body: dict[str, Any]) -> tuple[int, Any]:
+    def judge_line(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """Answer a batch's line: HTTP status and the body of the reply."""
         self.counts.batch_lines += 1
-        if (problem := refuse(body, behaviour=self.behaviour)) is not None:
-            self._note(body, None, str(problem.status))
-            return problem.status, error_body(problem.message, code=problem.code, param=problem.param)
-        asked = read_body(body)
-        outcome, attempt, digest = self._settle(body, asked)
-        self._note(body, asked, outcome, digest=digest)
-        if outcome.isdigit() or outcome in BROKEN:
-            return int(outcome) if outcome.isdigit() else 500, error_body(f"planted fault {outcome}")
-        return 200, self._complete(body, asked, outcome, digest=digest, attempt=attempt)
+        try:
+            check(body, behaviour=self.behaviour)
+        except ApiError as error:
+            self._note(body, None, str(error.status))
+            return error.status, error.body
+        case = self._settle(body, read_body(body))
+        self._note(body, case.asked, case.outcome, digest=case.digest)
+        if case.outcome.isdigit() or case.outcome in BROKEN:
+            status = int(case.outcome) if case.outcome.isdigit() else 500
+            return status, ApiError(status, f"planted fault {case.outcome}").body
+        return 200, self.complete(case)
 
-    def _expires(self, body: dict[str, Any]) -> bool:
+    def expires(self, body: dict[str, Any]) -> bool:
+        """Whether a batch's window closes before this line's turn."""
         return uniform(self.behaviour.seed, "expires", _digest(body)) < self.behaviour.batch_expired
+
+    def _settle(self, body: dict[str, Any], asked: Asked, *, headers: dict[str, str] | None = None) -> Case:
+        digest = _digest(body)
+        outcome, attempt = "probe", 1
+        if asked.form != "probe":
+            self.counts.tries[digest] += 1
+            attempt = self.counts.tries[digest]
+            outcome = self.schedule.pop(0) if self.schedule else self._draw_outcome(body, digest, attempt)
+            outcome = outcome if outcome and _is_possible(outcome, asked) else "ok"
+            if outcome == "ok":
+                self.counts.answered[digest] += 1
+        return Case(body, digest, asked, outcome, attempt, headers or {})
+
+    def _draw_outcome(self, body: dict[str, Any], digest: str, attempt: int) -> str:
+        behaviour = self.behaviour
+        if behaviour.refusals and uniform(behaviour.seed, "refusal", opinion_name(body)) < behaviour.refusals:
+            return "refusal"
+        if not behaviour.fraction or uniform(behaviour.seed, "fault", digest, attempt) >= behaviour.fraction:
+            return "ok"
+        return behaviour.faults[int(len(behaviour.faults) * uniform(behaviour.seed, "which", digest, attempt))]
 
     def _note(self, body: Any, asked: Asked | None, outcome: str, *, digest: str | None = None) -> None:
         self.counts.outcomes[outcome] += 1
@@ -218,36 +184,12 @@ class Service:
             self.log.append(Entry(digest or _digest(body), form, outcome, self.counts.in_flight))
             self.bodies.append(body)
 
-    def _done(self) -> None:
-        self.counts.in_flight -= 1
 
-
-def _with_key(answer: Answer, key: str) -> Answer:
-    """Have an answer tell a key wherever an endpoint may: in a header, an error, the model's name, what it says."""
-    answer = replace(answer, headers={**answer.headers, "x-key": key})
-    try:
-        content = json.loads(answer.body)
-    except ValueError:
-        return replace(answer, body=answer.body + key.encode())
-    if "error" in content:
-        content["error"]["message"] += f" (a request with the key {key})"
-    if "model" in content:
-        content["model"] += f"-{key}"
-    for choice in content.get("choices", ()):
-        for name, text in choice["message"].items():
-            if text and " " in text:  # a sentence, or a verdict with its reasons
-                told = text.replace("as planted", f"as planted by {key}")
-                choice["message"][name] = told if told != text else f"{text} ({key})"
-    return replace(answer, body=json.dumps(content).encode())
-
-
-def _wrong_key(given: str) -> dict[str, Any]:
-    return error_body(f"Incorrect API key provided: {given}.", code="invalid_api_key")
-
-
-def _charged_tokens(body: dict[str, Any]) -> int:
-    """What a request counts against the limit: the API takes the larger of what it is and what it may make."""
-    return max(count_prompt_tokens(body), token_limit(body) or 0)
+def _is_possible(outcome: str, asked: Asked) -> bool:
+    """Whether such a thing can become of such a request: a chat has no verdict to spoil, a token cannot be cut."""
+    if asked.form == "chat":
+        return outcome not in MISJUDGED
+    return (outcome, asked.form) != ("length", "token")
 
 
 def _digest(body: Any) -> str:

@@ -69,7 +69,7 @@ def test_the_ways_in_which_a_connection_ends_are_told_apart():
     assert found["close"] == b""
     assert found["reset"] is None
     head, _, body = found["truncated"].partition(b"\r\n\r\n")
-    assert 0 < len(body) < int(re.search(rb"content-length: (\d+)", head)[1])
+    assert 0 < len(body) < int(re.search(rb"(?i)content-length: (\d+)", head)[1])
 
 
 def test_a_trickle_never_ends():
@@ -312,23 +312,57 @@ def test_a_client_that_waits_for_leave_to_send_gets_it():
         assert read_to_end(connection).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
+def test_a_body_in_chunks_is_taken():
+    content = json.dumps(chat("q")).encode()
+    chunks = [content[:10], content[10:], b""]
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    with FakeJudge() as server, socket.create_connection(address_of(server)) as connection:
+        connection.sendall(head + b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks))
+        assert read_to_end(connection).startswith(b"HTTP/1.1 200 OK\r\n")
+        assert server.bodies == [chat("q")]
+
+
+def test_a_client_that_goes_amid_its_request_or_its_answer_leaves_nothing_behind():
+    request = raw_request(pairwise("a", "b"))
+    with FakeJudge(delay=60.0) as server:
+        for sent in (request[:-5], request):
+            with socket.create_connection(address_of(server)) as connection:
+                connection.sendall(sent)
+                while sent == request and not server.counts.in_flight:
+                    time.sleep(0.01)
+        while server.counts.in_flight:
+            time.sleep(0.01)
+        assert server.requests == 1
+
+
+@pytest.mark.parametrize("outcome", ["hang", "trickle"])
+def test_the_server_ends_though_answers_do_not(outcome):
+    with FakeJudge(schedule=[outcome]) as server:
+        connection = socket.create_connection(address_of(server))
+        connection.sendall(raw_request(pairwise("a", "b")))
+        while not server.counts.in_flight:
+            time.sleep(0.01)
+    assert server.counts.in_flight == 0
+    with connection, contextlib.suppress(ConnectionResetError):
+        read_to_end(connection)  # it ends
+
+
 @pytest.mark.parametrize(
     "request_",
     [
         b"hello\r\n\r\n",
-        b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
         b"x" * 70_000,
     ],
 )
-def test_what_is_no_request_of_this_server_is_refused(request_):
+def test_what_is_no_request_is_refused(request_):
     with FakeJudge() as server, socket.create_connection(address_of(server)) as connection:
         connection.sendall(request_)
-        assert read_to_end(connection).startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert re.match(rb"HTTP/1\.[01] 400 Bad Request\r\n", read_to_end(connection))
 
 
 def test_a_body_that_is_no_json_is_the_clients_fault():
-    content = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 1\r\nConnection: close\r\n\r\n{"
+    content = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\n{"
     with FakeJudge() as server, socket.create_connection(address_of(server)) as connection:
         connection.sendall(content)
         assert b"could not parse the JSON body" in read_to_end(connection)
