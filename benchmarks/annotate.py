@@ -90,7 +90,7 @@ def rate_of(folder: Path, options: argparse.Namespace, annotation: Mapping[str, 
             bare_rates.append(requests / (time.perf_counter() - start))
             del bodies
             start = time.perf_counter()
-            manifest = annotate.run(config, 0)
+            manifest = annotate.run(config, RunDir(config.run_dir), 0)
             stage_rates.append(requests / (time.perf_counter() - start))
             assert manifest.details["states"] == {"ok": options.pools}
     ratios = [own / bare for own, bare in zip(stage_rates, bare_rates, strict=True)]
@@ -121,7 +121,7 @@ def stage_alone(folder: Path, options: argparse.Namespace) -> None:
     config = RunConfig.model_validate_json((folder / "config.json").read_text())
     before = peak_mib()
     start = time.perf_counter()
-    manifest = annotate.run(config, 0)
+    manifest = annotate.run(config, RunDir(config.run_dir), 0)
     report(
         "annotate memory",
         pools=manifest.rows,
@@ -191,7 +191,7 @@ def overlap_on_a_clock(folder: Path, options: argparse.Namespace) -> None:
         with fake_judge(f"delay={latency:.4f}") as url:
             config = sampled(folder / f"clock-alone-{repeat}", options, url=url)
             start = time.perf_counter()
-            annotate.run(config, 0)
+            annotate.run(config, RunDir(config.run_dir), 0)
             annotating = time.perf_counter() - start
         with fake_judge(f"delay={latency:.4f}") as url:
             together = _together_on_a_clock(folder / f"clock-{repeat}", options, url=url)
@@ -222,7 +222,7 @@ def _together_on_a_clock(folder: Path, options: argparse.Namespace, *, url: str)
         for number, (name, rollouts) in enumerate(shards, start=1):
             time.sleep(max(0.0, start + options.seconds * number / len(shards) - time.perf_counter()))
             stage.write_shard(name, rollouts)
-        stage.finish(config_digest="benchmark", inputs={}, rows=options.pools * options.candidates, seconds=0.0)
+        stage.finish(config, inputs={}, rows=options.pools * options.candidates, seconds=0.0)
 
     with mock.patch.object(sample, "run", on_a_clock):
         start = time.perf_counter()
@@ -262,7 +262,7 @@ def sampled(
     stage = RunDir(config.run_dir).stage("sample", 0)
     for name, rollouts in shards_of(options):
         stage.write_shard(name, rollouts)
-    stage.finish(config_digest="benchmark", inputs={}, rows=options.pools * options.candidates, seconds=0.0)
+    stage.finish(config, inputs={}, rows=options.pools * options.candidates, seconds=0.0)
     return config
 
 

@@ -124,7 +124,7 @@ def probabilities(config: RunConfig) -> np.ndarray:
     found = []
     for policy in range(config.iterations + 1):
         params = runtime.load_policy(runtime.run_dir.policy(policy), TRAIN)
-        logprob = score_step(params, batch, model=runtime.model(TRAIN), chunk=config.training.logprob_chunk)
+        logprob = score_step(params, batch, model=runtime.programs.model(TRAIN), chunk=config.training.logprob_chunk)
         found.append(np.exp(np.asarray(logprob, np.float64)[: len(rows), 0]))
     return np.stack(found)
 

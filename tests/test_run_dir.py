@@ -12,6 +12,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import digest_of, write_atomically
 from dno_jax.records import Message, Prompt, ReferenceScore, parse_lines
 from dno_jax.run_dir import RunDir
+from dno_jax.stages import redo
 
 
 def config(root, **changes):
@@ -46,30 +47,46 @@ def test_a_manifest_is_whole_and_names_what_it_was_made_from(tmp_path):
     with pytest.raises(DnoError, match="'pair' of iteration 0 is not finished"):
         upstream.require()
     upstream.write_shard("new", scores("a"))
-    upstream.finish(config_digest="c", inputs={}, rows=1, seconds=0.1)
-    inputs = stage.reference_of(upstream.manifest_path)
+    made_by = config(tmp_path)
+    upstream.finish(made_by, inputs={}, rows=1, seconds=0.1)
+    inputs = stage.input_digest(upstream.manifest_path)
     assert list(inputs) == ["iterations/000/pairs/MANIFEST.json"]
-    assert stage.finished(inputs, config_digest="c") is None
+    assert stage.finished(made_by, inputs) is None
     stage.write_shard("0000000", scores("a"))
-    made = stage.finish(config_digest="c", inputs=inputs, rows=1, seconds=1.0, dropped={"x": 2}, details={"y": [1]})
-    assert stage.finished(inputs, config_digest="c") == made
+    made = stage.finish(made_by, inputs=inputs, rows=1, seconds=1.0, dropped={"x": 2}, details={"y": [1]})
+    assert stage.finished(made_by, inputs) == made
     assert made.outputs == {"0000000": digest_of(tmp_path / "iterations/000/reference/0000000.jsonl")}
     assert made.versions["jax"]
-    with pytest.raises(DnoError, match=r"other inputs.*config\.yaml.*remove the folder"):
-        stage.finished(inputs, config_digest="other")
+    with pytest.raises(
+        DnoError, match=r"(?s)another configuration:\n  reference\.kind: 'previous' -> 'initial'\n.*--from score:0"
+    ):
+        stage.finished(config(tmp_path, reference={"kind": "initial"}), inputs)
+    assert stage.finished(config(tmp_path, loss={"beta": 0.5}), inputs) == made  # score does not read it
     upstream.write_shard("new", scores("a", "b"))
-    upstream.finish(config_digest="c", inputs={}, rows=2, seconds=0.1)
+    upstream.finish(made_by, inputs={}, rows=2, seconds=0.1)
     with pytest.raises(DnoError, match=r"pairs/MANIFEST\.json"):
-        stage.finished(stage.reference_of(upstream.manifest_path), config_digest="c")
+        stage.finished(made_by, stage.input_digest(upstream.manifest_path))
 
 
 def test_a_changed_configuration_is_refused_by_name(tmp_path):
     run_dir = RunDir(tmp_path / "run")
-    run_dir.open(config(run_dir.path))
-    run_dir.open(config(run_dir.path, mesh={"fsdp": 2}))
-    with pytest.raises(DnoError, match=r"loss\.beta: 0\.1 -> 0\.5"):
-        run_dir.open(config(run_dir.path, loss={"beta": 0.5}))
-    assert run_dir.load_config().loss.beta == 0.1
+    first = config(run_dir.path)
+    redo.check(first, run_dir)
+    run_dir.create(first)
+    run_dir.stage("train", 0).start(first)
+    redo.check(config(run_dir.path, mesh={"fsdp": 2}), run_dir)
+    with pytest.raises(DnoError, match=r"(?s)train of iteration 0 .*\n  loss\.beta: 0\.1 -> 0\.5\n.*--from train:0"):
+        redo.check(config(run_dir.path, loss={"beta": 0.5}), run_dir)
+    redo.check(config(run_dir.path, sampling={"temperature": 0.5}), run_dir)  # nothing has been sampled yet
+
+
+def test_a_directory_of_the_version_before_is_refused(tmp_path):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(config(run_dir.path))
+    run_dir.format_path.unlink()
+    for use in (lambda: run_dir.create(config(run_dir.path)), run_dir.load_config):
+        with pytest.raises(DnoError, match=r"another version of dno_jax \(format 1; this one writes and reads 2\)"):
+            use()
 
 
 def test_a_directory_is_held_by_one_at_a_time(tmp_path):
@@ -78,7 +95,7 @@ def test_a_directory_is_held_by_one_at_a_time(tmp_path):
     with run_dir.held():
         with pytest.raises(DnoError, match=holder), RunDir(tmp_path / "run").held():
             pass
-        run_dir.open(config(run_dir.path))  # what annotates beside it may
+        run_dir.create(config(run_dir.path))  # what annotates beside it may
         with RunDir(tmp_path / "other").held():
             pass
     with pytest.raises(ZeroDivisionError), run_dir.held():
@@ -109,7 +126,7 @@ def test_an_object_store_has_no_lock(tmp_path, monkeypatch):
 def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DnoError, match="cannot be written"):
-        RunDir(tmp_path / "file" / "run").open(config(tmp_path))
+        RunDir(tmp_path / "file" / "run").create(config(tmp_path))
     with RunDir(tmp_path / "file" / "run").held():  # it is left to open() to say so
         pass
     with pytest.raises(DnoError, match=r"no config\.yaml"):

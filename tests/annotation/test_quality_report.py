@@ -93,7 +93,7 @@ def test_the_summary_of_a_run_tells_of_its_judge(tmp_path, figures):
     run_dir = RunDir(tmp_path)
     assert "judge" not in shown(iteration_table(run_dir, config))
     stage = run_dir.stage("annotate", 0)
-    stage.finish(config_digest="", inputs={}, rows=0, seconds=0.0, details={"judge": "j", "quality": figures})
+    stage.finish(config, inputs={}, rows=0, seconds=0.0, details={"judge": "j", "quality": figures})
     text = shown(iteration_table(run_dir, config))
     assert "judge: % with 95 % intervals" in text
     assert "100 [94, 100]" in text
@@ -106,10 +106,10 @@ def test_the_report_is_one_file_in_which_nothing_is_markup_but_its_own(tmp_path,
     run_dir = RunDir(tmp_path)
     write_report(run_dir, config)  # nothing has been judged
     details = {"judge": "<script>alert(1)</script>", "quality": figures, "warnings": ["P & Q < 1"]}
-    run_dir.stage("annotate", 0).finish(config_digest="", inputs={}, rows=0, seconds=0.0, details=details)
+    run_dir.stage("annotate", 0).finish(config, inputs={}, rows=0, seconds=0.0, details=details)
     rate = {"rate": 0.625, "low": 0.5, "high": 0.75}
     won = {"win_rates": {"0": rate, "gold": None}}
-    run_dir.stage("evaluate", 0).finish(config_digest="", inputs={}, rows=0, seconds=0.0, details=won)
+    run_dir.stage("evaluate", 0).finish(config, inputs={}, rows=0, seconds=0.0, details=won)
     run_dir.receipts_path.write_text('{"usd": 12.5, "stores": {}}')
     write_report(run_dir, config)
     text = run_dir.report_path.read_text()

@@ -123,7 +123,7 @@ def test_a_run_directory_stands_for_its_store(path, dno, tmp_path, shared):
         tree["annotation"]["store"] = str(path)
     config = parse_config(RunConfig, tree, place="test")
     run_dir = RunDir(config.run_dir)
-    run_dir.open(config)
+    run_dir.create(config)
     if not shared:
         assert dno("list", run_dir.path)[0] == 2  # its judge is not paid
         path.rename(run_dir.annotations_path)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dno_jax.cli import main as cli
+from tests.running import prepare
 from tests.small import small_tree, write_checkpoint
 
 
@@ -259,11 +260,10 @@ def test_export_over_something_that_is_there(folder, tmp_path, capsys, monkeypat
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
     """A run directory with policy 0, in a folder of runs; its checkpoint beside it."""
-    from dno_jax import iteration
     from dno_jax.config import RunConfig, parse_config
 
     folder = tmp_path_factory.mktemp("imported")
-    iteration.prepare(parse_config(RunConfig, small_tree(folder, run_dir="runs/run"), place="test"))
+    prepare(parse_config(RunConfig, small_tree(folder, run_dir="runs/run"), place="test"))
     return folder
 
 

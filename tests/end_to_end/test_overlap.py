@@ -16,7 +16,9 @@ from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import annotate
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.stages import annotate, overlap
+from tests.running import run_stage
 from tests.stages.judged import judged_tree, sampled_run
 
 LIST_WISE = {"pairing": {"reward": "score"}}
@@ -112,8 +114,8 @@ def test_an_interrupt_buys_no_more_and_keeps_what_was_in_flight(tmp_path, play):
             iteration.sample_and_annotate(config, 0)
         assert 0 < server.requests < 10
         sampled = RunDir(config.run_dir).stage("sample", 0)
-        sampled.finish(config_digest="planted", inputs={}, rows=80, seconds=0.0)
-        annotate.run(config, 0)
+        sampled.finish(config, inputs={}, rows=80, seconds=0.0)
+        run_stage(annotate, config, 0)
         assert (server.requests, server.duplicates) == (20, 0)
 
 
@@ -121,19 +123,19 @@ def test_an_interrupt_buys_no_more_and_keeps_what_was_in_flight(tmp_path, play):
 def judged(tmp_path):
     """Iteration 0 of a run, judged by an oracle."""
     config = sampled_run(tmp_path, "http://127.0.0.1:9/v1", prompts=8, annotation={"kind": "oracle"})
-    annotate.run(config, 0)
+    run_stage(annotate, config, 0)
     return config
 
 
 def test_verdicts_of_another_machine_are_of_these_samples_by_this_judge(judged):
-    iteration.wait_for_annotation(judged, 0)
+    overlap.wait_for_annotation(Runtime.start(judged), 0)
     oracle = judged.annotation.oracle.model_copy(update={"target_words": 7})
     other = judged.model_copy(update={"annotation": judged.annotation.model_copy(update={"oracle": oracle})})
-    with pytest.raises(DnoError, match=r"made from other inputs .*config\.yaml"):
-        iteration.wait_for_annotation(other, 0)
-    RunDir(judged.run_dir).stage("sample", 0).finish(config_digest="again", inputs={}, rows=32, seconds=0.0)
+    with pytest.raises(DnoError, match=r"annotation\.oracle\.target_words: 30 -> 7"):
+        overlap.wait_for_annotation(Runtime.start(other), 0)
+    RunDir(judged.run_dir).stage("sample", 0).finish(judged, inputs={}, rows=32, seconds=0.0)
     with pytest.raises(DnoError, match=r"made from other inputs .*rollouts/MANIFEST\.json"):
-        iteration.wait_for_annotation(judged, 0)
+        overlap.wait_for_annotation(Runtime.start(judged), 0)
 
 
 def test_it_is_said_once_what_is_waited_for(judged, monkeypatch, capfd):
@@ -148,7 +150,7 @@ def test_it_is_said_once_what_is_waited_for(judged, monkeypatch, capfd):
         assert ready()
 
     monkeypatch.setattr(iteration, "wait_until", poll)
-    iteration.wait_for_annotation(judged, 0)
+    overlap.wait_for_annotation(Runtime.start(judged), 0)
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("2 of 2 shards are judged; waiting for") == 1
     assert "`dno annotate CONFIG --iteration 0`" in said
@@ -165,7 +167,7 @@ def test_the_commands_of_the_host_refuse_another_configuration(tmp_path, monkeyp
         return caught.value.code
 
     config = sampled_run(tmp_path, "http://127.0.0.1:9/v1", prompts=4, annotation={"kind": "oracle"})
-    RunDir(config.run_dir).open(config)
+    RunDir(config.run_dir).create(config)
     assert dno("annotate", path, "annotation.oracle.target_words=7") == 2
     assert "annotation.oracle.target_words: 30 -> 7" in capsys.readouterr().err
     assert dno("annotate", path, f"annotation.store={tmp_path / 'own.sqlite'}") in (0, None)

@@ -15,6 +15,7 @@ from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.pairs import read_pairs
+from tests.running import export
 from tests.small import small_tree
 
 ROOT = Path(__file__).parents[2]
@@ -73,13 +74,12 @@ def test_the_first_iteration_equals_one_processs(runs):
 
 
 def test_policies_agree_to_rounding(runs, tmp_path):
-    from dno_jax.stages import checkpoints
 
     _, found = runs
     loaded = []
     for count in (1, 2):
         config = found[count].load_config()
-        checkpoints.export(config, policy=1, path=str(tmp_path / str(count)))
+        export(config, policy=1, path=str(tmp_path / str(count)))
         loaded.append(hf.load(str(tmp_path / str(count)))[1])
     for (path, a), (_, b) in zip(
         jax.tree.leaves_with_path(loaded[0]), jax.tree.leaves_with_path(loaded[1]), strict=True

@@ -4,9 +4,9 @@ from collections import Counter
 
 import pytest
 
-from dno_jax import iteration
 from dno_jax.run_dir import RunDir, StageDir
 from dno_jax.stages import annotate, evaluate, pair, sample, score, train
+from tests.running import prepare, run_stage
 from tests.stages.conftest import deep_merge, make_config, small_folder  # noqa: F401  # fixtures
 
 
@@ -25,11 +25,11 @@ def parsed(monkeypatch):
 
 def test_a_stage_parses_each_shard_once_at_most(make_config, parsed):  # noqa: F811
     config = make_config(iterations=2)
-    iteration.prepare(config)
+    prepare(config)
     for t in range(2):
         for stage in (sample, annotate, pair, score, train, evaluate):
             parsed.clear()
-            stage.run(config, t)
+            run_stage(stage, config, t)
             assert max(parsed.values(), default=0) <= 1, (stage.__name__, t, parsed)
             if stage in (sample, annotate, pair):
                 assert parsed, stage.__name__
@@ -40,14 +40,14 @@ def test_a_stage_parses_each_shard_once_at_most(make_config, parsed):  # noqa: F
 def test_what_an_earlier_call_judged_is_parsed_once_too(make_config, parsed):  # noqa: F811
     config = make_config(iterations=1)
     run_dir = RunDir(config.run_dir)
-    iteration.prepare(config)
-    sample.run(config, 0)
-    whole = annotate.run(config, 0)
+    prepare(config)
+    run_stage(sample, config, 0)
+    whole = run_stage(annotate, config, 0)
     stage = run_dir.stage("annotate", 0)
     stage.manifest_path.unlink()
     (stage.path / f"{stage.shard_names()[0]}.jsonl").unlink()
     parsed.clear()
-    again = annotate.run(config, 0)
+    again = run_stage(annotate, config, 0)
     assert set(parsed.values()) == {1}
     assert len(parsed) == 2 * len(stage.shard_names()) - 1
     assert (again.outputs, again.details, again.dropped) == (whole.outputs, whole.details, whole.dropped)

@@ -15,9 +15,10 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
 from dno_jax.run_dir import RunDir, stage_names
-from dno_jax.stages import checkpoints, pair, sample, score, train
+from dno_jax.stages import pair, sample, score, train
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.pairs import read_pairs
+from tests.running import export, prepare, run_iteration, run_stage
 from tests.small import small_tree
 from tests.stages.conftest import deep_merge
 
@@ -177,13 +178,13 @@ def test_prompts_that_changed_under_a_run_are_refused(finished, make_config, tmp
     changed = tmp_path / "prompts.jsonl"
     changed.write_text("\n".join(rows) + "\n")
     other = make_config(iterations=2, prompts={"path": str(changed)})
-    iteration.prepare(other)
+    prepare(other)
     before = RunDir(other.run_dir).prompts_path(0)
-    sample.run(other, 0)
+    run_stage(sample, other, 0)
     kept = before.read_text()
     changed.write_text("\n".join(rows[:-2]) + "\n")
     with pytest.raises(DnoError, match="the prompt file has changed since this iteration began"):
-        sample.run(other, 0)
+        run_stage(sample, other, 0)
     assert before.read_text() == kept
 
 
@@ -199,22 +200,22 @@ def test_missing_reference_scores_are_never_zeros(finished):
 
 def test_step_zero_refuses_a_foreign_reference(make_config):
     config = make_config(iterations=1)
-    iteration.prepare(config)
+    prepare(config)
     iteration.sample_and_annotate(config, 0)
-    pair.run(config, 0)
-    manifest = score.run(config, 0)
+    run_stage(pair, config, 0)
+    manifest = run_stage(score, config, 0)
     stage = RunDir(config.run_dir).stage("score", 0)
     for name in stage.shard_names():
         rows = stage.read_shard(ReferenceScore, name)
         stage.write_shard(name, [row.model_copy(update={"chosen_logprob": row.chosen_logprob - 3.0}) for row in rows])
     with pytest.raises(DnoError, match=r"step 0: .* differs from its reference by 3"):
-        train.run(config, 0)
+        run_stage(train, config, 0)
     path = stage.manifest_path
     tree = json.loads(path.read_text())
     tree["details"]["tokenizer"] = "another"
     path.write_text(json.dumps(tree))
     with pytest.raises(DnoError, match="reference scores of another tokenizer"):
-        train.run(config, 0)
+        run_stage(train, config, 0)
     assert manifest.rows == len(list(stage.read(ReferenceScore)))
     assert policy_fingerprint(RunDir(config.run_dir).policy(1)) is None
 
@@ -231,9 +232,9 @@ def test_no_pair_is_an_error_with_the_funnel(finished, make_config):
             if kind is Judgement:  # a judge that sees no difference anywhere
                 rows = [row.model_copy(update={"wins": ((0.5,) * len(row.wins),) * len(row.wins)}) for row in rows]
             stage.write_shard(shard, rows)
-        stage.finish(config_digest="c", inputs={}, rows=1, seconds=0.0)
+        stage.finish(other, inputs={}, rows=1, seconds=0.0)
     with pytest.raises(DnoError, match=r"no pair passed the rules \(dropped: tie: \d+\)"):
-        pair.run(other, 0)
+        run_stage(pair, other, 0)
     assert target.stage("pair", 0).shard_names() == []
     assert target.stage("pair", 0).manifest() is None
 
@@ -260,8 +261,8 @@ def test_micro_batches_train_the_same_policy(make_config, tmp_path):
     whole = make_config(run_dir=str(tmp_path / "whole"), training={"batch_size": 16})
     losses = []
     for changed in (other, whole):
-        iteration.prepare(changed)
-        iteration.run_iteration(changed, 0)
+        prepare(changed)
+        run_iteration(changed, 0)
         rows = [row for row in RunDir(changed.run_dir).read_metrics() if row["stage"] == "train"]
         losses.append([row["loss"] for row in rows])
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
@@ -270,16 +271,16 @@ def test_micro_batches_train_the_same_policy(make_config, tmp_path):
 def test_meshes_agree_and_export_the_same_files(make_config, finished, tmp_path):
     config, run_dir, _ = finished
     other = make_config(iterations=2, mesh={"data": 2, "fsdp": 2, "tensor": 2})
-    iteration.prepare(other)
-    iteration.run_iteration(other, 0)
+    prepare(other)
+    run_iteration(other, 0)
     other_dir = RunDir(other.run_dir)
     one = {row.rollout_id: row for row in run_dir.stage("sample", 0).read(Rollout)}
     two = {row.rollout_id: row for row in other_dir.stage("sample", 0).read(Rollout)}
     assert one.keys() == two.keys()
     differing = [name for name in one if one[name].token_ids != two[name].token_ids]
     assert len(differing) <= 1, "more rows than rounding at the border of two tokens explains"
-    checkpoints.export(other, policy=0, path=str(tmp_path / "two"))
-    checkpoints.export(config, policy=0, path=str(tmp_path / "one"))
+    export(other, policy=0, path=str(tmp_path / "two"))
+    export(config, policy=0, path=str(tmp_path / "one"))
     for path in sorted((tmp_path / "one").iterdir()):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
     source = RunDir(config.run_dir).load_config().model.path

@@ -371,7 +371,7 @@ def test_the_proximal_scheme_moves_its_centre(run_of):
         assert details["policy"] == f"{t:03d}"
         assert details["initial"] == (fingerprints["000"] if t == 1 else "")
         assert bool(run_dir.stage("score", t).sub("initial").shard_names()) == (t == 1)
-    assert [initial_policy(config, t).name for t in range(6)] == ["000", "000", "002", "002", "004", "004"]
+    assert [initial_policy(config, RunDir("."), t).name for t in range(6)] == ["000", "000", "002", "002", "004", "004"]
     columns = [
         {row.pair_id: row.chosen_logprob for row in stage.read(ReferenceScore)}
         for stage in (run_dir.stage("score", 1), run_dir.stage("score", 1).sub("initial"))
@@ -397,7 +397,7 @@ def test_the_optimistic_scheme_trains_twice_on_the_same_pairs(run_of):
             assert train.details["policy"] == end
             assert train.details["fingerprint"] == policy_fingerprint(run_dir.path / "policies" / end)
             pair_inputs = {key: value for key, value in score.inputs.items() if "/pairs/" in key}
-            assert pair_inputs == run_dir.stage("pair", t).reference_of(run_dir.stage("pair", t).manifest_path)
+            assert pair_inputs == run_dir.stage("pair", t).input_digest(run_dir.stage("pair", t).manifest_path)
     with console.capture() as captured:
         console.print(status_table(stage_statuses(run_dir, config)))
     text = captured.get()

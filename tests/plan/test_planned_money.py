@@ -15,6 +15,7 @@ from dno_jax.plan.annotation import plan_annotation
 from dno_jax.records import Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, evaluate, teach
+from tests.running import run_stage
 from tests.stages.judged import judged_tree, paid
 
 PAIRWISE = {"form": "pairwise"}
@@ -46,7 +47,8 @@ def written(prompt: Prompt, sample: int, *, policy: int, text: str | None = None
 def sample(config: RunConfig, iteration: int) -> None:
     """Three students' responses to every prompt, and the gold one."""
     stage = RunDir(config.run_dir).stage("sample", iteration)
-    prompts = teach.with_gold(config, split_prompts(config).training[iteration], iteration=iteration)
+    gold = teach.taught(config, RunDir(config.run_dir), iteration=iteration)
+    prompts = [gold.add(prompt) for prompt in split_prompts(config).training[iteration]]
     rows = []
     for prompt in prompts:
         rows += [written(prompt, number, policy=iteration) for number in range(3)]
@@ -54,14 +56,14 @@ def sample(config: RunConfig, iteration: int) -> None:
     stage.write_shard("0000000", rows)
     lines = "".join(prompt.model_dump_json() + "\n" for prompt in prompts)
     write_atomically(RunDir(config.run_dir).prompts_path(iteration), lines)
-    stage.finish(config_digest="planted", inputs={}, rows=len(rows), seconds=0.0)
+    stage.finish(config, inputs={}, rows=len(rows), seconds=0.0)
 
 
 def judge_held_out(config: RunConfig, iteration: int) -> None:
     run_dir = RunDir(config.run_dir)
     held_out = split_prompts(config).held_out
     if config.annotation.teacher:
-        held_out = teach.with_gold(config, held_out, iteration=None)
+        held_out = tuple(map(teach.taught(config, run_dir, iteration=None).add, held_out))
     for policy in (0, 1) if iteration == 0 else (iteration + 1,):
         rows = [written(prompt, number, policy=policy) for prompt in held_out for number in range(2)]
         evaluate.rollouts_of(run_dir, policy).write_shard("0000000", rows)
@@ -159,7 +161,7 @@ def test_held_out_verdicts_stop_at_the_runs_limit_whatever_share_may_fail(tmp_pa
         # what it has spent is gone for the training prompts, too
         sample(config, 0)
         with pytest.raises(DnoError, match="max_usd=6 leaves no room"):
-            annotate.run(config, 0)
+            run_stage(annotate, config, 0)
         assert paid(config)["usd"] <= 6.0
 
 

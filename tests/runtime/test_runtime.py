@@ -67,7 +67,7 @@ def test_the_total_that_a_refused_length_names_fits(make_config):
 def test_the_model_attends_as_configured(make_config):
     runtime = Runtime.start(make_config())
     assert runtime.attention_backend == "xla"  # auto, on a CPU
-    assert runtime.model(TRAIN).attention is runtime.model(DECODE).attention is xla_attention
+    assert runtime.programs.model(TRAIN).attention is runtime.programs.model(DECODE).attention is xla_attention
     with pytest.raises(DnoError, match=r"model\.attention is 'splash', but it runs on tpus"):
         Runtime.start(make_config(model={"attention": "splash"}))
 
@@ -91,11 +91,11 @@ def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_c
     for (path, leaf), wanted in zip(jax.tree.leaves_with_path(stacked), jax.tree.leaves(params), strict=True):
         assert leaf.dtype == (jnp.float32 if path[-1].key.endswith("norm") else jnp.bfloat16)
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(wanted.astype(leaf.dtype)))
-    for leaf, place in zip(*map(jax.tree.leaves, (read[0], runtime.param_shardings(TRAIN))), strict=True):
+    for leaf, place in zip(*map(jax.tree.leaves, (read[0], runtime.programs.param_shardings(TRAIN))), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     assert read[0]["layers"]["up"].is_deleted()
     # A layer lies on the devices as its part of the stack does.
-    places = runtime.param_shardings(DECODE)
+    places = runtime.programs.param_shardings(DECODE)
     layer = jax.tree.map(lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])), places["layers"])
     places = {**places, "layers": (layer,) * len(found["layers"])}
     for leaf, place in zip(jax.tree.leaves(found), jax.tree.leaves(places), strict=True):

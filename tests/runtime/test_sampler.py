@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dno_jax import iteration
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
@@ -22,12 +21,13 @@ from dno_jax.runtime import sampler, slots
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import annotate, pair, sample
 from tests.pairs import read_pairs
+from tests.running import prepare, run_iteration, run_stage
 from tests.sampling.completion_server import CompletionServer
 
 
 def drawn(config):
-    iteration.prepare(config)
-    manifest = sample.run(config, 0)
+    prepare(config)
+    manifest = run_stage(sample, config, 0)
     rows = RunDir(config.run_dir).stage("sample", 0).read(Rollout)
     return manifest, {row.rollout_id: row for row in rows}
 
@@ -79,7 +79,7 @@ def test_the_longest_text_is_bounded(make_config):
     cut = [row for row in found.values() if row.source == "gold" and row.finish == "length"]
     assert cut
     assert all(len(row.text.split()) == len(row.token_ids) for row in cut)  # the judge reads what is trained on
-    iteration.run_iteration(config, 0)  # training takes rows of 12 tokens at most
+    run_iteration(config, 0)  # training takes rows of 12 tokens at most
 
 
 @pytest.mark.parametrize("total", [5, 12, None])
@@ -143,9 +143,9 @@ def test_a_server_gives_the_same_records(make_config, dialect):
 
 def test_a_server_that_is_not_there_leaves_nothing(make_config):
     config = make_config(sampling={"engine": "openai", "server": {"base_url": "http://127.0.0.1:9/v1", "max_tries": 1}})
-    iteration.prepare(config)
+    prepare(config)
     with pytest.raises(DnoError, match="completion server"):
-        sample.run(config, 0)
+        run_stage(sample, config, 0)
     stage = RunDir(config.run_dir).stage("sample", 0)
     assert stage.manifest() is None
     assert not stage.shard_names()
@@ -180,13 +180,13 @@ def test_a_restart_plans_slots_for_the_whole_list(make_config, monkeypatch):
     planned, real = [], sampler.plan
     monkeypatch.setattr(sampler, "plan", lambda runtime, wanted: planned.append(wanted) or real(runtime, wanted))
     config = make_config(sampling={"shard_prompts": 1})
-    iteration.prepare(config)
-    sample.run(config, 0)
+    prepare(config)
+    run_stage(sample, config, 0)
     stage = RunDir(config.run_dir).stage("sample", 0)
     stage.manifest_path.unlink()
     for name in stage.shard_names()[1:]:
         (stage.path / f"{name}.jsonl").unlink()
-    sample.run(config, 0)
+    run_stage(sample, config, 0)
     before, after = planned
     assert before == after
     assert before.num_prompts > 1
@@ -204,23 +204,23 @@ def test_prompts_without_usable_answers_are_counted_and_not_asked_again(make_con
     """A shard of which nothing could be kept is closed all the same; what comes after does without its prompts."""
     with filtering_server(make_config(), prompts=1) as server:
         config = asking(make_config, server, max_refused=0.5)
-        iteration.prepare(config)
+        prepare(config)
         real = StageDir.finish
         monkeypatch.setattr(StageDir, "finish", lambda *_, **__: 1 / 0)  # a kill before the manifest
         with pytest.raises(ZeroDivisionError):
-            sample.run(config, 0)
+            run_stage(sample, config, 0)
         monkeypatch.setattr(StageDir, "finish", real)
         asked = len(server.sampled)
-        manifest = sample.run(config, 0)
+        manifest = run_stage(sample, config, 0)
         assert len(server.sampled) == asked
     stage = RunDir(config.run_dir).stage("sample", 0)
     assert len(stage.shard_names()) == 6
     assert sum(not stage.read_shard(Rollout, name) for name in stage.shard_names()) == 1
     assert manifest.dropped == {"no usable response from the server": 1}  # its gold response was good
-    annotate.run(config, 0)
+    run_stage(annotate, config, 0)
     judged = {judgement.prompt_id for judgement in RunDir(config.run_dir).stage("annotate", 0).read(Judgement)}
     assert len(judged) == 5
-    pair.run(config, 0)
+    run_stage(pair, config, 0)
     assert {row.prompt_id for row in read_pairs(RunDir(config.run_dir).stage("pair", 0))} <= judged
 
 
@@ -242,11 +242,11 @@ def kill_after(shards):
 def test_a_share_of_refused_prompts_is_one_of_all_prompts_also_after_a_restart(make_config):
     with filtering_server(make_config(), prompts=1) as server:
         config = asking(make_config, server, max_refused=0.2)
-        iteration.prepare(config)
+        prepare(config)
         with pytest.raises(Killed):
-            sample.run(config, 0, after_shard=kill_after(4))
+            run_stage(sample, config, 0, after_shard=kill_after(4))
         # What is left is the prompt that was refused and one more: half of them, and a sixth of all.
-        manifest = sample.run(config, 0)
+        manifest = run_stage(sample, config, 0)
         assert manifest.dropped["no usable response from the server"] == 1
         assert manifest.rows == 5 * 3  # two of the policy and the teacher's
 
@@ -254,9 +254,9 @@ def test_a_share_of_refused_prompts_is_one_of_all_prompts_also_after_a_restart(m
 def test_refused_prompts_of_closed_shards_count(make_config):
     with filtering_server(make_config(), prompts=2) as server:
         config = asking(make_config, server, max_refused=0.4)
-        iteration.prepare(config)
+        prepare(config)
         with pytest.raises(Killed):
-            sample.run(config, 0, after_shard=kill_after(5))  # one of the two that have no rows
+            run_stage(sample, config, 0, after_shard=kill_after(5))  # one of the two that have no rows
         stage = RunDir(config.run_dir).stage("sample", 0)
         assert sum(not stage.read_shard(Rollout, name) for name in stage.shard_names()) == 1
         asked = len(server.sampled)
@@ -265,7 +265,7 @@ def test_refused_prompts_of_closed_shards_count(make_config):
         assert len(server.sampled) == asked
         with pytest.raises(DnoError, match=r"no usable response to 2 of 6 prompts.*'refused: content filter': 4"):
             sample.run(asking(make_config, server, max_refused=0.2), 0)
-        assert sample.run(config, 0).dropped["no usable response from the server"] == 2
+        assert run_stage(sample, config, 0).dropped["no usable response from the server"] == 2
 
 
 def refuse_to_write(monkeypatch, *, shard):
@@ -298,10 +298,10 @@ def test_a_writer_that_fails_stops_the_requests_to_the_server(make_config, monke
     ) as server:
         section = {"base_url": server.url, "max_concurrency": 1}
         config = make_config(sampling={"engine": "openai", "server": section, "shard_prompts": 1})
-        iteration.prepare(config)
+        prepare(config)
         refuse_to_write(monkeypatch, shard="0000001")
         with pytest.raises(OSError, match="no space left") as error:
-            sample.run(config, 0)
+            run_stage(sample, config, 0)
         failed.set()
         assert not [thread for thread in threading.enumerate() if thread.name == "completions"]
     assert error.tb is not None  # it holds the frames that asked: nothing ended them but their being closed
@@ -326,10 +326,10 @@ def test_a_writer_that_fails_ends_the_device_programs_of_all_draws(make_config, 
         sampling={"shard_prompts": 1, "slots": 1, "num_opponents": 1, "mixture_weight": 0.5},
         pairing={"opponents": "mixture"},
     )
-    iteration.prepare(config)
+    prepare(config)
     refuse_to_write(monkeypatch, shard="0000001")
     with pytest.raises(OSError, match="no space left") as error:
-        sample.run(config, 0)
+        run_stage(sample, config, 0)
     assert sources == ["policy", "mixture"]
     assert not open_streams
     assert error.tb is not None  # as above

@@ -57,7 +57,7 @@ def sampled_run(folder: Path, url: str, *, prompts: int, candidates: int = 4, **
             rows += _rollouts(prompt.prompt_id, candidates)
         stage.write_shard(f"{first:07d}", rows)
     write_atomically(run_dir.prompts_path(0), "".join(lines))
-    stage.finish(config_digest="planted", inputs={}, rows=prompts * candidates, seconds=0.0)
+    stage.finish(config, inputs={}, rows=prompts * candidates, seconds=0.0)
     return config
 
 

@@ -15,6 +15,7 @@ from dno_jax.files import write_atomically
 from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate
+from tests.running import run_stage
 
 WORDS = ["bam", "dom", "fen", "gat", "kos", "lem", "bes", "dan"]
 
@@ -64,7 +65,7 @@ def test_shards_are_judged_while_sampling_goes_on(sampled):
 
     def work():
         try:
-            annotate.run(config, 0)
+            run_stage(annotate, config, 0)
         except BaseException as error:
             errors.append(error)
 
@@ -74,7 +75,7 @@ def test_shards_are_judged_while_sampling_goes_on(sampled):
         source.write_shard(f"{index:07d}", rows(f"p{index}", index))
         wait_for(lambda done=index + 1: len(stage.shard_names()) == done or errors)  # before the next one is sampled
     assert stage.manifest() is None
-    source.finish(config_digest="c", inputs={}, rows=16, seconds=0.0)
+    source.finish(config, inputs={}, rows=16, seconds=0.0)
     thread.join(60)
     assert not errors
     assert stage.require().rows == 4
@@ -84,7 +85,7 @@ def test_shards_are_judged_while_sampling_goes_on(sampled):
 def judge_one_shard(config, run_dir):
     """Call the stage, and have sampling fail when one shard is judged."""
     with pytest.raises(DnoError, match="sampling stopped before it was finished"):
-        annotate.run(config, 0, abandoned=lambda: bool(run_dir.stage("annotate", 0).shard_names()))
+        run_stage(annotate, config, 0, abandoned=lambda: bool(run_dir.stage("annotate", 0).shard_names()))
 
 
 def test_says_what_it_waits_for(sampled, monkeypatch):
@@ -96,10 +97,10 @@ def test_says_what_it_waits_for(sampled, monkeypatch):
     class Reminder:
         def __call__(self, message):
             said.append(message)
-            source.finish(config_digest="c", inputs={}, rows=4, seconds=0.0)
+            source.finish(config, inputs={}, rows=4, seconds=0.0)
 
     monkeypatch.setattr(annotate, "Reminder", Reminder)
-    assert annotate.run(config, 0).rows == 1
+    assert run_stage(annotate, config, 0).rows == 1
     (message,) = said
     assert "1 shards are judged; waiting for more" in message
     assert str(source.path) in message
@@ -111,9 +112,9 @@ def test_the_meter_reaches_its_total_after_a_restart(sampled, capfd):
     source.write_shard("0000000", rows("p0", 0))
     judge_one_shard(config, run_dir)
     source.write_shard("0000001", [rollout("p1", 0, "bam"), rollout("p1", 1, "dom"), rollout("p2", 0, "alone")])
-    source.finish(config_digest="c", inputs={}, rows=7, seconds=0.0)
+    source.finish(config, inputs={}, rows=7, seconds=0.0)
     capfd.readouterr()
-    annotate.run(config, 0)
+    run_stage(annotate, config, 0)
     assert "annotate  0: 2/2 pools" in capfd.readouterr().err
 
 
@@ -155,8 +156,8 @@ def test_empty_and_repeated_responses_are_not_shown_and_are_counted(sampled):
             *(rollout("p1", k, "kos") for k in range(4)),  # a greedy sampler's pool
         ],
     )
-    source.finish(config_digest="c", inputs={}, rows=9, seconds=0.0)
-    manifest = annotate.run(config, 0)
+    source.finish(config, inputs={}, rows=9, seconds=0.0)
+    manifest = run_stage(annotate, config, 0)
     judgements = list(run_dir.stage("annotate", 0).read(Judgement))
     assert [row.candidate_ids for row in judgements] == [("000/p0/gold", "000/p0/0")]
     assert Counter(manifest.dropped) == Counter(
@@ -170,22 +171,22 @@ def test_drops_are_counted_over_a_restart(sampled):
     source.write_shard("0000000", [rollout("p0", k, text) for k, text in enumerate(["bam", "bam", "dom"])])
     judge_one_shard(config, run_dir)
     source.write_shard("0000001", [rollout("p1", k, text) for k, text in enumerate(["fen", "", "dom"])])
-    source.finish(config_digest="c", inputs={}, rows=6, seconds=0.0)
-    assert annotate.run(config, 0).dropped == {"duplicate response": 1, "empty response": 1}
+    source.finish(config, inputs={}, rows=6, seconds=0.0)
+    assert run_stage(annotate, config, 0).dropped == {"duplicate response": 1, "empty response": 1}
 
 
 def test_a_second_call_judges_nothing_again(sampled, monkeypatch):
     config, run_dir = sampled
     source = run_dir.stage("sample", 0)
     source.write_shard("0000000", rows("p0", 0))
-    source.finish(config_digest="c", inputs={}, rows=4, seconds=0.0)
-    first = annotate.run(config, 0)
+    source.finish(config, inputs={}, rows=4, seconds=0.0)
+    first = run_stage(annotate, config, 0)
 
     def forbidden(*_args, **_kwargs):
         raise AssertionError("asked again")
 
     monkeypatch.setattr(annotate, "build_annotator", forbidden)
-    assert annotate.run(config, 0) == first
+    assert run_stage(annotate, config, 0) == first
 
 
 def test_one_iteration_has_one_judge(sampled):
@@ -200,8 +201,8 @@ def test_one_iteration_has_one_judge(sampled):
     annotation = config.annotation.model_copy(update={"oracle": edited})
     config = config.model_copy(update={"annotation": annotation})
     source.write_shard("0000001", rows("p1", 3))
-    source.finish(config_digest="c", inputs={}, rows=8, seconds=0.0)
-    manifest = annotate.run(config, 0)
+    source.finish(config, inputs={}, rows=8, seconds=0.0)
+    manifest = run_stage(annotate, config, 0)
     judges = Counter(row.judge for row in stage.read(Judgement))
     assert judges == {manifest.details["judge"]: 2}
     assert before not in judges

@@ -20,6 +20,7 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime import sampler
 from dno_jax.stages import audit, pair, sample, score, train
 from tests.pairs import read_pairs
+from tests.running import prepare, run_stage
 from tests.small import small_tree, write_prompts
 from tests.stages.conftest import deep_merge
 
@@ -50,7 +51,7 @@ def copy_of(config, path, *, without=()):
 
 def paired(config, t=0):
     iteration.sample_and_annotate(config, t)
-    pair.run(config, t)
+    run_stage(pair, config, t)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def plain(small_folder, tmp_path_factory):
         "sampling": {**SAMPLING, "shard_prompts": 8},
     }
     config = parse_config(RunConfig, deep_merge(tree, changes), place="test")
-    iteration.prepare(config)
+    prepare(config)
     with console.capture() as captured:
         paired(config)
     return config, RunDir(config.run_dir), captured.get()
@@ -81,8 +82,8 @@ def plain(small_folder, tmp_path_factory):
 def trained(plain, tmp_path_factory):
     """The same with its training, and the pairs of iteration 1, of which some are replayed."""
     config, run_dir = copy_of(plain[0], tmp_path_factory.mktemp("trained") / "run")
-    score.run(config, 0)
-    train.run(config, 0)
+    run_stage(score, config, 0)
+    run_stage(train, config, 0)
     paired(config, 1)
     return config, run_dir
 
@@ -153,7 +154,7 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
 
     monkeypatch.setattr(sampler, "generate", no_sampling)
     with pytest.raises(DnoError) as error:
-        sample.run(config, 0)
+        run_stage(sample, config, 0)
     tokens = len(wrong.token_ids)
     shown = f"rollout {wrong.rollout_id!r} of {tokens} tokens (log pi_t: sampler {wrong.logprob + 0.5:.6g}, trainer "
     for submesh in (shown, "in float32", "sampling.audit_bound=0.0001 times sqrt(tokens)", "model.attention=xla"):
@@ -171,14 +172,15 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
         score.reference_identity(*runtime_and_update(changed(wide, sampling={"as_reference": True})))
     stage.manifest_path.unlink()
     path.write_text(good[name])
-    assert sample.run(config, 0).details["audit"]["error"] < 1e-5
+    assert run_stage(sample, config, 0).details["audit"]["error"] < 1e-5
 
 
 def runtime_and_update(config):
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.runtime.scheme import update_of
 
-    return Runtime.start(config), update_of(config, 0, stage="score")
+    runtime = Runtime.start(config)
+    return runtime, update_of(config, runtime.run_dir, 0, stage="score")
 
 
 def test_no_audit_leaves_no_figures_and_everything_is_scored(plain, tmp_path, steps):
@@ -189,14 +191,14 @@ def test_no_audit_leaves_no_figures_and_everything_is_scored(plain, tmp_path, st
     paired(off)
     assert not steps
     assert "audit" not in run_dir.stage("sample", 0).require().details
-    manifest = score.run(config, 0)  # the option comes too late for these samples
+    manifest = run_stage(score, config, 0)  # the option comes too late for these samples
     assert steps
     assert (manifest.details["source"], manifest.details["sampled"]) == ("scored", 0)
 
 
 def test_the_samplers_record_is_the_reference_and_nothing_is_scored(plain, tmp_path, steps):
     config, run_dir = copy_of(plain[0], tmp_path / "run")
-    manifest = score.run(config, 0)
+    manifest = run_stage(score, config, 0)
     assert not steps
     taken, drawn = scores_of(run_dir), rollouts_of(run_dir)
     pairs = read_pairs(run_dir.stage("pair", 0))
@@ -204,7 +206,7 @@ def test_the_samplers_record_is_the_reference_and_nothing_is_scored(plain, tmp_p
     for made in pairs:
         assert taken[made.pair_id].chosen_logprob == drawn[made.chosen_id].logprob
         assert taken[made.pair_id].rejected_logprob == drawn[made.rejected_id].logprob
-    assert score.run(config, 0) == manifest
+    assert run_stage(score, config, 0) == manifest
 
     scoring = changed(config, sampling={"as_reference": False})
     with pytest.raises(DnoError, match="reference scores of another source; remove the folder to score again"):
@@ -221,7 +223,7 @@ def test_the_samplers_record_is_the_reference_and_nothing_is_scored(plain, tmp_p
     assert scored != taken  # two programs: what was switched on is what is read
 
     del steps[:]
-    assert score.run(config, 0).outputs == manifest.outputs
+    assert run_stage(score, config, 0).outputs == manifest.outputs
     assert not steps
 
 
@@ -231,7 +233,7 @@ def test_an_interrupted_pass_of_the_other_kind_is_not_mixed_in(plain, tmp_path, 
     score.run(scoring, 0)
     stage.manifest_path.unlink()
     done = len(steps)
-    manifest = score.run(config, 0)
+    manifest = run_stage(score, config, 0)
     assert len(steps) == done
     assert stage.shard_names() == ["sampled"]
     assert len(list(stage.read(ReferenceScore))) == manifest.rows
@@ -251,7 +253,7 @@ def test_training_begins_at_log_two_and_keeps_what_it_has_read(trained, steps):
 
 def test_replayed_pairs_are_scored_under_the_policy_that_is_the_reference_now(trained, steps):
     config, run_dir = trained
-    manifest = score.run(config, 1)
+    manifest = run_stage(score, config, 1)
     pairs = {row.pair_id: row for row in read_pairs(run_dir.stage("pair", 1))}
     replayed = {name for name, row in pairs.items() if row.iteration == 0}
     stage = run_dir.stage("score", 1)
@@ -275,14 +277,14 @@ def test_pairs_with_the_teacher_are_scored_and_the_mixtures_samples_are_not(make
         pairing={"opponents": "mixture"},
         prompts={"held_out_path": None},
     )
-    iteration.prepare(config)
+    prepare(config)
     paired(config)
     run_dir = RunDir(config.run_dir)
     drawn, pairs = rollouts_of(run_dir), read_pairs(run_dir.stage("pair", 0))
     found = run_dir.stage("sample", 0).require().details["audit"]
     assert found["responses"] == 4 * 2 * 2  # samples, prompts, shards: the mixture's samples, and not the teacher's
     del steps[:]
-    score.run(config, 0)
+    run_stage(score, config, 0)
     stage = run_dir.stage("score", 0)
     with_gold = {
         row.pair_id for row in pairs if {drawn[row.chosen_id].source, drawn[row.rejected_id].source} & {"gold"}
@@ -294,7 +296,7 @@ def test_pairs_with_the_teacher_are_scored_and_the_mixtures_samples_are_not(make
     } - with_gold
     assert len(with_gold) < len(pairs)
     assert len(steps) == math.ceil(len(with_gold) / config.training.batch_size)
-    train.run(config, 0)
+    run_stage(train, config, 0)
     first = next(row for row in run_dir.read_metrics() if row["stage"] == "train")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
 

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from dno_jax import iteration
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
 from dno_jax.records import Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
+from tests.running import prepare, run_iteration
 from tests.small import small_tree
 
 
@@ -40,8 +40,8 @@ def mixture(small_folder):
 
 def test_an_iteration_on_an_expert_axis(make_config, mixture):
     config = make_config(model={"path": mixture}, mesh={"data": 2, "expert": 2, "tensor": 2})
-    iteration.prepare(config)
-    iteration.run_iteration(config, 0)  # training refuses unless step 0 finds the sampler's policy
+    prepare(config)
+    run_iteration(config, 0)  # training refuses unless step 0 finds the sampler's policy
     run_dir = RunDir(config.run_dir)
     assert len(list(run_dir.stage("sample", 0).read(Rollout))) == 6 * 5
     steps = [row for row in run_dir.read_metrics() if row["stage"] == "train"]

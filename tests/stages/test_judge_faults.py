@@ -11,6 +11,7 @@ from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
 from tests.pairs import read_pairs
+from tests.running import run_stage
 from tests.stages.judged import sampled_run
 
 STATUSES = ("400", "408", "429", "500", "503")
@@ -41,7 +42,7 @@ def test_a_third_of_faults_of_every_kind_ends_in_the_labels_of_a_faultless_run(t
                 runs += 1
                 assert runs <= 3
                 with contextlib.suppress(DnoError):
-                    annotate.run(config, 0)
+                    run_stage(annotate, config, 0)
                 for row in stage.read(Judgement):  # what is closed before the end holds nothing but answers, too
                     assert row.state == "ok"
                     assert {answer.state for answer in row.answers} <= {"ok", "tie"}
@@ -51,7 +52,7 @@ def test_a_third_of_faults_of_every_kind_ends_in_the_labels_of_a_faultless_run(t
         with contextlib.closing(VerdictStore(run_dir.annotations_path)) as store:
             assert {tally.state for tally in store.tallies()} <= {"ok", "tie"}
             assert sum(tally.verdicts for tally in store.tallies()) == 12 * PROMPTS
-        pair.run(config, 0)
+        run_stage(pair, config, 0)
         judgements = [row.model_dump(exclude={"raw"}) for row in stage.read(Judgement)]
         found.append((judgements, read_pairs(run_dir.stage("pair", 0))))
     assert found[0] == found[1]

@@ -14,6 +14,7 @@ from dno_jax.run_dir import RunDir
 from dno_jax.stages import pair
 from dno_jax.stages.pair import new_pairs
 from tests.pairs import read_pairs
+from tests.running import run_stage
 
 
 def make_config(run_dir="run", *, kind="oracle", **sections):
@@ -426,7 +427,7 @@ def test_pairs_do_not_depend_on_how_shards_were_cut(tmp_path):
                 ]
                 stage.write_shard(f"{number:07d}", rows)
             stage.finish(config_digest=config_digest(config), inputs={}, rows=0, seconds=0.0)
-        details = pair.run(config, 0).details
+        details = run_stage(pair, config, 0).details
         found.append((read_pairs(run_dir.stage("pair", 0)), details))
     assert len({row.prompt_id for row in found[0][0]}) == 4
     assert found[1] == found[0]
@@ -440,7 +441,7 @@ def test_the_manifest_holds_cycles_errors_and_drops(tmp_path):
     wins = {("a", "b"): 0.9, ("b", "c"): 0.8, ("c", "a"): 0.8}
     order = dict.fromkeys(itertools.combinations(["aaaa", "bb", "cc", "d"], 2), 1.0)
     finish(config, cyclic + chain, [judged(cyclic, wins=wins), judged(chain, wins=order)])
-    manifest = pair.run(config, 0)
+    manifest = run_stage(pair, config, 0)
     details, made = manifest.details, read_pairs(RunDir(config.run_dir).stage("pair", 0))
     rates = {"a": [0.9, 0.2], "b": [0.1, 0.8], "c": [0.2, 0.8]}
     errors = [np.std(values, ddof=1) / math.sqrt(2) for values in rates.values()]
@@ -456,7 +457,7 @@ def test_the_manifest_holds_cycles_errors_and_drops(tmp_path):
     assert details["mean_target"] == 1.0
     ids = {row.rollout_id: len(row.token_ids) for row in cyclic + chain}
     assert details["mean_tokens_chosen"] == pytest.approx(np.mean([ids[row.chosen_id] for row in made]), abs=1e-2)
-    assert pair.run(config, 0) == manifest
+    assert run_stage(pair, config, 0) == manifest
 
 
 def test_point_wise_judges_leave_no_win_rate_error(tmp_path):
@@ -464,6 +465,6 @@ def test_point_wise_judges_leave_no_win_rate_error(tmp_path):
     config = config.model_copy(update={"run_dir": str(tmp_path / "run")})
     rollouts = [rollout("g", -1, source="gold"), *samples_of(["a", "b", "c"])]
     finish(config, rollouts, [judged(rollouts, scores=POINTS)])
-    details = pair.run(config, 0).details
+    details = run_stage(pair, config, 0).details
     assert details["cyclic_triples"] == 0
     assert "mean_win_rate_error" not in details

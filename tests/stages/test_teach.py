@@ -13,6 +13,7 @@ from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import TaughtResponse
 from dno_jax.run_dir import RunDir, stage_names
 from dno_jax.stages import teach
+from tests.running import run_stage
 from tests.stages.judged import judged_tree, paid
 
 
@@ -28,9 +29,9 @@ def taught(folder, url, *, prompts=20, **teacher):
 
 
 def gold_of(config):
-    split = split_prompts(config)
-    training = teach.with_gold(config, split.training[0], iteration=0)
-    held_out = teach.with_gold(config, split.held_out, iteration=None)
+    split, run_dir = split_prompts(config), RunDir(config.run_dir)
+    training = map(teach.taught(config, run_dir, iteration=0).add, split.training[0])
+    held_out = map(teach.taught(config, run_dir, iteration=None).add, split.held_out)
     return {prompt.prompt_id: prompt.gold for prompt in (*training, *held_out)}
 
 
@@ -40,10 +41,10 @@ def test_prompts_without_gold_get_it_once(tmp_path):
         assert stage_names(config, 0)[0] == "teach"
         with pytest.raises(DnoError, match="dno teach"):
             gold_of(config)
-        manifest = teach.run(config, 0)
+        manifest = run_stage(teach, config, 0)
         asked = server.counts.answered.total()
         assert asked == manifest.rows == 18
-        assert teach.run(config, 0) == manifest
+        assert run_stage(teach, config, 0) == manifest
         assert server.counts.answered.total() == asked
     found = gold_of(config)
     assert found.pop("p03") == "The data's own."
@@ -57,7 +58,7 @@ def test_prompts_without_gold_get_it_once(tmp_path):
 def test_refused_empty_and_cut_responses_are_dropped_and_counted(tmp_path):
     with FakeJudge(fraction=0.5, faults=("refusal", "empty", "length")) as server:
         config = taught(tmp_path, server.url, prompts=40, max_tries=1)
-        manifest = teach.run(config, 0)
+        manifest = run_stage(teach, config, 0)
     rows = list(RunDir(config.run_dir).stage("teach", 0).read(TaughtResponse))
     assert manifest.dropped.keys() == {"gold response refused", "gold response unparsable"}
     lost = sum(manifest.dropped.values())
@@ -71,13 +72,13 @@ def test_failures_stop_the_stage_and_only_they_are_asked_again(tmp_path, monkeyp
     with FakeJudge(fraction=0.5, faults=("500",)) as server:
         config = taught(tmp_path, server.url, max_tries=1)
         with pytest.raises(DnoError, match=r"of 18 prompts have no response \(\d+ x failed: HTTP 500"):
-            teach.run(config, 0)
+            run_stage(teach, config, 0)
         runs = 1
         while RunDir(config.run_dir).stage("teach", 0).manifest() is None:
             runs += 1
             assert runs < 12
             with contextlib.suppress(DnoError):
-                teach.run(config, 0)
+                run_stage(teach, config, 0)
         assert server.duplicates == 0
     assert all(gold_of(config)[f"p{i:02d}"] for i in range(20) if i != 4)
 
@@ -88,14 +89,14 @@ def test_shards_of_other_prompts_are_written_anew(tmp_path, monkeypatch):
     with FakeJudge(schedule=["ok"] * 11 + ["500"] * 100) as server:
         config = taught(tmp_path, server.url, max_tries=1)
         with pytest.raises(DnoError, match="have no response"):
-            teach.run(config, 0)
+            run_stage(teach, config, 0)
         closed = RunDir(config.run_dir).stage("teach", 0).shard_names()
         assert closed
         server.schedule = []
         rows = [json.dumps({"prompt_id": f"n{i}", "prompt": f"New {i}?"}) for i in range(3)]
         prompts = tmp_path / "prompts.jsonl"
         prompts.write_text("\n".join(rows) + "\n" + prompts.read_text())
-        assert teach.run(config, 0).rows == 21
+        assert run_stage(teach, config, 0).rows == 21
         assert server.duplicates == 0
     assert [name for name, text in gold_of(config).items() if not text] == ["p04"]
 
@@ -130,7 +131,7 @@ def test_words_that_only_look_like_keys_stay_in_what_is_trained_on(tmp_path, mon
     monkeypatch.setattr("dno_jax.fake_judge.completion.teach", lambda *_, **__: text)
     with FakeJudge() as server:
         config = taught(tmp_path, server.url)
-        teach.run(config, 0)
+        run_stage(teach, config, 0)
     assert set(gold_of(config).values()) == {text, "The data's own.", ""}
 
 
@@ -174,10 +175,10 @@ def test_an_interrupt_keeps_what_is_in_flight(tmp_path, monkeypatch):
         config = taught(tmp_path, server.url, max_concurrency=8)
         monkeypatch.setattr(asyncio, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            teach.run(config, 0)
+            run_stage(teach, config, 0)
         monkeypatch.undo()
         sent = server.counts.answered.total()
         assert 6 <= sent <= 8
         assert paid(config)["models"]["teacher"]["requests"] == sent + server.counts.forms["probe"]
-        assert teach.run(config, 0).rows == 18
+        assert run_stage(teach, config, 0).rows == 18
         assert server.counts.answered.total() == 18

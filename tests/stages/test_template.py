@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dno_jax import iteration
 from dno_jax.annotation.pool import Candidate
 from dno_jax.config import SftConfig, parse_config
 from dno_jax.data.pair_table import PairRows, PairTable
@@ -18,10 +17,11 @@ from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime, load_tokenizer
-from dno_jax.stages import annotate, checkpoints, pair, sample
+from dno_jax.stages import annotate, pair, sample
 from dno_jax.stages.sft import supervised_rows
 from dno_jax.training.batches import make_batch
 from tests.pairs import in_order_of_id
+from tests.running import export, prepare, run_stage
 from tests.small import TEMPLATE, WORDS, small_tree
 
 PREFIX = "bam dom"
@@ -51,10 +51,10 @@ def run(tmp_path_factory, small_folder):
     tree["prompts"] |= {"path": str(folder / "rows.jsonl"), "too_long": "truncate"}
     tree["pairing"] |= {"rule": "all"}
     config = parse_config(RunConfig, tree, place="test")
-    iteration.prepare(config)
-    sample.run(config, 0)
-    annotate.run(config, 0)
-    pair.run(config, 0)
+    prepare(config)
+    run_stage(sample, config, 0)
+    run_stage(annotate, config, 0)
+    run_stage(pair, config, 0)
     return config, RunDir(config.run_dir)
 
 
@@ -157,7 +157,7 @@ def test_an_export_brings_the_template_of_the_run(run, tmp_path):
     from transformers import AutoTokenizer
 
     config, _ = run
-    checkpoints.export(config, policy=0, path=str(tmp_path / "out"))
+    export(config, policy=0, path=str(tmp_path / "out"))
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "out"), local_files_only=True)
     chat = [{"role": "user", "content": "bam kos"}]
     ids = theirs.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=False)

@@ -28,6 +28,7 @@ from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
 from tests.pairs import read_pairs
+from tests.running import run_stage
 from tests.stages.judged import judged_tree, paid, sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
@@ -58,7 +59,7 @@ def test_every_pair_follows_the_planted_worth(tmp_path, form):
         config = sampled_run(
             tmp_path, server.url, prompts=12, annotation={"openai": {"form": form}}, pairing=reward | {"margin": 0.0}
         )
-        manifest = annotate.run(config, 0)
+        manifest = run_stage(annotate, config, 0)
         assert server.duplicates == 0
         assert server.requests == 12 * (1 if form == "listwise" else 2 * 6)
     assert manifest.details["states"] == {"ok": 12}
@@ -74,13 +75,13 @@ def test_every_pair_follows_the_planted_worth(tmp_path, form):
 def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path, openai):
     with FakeJudge(prefers="marker", first_bias=1.0) as server:
         config = sampled_run(tmp_path, server.url, prompts=12, annotation={"openai": openai})
-        figures = annotate.run(config, 0).details["quality"]
+        figures = run_stage(annotate, config, 0).details["quality"]
     assert figures["first_wins"]["value"] == figures["flip_rate"]["value"] == figures["tie_rate"]["value"] == 1.0
     for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement):
         assert row.state == "ok"
         assert {win for line in row.wins for win in line} == {0.5}
     with pytest.raises(DnoError, match=r"no pair passed the rules \(dropped: tie"):
-        pair.run(config, 0)
+        run_stage(pair, config, 0)
     (row,) = RunDir(config.run_dir).read_metrics()
     assert (row["stage"], row["iteration"], row["first_wins"]) == ("annotate", 0, 1.0)
     named = " ".join(warnings(figures, config.annotation.quality))
@@ -103,7 +104,7 @@ def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path, ope
 def test_a_judge_that_likes_the_first_still_finds_the_order_on_average_and_is_named(tmp_path, capfd, openai, bias):
     with FakeJudge(prefers="marker", **bias) as server:
         config = sampled_run(tmp_path, server.url, prompts=40, annotation={"openai": openai})
-        figures = annotate.run(config, 0).details["quality"]
+        figures = run_stage(annotate, config, 0).details["quality"]
     first = figures["first_wins"]
     assert first["low"] > 0.55
     said = " ".join(capfd.readouterr().err.split())
@@ -121,7 +122,7 @@ def test_a_judge_that_likes_the_first_still_finds_the_order_on_average_and_is_na
     means = [statistics.mean(rates) for _, rates in sorted(by_worth.items())]
     assert means == sorted(means)
     assert min(b - a for a, b in itertools.pairwise(means)) > 0.3  # of 1 or more without the bias
-    pair.run(config, 0)
+    run_stage(pair, config, 0)
     right = [worth(texts[row.chosen_id]) > worth(texts[row.rejected_id]) for row in stage_pairs(config)]
     assert len(right) > 150
     assert sum(right) / len(right) > 0.75
@@ -142,7 +143,7 @@ def test_repeats_and_labelled_pairs_measure_the_judge(tmp_path, monkeypatch):
     quality = {"repeat": 0.5, "calibration": str(labels)}
     with FakeJudge(prefers="marker") as server:
         config = sampled_run(tmp_path, server.url, prompts=24, annotation={"quality": quality} | PAIRWISE["annotation"])
-        figures = annotate.run(config, 0).details["quality"]
+        figures = run_stage(annotate, config, 0).details["quality"]
         assert figures["repeat_agreement"]["value"] == 1.0
         again = figures["repeat_agreement"]["prompts"]
         assert 4 <= again <= 20
@@ -165,7 +166,7 @@ def test_the_run_stops_before_the_call_that_would_pass_the_limit_and_goes_on_whe
             pairing={"reward": "score"},
         )
         with pytest.raises(DnoError, match=r"max_usd=6 leaves no room.*Raise annotation.max_usd"):
-            annotate.run(config, 0)
+            run_stage(annotate, config, 0)
         receipt = paid(config)
         bought = server.requests
         assert 0 < bought < 16
@@ -195,13 +196,13 @@ def test_a_full_disk_stops_the_stage_cleanly_and_nothing_is_lost(tmp_path, monke
             patch.setattr(Database, "_connect", small)
             patch.setattr(os, "fsync", full)
             with pytest.raises(DnoError, match=r"annotations\.sqlite: .*full; see to|jsonl: .*No space left.*; see to"):
-                annotate.run(config, 0)
+                run_stage(annotate, config, 0)
             assert not any(thread.name == "verdict store" for thread in threading.enumerate())  # it is closed
         with closing(VerdictStore(RunDir(config.run_dir).annotations_path)) as store:
             kept = sum(tally.verdicts for tally in store.tallies())
         assert kept < 40
         before = server.requests
-        assert annotate.run(config, 0).details["states"] == {"ok": 40}
+        assert run_stage(annotate, config, 0).details["states"] == {"ok": 40}
         assert server.requests - before == 40 - kept
 
 
@@ -225,13 +226,13 @@ def test_a_disk_that_fills_up_costs_no_more_than_what_is_in_flight(tmp_path):
                 return False
 
             with pytest.raises(DnoError, match=r"full.*see to the disk|No space left"):
-                annotate.run(config, 0, abandoned=fill_up)
+                run_stage(annotate, config, 0, abandoned=fill_up)
             assert 40 <= server.requests < 400
             filled.unlink()
             with closing(VerdictStore(RunDir(config.run_dir).annotations_path)) as store:
                 lost = server.requests - sum(tally.verdicts for tally in store.tallies(state="ok"))
             assert 0 <= lost <= config.annotation.openai.max_concurrency
-            assert annotate.run(config, 0).details["states"] == {"ok": 400}
+            assert run_stage(annotate, config, 0).details["states"] == {"ok": 400}
             assert (server.requests, server.duplicates) == (400 + lost, lost)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
@@ -241,7 +242,7 @@ def test_receipts_hold_every_store_that_was_paid_through(tmp_path):
     other = {"store": str(tmp_path / "elsewhere.sqlite"), "prices": {"judge": {"input": 1.0, "output": 1.0}}}
     with FakeJudge(prefers="marker") as server:
         config = sampled_run(tmp_path / "run", server.url, prompts=4, pairing={"reward": "score"})
-        annotate.run(config, 0)
+        run_stage(annotate, config, 0)
         own = paid(config)
         elsewhere = sampled_run(tmp_path / "run", server.url, prompts=4, annotation=other, pairing={"reward": "score"})
         RunDir(config.run_dir).stage("annotate", 0).manifest_path.unlink()
@@ -259,7 +260,7 @@ def test_a_run_directory_that_is_moved_has_paid_once(tmp_path):
     prices = {"judge": {"input": 1.0, "output": 1.0}}
     with FakeJudge(prefers="marker") as server:
         config = sampled_run(tmp_path / "run", server.url, prompts=4, annotation={"prices": prices})
-        annotate.run(config, 0)
+        run_stage(annotate, config, 0)
         before = json.loads(RunDir(config.run_dir).receipts_path.read_text())
         (tmp_path / "run").rename(tmp_path / "moved")
         stage = RunDir(str(tmp_path / "moved")).stage("annotate", 0)
@@ -278,7 +279,7 @@ def test_batches_answer_at_their_price_and_what_they_leave_is_asked_live(tmp_pat
     prices = {"judge": {"input": 100.0, "output": 100.0}}
     with FakeJudge(prefers="marker", batch_delay=0.1, batch_expired=expired) as server:
         config = sampled_run(tmp_path, server.url, prompts=12, annotation={"openai": openai, "prices": prices})
-        manifest = annotate.run(config, 0)
+        manifest = run_stage(annotate, config, 0)
         assert manifest.details["states"] == {"ok": 12}
         assert server.counts.batches == 1
         assert (server.requests, server.duplicates) == (144, 0)
@@ -301,7 +302,7 @@ def test_a_batch_under_way_is_not_bought_again_live(tmp_path, monkeypatch):
             tmp_path, server.url, prompts=12, annotation={"openai": {"batch": True}, "prices": prices, "max_usd": 10.0}
         )
         with pytest.raises(DnoError, match="sampling stopped"):
-            annotate.run(config, 0, abandoned=lambda: server.counts.batches > 0)
+            run_stage(annotate, config, 0, abandoned=lambda: server.counts.batches > 0)
         assert not RunDir(config.run_dir).stage("annotate", 0).shard_names()
         # as little money as there may be, and no batches any more: what was sent is owed, and comes
         live = config.annotation.openai.model_copy(update={"batch": False})
@@ -322,12 +323,12 @@ def test_labelled_pairs_are_given_up_with_the_run_and_those_in_flight_kept(tmp_p
         annotation = {"openai": {"max_concurrency": 4}, "quality": quality}
         config = sampled_run(tmp_path, server.url, prompts=8, annotation=annotation)
         with pytest.raises(DnoError, match="sampling stopped"):
-            annotate.run(config, 0, abandoned=lambda: server.requests >= 4)
+            run_stage(annotate, config, 0, abandoned=lambda: server.requests >= 4)
         asked = server.requests
         assert 4 <= asked < 60
         with closing(VerdictStore(RunDir(config.run_dir).annotations_path)) as store:
             assert sum(tally.verdicts for tally in store.tallies(state="ok")) == asked
-        annotate.run(config, 0)
+        run_stage(annotate, config, 0)
         assert (server.requests, server.duplicates) == (108, 0)
 
 
@@ -359,10 +360,10 @@ def test_the_key_is_told_nowhere_though_the_server_tells_it(tmp_path, monkeypatc
                 tmp_path / name, server.url, prompts=prompts, annotation={"openai": openai}, pairing={"reward": "score"}
             )
             if raises is None:
-                annotate.run(config, 0)
+                run_stage(annotate, config, 0)
                 return
             with pytest.raises(DnoError, match=raises) as caught:
-                annotate.run(config, 0)
+                run_stage(annotate, config, 0)
             errors.append(caught.value)
 
     retried = ("500", "garbage", "malformed", "too_few", "html", "no_choices", "cut_json", "truncated")
@@ -399,8 +400,8 @@ def test_an_ensemble_averages_the_preferences_of_its_judges(tmp_path):
             {"model": "pairs", "form": "pairwise", "base_url": other.url, **reached},
         ]
         config = sampled_run(tmp_path, server.url, prompts=8, annotation={"kind": "ensemble", "ensemble": members})
-        manifest = annotate.run(config, 0)
-        assert annotate.run(config, 0) == manifest
+        manifest = run_stage(annotate, config, 0)
+        assert run_stage(annotate, config, 0) == manifest
         assert (server.requests, other.requests) == (8, 8 * 12)
     texts = texts_of(config)
     for row in RunDir(config.run_dir).stage("annotate", 0).read(Judgement):
@@ -418,7 +419,7 @@ def test_runs_share_a_store_by_its_path(tmp_path):
             config = sampled_run(
                 tmp_path / name, server.url, prompts=8, annotation={"store": shared}, pairing={"reward": "score"}
             )
-            annotate.run(config, 0)
+            run_stage(annotate, config, 0)
         assert server.requests == 8
     assert paid(config)["models"] == {}  # the second run paid nothing
 
@@ -439,7 +440,7 @@ def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):
                 while server.requests < 4 * number and time.monotonic() < deadline:
                     time.sleep(0.01)
                 asked.append(server.requests)
-            stage.finish(config_digest="planted", inputs={}, rows=64, seconds=0.0)
+            stage.finish(config, inputs={}, rows=64, seconds=0.0)
 
         monkeypatch.setattr(iteration.sample, "run", sample_slowly)
         iteration.sample_and_annotate(config, 0)
@@ -459,5 +460,5 @@ def test_pools_held_are_those_in_work(tmp_path, monkeypatch):
     monkeypatch.setattr(PromptFile, "read", counted)
     with FakeJudge(prefers="marker") as server:
         config = sampled_run(tmp_path, server.url, prompts=12, pairing={"reward": "score"})
-        annotate.run(config, 0)
+        run_stage(annotate, config, 0)
     assert set(read.values()) == {2}  # to judge, and to count what was dropped

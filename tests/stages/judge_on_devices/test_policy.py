@@ -21,9 +21,10 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
 from dno_jax.records import Judgement, Message, Rollout
 from dno_jax.run_dir import RunDir, StageDir
-from dno_jax.stages import checkpoints, pair, sample, sft
+from dno_jax.stages import pair, sample, sft
 from dno_jax.stages.judge_on_devices import policy as self_judge
 from tests.pairs import read_pairs
+from tests.running import prepare, run_stage
 from tests.stages.conftest import deep_merge
 
 TOPICS = [f"{a}{b}{c}" for a in "bd" for b in "aeo" for c in "mn"]
@@ -149,9 +150,8 @@ def sampled(folder):
         name = Path(config.model.path).name
         if name not in kept:
             fresh = config.model_copy(update={"run_dir": str(folder / f"sampled-{name}")})
-            RunDir(fresh.run_dir).open(fresh)
-            checkpoints.import_initial(fresh)
-            sample.run(fresh, 0)
+            prepare(fresh)
+            run_stage(sample, fresh, 0)
             kept[name] = fresh.run_dir
         shutil.copytree(kept[name], config.run_dir)
         return RunDir(config.run_dir)
@@ -184,7 +184,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
     read, real = Counter(), Pools.read
     monkeypatch.setattr(Pools, "read", lambda pools, shard, **rest: read.update([shard]) or real(pools, shard, **rest))
     self_judge.check(config)
-    manifest = self_judge.run(config, 0)
+    manifest = run_stage(self_judge, config, 0)
     assert manifest.rows == 12
     assert manifest.details["states"] == {"ok": 12}
     (row,) = [row for row in run_dir.read_metrics() if row["stage"] == "annotate"]
@@ -198,7 +198,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
     good = [points for text, points in scored(run_dir) if GOOD in text.split()]
     poor = [points for text, points in scored(run_dir) if GOOD not in text.split()]
     assert min(good) > max(poor)
-    pair.run(config, 0)
+    run_stage(pair, config, 0)
     texts = {rollout.rollout_id: rollout.text for rollout in run_dir.stage("sample", 0).read(Rollout)}
     pairs = read_pairs(run_dir.stage("pair", 0))
     assert len(pairs) >= 4
@@ -210,9 +210,9 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
 def test_another_call_changes_nothing_and_a_killed_one_is_completed_equal(make, sampled, monkeypatch):
     config = make()
     run_dir = sampled(config)
-    self_judge.run(config, 0)
+    run_stage(self_judge, config, 0)
     before, stage = files(run_dir), run_dir.stage("annotate", 0)
-    assert self_judge.run(config, 0) == stage.require()
+    assert run_stage(self_judge, config, 0) == stage.require()
     assert files(run_dir) == before
 
     stage.manifest_path.unlink()
@@ -224,7 +224,7 @@ def test_another_call_changes_nothing_and_a_killed_one_is_completed_equal(make, 
         return real(judge, params, source, shards, **fields)
 
     monkeypatch.setattr(self_judge, "_judge_shards", spy)
-    self_judge.run(config, 0)
+    run_stage(self_judge, config, 0)
     after = files(run_dir)
     assert judged == ["0000008"]
     assert after["0000000.jsonl"] == before["0000000.jsonl"]
@@ -251,7 +251,7 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
         return real(params, seen(), iteration=iteration, **fields)
 
     monkeypatch.setattr(self_judge, "generate", spy)
-    self_judge.run(config, 0)
+    run_stage(self_judge, config, 0)
     rows = judgements(run_dir)
     names = [name for name, _ in asked]
     expected = [hashlib.sha256(name.encode()).digest()[:4] for row in rows for name in row.candidate_ids]
@@ -275,7 +275,7 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
 
     other = make(annotation=hot, sampling={"shard_prompts": 16}, run_dir=str(tmp_path / "other"))
     again = sampled(other)
-    self_judge.run(other, 0)
+    run_stage(self_judge, other, 0)
     assert [row.raw for row in judgements(again)] == [row.raw for row in rows]
 
 
@@ -297,7 +297,7 @@ def test_a_writer_that_fails_ends_the_device_program(make, sampled, monkeypatch)
     monkeypatch.setattr(self_judge, "generate", generate)
     monkeypatch.setattr(StageDir, "write_shard", full)
     with pytest.raises(OSError, match="no space left") as error:
-        self_judge.run(config, 0)
+        run_stage(self_judge, config, 0)
     assert steps == ["begun", "ended"]
     assert error.tb is not None  # it holds the frames that drew: nothing ended them but their being closed
 
@@ -307,7 +307,7 @@ def test_a_policy_that_cannot_judge_gives_no_numbers(make, sampled, folder, monk
     config = make(model=untaught)
     run_dir = sampled(config)
     with pytest.raises(DnoError, match=r"12 of 12 pools have no verdict of the policy .*unparsable: .*teach the"):
-        self_judge.run(config, 0)
+        run_stage(self_judge, config, 0)
     assert not run_dir.stage("annotate", 0).manifest_path.exists()
     rows = judgements(run_dir)
     assert [(row.state, row.scores) for row in rows] == [("unparsable", None)] * 12
@@ -316,17 +316,17 @@ def test_a_policy_that_cannot_judge_gives_no_numbers(make, sampled, folder, monk
     # The same readings would come again: going on without them asks for none.
     monkeypatch.setattr(self_judge, "generate", None)
     config = make(model=untaught, annotation={"max_failed": 1.0})
-    manifest = self_judge.run(config, 0)
+    manifest = run_stage(self_judge, config, 0)
     assert manifest.dropped["verdict unparsable"] == 12
     with pytest.raises(DnoError, match="no pair passed"):
-        pair.run(config, 0)
+        run_stage(pair, config, 0)
 
 
 def test_a_reading_that_was_cut_is_no_answer(make, sampled):
     config = make(annotation={"self_judge": {"max_new_tokens": 2}})
     run_dir = sampled(config)
     with pytest.raises(DnoError, match=r"the reading was cut at annotation.self_judge.max_new_tokens=2"):
-        self_judge.run(config, 0)
+        run_stage(self_judge, config, 0)
     readings = [one for row in judgements(run_dir) for own in json.loads(row.raw).values() for one in own]
     assert {"score": None, "text": "Score: 5"} in readings  # another digit might have followed
 
@@ -349,7 +349,7 @@ def test_what_cannot_be_asked_is_a_failed_pool_and_what_need_not_be_is_counted(m
     for sample_index in range(1, 4):
         change_text(run_dir, f"000/p3/{sample_index}", WORDS[0])
     change_text(run_dir, "000/p3/0", WORDS[0])
-    manifest = self_judge.run(config, 0)
+    manifest = run_stage(self_judge, config, 0)
     rows = {row.prompt_id: row for row in judgements(run_dir)}
     assert rows["p0"].state == rows["p1"].state == "failed"
     assert rows["p0"].detail == "a judge prompt has 29 tokens, annotation.self_judge.max_prompt_length is 24"
@@ -368,12 +368,12 @@ def test_an_edited_rubric_judges_anew(make, sampled, tmp_path):
     rubric.write_text(RUBRIC)
     config = make(annotation={"self_judge": {"rubric": str(rubric)}})
     run_dir = sampled(config)
-    first = self_judge.run(config, 0).details["judge"]
+    first = run_stage(self_judge, config, 0).details["judge"]
     rubric.write_text(RUBRIC + "# edited\n")
     with pytest.raises(DnoError, match=r"made from other inputs .*rubric likes_zum"):
-        self_judge.run(config, 0)
+        run_stage(self_judge, config, 0)
     run_dir.stage("annotate", 0).manifest_path.unlink()
-    second = self_judge.run(config, 0).details["judge"]
+    second = run_stage(self_judge, config, 0).details["judge"]
     assert second != first
     assert {row.judge for row in judgements(run_dir)} == {second}
 
@@ -425,11 +425,11 @@ def test_each_shard_is_parsed_once_whichever_call_closed_it(make, sampled, monke
         "read_shard",
         lambda self, kind, name: parsed.update([str(self.path / name)]) or real(self, kind, name),
     )
-    whole = self_judge.run(config, 0)
+    whole = run_stage(self_judge, config, 0)
     assert set(parsed.values()) == {1}
     stage.manifest_path.unlink()
     (stage.path / f"{stage.shard_names()[0]}.jsonl").unlink()
     parsed.clear()
-    again = self_judge.run(config, 0)
+    again = run_stage(self_judge, config, 0)
     assert set(parsed.values()) == {1}
     assert (again.outputs, again.details, again.dropped) == (whole.outputs, whole.details, whole.dropped)

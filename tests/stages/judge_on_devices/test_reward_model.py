@@ -27,6 +27,7 @@ from dno_jax.stages import checkpoints, pair, sample
 from dno_jax.stages.judge_on_devices import reward_model
 from tests.model.checkpoints import edit_config, edit_tensors
 from tests.pairs import read_pairs
+from tests.running import prepare, run_stage
 from tests.small import WORDS, write_checkpoint
 from tests.stages.conftest import deep_merge
 
@@ -87,9 +88,8 @@ def sampled(tmp_path_factory):
     def copy(config: RunConfig) -> RunDir:
         if not kept:
             fresh = config.model_copy(update={"run_dir": str(tmp_path_factory.mktemp("sampled") / "run")})
-            RunDir(fresh.run_dir).open(fresh)
-            checkpoints.import_initial(fresh)
-            sample.run(fresh, 0)
+            prepare(fresh)
+            run_stage(sample, fresh, 0)
             kept.append(fresh.run_dir)
         shutil.copytree(kept[0], config.run_dir)
         return RunDir(config.run_dir)
@@ -132,7 +132,7 @@ def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled,
     config = make()
     run_dir = sampled(config)
     reward_model.check(config)
-    manifest = reward_model.run(config, 0)
+    manifest = run_stage(reward_model, config, 0)
     texts = {rollout.rollout_id: rollout.text for rollout in run_dir.stage("sample", 0).read(Rollout)}
     prompts = PromptFile(run_dir.prompts_path(0))
     rows = judgements(run_dir)
@@ -161,7 +161,7 @@ def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled,
     assert np.std(theirs) > 0.1
     assert manifest.details["rewards"]["mean"] == pytest.approx(np.mean(ours))
     assert manifest.details["rewards"]["deviation"] == pytest.approx(np.std(ours))
-    pair.run(config, 0)
+    run_stage(pair, config, 0)
     for made in read_pairs(run_dir.stage("pair", 0)):
         kept = json.loads(next(row.raw for row in rows if row.prompt_id == made.prompt_id))
         assert kept[made.chosen_id] > kept[made.rejected_id]
@@ -183,7 +183,7 @@ def test_the_words_that_a_response_was_begun_with_are_read_too(make, checkpoint)
 def test_the_run_and_the_command_line_judge_on_the_devices(make, sampled, tmp_path):
     config = make()
     run_dir = sampled(config)
-    iteration.prepare(config)
+    prepare(config)
     iteration.sample_and_annotate(config, 0)
     before = files(run_dir)
     assert "reward model rm" in run_dir.stage("annotate", 0).require().inputs
@@ -197,9 +197,9 @@ def test_the_run_and_the_command_line_judge_on_the_devices(make, sampled, tmp_pa
 def test_a_killed_run_goes_on_after_its_closed_shards(make, sampled, monkeypatch):
     config = make()
     run_dir = sampled(config)
-    reward_model.run(config, 0)
+    run_stage(reward_model, config, 0)
     before, stage = files(run_dir), run_dir.stage("annotate", 0)
-    assert reward_model.run(config, 0) == stage.require()
+    assert run_stage(reward_model, config, 0) == stage.require()
     assert files(run_dir) == before
     assert set(before) == {"0000000.jsonl", "0000008.jsonl", "MANIFEST.json"}
 
@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_after_its_closed_shards(make, sampled, monkeypatch
         return real(self, params, pools)
 
     monkeypatch.setattr(reward_model.RewardModel, "judge", spy)
-    reward_model.run(config, 0)
+    run_stage(reward_model, config, 0)
     after = files(run_dir)
     assert len(read) == 4  # prompts of the second shard
     assert after["0000000.jsonl"] == before["0000000.jsonl"]
@@ -222,17 +222,17 @@ def test_a_killed_run_goes_on_after_its_closed_shards(make, sampled, monkeypatch
 def test_another_checkpoint_is_another_judge(make, sampled, copy):
     config = make(annotation={"reward_model": {"path": str(copy)}})
     run_dir = sampled(config)
-    first = reward_model.run(config, 0).details["judge"]
+    first = run_stage(reward_model, config, 0).details["judge"]
 
     def scale(tensors):
         tensors["score.weight"] *= 2
 
     edit_tensors(copy, scale)
     with pytest.raises(DnoError, match=r"made from other inputs .*reward model copy"):
-        reward_model.run(config, 0)
+        run_stage(reward_model, config, 0)
     before = [json.loads(row.raw) for row in judgements(run_dir)]
     run_dir.stage("annotate", 0).manifest_path.unlink()
-    second = reward_model.run(config, 0).details["judge"]
+    second = run_stage(reward_model, config, 0).details["judge"]
     assert first != second
     assert {row.judge for row in judgements(run_dir)} == {second}
     for row, old in zip(judgements(run_dir), before, strict=True):
@@ -246,7 +246,7 @@ def test_another_checkpoint_is_another_judge(make, sampled, copy):
 def test_a_chat_that_is_too_long_is_not_cut(make, sampled):
     config = make(annotation={"max_failed": 0.9, "reward_model": {"max_length": 24}})
     run_dir = sampled(config)
-    manifest = reward_model.run(config, 0)
+    manifest = run_stage(reward_model, config, 0)
     judge = reward_model.RewardModel.start(Runtime.start(config))
     longest = {}
     for pool in pools_of_run(run_dir):
@@ -302,7 +302,7 @@ def test_each_part_of_the_mesh_closes_shards_of_its_own(make, sampled):
         closed.append(stage.shard_names())
     assert closed == [["0000008"], ["0000000", "0000008"]]
     before = files(run_dir)
-    assert reward_model.run(config, 0).rows == 12  # nothing is left to do but the manifest
+    assert run_stage(reward_model, config, 0).rows == 12  # nothing is left to do but the manifest
     assert {name: found for name, found in files(run_dir).items() if name != "MANIFEST.json"} == before
 
 
@@ -369,7 +369,7 @@ def test_so_is_a_directory_that_is_no_reward_models(make, copy, small_folder):
         reward_model.check(config)
     policy = make(annotation={"reward_model": {"path": str(small_folder / "checkpoint")}})
     with pytest.raises(DnoError, match="num_labels is 2"):
-        iteration.prepare(policy)
+        prepare(policy)
 
 
 def test_chats_that_may_turn_out_too_long_are_said_before_they_are_sampled(make, capsys):
