@@ -16,6 +16,8 @@ import typer
 from typer.core import TyperGroup
 
 from dno_jax.cli.annotations import annotations
+from dno_jax.cli.game import game
+from dno_jax.cli.rehearsal import fake_judge
 
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
@@ -313,73 +315,8 @@ def inspect_template(config: Config, overrides: Overrides = None) -> None:
     stage.refuse(found.findings, place=settings.model.path)
 
 
-@app.command()
-def game(
-    game: Annotated[str, typer.Option(help="cycle, rps, random, bradley-terry or contextual")] = "cycle",
-    algorithms: Annotated[str | None, typer.Option(help="names of dno_jax.games, with commas between them")] = None,
-    iterations: Annotated[int, typer.Option(help="how many policies each one plays")] = 2000,
-    eta: Annotated[float | None, typer.Option(help="KL coefficient of all; each one's own by default")] = None,
-    tau: Annotated[float | None, typer.Option(help="regularisation of all that have one; by default their own")] = None,
-    start: Annotated[str | None, typer.Option(help="the first policy and reference, such as .5,.3,.2")] = None,
-    num_responses: Annotated[int | None, typer.Option(help="of random, bradley-terry and contextual")] = None,
-    strength: Annotated[float | None, typer.Option(help="of the preferences; 1 by default")] = None,
-    seed: Annotated[int, typer.Option(help="of a random game, and of samples")] = 0,
-    out: Annotated[Path | None, typer.Option(help="a plot of the gaps: .svg, .png or .pdf")] = None,
-    sampled: Annotated[bool, typer.Option("--sampled", help="play them from samples with the losses too")] = False,
-    pairs: Annotated[int, typer.Option(help="sampled: pairs for each iteration and prompt")] = 4096,
-    samples: Annotated[int, typer.Option(help="sampled: verdicts behind each win rate")] = 8,
-) -> None:
-    """Play algorithms on a game small enough to know its Nash policy: who gets there, and who goes in circles."""
-    from dno_jax.console import console, say
-    from dno_jax.report import game as report
-
-    P = report.build_game(game, num_responses=num_responses, strength=strength, seed=seed)
-    if out is not None:
-        report.check_plot_path(out)
-    played = report.play(
-        P,
-        algorithms=report.parse_algorithms(algorithms),
-        iterations=iterations,
-        eta=eta,
-        tau=tau,
-        start=report.parse_start(start, P, game=game),
-        samples=report.Samples(pairs, samples, seed) if sampled else None,
-    )
-    console.print(report.game_table(played, P))
-    for line in report.nash_lines(P):
-        say(line)
-    if out is not None:
-        report.save_plot(played, out, title=f"{game}, {P.shape[-1]} responses")
-        say(f"plot written to {out}")
-
-
-@app.command()
-def fake_judge(
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="such as prefers=longest delay=0.05 fraction=0.2", show_default=False)
-    ] = None,
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
-    show: Annotated[bool, typer.Option("--settings", help="say what can be set, and stop")] = False,
-) -> None:
-    """Serve a judge that prefers, errs and fails as it is told, to rehearse a run without paying one."""
-    import signal
-    import threading
-
-    from dno_jax.console import console
-    from dno_jax.fake_judge import FakeJudge, counts_table, read_settings, settings_table
-
-    behaviour = read_settings(settings or [])
-    if show:
-        console.print(settings_table(behaviour))
-        return
-    asked_to_stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: asked_to_stop.set())
-    with FakeJudge(behaviour, host=host, port=port, record=False) as server:
-        typer.echo(server.url)  # on standard output, for scripts
-        asked_to_stop.wait()
-    console.print(counts_table(server.counts))
+app.command()(game)
+app.command()(fake_judge)
 
 
 def _load(path: Path, overrides: list[str] | None) -> RunConfig:

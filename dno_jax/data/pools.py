@@ -7,19 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 from etils import epath
 
 from dno_jax.annotation.pool import Candidate, Pool
-from dno_jax.annotation.quality.figures import Quality, Response, scalars
-from dno_jax.annotation.quality.warnings import warnings
-from dno_jax.config import AnnotationSection
-from dno_jax.console import console
+from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
-from dno_jax.report.judge import quality_table
-from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import StageDir
 
 
@@ -136,18 +130,6 @@ class Survey:
             if judgement.state != "ok":
                 self.reasons[f"{judgement.state}: {judgement.detail}"] += 1
                 self.dropped[f"verdict {judgement.state}"] += 1
-
-
-def tell_quality(run_dir: RunDir, quality: Quality, section: AnnotationSection, *, iteration: int) -> dict[str, Any]:
-    """Say how good a judge is, leave its figures in the metrics, and return the manifest's details of it."""
-    figures = quality.figures()
-    found = warnings(figures, section.quality)
-    if section.judges or section.on_devices:  # what is embedded need not be watched
-        console.print(quality_table(figures, section.quality, iteration=iteration))
-        run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
-        row = {"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)}
-        run_dir.append_metrics(row | ({"warnings": found} if found else {}))
-    return {"quality": figures, "warnings": found}
 
 
 def by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:

@@ -23,12 +23,13 @@ from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, Reminder, say
-from dno_jax.data.pools import Pools, PoolShard, Survey, tell_quality
+from dno_jax.data.pools import Pools, PoolShard, Survey
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import Manifest, StageDir
+from dno_jax.stages.quality import tell_quality
 
 T = TypeVar("T")
 

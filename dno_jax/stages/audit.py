@@ -11,12 +11,12 @@ from etils import epath
 
 from dno_jax.config import RunConfig
 from dno_jax.console import say
-from dno_jax.data.rows import batches_by_length, frozen_logprobs
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import replicated, reshard
 from dno_jax.records import Rollout
 from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.scoring import batches_by_length, frozen_logprobs
 from dno_jax.training.batches import TrainingRow
 
 # Where sampling.audit_bound is not given. Rounding differs from token to token: the sums of n tokens part by about

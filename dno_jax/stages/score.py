@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Int
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pair_table import PairRows, PairTable
-from dno_jax.data.rows import batches_by_length, frozen_logprobs
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.parallel.sharding import owned_rows
 from dno_jax.records import ReferenceScore
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import Update, update_of
+from dno_jax.runtime.scoring import batches_by_length, frozen_logprobs
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
 from dno_jax.training.checkpoint import policy_fingerprint

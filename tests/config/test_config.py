@@ -85,8 +85,8 @@ def test_bad_fields_are_named(tmp_path, override, message):
         ("annotation.table={answers: [a, b], preferences: [[0.5, true], [false, 0.5]]}", "preferences"),
     ],
 )
-def test_truth_values_are_no_numbers(tmp_path, override, field):
-    with pytest.raises(DnoError, match=rf"{field}: .*(True|False) is a truth value; expected a number"):
+def test_booleans_are_no_numbers(tmp_path, override, field):
+    with pytest.raises(DnoError, match=rf"{field}: .*(True|False) is a boolean; expected a number"):
         load_config(RunConfig, write(tmp_path), [override])
 
 

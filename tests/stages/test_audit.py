@@ -13,11 +13,11 @@ from etils import epath
 from dno_jax import iteration
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.console import console
-from dno_jax.data import rows
 from dno_jax.errors import DnoError
 from dno_jax.records import ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime import sampler
+from dno_jax.runtime import scoring as rows
 from dno_jax.stages import audit, pair, sample, score, train
 from tests.pairs import read_pairs
 from tests.running import prepare, run_stage

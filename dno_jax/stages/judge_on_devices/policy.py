@@ -36,7 +36,7 @@ from dno_jax.sampling.requests import Finished, Request, Response, SamplingParam
 from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stage_dir import Manifest
-from dno_jax.stages.judge_on_devices.shards import CloseShard, judge_on_devices
+from dno_jax.stages.judge_on_devices.shards import CloseShard, DeviceJudge, judge_on_devices
 
 # Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
 _JUDGE_KEYS = 1 << 30
@@ -69,9 +69,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     judge = _Judge.start(runtime)
     inputs = runtime.policy_inputs(policy)
     identity = judge.identity(policy=inputs[f"policies/{policy.name}"])
-    return judge_on_devices(
-        runtime,
-        iteration,
+    own = DeviceJudge(
         identity=identity,
         inputs=inputs | {f"rubric {judge.rubric.name}": judge.rubric.digest},
         judge_shards=partial(_judge_shards, judge, policy, identity=identity),
@@ -81,6 +79,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
         remedy="would read the same: teach the policy to judge first (dno sft on examples of the rubric), start a run "
         "with another annotation.self_judge",
     )
+    return judge_on_devices(runtime, iteration, own)
 
 
 @dataclass(frozen=True)

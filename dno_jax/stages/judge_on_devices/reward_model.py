@@ -43,7 +43,7 @@ from dno_jax.runtime.fit import check_ids
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
 from dno_jax.stages.checkpoints import read_checkpoint
-from dno_jax.stages.judge_on_devices.shards import CloseShard, judge_on_devices
+from dno_jax.stages.judge_on_devices.shards import CloseShard, DeviceJudge, judge_on_devices
 from dno_jax.training.batches import length_bucket
 
 _FILES_AT_ONCE = 8
@@ -72,9 +72,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
         DnoError: more pools than `annotation.max_failed` allows have no verdict; or as `check`.
     """
     judge = RewardModel.start(runtime)
-    return judge_on_devices(
-        runtime,
-        iteration,
+    own = DeviceJudge(
         identity=judge.identity,
         inputs={f"reward model {judge.path.name}": judge.digest},
         judge_shards=partial(_judge_shards, judge),
@@ -84,6 +82,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
         remedy="would compute the same: start a run with a larger annotation.reward_model.max_length where chats are "
         "longer",
     )
+    return judge_on_devices(runtime, iteration, own)
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
-from dno_jax.data.pools import Pools, PoolShard, Survey, tell_quality
+from dno_jax.data.pools import Pools, PoolShard, Survey
 from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest, StageDir
+from dno_jax.stages.quality import tell_quality
 
 
 @runtime_checkable
@@ -36,26 +38,29 @@ class JudgeShards(Protocol):
     def __call__(self, pools: Pools, shards: Sequence[str], *, close: CloseShard) -> None: ...
 
 
-def judge_on_devices(
-    runtime: Runtime[RunConfig],
-    iteration: int,
-    *,
-    identity: str,
-    inputs: Mapping[str, str],
-    judge_shards: JudgeShards,
-    counts: Callable[[Iterable[Judgement]], Counter[str]],
-    figures: Callable[[Counter[str]], Mapping[str, Any]],
-    who: str,
-    remedy: str,
-) -> Manifest:
-    """Judge iteration t's rollouts; closed shards are not judged again.
+@dataclass(frozen=True)
+class DeviceJudge:
+    """One judge of this kind.
 
-    Args:
+    Attributes:
         identity: everything that changes a verdict; what another judge closed is judged anew.
         inputs: what the manifest names beside the samples.
         counts: what to add up of a shard's judgements.
         figures: the manifest's details beside the states, of the sums of `counts`.
         who, remedy: complete "pools have no verdict of ..." and "Another call ...", which is said of too many failures.
+    """
+
+    identity: str
+    inputs: Mapping[str, str]
+    judge_shards: JudgeShards
+    counts: Callable[[Iterable[Judgement]], Counter[str]]
+    figures: Callable[[Counter[str]], Mapping[str, Any]]
+    who: str
+    remedy: str
+
+
+def judge_on_devices(runtime: Runtime[RunConfig], iteration: int, judge: DeviceJudge) -> Manifest:
+    """Judge iteration t's rollouts; closed shards are not judged again.
 
     Raises:
         DnoError: more pools than `annotation.max_failed` allows have no verdict.
@@ -65,7 +70,7 @@ def judge_on_devices(
     stage, sampled = run_dir.stage("annotate", iteration), run_dir.stage("sample", iteration)
     # The manifest's: every process must see the same ones.
     shards = sorted(sampled.require().outputs)
-    inputs = {**stage.input_digest(sampled.manifest_path), **inputs}
+    inputs = {**stage.input_digest(sampled.manifest_path), **judge.inputs}
     if manifest := stage.finished(runtime.config, inputs):
         return manifest
     if is_primary():
@@ -76,15 +81,15 @@ def judge_on_devices(
 
     def add(name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
         found.add(name, shard, judgements)
-        sums[name] = counts(judgements)
+        sums[name] = judge.counts(judgements)
 
     def close(name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
         if runtime.submesh.leads:  # all processes of a part of the mesh have the same judgements
             stage.write_shard(name, judgements)
         add(name, shard, judgements)
 
-    if pending := _unfinished(stage, shards, identity=identity, pools=pools, add=add):
-        judge_shards(pools, pending, close=close)
+    if pending := _unfinished(stage, shards, identity=judge.identity, pools=pools, add=add):
+        judge.judge_shards(pools, pending, close=close)
         barrier(f"judged {stage.path}")
     for name in shards:
         if name not in found.shards:  # another process judged it, or found it closed
@@ -99,8 +104,8 @@ def judge_on_devices(
         str(stage.path),
         found.reasons,
         total=states.total(),
-        missing=f"pools have no verdict of {who}",
-        remedy=f"Another call {remedy}, or raise annotation.max_failed to go on without these pools",
+        missing=f"pools have no verdict of {judge.who}",
+        remedy=f"Another call {judge.remedy}, or raise annotation.max_failed to go on without these pools",
         max_failed=runtime.config.annotation.max_failed,
     )
     if is_primary():
@@ -114,10 +119,10 @@ def judge_on_devices(
             dropped=found.dropped,
             seconds=time.perf_counter() - start,
             details={
-                "judge": identity,
+                "judge": judge.identity,
                 "states": dict(states),
                 **tell_quality(run_dir, found.quality, runtime.config.annotation, iteration=iteration),
-                **figures(total),
+                **judge.figures(total),
             },
         )
     wait_until(stage.manifest_path.exists)
