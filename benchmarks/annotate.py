@@ -133,8 +133,10 @@ def stage_alone(folder: Path, options: argparse.Namespace) -> None:
 
 def overlap(folder: Path, options: argparse.Namespace) -> None:
     """A judge whose answers take half of what sampling takes: then both together are nearly free."""
-    from dno_jax.iteration import prepare, sample_and_annotate
+    from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sample
+    from dno_jax.stages.overlap import sample_and_annotate
+    from dno_jax.stages.preflight import prepared
 
     def config_of(name: str, **openai: Any) -> RunConfig:
         config = load_config(RunConfig, options.config, options.set)
@@ -151,26 +153,28 @@ def overlap(folder: Path, options: argparse.Namespace) -> None:
 
     nobody = "http://127.0.0.1:9/v1"
     warm = config_of("warm", base_url=nobody)
-    prepare(warm)
-    sample.run(warm, 0)  # compiles
+    with prepared(Runtime.start(warm)):
+        sample.run(Runtime.start(warm), 0)  # compiles
     for repeat in range(options.repeats):
         alone = config_of(f"alone-{repeat}", base_url=nobody)
-        prepare(alone)
-        start = time.perf_counter()
-        rows = sample.run(alone, 0).rows
+        runtime = Runtime.start(alone)
+        with prepared(runtime):
+            start = time.perf_counter()
+            rows = sample.run(runtime, 0).rows
         sampling = time.perf_counter() - start
         pools = len(by_prompt(list(RunDir(alone.run_dir).stage("sample", 0).read(Rollout))))
         latency = 0.5 * sampling * options.in_flight / pools
         with fake_judge(f"delay={latency:.4f}") as url:
             judged = config_of(f"alone-{repeat}", base_url=url, max_concurrency=options.in_flight)
             start = time.perf_counter()
-            annotate.run(judged, 0)
+            annotate.run(judged, RunDir(judged.run_dir), 0)
             annotating = time.perf_counter() - start
             both = config_of(f"both-{repeat}", base_url=url, max_concurrency=options.in_flight)
-            prepare(both)
-            start = time.perf_counter()
-            sample_and_annotate(both, 0)
-            together = time.perf_counter() - start
+            runtime = Runtime.start(both)
+            with prepared(runtime):
+                start = time.perf_counter()
+                sample_and_annotate(runtime, 0)
+                together = time.perf_counter() - start
         report(
             "annotate overlap",
             rollouts=rows,
@@ -211,8 +215,9 @@ def _together_on_a_clock(folder: Path, options: argparse.Namespace, *, url: str)
     """Seconds of sampling and annotating side by side, where sampling is waiting for the time of the next shard."""
     from unittest import mock
 
-    from dno_jax.iteration import sample_and_annotate
+    from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sample
+    from dno_jax.stages.overlap import sample_and_annotate
 
     config = to_sample(folder, options, url=url)
     shards = list(shards_of(options))
@@ -224,9 +229,10 @@ def _together_on_a_clock(folder: Path, options: argparse.Namespace, *, url: str)
             stage.write_shard(name, rollouts)
         stage.finish(config, inputs={}, rows=options.pools * options.candidates, seconds=0.0)
 
+    runtime = Runtime.start(config)
     with mock.patch.object(sample, "run", on_a_clock):
         start = time.perf_counter()
-        sample_and_annotate(config, 0)
+        sample_and_annotate(runtime, 0)
         return time.perf_counter() - start
 
 

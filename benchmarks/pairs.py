@@ -24,7 +24,8 @@ import pyarrow as pa
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.data.pairs import NEW, REPLAYED, SCHEMA, write_pairs
 from dno_jax.records import ReferenceScore
-from dno_jax.run_dir import RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import StageDir
 from dno_jax.training.batches import batch_order
 
 _TABLE = 2048  # rows made at once

@@ -52,3 +52,22 @@ def forget_programs():
     """Let go of a file's compiled programs: each takes memory maps, of which a process has some 65,000."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+@pytest.fixture
+def make_config(small_folder: Path, tmp_path: Path):
+    """A small configuration with a fresh run directory, changed by nested dicts."""
+    from dno_jax.config import RunConfig, parse_config
+    from tests.configured import deep_merge
+    from tests.small import small_tree
+
+    def make(**changes) -> RunConfig:
+        tree = deep_merge(small_tree(small_folder), {"run_dir": str(tmp_path / "run"), **changes})
+        return parse_config(RunConfig, tree, place="test")
+
+    return make

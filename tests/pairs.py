@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dno_jax.data.pairs import NEW, REPLAYED, PairFile
 from dno_jax.records import Pair
-from dno_jax.run_dir import RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import StageDir
 
 
 def read_rows(stage: StageDir, *names: str) -> list[dict]:

@@ -9,7 +9,7 @@ from dno_jax.config import RunConfig
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
-from dno_jax.stages import annotate, checkpoints, pair, preflight, teach
+from dno_jax.stages import annotate, checkpoints, overlap, pair, preflight, teach
 
 _HOST = (annotate, pair, teach)
 
@@ -28,6 +28,10 @@ def run_stage(stage: Any, config: RunConfig, t: int, **options: Any) -> Manifest
 
 def run_iteration(config: RunConfig, t: int) -> None:
     iteration.run_iteration(Runtime.start(config), t)
+
+
+def sample_and_annotate(config: RunConfig, t: int) -> None:
+    overlap.sample_and_annotate(Runtime.start(config), t)
 
 
 def export(config: RunConfig, **options: Any) -> None:

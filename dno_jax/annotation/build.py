@@ -58,7 +58,7 @@ def open_client(section: AnnotationSection, *, store_path: str | os.PathLike[str
         who = "teacher" if chat is section.teacher else "judge"
         clients[chat] = EndpointClient(chat, who=f"the {who} {chat.model!r}", place=place)
     own = os.fspath(store_path)
-    store = VerdictStore(section.store or own, reserve=True)
+    store = VerdictStore(section.store or own)
     return JudgeClient(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from dno_jax.config.base import Section, Stage
@@ -81,10 +80,5 @@ def _values(
     elif isinstance(value, tuple) and any(isinstance(item, Section) for item in value):
         for number, item in enumerate(value):
             yield from _leaves(item, prefix=f"{name}.{number}.", inherited=stages)
-    elif kind == "decides":
-        yield name, value, stages or ()
-    elif kind == "contents" and isinstance(value, str) and (file := Path(value)).suffix in (".yaml", ".yml"):
-        # A rubric: small enough to be read here, and no input of a stage's own.
-        yield name, hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else value, stages or ()
-    elif kind == "contents" and isinstance(value, str) and not set(value) & set("/."):  # a built-in name, not a path
+    elif kind == "decides" or (kind == "contents" and isinstance(value, str) and not set(value) & set("/.")):
         yield name, value, stages or ()

@@ -11,7 +11,8 @@ import yaml
 
 from dno_jax.cli import main as cli
 from dno_jax.model import hf
-from dno_jax.run_dir import STAGES, RunDir, stage_names
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import STAGES, stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.small import WORDS, small_tree
 

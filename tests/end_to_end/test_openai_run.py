@@ -12,9 +12,9 @@ from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
+from tests.configured import deep_merge
 from tests.pairs import read_pairs
 from tests.small import small_tree, write_prompts
-from tests.stages.conftest import deep_merge
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import annotate, overlap
-from tests.running import run_stage
+from tests.running import run_stage, sample_and_annotate
 from tests.stages.judged import judged_tree, sampled_run
 
 LIST_WISE = {"pairing": {"reward": "score"}}
@@ -48,7 +48,7 @@ def test_a_refused_key_stops_before_anything_is_sampled(tmp_path, play):
         config = sampled_run(tmp_path, server.url, prompts=4, **LIST_WISE)
         play(config, sampled.append)
         with pytest.raises(DnoError, match="HTTP 401"):
-            iteration.sample_and_annotate(config, 0)
+            sample_and_annotate(config, 0)
     assert not sampled
 
 
@@ -73,7 +73,7 @@ def test_what_stops_the_judge_is_said_at_once_and_stops_sampling(tmp_path, play,
         play(config, sampler)
         monkeypatch.setattr(annotate, "run", refused)
         with pytest.raises(DnoError, match="HTTP 401"):
-            iteration.sample_and_annotate(config, 0)
+            sample_and_annotate(config, 0)
 
 
 def test_a_judge_that_comes_back_while_there_is_sampling_is_asked_again(tmp_path, play, monkeypatch, capfd):
@@ -94,7 +94,7 @@ def test_a_judge_that_comes_back_while_there_is_sampling_is_asked_again(tmp_path
         play(config, sampler)
         monkeypatch.setattr(iteration, "_OUTAGE_SECONDS", 0.01)
         monkeypatch.setattr(annotate, "run", down_at_first)
-        iteration.sample_and_annotate(config, 0)
+        sample_and_annotate(config, 0)
     assert len(calls) == 2
     assert "the judge is down; sampling goes on" in capfd.readouterr().err
 
@@ -111,7 +111,7 @@ def test_an_interrupt_buys_no_more_and_keeps_what_was_in_flight(tmp_path, play):
 
         play(config, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            iteration.sample_and_annotate(config, 0)
+            sample_and_annotate(config, 0)
         assert 0 < server.requests < 10
         sampled = RunDir(config.run_dir).stage("sample", 0)
         sampled.finish(config, inputs={}, rows=80, seconds=0.0)

@@ -4,10 +4,10 @@ from collections import Counter
 
 import pytest
 
-from dno_jax.run_dir import RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import StageDir
 from dno_jax.stages import annotate, evaluate, pair, sample, score, train
 from tests.running import prepare, run_stage
-from tests.stages.conftest import deep_merge, make_config, small_folder  # noqa: F401  # fixtures
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def parsed(monkeypatch):
     return found
 
 
-def test_a_stage_parses_each_shard_once_at_most(make_config, parsed):  # noqa: F811
+def test_a_stage_parses_each_shard_once_at_most(make_config, parsed):
     config = make_config(iterations=2)
     prepare(config)
     for t in range(2):
@@ -37,7 +37,7 @@ def test_a_stage_parses_each_shard_once_at_most(make_config, parsed):  # noqa: F
                 assert not [name for name in parsed if "rollouts" in name]
 
 
-def test_what_an_earlier_call_judged_is_parsed_once_too(make_config, parsed):  # noqa: F811
+def test_what_an_earlier_call_judged_is_parsed_once_too(make_config, parsed):
     config = make_config(iterations=1)
     run_dir = RunDir(config.run_dir)
     prepare(config)

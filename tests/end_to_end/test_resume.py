@@ -13,7 +13,8 @@ import yaml
 
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement, ReferenceScore, Rollout
-from dno_jax.run_dir import RunDir, stage_names
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.pairs import read_rows
 from tests.small import small_tree

@@ -14,13 +14,14 @@ from dno_jax.data.pair_table import PairTable
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
-from dno_jax.run_dir import RunDir, stage_names
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 from dno_jax.stages import pair, sample, score, train
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.configured import deep_merge
 from tests.pairs import read_pairs
-from tests.running import export, prepare, run_iteration, run_stage
+from tests.running import export, prepare, run_iteration, run_stage, sample_and_annotate
 from tests.small import small_tree
-from tests.stages.conftest import deep_merge
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_missing_reference_scores_are_never_zeros(finished):
 def test_step_zero_refuses_a_foreign_reference(make_config):
     config = make_config(iterations=1)
     prepare(config)
-    iteration.sample_and_annotate(config, 0)
+    sample_and_annotate(config, 0)
     run_stage(pair, config, 0)
     manifest = run_stage(score, config, 0)
     stage = RunDir(config.run_dir).stage("score", 0)

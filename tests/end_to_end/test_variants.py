@@ -20,14 +20,15 @@ from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
 from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.report.summary import stage_statuses, status_table
-from dno_jax.run_dir import RunDir, stage_names
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
+from dno_jax.stage_dir import stage_names
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.training.batches import batch_order
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.configured import deep_merge
 from tests.pairs import in_order_of_id, read_pairs
 from tests.small import WORDS, small_tree
-from tests.stages.conftest import deep_merge
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPE = "mistral_7b_ultrafeedback.yaml"

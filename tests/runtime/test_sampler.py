@@ -16,9 +16,10 @@ from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import AXES, make_mesh, own_submesh, submeshes_of
 from dno_jax.records import Judgement, Rollout
-from dno_jax.run_dir import RunDir, StageDir
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime import sampler, slots
 from dno_jax.runtime.runtime import Runtime
+from dno_jax.stage_dir import StageDir
 from dno_jax.stages import annotate, pair, sample
 from tests.pairs import read_pairs
 from tests.running import prepare, run_iteration, run_stage
@@ -129,7 +130,7 @@ def test_a_server_gives_the_same_records(make_config, dialect):
         served = make_config(sampling={"engine": "openai", "server": section})
         manifest, found = drawn(served)
         asked = len(server.sampled)
-        assert sample.run(served, 0) == manifest
+        assert run_stage(sample, served, 0) == manifest
         assert len(server.sampled) == asked  # nothing is asked for twice
     own = [row for row in found.values() if row.source == "policy"]
     assert len(own) == 6 * 4  # 12 prompts in two iterations, K = 4
@@ -261,10 +262,10 @@ def test_refused_prompts_of_closed_shards_count(make_config):
         assert sum(not stage.read_shard(Rollout, name) for name in stage.shard_names()) == 1
         asked = len(server.sampled)
         with pytest.raises(DnoError, match=r"no usable response to 1 of 6 prompts.*max_refused=0\.1 allows; raise it"):
-            sample.run(asking(make_config, server, max_refused=0.1), 0)
+            run_stage(sample, asking(make_config, server, max_refused=0.1), 0)
         assert len(server.sampled) == asked
         with pytest.raises(DnoError, match=r"no usable response to 2 of 6 prompts.*'refused: content filter': 4"):
-            sample.run(asking(make_config, server, max_refused=0.2), 0)
+            run_stage(sample, asking(make_config, server, max_refused=0.2), 0)
         assert run_stage(sample, config, 0).dropped["no usable response from the server"] == 2
 
 

@@ -11,7 +11,7 @@ from dno_jax.config import RunConfig, parse_config
 from dno_jax.files import write_atomically
 from dno_jax.records import Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
-from tests.stages.conftest import deep_merge
+from tests.configured import deep_merge
 
 SHARD = 4
 

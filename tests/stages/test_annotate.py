@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from dno_jax.annotation.embedded import OracleAnnotator
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.records import Judgement, Message, Prompt, Rollout
@@ -189,17 +190,14 @@ def test_a_second_call_judges_nothing_again(sampled, monkeypatch):
     assert run_stage(annotate, config, 0) == first
 
 
-def test_one_iteration_has_one_judge(sampled):
+def test_one_iteration_has_one_judge(sampled, monkeypatch):
     """A rubric that was edited between two calls: shards of the old one are judged anew, those of the new one stay."""
     config, run_dir = sampled
     source, stage = run_dir.stage("sample", 0), run_dir.stage("annotate", 0)
     source.write_shard("0000000", rows("p0", 0))
     judge_one_shard(config, run_dir)
     (before,) = {row.judge for row in stage.read(Judgement)}
-    oracle = config.annotation.oracle
-    edited = oracle.model_copy(update={"target_words": oracle.target_words + 1})
-    annotation = config.annotation.model_copy(update={"oracle": edited})
-    config = config.model_copy(update={"annotation": annotation})
+    monkeypatch.setattr(OracleAnnotator, "identity", property(lambda self: "an edited rubric"))
     source.write_shard("0000001", rows("p1", 3))
     source.finish(config, inputs={}, rows=8, seconds=0.0)
     manifest = run_stage(annotate, config, 0)
@@ -210,10 +208,8 @@ def test_one_iteration_has_one_judge(sampled):
 
 def test_another_judge_than_the_last_iterations_is_told(sampled, capsys):
     """A rubric's file may have been edited: the configuration only names it."""
-    _, run_dir = sampled
-    run_dir.stage("annotate", 0).finish(
-        config_digest="c", inputs={}, rows=0, seconds=0.0, details={"judge": "rubric=#1"}
-    )
+    config, run_dir = sampled
+    run_dir.stage("annotate", 0).finish(config, inputs={}, rows=0, seconds=0.0, details={"judge": "rubric=#1"})
     annotate._tell_another_judge(run_dir, 1, identity="rubric=#1")
     annotate._tell_another_judge(run_dir, 0, identity="rubric=#2")
     assert not capsys.readouterr().err

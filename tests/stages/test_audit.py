@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from dno_jax import iteration
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.console import console
 from dno_jax.errors import DnoError
@@ -19,10 +18,10 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime import sampler
 from dno_jax.runtime import scoring as rows
 from dno_jax.stages import audit, pair, sample, score, train
+from tests.configured import deep_merge
 from tests.pairs import read_pairs
-from tests.running import prepare, run_stage
+from tests.running import prepare, run_stage, sample_and_annotate
 from tests.small import small_tree, write_prompts
-from tests.stages.conftest import deep_merge
 
 # Truncated and sharpened: what is recorded is of temperature 1 and the whole vocabulary all the same.
 SAMPLING = {"temperature": 0.8, "top_p": 0.9, "audit_prompts": 2, "as_reference": True}
@@ -50,7 +49,7 @@ def copy_of(config, path, *, without=()):
 
 
 def paired(config, t=0):
-    iteration.sample_and_annotate(config, t)
+    sample_and_annotate(config, t)
     run_stage(pair, config, t)
 
 
@@ -166,7 +165,7 @@ def test_a_wrong_logprob_stops_the_run_and_a_rerun_only_audits(plain, tmp_path, 
     assert set(stage.shard_names()) == set(good)
 
     wide = changed(config, sampling={"audit_bound": 1.0, "as_reference": False})
-    assert sample.run(wide, 0).details["audit"]["error"] == pytest.approx(0.5 / math.sqrt(tokens), abs=1e-4)
+    assert run_stage(sample, wide, 0).details["audit"]["error"] == pytest.approx(0.5 / math.sqrt(tokens), abs=1e-4)
     # Within a bound so wide, and still no reference: training's first step would stop.
     with pytest.raises(DnoError, match=r"as_reference cannot hold: .* differ by 0\.5\d* nats .* at most 0\.01"):
         score.reference_identity(*runtime_and_update(changed(wide, sampling={"as_reference": True})))
@@ -210,8 +209,8 @@ def test_the_samplers_record_is_the_reference_and_nothing_is_scored(plain, tmp_p
 
     scoring = changed(config, sampling={"as_reference": False})
     with pytest.raises(DnoError, match="reference scores of another source; remove the folder to score again"):
-        train.run(scoring, 0)
-    other = score.run(scoring, 0)
+        run_stage(train, scoring, 0)
+    other = run_stage(score, scoring, 0)
     assert steps
     assert (other.details["source"], other.details["sampled"]) == ("scored", 0)
     assert all(name.isdecimal() for name in run_dir.stage("score", 0).shard_names())
@@ -230,7 +229,7 @@ def test_the_samplers_record_is_the_reference_and_nothing_is_scored(plain, tmp_p
 def test_an_interrupted_pass_of_the_other_kind_is_not_mixed_in(plain, tmp_path, steps):
     config, run_dir = copy_of(plain[0], tmp_path / "run")
     scoring, stage = changed(config, sampling={"as_reference": False}), run_dir.stage("score", 0)
-    score.run(scoring, 0)
+    run_stage(score, scoring, 0)
     stage.manifest_path.unlink()
     done = len(steps)
     manifest = run_stage(score, config, 0)
@@ -246,9 +245,9 @@ def test_training_begins_at_log_two_and_keeps_what_it_has_read(trained, steps):
     assert first["max_abs_log_ratio"] < 1e-3
     before = run_dir.stage("score", 0).require()
     scoring = changed(config, sampling={"as_reference": False})
-    assert score.run(scoring, 0) == before
+    assert run_stage(score, scoring, 0) == before
     assert not steps
-    assert train.run(scoring, 0) == run_dir.stage("train", 0).require()
+    assert run_stage(train, scoring, 0) == run_dir.stage("train", 0).require()
 
 
 def test_replayed_pairs_are_scored_under_the_policy_that_is_the_reference_now(trained, steps):
@@ -264,7 +263,7 @@ def test_replayed_pairs_are_scored_under_the_policy_that_is_the_reference_now(tr
     assert manifest.details["sampled"] == len(pairs) - len(replayed)
     taken, old = scores_of(run_dir, 1), rollouts_of(run_dir, 0)
     assert any(abs(taken[name].chosen_logprob - old[pairs[name].chosen_id].logprob) > 0.01 for name in replayed)
-    score.run(changed(config, sampling={"as_reference": False}), 1)
+    run_stage(score, changed(config, sampling={"as_reference": False}), 1)
     for name, row in scores_of(run_dir, 1).items():
         assert row.chosen_logprob == pytest.approx(taken[name].chosen_logprob, abs=1e-4)
         assert row.rejected_logprob == pytest.approx(taken[name].rejected_logprob, abs=1e-4)

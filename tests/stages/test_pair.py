@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dno_jax.config import RunConfig, config_digest, parse_config
+from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.files import write_lines_atomically
 from dno_jax.records import Judgement, Message, Prompt, Rollout
@@ -399,12 +399,12 @@ def keep_prompts(run_dir, names, iteration=0):
 
 def finish(config, rollouts, judgements, iteration=0):
     """Leave a sample and an annotate stage as those stages would."""
-    run_dir, digest = RunDir(config.run_dir), config_digest(config)
+    run_dir = RunDir(config.run_dir)
     keep_prompts(run_dir, {row.prompt_id for row in rollouts}, iteration)
     for name, rows in (("sample", rollouts), ("annotate", judgements)):
         stage = run_dir.stage(name, iteration)
         stage.write_shard("0000000", rows)
-        stage.finish(config_digest=digest, inputs={}, rows=len(rows), seconds=0.0)
+        stage.finish(config, inputs={}, rows=len(rows), seconds=0.0)
 
 
 def test_pairs_do_not_depend_on_how_shards_were_cut(tmp_path):
@@ -426,7 +426,7 @@ def test_pairs_do_not_depend_on_how_shards_were_cut(tmp_path):
                     row for prompt in prompts for row in (texts[prompt] if name == "sample" else [verdicts[prompt]])
                 ]
                 stage.write_shard(f"{number:07d}", rows)
-            stage.finish(config_digest=config_digest(config), inputs={}, rows=0, seconds=0.0)
+            stage.finish(config, inputs={}, rows=0, seconds=0.0)
         details = run_stage(pair, config, 0).details
         found.append((read_pairs(run_dir.stage("pair", 0)), details))
     assert len({row.prompt_id for row in found[0][0]}) == 4

@@ -11,7 +11,8 @@ from dno_jax.data.prompts import split_prompts
 from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import TaughtResponse
-from dno_jax.run_dir import RunDir, stage_names
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 from dno_jax.stages import teach
 from tests.running import run_stage
 from tests.stages.judged import judged_tree, paid
@@ -106,7 +107,7 @@ def test_a_tolerated_share_of_failures_goes_on_without_gold(tmp_path, monkeypatc
     with FakeJudge(fraction=0.3, faults=("500",)) as server:
         config = taught(tmp_path, server.url, max_tries=1)
         annotation = config.annotation.model_copy(update={"max_failed": 0.9})
-        manifest = teach.run(config.model_copy(update={"annotation": annotation}), 0)
+        manifest = run_stage(teach, config.model_copy(update={"annotation": annotation}), 0)
     lost = manifest.dropped["gold response failed"]
     assert 0 < lost < 18
     assert sum(gold is None for gold in gold_of(config).values()) == lost
@@ -120,7 +121,7 @@ def test_refusals_in_words_are_no_gold_and_are_asked_once_a_call(tmp_path, monke
     with FakeJudge(fraction=0.3, faults=("500", "refusal")) as server:
         config = taught(tmp_path, server.url, max_tries=1)
         annotation = config.annotation.model_copy(update={"max_failed": 0.9})
-        manifest = teach.run(config.model_copy(update={"annotation": annotation}), 0)
+        manifest = run_stage(teach, config.model_copy(update={"annotation": annotation}), 0)
         assert server.counts.answered.total() <= 18  # a second pass asks nobody again
     assert manifest.dropped["gold response refused"] + manifest.dropped["gold response failed"] == 18
     assert not any(gold_of(config)[f"p{i:02d}"] for i in range(20) if i != 3)

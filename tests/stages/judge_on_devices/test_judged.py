@@ -28,7 +28,7 @@ from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
 from tests.pairs import read_pairs
-from tests.running import run_stage
+from tests.running import run_stage, sample_and_annotate
 from tests.stages.judged import judged_tree, paid, sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
@@ -174,7 +174,7 @@ def test_the_run_stops_before_the_call_that_would_pass_the_limit_and_goes_on_whe
         assert receipt["models"]["judge"]["requests"] == bought + server.counts.forms["probe"]
         assert receipt["models"]["judge"]["tokens_out"] == server.counts.completion_tokens  # the probes' among them
         assert RunDir(config.run_dir).stage("annotate", 0).manifest() is None
-        manifest = annotate.run(with_annotation(config, max_usd=1000.0), 0)
+        manifest = run_stage(annotate, with_annotation(config, max_usd=1000.0), 0)
         assert manifest.details["states"] == {"ok": 16}
         assert (server.requests, server.duplicates) == (16, 0)
 
@@ -248,7 +248,7 @@ def test_receipts_hold_every_store_that_was_paid_through(tmp_path):
         RunDir(config.run_dir).stage("annotate", 0).manifest_path.unlink()
         for shard in RunDir(config.run_dir).stage("annotate", 0).path.glob("*.jsonl"):
             shard.unlink()
-        annotate.run(elsewhere, 0)
+        run_stage(annotate, elsewhere, 0)
     found = json.loads(RunDir(config.run_dir).receipts_path.read_text())
     stores = {receipt["path"]: receipt for receipt in found["stores"].values()}
     assert stores.keys() == {str(tmp_path / "run" / "annotations.sqlite"), other["store"]}
@@ -265,7 +265,7 @@ def test_a_run_directory_that_is_moved_has_paid_once(tmp_path):
         (tmp_path / "run").rename(tmp_path / "moved")
         stage = RunDir(str(tmp_path / "moved")).stage("annotate", 0)
         stage.manifest_path.unlink()
-        annotate.run(config.model_copy(update={"run_dir": str(tmp_path / "moved")}), 0)
+        run_stage(annotate, config.model_copy(update={"run_dir": str(tmp_path / "moved")}), 0)
         assert (server.requests, server.duplicates) == (4, 0)
     after = json.loads(RunDir(str(tmp_path / "moved")).receipts_path.read_text())
     assert after["usd"] == before["usd"] > 0.0
@@ -306,7 +306,7 @@ def test_a_batch_under_way_is_not_bought_again_live(tmp_path, monkeypatch):
         assert not RunDir(config.run_dir).stage("annotate", 0).shard_names()
         # as little money as there may be, and no batches any more: what was sent is owed, and comes
         live = config.annotation.openai.model_copy(update={"batch": False})
-        manifest = annotate.run(with_annotation(config, openai=live, max_usd=0.5), 0)
+        manifest = run_stage(annotate, with_annotation(config, openai=live, max_usd=0.5), 0)
         assert manifest.details["states"] == {"ok": 12}
         assert (server.counts.batch_lines, server.duplicates, server.requests) == (12, 0, 12)
     receipt = paid(config)["models"]["judge"]
@@ -443,7 +443,7 @@ def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):
             stage.finish(config, inputs={}, rows=64, seconds=0.0)
 
         monkeypatch.setattr(iteration.sample, "run", sample_slowly)
-        iteration.sample_and_annotate(config, 0)
+        sample_and_annotate(config, 0)
     assert asked == [4, 8, 12, 16]
     assert RunDir(config.run_dir).stage("annotate", 0).require().details["states"] == {"ok": 16}
 

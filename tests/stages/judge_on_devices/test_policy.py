@@ -20,12 +20,13 @@ from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
 from dno_jax.records import Judgement, Message, Rollout
-from dno_jax.run_dir import RunDir, StageDir
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import StageDir
 from dno_jax.stages import pair, sample, sft
 from dno_jax.stages.judge_on_devices import policy as self_judge
+from tests.configured import deep_merge
 from tests.pairs import read_pairs
 from tests.running import prepare, run_stage
-from tests.stages.conftest import deep_merge
 
 TOPICS = [f"{a}{b}{c}" for a in "bd" for b in "aeo" for c in "mn"]
 WORDS = [f"{a}{b}{c}" for a in "fg" for b in "aeo" for c in "mn"]

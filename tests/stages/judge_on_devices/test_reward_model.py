@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dno_jax import iteration
 from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.cli.main import app
 from dno_jax.config import MeshSection, RunConfig, dump_config, parse_config
@@ -25,11 +24,11 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import checkpoints, pair, sample
 from dno_jax.stages.judge_on_devices import reward_model
+from tests.configured import deep_merge
 from tests.model.checkpoints import edit_config, edit_tensors
 from tests.pairs import read_pairs
-from tests.running import prepare, run_stage
+from tests.running import prepare, run_stage, sample_and_annotate
 from tests.small import WORDS, write_checkpoint
-from tests.stages.conftest import deep_merge
 
 # Rewards are of order one and pass through two layers of float32, whose unit there is 1.2e-7: some forty of them.
 TOLERANCE = 5e-6
@@ -184,7 +183,7 @@ def test_the_run_and_the_command_line_judge_on_the_devices(make, sampled, tmp_pa
     config = make()
     run_dir = sampled(config)
     prepare(config)
-    iteration.sample_and_annotate(config, 0)
+    sample_and_annotate(config, 0)
     before = files(run_dir)
     assert "reward model rm" in run_dir.stage("annotate", 0).require().inputs
     (tmp_path / "config.yaml").write_text(dump_config(config))
