@@ -2,18 +2,23 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Two processes, a file at a time: its fixtures and programs are made once. The order is that of tests/conftest.py.
+WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test soak lint install install-test clean
+.PHONY: demo test test-fast soak lint install install-test clean
 
 demo: install  ## the whole loop on 2 CPU cores in minutes: no network, no account
 	$(BIN)/dno run configs/demo.yaml
 
 test: install-test  ## what CI runs
-	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not soak" $(WORKERS) $(PYTEST_ARGS)
+
+test-fast: install-test  ## what needs no compiled program, in under 3 minutes
+	$(BIN)/python -m pytest -m "not soak and not compiles" $(WORKERS) $(PYTEST_ARGS)
 
 soak: install-test  ## long runs and many kills
-	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: install-test
 	$(PIP) install -q -e ".[dev]"

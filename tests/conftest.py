@@ -8,6 +8,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")  # files compile the same small programs
+# Nearly all the time of the suite goes into LLVM, for programs that run once. XLA's own passes (partitioning, fusion,
+# buffers) stay as they are; `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` and `make soak` optimise machine code too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # Servers of tests are on this machine, and no proxy knows of them.
 for _name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
@@ -27,8 +30,26 @@ install_import_hook("dno_jax", "beartype.beartype")
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+# What needs programs of XLA is marked `compiles`: whole rooms, but for what is on the host side alone.
+COMPILING = ("end_to_end", "evaluation", "losses", "model", "parallel", "plan", "runtime", "sampling", "stages")
+COMPILING += ("training", "test_logprobs.py", "games/test_sampled_games.py", "annotation/test_embedded.py")
+HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py", "sampling/test_stops.py")
+HOST_SIDE += ("training/test_batches.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what compiles, and let it come first: what is quick then fills up the workers at the end."""
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        names = {str(path), *map(str, path.parents)}
+        if names.intersection(COMPILING) and not names.intersection(HOST_SIDE):
+            item.add_marker("compiles")
+    items.sort(key=lambda item: item.get_closest_marker("compiles") is None)
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +62,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests leave the user's cache alone but share one among themselves and their child processes."""
-    folder = os.environ.get("DNO_TEST_CACHE") or str(tmp_path_factory.mktemp("xla"))
+    """Tests leave the user's cache alone but share one among themselves, all workers and their child processes."""
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a worker's folder is in that of the whole run
+        run = run.parent
+    folder = os.environ.get("DNO_TEST_CACHE") or str(run / "xla")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     jax.config.update("jax_compilation_cache_dir", folder)
 

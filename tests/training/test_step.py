@@ -117,13 +117,21 @@ def test_gradients_on_a_mesh_equal_one_devices(config, params, batches):
             np.testing.assert_allclose(a, b, atol=3e-6 * scale, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.fixture(scope="module")
+def padded_batch(rows):
+    """Three rows of eight are filler: a mean by micro-batch would weigh the others differently."""
+    return make_batch(rows[:5], batch_size=8, max_length=LENGTH)
+
+
+@pytest.fixture(scope="module")
+def whole(config, params, padded_batch):
+    return take_steps(config, params, [padded_batch])
+
+
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_accumulation_normalises_by_the_whole_batch(config, params, rows, micro_batches):
-    # Three rows of eight are filler: a mean by micro-batch would weigh the others differently.
-    batch = make_batch(rows[:5], batch_size=8, max_length=LENGTH)
-    whole = take_steps(config, params, [batch])
-    assert_same(take_steps(config, params, [batch], micro_batches=micro_batches), whole)
-    found = take_steps(config, params, [batch], micro_batches=micro_batches)
+def test_accumulation_normalises_by_the_whole_batch(config, params, padded_batch, whole, micro_batches):
+    found = take_steps(config, params, [padded_batch], micro_batches=micro_batches)
+    assert_same(found, whole)
     assert found[1][0]["max_abs_log_ratio"] == pytest.approx(whole[1][0]["max_abs_log_ratio"], rel=1e-5)
 
 
