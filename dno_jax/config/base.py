@@ -45,10 +45,10 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _numbers_are_no_truth_values(cls, value: Any, info: Any) -> Any:
+    def _numbers_are_no_booleans(cls, value: Any, info: Any) -> Any:
         """Refuse what pydantic takes for 0 and 1: `iterations: yes` is a slip."""
         if _is_number(cls.model_fields[info.field_name].annotation):
-            _refuse_truth_values(value)
+            _refuse_booleans(value)
         return value
 
 
@@ -57,9 +57,9 @@ def _is_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
 
 
-def _refuse_truth_values(value: Any) -> None:
+def _refuse_booleans(value: Any) -> None:
     if isinstance(value, bool):
-        raise ValueError(f"{value} is a truth value; expected a number (yes and on are true to YAML, no and off false)")
+        raise ValueError(f"{value} is a boolean; expected a number (yes and on are true to YAML, no and off false)")
     if isinstance(value, (list, tuple)):
         for item in value:
-            _refuse_truth_values(item)
+            _refuse_booleans(item)

@@ -85,7 +85,7 @@ def test_bad_fields_are_named(tmp_path, override, message):
     ],
 )
 def test_truth_values_are_no_numbers(tmp_path, override, field):
-    with pytest.raises(DnoError, match=rf"{field}: .*(True|False) is a truth value; expected a number"):
+    with pytest.raises(DnoError, match=rf"{field}: .*(True|False) is a boolean; expected a number"):
         load_config(RunConfig, write(tmp_path), [override])
 
 
