@@ -201,12 +201,12 @@ def _egpo(P: np.ndarray, state: State, knobs: Knobs) -> State:
 
 
 def _refreshed(state: State, knobs: Knobs) -> State:
-    """Move the centre to the current policy after every `refresh` steps."""
+    """Move the reference to the current policy after every `refresh` steps."""
     return replace(state, reference=state.policy) if knobs.iteration and not knobs.iteration % knobs.refresh else state
 
 
 def _comal(P: np.ndarray, state: State, knobs: Knobs) -> State:
-    """COMAL, a proximal method: Option I towards a centre that moves to the current policy after every `refresh` steps.
+    """COMAL, a proximal method: Option I towards a reference that moves to the policy after every `refresh` steps.
 
     With the inner game solved, KL(pi* || pi) does not rise for any tau, and the last iterate reaches the Nash policy of
     the game itself.

@@ -17,7 +17,7 @@ def soft_policy_iteration(
 
 
 def dno_regression_loss(
-    policy: ArrayLike, *, rewards: ArrayLike, center: ArrayLike, eta: float | int, mu_1: ArrayLike, mu_2: ArrayLike
+    policy: ArrayLike, *, rewards: ArrayLike, reference: ArrayLike, eta: float | int, mu_1: ArrayLike, mu_2: ArrayLike
 ) -> float:
     """Return the negative of Eq. 8's objective for one prompt.
 
@@ -27,12 +27,12 @@ def dno_regression_loss(
     Args:
         policy: pi, [C].
         rewards: r_t, [C].
-        center: pi_t (in Algorithm 3 its mixture with pi_ref, normalised or not), [C].
+        reference: pi_t (in Algorithm 3 its mixture with pi_ref, normalised or not), [C].
         eta: the KL coefficient.
         mu_1, mu_2: where y1 and y2 are drawn from, [C].
     """
     reward = np.asarray(rewards, np.float64)
-    ratio = eta * (np.log(np.asarray(policy, np.float64)) - np.log(np.asarray(center, np.float64)))
+    ratio = eta * (np.log(np.asarray(policy, np.float64)) - np.log(np.asarray(reference, np.float64)))
     label = _sigmoid(reward[:, None] - reward)
     logit = ratio[:, None] - ratio
     loss = label * np.logaddexp(0.0, -logit) + (1.0 - label) * np.logaddexp(0.0, logit)
@@ -40,7 +40,7 @@ def dno_regression_loss(
 
 
 def dno_regression(
-    rewards: ArrayLike, *, center: ArrayLike, eta: float | int, mu_1: ArrayLike, mu_2: ArrayLike
+    rewards: ArrayLike, *, reference: ArrayLike, eta: float | int, mu_1: ArrayLike, mu_2: ArrayLike
 ) -> Float[np.ndarray, " C"]:
     """Return the policy that minimises `dno_regression_loss` for one prompt, by Newton's method on the loss itself.
 
@@ -54,7 +54,7 @@ def dno_regression(
     scores = pairwise_logistic_scores(
         _sigmoid(reward[:, None] - reward), partners=joint / joint.sum(axis=1, keepdims=True)
     )
-    return np.exp(log_normalise(np.log(np.asarray(center, np.float64)) + scores / eta))
+    return np.exp(log_normalise(np.log(np.asarray(reference, np.float64)) + scores / eta))
 
 
 def bradley_terry_rewards(P: ArrayLike, *, sampling: ArrayLike) -> Float[np.ndarray, "*X C"]:

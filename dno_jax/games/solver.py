@@ -63,8 +63,8 @@ def solve(
             eta_t with t = 0, 1, .... None is the algorithm's own: tau (t + 2) / 2 for nash_md and inpo, else 1.
         tau: strength of the pull to the reference, for the regularised algorithms; never above eta where they mix.
         initial: pi_1 with full support, [C] or [X, C]; uniform by default, as in Algorithm 1.
-        reference: pi_ref with full support; pi_1 by default. The first centre of comal and mpo.
-        refresh: comal and mpo move their centre after this many steps.
+        reference: pi_ref with full support; pi_1 by default. The first one of comal and mpo.
+        refresh: comal and mpo move their reference after this many steps.
         step_size: of online_ipo's and online_dpo's gradient step.
         prompt_weights: rho, [X], which the gaps are averaged with; uniform by default.
 
@@ -79,7 +79,9 @@ def solve(
     if initial is None:
         initial = np.full(wins.shape[:-1], 1.0 / wins.shape[-1])
     start = np.log(check_policy(initial, wins, name="initial", full_support=True))
-    center = start if reference is None else np.log(check_policy(reference, wins, name="reference", full_support=True))
+    log_reference = start
+    if reference is not None:
+        log_reference = np.log(check_policy(reference, wins, name="reference", full_support=True))
     for name, value in (("iterations", iterations), ("refresh", refresh)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -88,7 +90,7 @@ def solve(
     _check_tau(algorithm, chosen, tau)
     schedule = chosen.default_eta(float(tau)) if eta is None else eta if callable(eta) else lambda t: eta
 
-    state = State(policy=start, reference=center, auxiliary=start)
+    state = State(policy=start, reference=log_reference, auxiliary=start)
     logs = np.empty((iterations + 1, *start.shape))
     logs[0] = start
     for t in range(iterations):

@@ -96,7 +96,7 @@ def chi_po_loss(
         raise ValueError(f"max_reward must be > 0, got {max_reward}")
     chosen = chi_po_link(logprob=chosen_logprob, reference_logprob=reference_chosen_logprob)
     rejected = chi_po_link(logprob=rejected_logprob, reference_logprob=reference_rejected_logprob)
-    chosen, rejected = float32(chosen_logprob=chosen, rejected_logprob=rejected)
+    chosen, rejected = float32(chosen_link=chosen, rejected_link=rejected)
     margin = jnp.clip(beta * (chosen - rejected), -2.0 * max_reward, 2.0 * max_reward)
     return cross_entropy(margin=margin, target=target)
 
@@ -129,7 +129,7 @@ def ipo_loss(
         reference_rejected_logprob=reference_rejected_logprob,
         beta=1.0,
     )
-    h, target = float32(chosen_logprob=h, target=target)
+    h, target = float32(margin=h, target=target)
     return (h - (2.0 * target - 1.0) / (2.0 * beta)) ** 2 + target * (1.0 - target) / beta**2
 
 
@@ -196,7 +196,7 @@ def rebel_loss(
         reference_rejected_logprob=reference_rejected_logprob,
         beta=beta,
     )
-    delta, reward_difference = float32(chosen_logprob=delta, reward_difference=reward_difference)
+    delta, reward_difference = float32(margin=delta, reward_difference=reward_difference)
     return (delta - reward_difference) ** 2
 
 
@@ -209,8 +209,8 @@ def sppo_loss(*, logprob: Logprob, reference_logprob: Logprob, win_rate: Logprob
 
     The other arguments are those of `implicit_reward`.
     """
-    log_ratio = implicit_reward(logprob=logprob, reference_logprob=reference_logprob, beta=1.0)
-    log_ratio, win_rate = float32(logprob=log_ratio, win_rate=win_rate)
+    logprob, reference, win_rate = float32(logprob=logprob, reference_logprob=reference_logprob, win_rate=win_rate)
+    log_ratio = implicit_reward(logprob=logprob, reference_logprob=reference, beta=1.0)
     return (log_ratio - (win_rate - 0.5) / beta) ** 2
 
 
@@ -230,5 +230,5 @@ def sppo_hard_loss(
     rejected = sppo_loss(
         logprob=rejected_logprob, reference_logprob=reference_rejected_logprob, win_rate=0.0, beta=beta
     )
-    chosen, rejected = float32(chosen_logprob=chosen, rejected_logprob=rejected)
+    chosen, rejected = float32(chosen_loss=chosen, rejected_loss=rejected)
     return chosen + rejected

@@ -14,10 +14,10 @@ MAX_LOG_RATIO = 20.0  # nats; log-ratios are capped there before they are expone
 
 
 def float32(**values: ArrayLike) -> list[Array]:
-    """Return the values as float32 arrays.
+    """Return the values as float32 arrays, by the names that their caller gave them.
 
     Raises:
-        ValueError: not scalars or shapes of one rank that broadcast: [P] against [Q], or [P] against [P, 1].
+        ValueError: they are not scalars or shapes of one rank that broadcast: [P] against [Q], or [P] against [P, 1].
     """
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
     shapes = [array.shape for array in arrays.values() if array.ndim]
@@ -49,10 +49,15 @@ def reward_margin(
     beta: float,
 ) -> Float[Array, "*#P"]:
     """Return the implicit reward of the chosen response minus that of the rejected one (Delta of section 3.1)."""
-    chosen = implicit_reward(logprob=chosen_logprob, reference_logprob=reference_chosen_logprob, beta=beta)
-    rejected = implicit_reward(logprob=rejected_logprob, reference_logprob=reference_rejected_logprob, beta=beta)
-    chosen, rejected = float32(chosen_logprob=chosen, rejected_logprob=rejected)
-    return chosen - rejected
+    chosen, rejected, reference_chosen, reference_rejected = float32(
+        chosen_logprob=chosen_logprob,
+        rejected_logprob=rejected_logprob,
+        reference_chosen_logprob=reference_chosen_logprob,
+        reference_rejected_logprob=reference_rejected_logprob,
+    )
+    return implicit_reward(logprob=chosen, reference_logprob=reference_chosen, beta=beta) - implicit_reward(
+        logprob=rejected, reference_logprob=reference_rejected, beta=beta
+    )
 
 
 def cross_entropy(*, margin: Logprob, target: Logprob) -> Float[Array, "*#P"]:
@@ -173,6 +178,5 @@ def with_nll(loss: Logprob, *, chosen_logprob: Logprob, num_tokens: NumTokens, w
     """
     if weight < 0:
         raise ValueError(f"the weight of the NLL term must be >= 0, got {weight}")
-    nll = nll_loss(logprob=chosen_logprob, num_tokens=num_tokens)
-    loss, nll = float32(loss=loss, chosen_logprob=nll)
-    return loss + weight * nll
+    loss, logprob, num_tokens = float32(loss=loss, chosen_logprob=chosen_logprob, num_tokens=num_tokens)
+    return loss + weight * nll_loss(logprob=logprob, num_tokens=num_tokens)

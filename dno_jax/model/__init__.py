@@ -1,7 +1,7 @@
 """The policy: one decoder for every family, its cache, its tokenizer, and Hugging Face checkpoints in and out."""
 
 from dno_jax.model import hf
-from dno_jax.model.cache import KVCache, cache_axes, grow_cache, init_cache
+from dno_jax.model.cache import KVCache, cache_axes, init_cache
 from dno_jax.model.config import ModelConfig, RopeConfig
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
 from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
@@ -19,7 +19,6 @@ __all__ = [
     "TemplateStrip",
     "abstract_params",
     "cache_axes",
-    "grow_cache",
     "head_logprobs",
     "hf",
     "init_cache",

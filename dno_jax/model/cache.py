@@ -89,18 +89,6 @@ def cache_axes(cache: KVCache) -> KVCache:
     )
 
 
-def grow_cache(cache: Cache, num_slots: int) -> Cache:
-    """Return the cache with empty slots added at the end, `num_slots` in all.
-
-    Raises:
-        ValueError: the cache has more slots already.
-    """
-    more = num_slots - cache[0].num_slots
-    if more < 0:
-        raise ValueError(f"the cache has {cache[0].num_slots} slots; it cannot grow to {num_slots}")
-    return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), cache)
-
-
 def write_layer(
     cache: KVCache,
     *,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from dno_jax.statistics import counted_means
 
@@ -104,7 +103,8 @@ def soft_target(chosen_reward: _Real, rejected_reward: _Real, *, temperature: fl
     At temperature 1 and win rates in [0, 1] it lies in [0.269, 0.731]. Temperature c is the rewards r / c; with
     eta / c for eta the target of soft policy iteration, pi_t exp(r / eta), stays as it is (section 5's remark).
 
-    Estimated rewards bias the label, even where the estimates are unbiased: see `soft_target_bias_bound`.
+    Estimated rewards bias the label, even where the estimates are unbiased, by at most Var((r1 - r2) / temperature)
+    over 12 sqrt 3: half the largest |sigma''|, by Taylor's theorem.
 
     Args:
         chosen_reward, rejected_reward: r1 and r2, numbers or arrays of one shape.
@@ -116,19 +116,6 @@ def soft_target(chosen_reward: _Real, rejected_reward: _Real, *, temperature: fl
     if not temperature > 0.0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     return _sigmoid((np.asarray(chosen_reward, np.float64) - np.asarray(rejected_reward, np.float64)) / temperature)
-
-
-def soft_target_bias_bound(variance: _Real) -> _Real:
-    """Return the largest |E sigma(d) - sigma(E d)| at this variance of d: variance / (12 sqrt 3), 0.048 of it.
-
-    By Taylor's theorem it is half the maximum of |sigma''|, which is 1 / (6 sqrt 3).
-
-    Args:
-        variance: of d = (r1_hat - r2_hat) / temperature, >= 0; a number or an array.
-    """
-    if not np.all(np.asarray(variance) >= 0.0):
-        raise ValueError(f"a variance is >= 0, got {variance}")
-    return variance / (12.0 * math.sqrt(3.0))
 
 
 def scores_to_wins(scores: Sequence[float] | np.ndarray, *, temperature: float = 0.0) -> Float[np.ndarray, "C C"]:
@@ -170,12 +157,6 @@ def win_matrix(*, wins: Sequence[Sequence[float]] | None, scores: Sequence[float
     raise ValueError("a verdict has either wins or scores; got both, or neither (it is no answer)")
 
 
-def ranking(rewards: Sequence[float] | np.ndarray) -> Int[np.ndarray, " C"]:
-    """Return competition ranks, 1 the best; equals share the least rank ("1224")."""
-    values = np.asarray(rewards, np.float64)
-    return 1 + (values[None, :] > values[:, None]).sum(axis=1)
-
-
 def count_cycles(wins: Float[np.ndarray, "C C"]) -> int:
     """Return the number of intransitive triples, a > b > c > a by strict majority (P > 1/2)."""
     beats = _majority(wins).astype(np.float64)
@@ -188,13 +169,6 @@ def count_decided_triples(wins: Float[np.ndarray, "C C"]) -> int:
     beats = _majority(wins)
     decided = (beats | beats.T).astype(np.float64)
     return round(float(((decided @ decided) * decided).sum())) // 6
-
-
-def condorcet_winner(wins: Float[np.ndarray, "C C"]) -> int | None:
-    """Return the candidate that beats every other one with P > 1/2, if there is one."""
-    beats = _majority(wins)
-    winners = np.flatnonzero(beats.sum(axis=1) == len(beats) - 1)
-    return int(winners[0]) if winners.size else None
 
 
 def _majority(wins: np.ndarray) -> Bool[np.ndarray, "C C"]:

@@ -255,32 +255,3 @@ def show_bytes(count: int) -> str:
         if abs(count) >= 1024**power:
             return f"{count / 1024**power:.2f} {unit}"
     return f"{count} B"
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Bytes of one device by this plan and by the compiler."""
-
-    planned: int
-    compiled: int
-
-
-def compare_with_compiler(plan: SlotPlan, stats: Any) -> dict[str, Compared]:
-    """Put a plan beside the memory analysis of a compiled decode program.
-
-    Args:
-        stats: `decode.lower(...).compile().memory_analysis()`; its sizes are those of one device.
-
-    Returns:
-        "held": the arguments: weights, slots, queue and responses. "results": what is no donated argument: the
-        responses once more, so that a copied cache would be seen. "temporaries": what the program allocates besides.
-    """
-    parts = plan.parts
-    state, _ = abstract_start(plan.programs, policies=plan.num_policies)
-    results = parts["responses"] // 2
-    held = parts["weights"] + parts["slots"] + parts["queue"] + results
-    return {
-        "held": Compared(held, stats.argument_size_in_bytes),
-        "results": Compared(results, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-        "temporaries": Compared(_decode_temporaries(plan.programs, state), stats.temp_size_in_bytes),
-    }

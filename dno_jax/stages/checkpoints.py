@@ -181,12 +181,10 @@ def annotator_name(section: AnnotationSection) -> str:
     """Say who judges, in words that mean something outside this run directory."""
     if section.judges:
         return " and ".join(f"{judge.model}, rubric {Path(judge.rubric_name).name}" for judge in section.judges)
-    if section.kind == "reward_model" and section.reward_model:
+    if section.kind == "reward_model" and section.reward_model is not None:
         return f"reward model {Path(section.reward_model.path).name}"
     if section.kind == "self":
         return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
-    if section.reward_model is not None and section.kind == "reward_model":
-        return f"reward model {Path(section.reward_model.path).name}"
     names = {
         "oracle": f"embedded oracle ({', '.join(section.oracle.criteria)})",
         "table": "embedded table of preferences",

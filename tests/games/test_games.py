@@ -114,13 +114,19 @@ def test_the_minimiser_of_equation_8_is_the_soft_policy_iteration_target_for_any
     policy = random_policy(size, 1, floor=1e-3)
     target = games.solve(P, eta=eta, initial=policy, iterations=1).last
     for mu_1, mu_2 in [(policy, policy), (random_policy(size, 2, 1e-3), random_policy(size, 3, 1e-3))]:
-        found = games.dno_regression(games.win_rates(P, policy), center=policy, eta=eta, mu_1=mu_1, mu_2=mu_2)
+        found = games.dno_regression(games.win_rates(P, policy), reference=policy, eta=eta, mu_1=mu_1, mu_2=mu_2)
         assert tv(found, target) <= 1e-8
 
 
 def test_equation_8_minimised_by_a_library_that_only_sees_the_loss():
     policy, eta = np.array([0.2, 0.5, 0.3]), 0.3
-    data = {"rewards": games.win_rates(CYCLE, policy), "center": policy, "eta": eta, "mu_1": policy, "mu_2": REFERENCE}
+    data = {
+        "rewards": games.win_rates(CYCLE, policy),
+        "reference": policy,
+        "eta": eta,
+        "mu_1": policy,
+        "mu_2": REFERENCE,
+    }
 
     def loss(logits):
         return games.dno_regression_loss(softmax(np.append(logits, 0.0)), **data)
@@ -140,7 +146,9 @@ def test_the_gradient_of_equation_8_at_the_old_policy():
     rewards = games.win_rates(P, policy)
 
     def loss(logits):
-        return games.dno_regression_loss(softmax(logits), rewards=rewards, center=policy, eta=eta, mu_1=mu_1, mu_2=mu_2)
+        return games.dno_regression_loss(
+            softmax(logits), rewards=rewards, reference=policy, eta=eta, mu_1=mu_1, mu_2=mu_2
+        )
 
     surprise = 1.0 / (1.0 + np.exp(rewards - rewards[:, None])) - 0.5
     weighted = np.outer(mu_1, mu_2) * surprise

@@ -38,6 +38,12 @@ def run(config: ModelConfig, params, token, position=None, **kwargs) -> np.ndarr
     return np.asarray(logits(config, params, hidden))
 
 
+def grow(cache, num_slots):
+    """The cache with empty slots at the end, `num_slots` in all."""
+    more = num_slots - cache[0].num_slots
+    return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), cache)
+
+
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
     """Every number differs from every other, so that swapped axes cannot hide."""

@@ -17,13 +17,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from dno_jax.model import hf
-from dno_jax.model.cache import grow_cache, init_cache
+from dno_jax.model.cache import init_cache
 from dno_jax.model.config import ModelConfig, RopeConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.params import abstract_params
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.step import score_step
-from tests.model.conftest import run
+from tests.model.conftest import grow, run
 from tests.model.families import CASES, LONG, SHORT, SIZES
 
 # Logits are of order one and pass through four layers of float32, whose unit there is 1.2e-7: some forty of them.
@@ -214,7 +214,7 @@ def test_cached_decoding_equals_the_full_forward_pass(reference, name):
     with jax.disable_jit():
         for start, stop in ((0, 70), (70, 100), (100, 101), (101, 102)):
             if start == 70:
-                cache = grow_cache(cache, 102)
+                cache = grow(cache, 102)
             position = jnp.broadcast_to(jnp.arange(start, stop, dtype=jnp.int32), (2, stop - start))
             hidden, cache = model.apply({"params": params}, token[:, start:stop], position, cache)
             parts.append(logits(config, params, hidden))

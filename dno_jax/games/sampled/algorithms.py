@@ -244,13 +244,13 @@ def _egpo(key: Array, P: Array, state: State, iteration: Array, settings: Settin
 
 
 def _refreshed(state: State, iteration: Array, settings: Settings) -> State:
-    """Move the centre to the current policy after every `refresh` iterations."""
+    """Move the reference to the current policy after every `refresh` iterations."""
     due = (iteration > 0) & (iteration % settings.refresh == 0)
     return state._replace(reference=jnp.where(due, state.policy, state.reference))
 
 
 def _comal(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
-    """COMAL: INPO towards a centre that follows the policy."""
+    """COMAL: INPO towards a reference that follows the policy."""
     return _inpo(key, P, _refreshed(state, iteration, settings), iteration, settings)
 
 

@@ -79,7 +79,7 @@ def solve_sampled(
     )
     wins = games.check_game(P)
     start = checked.policies[0]
-    center = start if reference is None else np.asarray(reference, np.float64)
+    reference = start if reference is None else np.asarray(reference, np.float64)
     settings = Settings(
         eta=float(eta),
         tau=float(tau),
@@ -94,7 +94,7 @@ def solve_sampled(
     logs = _play(
         jnp.asarray(wins.reshape(-1, size, size), jnp.float32),
         jnp.asarray(np.log(start).reshape(-1, size), jnp.float32),
-        jnp.asarray(np.log(center).reshape(-1, size), jnp.float32),
+        jnp.asarray(np.log(reference).reshape(-1, size), jnp.float32),
         jax.random.key(seed),
         step=chosen.step,
         iterations=iterations,
@@ -117,7 +117,7 @@ def solve_sampled(
 def _play(
     P: Float[Array, "X C C"],
     start: Float[Array, "X C"],
-    center: Float[Array, "X C"],
+    reference: Float[Array, "X C"],
     key: Array,
     *,
     step: Step,
@@ -126,12 +126,12 @@ def _play(
 ) -> Float[Array, "X T C"]:
     """Return log pi_2 .. log pi_{T+1} of every prompt; all iterations are one program, prompts are independent."""
 
-    def prompt(P: Array, start: Array, center: Array, key: Array) -> Array:
+    def prompt(P: Array, start: Array, reference: Array, key: Array) -> Array:
         def update(state: State, iteration: Array) -> tuple[State, Array]:
             state = step(jax.random.fold_in(key, iteration), P, state, iteration, settings)
             return state, state.policy
 
-        first = State(policy=start, reference=center, auxiliary=start)
+        first = State(policy=start, reference=reference, auxiliary=start)
         return jax.lax.scan(update, first, jnp.arange(iterations))[1]
 
-    return jax.vmap(prompt)(P, start, center, jax.random.split(key, len(P)))
+    return jax.vmap(prompt)(P, start, reference, jax.random.split(key, len(P)))
