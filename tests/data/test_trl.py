@@ -35,19 +35,11 @@ def some_pairs(tokenizer, count, *, prefix):
                 text=text, token_ids=tokenizer.response_ids(messages, text, end_id=2, assistant_prefix=begun),
                 prompt_token_ids=tokenizer.prompt_ids(messages, begun), finish="stop",
             )  # fmt: skip
-        pairs.append(
-            Pair(
-                pair_id=f"{name}/a>b",
-                prompt_id=name,
-                chosen_id=f"{name}/a",
-                rejected_id=f"{name}/b",
-                chosen_reward=1.0,
-                rejected_reward=0.0,
-                target=0.8,
-                kind="student>student",
-                iteration=0,
-            )  # fmt: skip
-        )
+        made = Pair(
+            pair_id=f"{name}/a>b", prompt_id=name, chosen_id=f"{name}/a", rejected_id=f"{name}/b",
+            chosen_reward=1.0, rejected_reward=0.0, target=0.8, kind="student>student", iteration=0,
+        )  # fmt: skip
+        pairs.append(made)
     return pairs, pair_table(pairs, rollouts, prompts)
 
 
