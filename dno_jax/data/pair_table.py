@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -172,13 +172,13 @@ class PairRows(Sequence[TrainingRow]):
         return len(self.table)
 
     @overload
-    def __getitem__(self, index: int) -> TrainingRow: ...
+    def __getitem__(self, index: SupportsIndex) -> TrainingRow: ...
     @overload
     def __getitem__(self, index: slice) -> list[TrainingRow]: ...
-    def __getitem__(self, index: int | slice) -> TrainingRow | list[TrainingRow]:
+    def __getitem__(self, index: SupportsIndex | slice) -> TrainingRow | list[TrainingRow]:
         if isinstance(index, slice):
             return [self[place] for place in range(len(self))[index]]
-        table = self.table
+        table, index = self.table, int(index)
         prompt, chosen, rejected = table.ids(index)
         return TrainingRow(
             prompt_ids=(prompt, prompt),

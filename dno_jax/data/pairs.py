@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
+from jaxtyping import Int
 
 from dno_jax.errors import DnoError
 from dno_jax.files import written_atomically
@@ -123,12 +124,12 @@ class PairFile:
         for index in range(self._file.num_row_groups):
             yield self._file.read_row_group(index, columns=None if columns is None else list(columns))
 
-    def take(self, rows: Iterable[int]) -> Iterator[pa.Table]:
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Iterator[pa.Table]:
         """Yield some of the rows, given by their places in ascending order."""
-        wanted, first = np.asarray(list(rows), np.int64), 0
+        first = 0
         for index in range(self._file.num_row_groups):
             count = self._file.metadata.row_group(index).num_rows
-            here = wanted[(first <= wanted) & (wanted < first + count)] - first
+            here = rows[(first <= rows) & (rows < first + count)] - first
             if here.size:
                 yield self._file.read_row_group(index).take(here)
             first += count

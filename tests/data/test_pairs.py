@@ -117,9 +117,9 @@ def test_rows_are_taken_by_place_and_row_groups_are_small(stage):
             [row.pair_id for row in pairs[first : first + 1024]] for first in (0, 1024, 2048)
         ]
     with PairFile(stage.path / "new.parquet") as file:
-        found = [name for table in file.take(wanted) for name in table["pair_id"].to_pylist()]
+        found = [name for table in file.take(np.asarray(wanted)) for name in table["pair_id"].to_pylist()]
         assert found == [pairs[place].pair_id for place in wanted]
-        assert list(file.take([])) == []
+        assert list(file.take(np.asarray([], int))) == []
 
 
 def test_a_table_has_the_pairs_in_order_of_id_with_their_own_ids(stage):

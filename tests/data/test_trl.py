@@ -31,30 +31,15 @@ def some_pairs(tokenizer, count, *, prefix):
         prompts[name] = Prompt(prompt_id=name, messages=messages, assistant_prefix=begun)
         for side, text in zip("ab", words[1:], strict=True):
             rollouts[f"{name}/{side}"] = Rollout(
-                rollout_id=f"{name}/{side}",
-                prompt_id=name,
-                sample=0,
-                source="policy",
-                policy=0,
-                logprob=-1.0,
-                text=text,
-                token_ids=tokenizer.response_ids(messages, text, end_id=2, assistant_prefix=begun),
-                prompt_token_ids=tokenizer.prompt_ids(messages, begun),
-                finish="stop",
-            )
-        pairs.append(
-            Pair(
-                pair_id=f"{name}/a>b",
-                prompt_id=name,
-                chosen_id=f"{name}/a",
-                rejected_id=f"{name}/b",
-                chosen_reward=1.0,
-                rejected_reward=0.0,
-                target=0.8,
-                kind="student>student",
-                iteration=0,
-            )
-        )
+                rollout_id=f"{name}/{side}", prompt_id=name, sample=0, source="policy", policy=0, logprob=-1.0,
+                text=text, token_ids=tokenizer.response_ids(messages, text, end_id=2, assistant_prefix=begun),
+                prompt_token_ids=tokenizer.prompt_ids(messages, begun), finish="stop",
+            )  # fmt: skip
+        made = Pair(
+            pair_id=f"{name}/a>b", prompt_id=name, chosen_id=f"{name}/a", rejected_id=f"{name}/b",
+            chosen_reward=1.0, rejected_reward=0.0, target=0.8, kind="student>student", iteration=0,
+        )  # fmt: skip
+        pairs.append(made)
     return pairs, pair_table(pairs, rollouts, prompts)
 
 

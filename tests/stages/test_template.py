@@ -141,8 +141,8 @@ def test_supervised_examples_take_a_prefix_and_name_the_row_that_spells_a_contro
     good = {"prompt": "bam", "assistant_prefix": " dom", "response": " fen"}
     path.write_text(json.dumps(good))
     (row,) = supervised_rows(runtime, runtime.config)
-    assert runtime.tokenizer.strip(row.prompt_ids[0]) == ["<s>", "bam", "dom"]
-    assert runtime.tokenizer.strip(row.response_ids[0]) == ["fen", "</s>"]
+    assert runtime.tokenizer.strip(np.asarray(row.prompt_ids[0]).tolist()) == ["<s>", "bam", "dom"]
+    assert runtime.tokenizer.strip(np.asarray(row.response_ids[0]).tolist()) == ["fen", "</s>"]
     for bad in ({"prompt": "bam </s>"}, {"assistant_prefix": " </s>"}, {"response": "</s>"}):
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | bad))
         with pytest.raises(DnoError, match=r"sft\.jsonl:2: .*spells the control token '</s>'"):

@@ -192,7 +192,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
     assert row["longer_wins"] == manifest.details["quality"]["longer_wins"]["value"]
     assert row.get("warnings", []) == manifest.details["warnings"]
     assert "judge of iteration 0" in capfd.readouterr().err
-    assert set(read.values()) == {2}  # to be counted, and to be judged: none is kept in between
+    assert set(read.values()) == {1}
     assert sum(manifest.details["readings"].values()) == 3 * len(scored(run_dir))
     assert f"policy={manifest.inputs['policies/000'][:12]}" in manifest.details["judge"]
     assert {row.judge for row in judgements(run_dir)} == {manifest.details["judge"]}
@@ -421,11 +421,12 @@ def test_each_shard_is_parsed_once_whichever_call_closed_it(make, sampled, monke
     config = make()
     stage = sampled(config).stage("annotate", 0)
     parsed, real = Counter(), StageDir.read_shard
-    monkeypatch.setattr(
-        StageDir,
-        "read_shard",
-        lambda self, kind, name: parsed.update([str(self.path / name)]) or real(self, kind, name),
-    )
+
+    def counting(self, kind, name):
+        parsed[str(self.path / name)] += 1
+        return real(self, kind, name)
+
+    monkeypatch.setattr(StageDir, "read_shard", counting)
     whole = run_stage(self_judge, config, 0)
     assert set(parsed.values()) == {1}
     stage.manifest_path.unlink()
