@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from dno_jax.annotation.client import JudgeClient, ModelClient
+from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.embedded import GivenAnnotator, GoldAnnotator, OracleAnnotator, TableAnnotator
 from dno_jax.annotation.endpoint_annotator import EndpointAnnotator
 from dno_jax.annotation.judges.functions import build_function
@@ -53,7 +53,7 @@ def open_client(section: AnnotationSection, *, store_path: str | os.PathLike[str
     Raises:
         DnoError: a missing key, an unusable URL, a store that cannot be opened.
     """
-    clients: dict[ChatSection, ModelClient] = {}
+    clients: dict[ChatSection, EndpointClient] = {}
     for place, chat in _places(section).items():
         who = "teacher" if chat is section.teacher else "judge"
         clients[chat] = EndpointClient(chat, who=f"the {who} {chat.model!r}", place=place)

@@ -13,51 +13,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 from dno_jax.annotation.ledger.budget import Budget, OverBudget, most_usage
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
-from dno_jax.annotation.transport.probe import Pay, Sending
+from dno_jax.annotation.transport.client import EndpointClient
+from dno_jax.annotation.transport.probe import Sending
 from dno_jax.annotation.transport.stop import Stop
 from dno_jax.config import ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, retried
 from dno_jax.errors import DnoError
-
-if TYPE_CHECKING:
-    from dno_jax.annotation.transport.client import EndpointClient
 
 # Replies, none of which could be read, after which nobody is asked any more: they are paid for in vain.
 _MOST_UNREAD = 100
 _BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
 
 
-@runtime_checkable
-class ModelClient(Protocol):
-    """How one model is reached: `transport.client.EndpointClient`."""
-
-    async def probe(self, body: Mapping[str, Any], *, pay: Pay) -> Any: ...
-
-    async def send(
-        self, body: Mapping[str, Any], *, schema: Mapping[str, Any] | None = None, tokens: int = 0, pay: Pay
-    ) -> Reply | Trouble: ...
-
-    def scrub(self, text: str) -> str: ...
-
-    def words(self, text: str) -> str: ...
-
-    def stop(self, error: DnoError) -> None: ...
-
-    async def drain(self) -> None: ...
-
-    async def close(self) -> None: ...
-
-
 class JudgeClient:
     """Answers questions, each of which is paid for once. It serves one event loop, and is closed in it."""
 
-    def __init__(self, clients: Mapping[ChatSection, ModelClient], *, store: VerdictStore, budget: Budget):
+    def __init__(self, clients: Mapping[ChatSection, EndpointClient], *, store: VerdictStore, budget: Budget):
         """
         Args:
             clients: by the section of the configuration that questions name; closed with this one, as is the store.
@@ -134,7 +111,7 @@ class JudgeClient:
         for section in {question.asked: None for question in by_key.values()}:
             own = [question for question in by_key.values() if question.asked == section]
             await self.probe(own[0])
-            client = cast("EndpointClient", self._clients[section])  # nothing else has a Batch API
+            client = self._clients[section]
             async with AsyncExitStack() as rooms:  # held until all of it is committed
 
                 async def room(question: Question, *, was_sent: bool, rooms: AsyncExitStack = rooms) -> bool:

@@ -4,65 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
 
 import numpy as np
 
 from dno_jax.annotation.oracles import majority_matrix, words
-from dno_jax.annotation.pool import Candidate, Pool, prompt_text
+from dno_jax.annotation.pool import Annotator, Candidate, Pool, prompt_text
 from dno_jax.config import OracleSection, TableSection
 from dno_jax.errors import DnoError
 from dno_jax.preferences import check_preference_matrix
 from dno_jax.records import Judgement
 
 
-class _Embedded(ABC):
+class _Embedded(Annotator):
     """No endpoint and no store: a verdict is a function of the pool, the same every time."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> str: ...
 
     @abstractmethod
     def _judge(self, pool: Pool) -> Judgement: ...
-
-    @property
-    def width(self) -> int:
-        return 1  # nothing is waited for
-
-    @property
-    def asks_by_batch(self) -> bool:
-        return False
-
-    @property
-    def may_repeat(self) -> bool:
-        return False
 
     def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         judgement = self._judge(pool)
         return judgement if judgement.state == "ok" else None
 
-    async def probe(self) -> None:
-        return None
-
-    async def ask_ahead(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
-        return None
-
     async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         return self._judge(pool)
-
-    def refuse_over_budget(self, missing: int) -> None:
-        return None
-
-    async def drain(self) -> None:
-        return None
-
-    def receipt(self) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
 
     def _judgement(
         self,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dno_jax.annotation.client import JudgeClient
-from dno_jax.annotation.pool import Candidate, Pool
+from dno_jax.annotation.pool import Annotator, Candidate, Pool
 from dno_jax.annotation.question import PreferenceFunction, Question, Verdict, advance
 from dno_jax.config import OpenAISection
 from dno_jax.records import Judgement, Message, Prompt
@@ -18,7 +18,7 @@ _SAMPLE = Pool(
 )
 
 
-class EndpointAnnotator:
+class EndpointAnnotator(Annotator):
     """Judges pools by a preference function whose questions a client carries."""
 
     def __init__(self, function: PreferenceFunction, client: JudgeClient):
@@ -50,15 +50,18 @@ class EndpointAnnotator:
 
     def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         """Return the judgement if all that it asks is already paid for, else None."""
+        found = self._recall(pool, repeat=repeat)
+        return found if isinstance(found, Judgement) else None
+
+    def _recall(self, pool: Pool, *, repeat: int) -> Judgement | list[Question]:
+        """Return the judgement, or what the pool asks next that the store cannot answer."""
         rounds = self._function.rounds(pool, repeat=repeat)
         verdicts: list[Verdict] | None = None
         while not isinstance(found := advance(rounds, verdicts), Judgement):
-            verdicts = []
-            for question in found:
-                verdict = self.client.recall(question)
-                if verdict is None:
-                    return None
-                verdicts.append(verdict)
+            known = [(question, self.client.recall(question)) for question in found]
+            if missing := [question for question, verdict in known if verdict is None]:
+                return missing
+            verdicts = [verdict for _, verdict in known if verdict is not None]
         return found
 
     async def probe(self) -> None:
@@ -101,7 +104,8 @@ class EndpointAnnotator:
         """
         tried: set[str] = set()
         while True:
-            missing = [question for pool in pools for question in self._missing(pool, repeat=repeat)]
+            found = [self._recall(pool, repeat=repeat) for pool in pools]
+            missing = [question for one in found if not isinstance(one, Judgement) for question in one]
             under_way = self.client.by_batch()
             batched = [question for question in missing if _by_batch(question) or question.key in under_way]
             wanted = [question for question in batched if question.key not in tried]
@@ -110,22 +114,7 @@ class EndpointAnnotator:
             tried.update(question.key for question in wanted)
             await self.client.ask_by_batch(wanted)
 
-    def _missing(self, pool: Pool, *, repeat: int) -> Sequence[Question]:
-        """What a pool asks next that the store cannot answer."""
-        rounds = self._function.rounds(pool, repeat=repeat)
-        verdicts: list[Verdict] | None = None
-        while not isinstance(found := advance(rounds, verdicts), Judgement):
-            known = [self.client.recall(question) for question in found]
-            if missing := [item for item, verdict in zip(found, known, strict=True) if verdict is None]:
-                return missing
-            verdicts = [verdict for verdict in known if verdict is not None]
-        return ()
-
     def refuse_over_budget(self, missing: int) -> None:
-        """
-        Raises:
-            DnoError: pools were not asked about for lack of money.
-        """
         if missing:
             raise self.client.budget.stop(missing=missing)
 
@@ -133,7 +122,6 @@ class EndpointAnnotator:
         await self.client.drain()
 
     def receipt(self) -> dict[str, Any]:
-        """Return what the run has paid by model, for receipts.json."""
         return self.client.receipt()
 
     async def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -42,48 +43,36 @@ class Pool:
 
 @runtime_checkable
 class Annotator(Protocol):
-    """Ranks pools. One annotator serves one event loop, and is closed in it."""
+    """Ranks pools. One annotator serves one event loop, and is closed in it.
+
+    What is not abstract is inherited: it holds of annotators that ask nobody, wait for nothing and cost nothing.
+    """
 
     @property
+    @abstractmethod
     def identity(self) -> str:
         """Everything that changes a verdict: kind, model, rubric and its version, parameters."""
-        ...
 
     @property
     def width(self) -> int:
         """How many pools it is worth to have judged side by side."""
-        ...
+        return 1
 
     @property
     def asks_by_batch(self) -> bool:
         """Whether `ask_ahead` has anything to do: there are batches to make, or to collect."""
-        ...
+        return False
 
     @property
     def may_repeat(self) -> bool:
         """Whether the same question may be answered otherwise the second time."""
-        ...
+        return False
 
+    @abstractmethod
     def recall(self, pool: Pool, *, repeat: int = 0) -> Judgement | None:
         """Return the answer where it is already paid for, else None."""
-        ...
 
-    async def probe(self) -> None:
-        """Fail early where no verdict could be had; call it once, if `recall` leaves anything to ask.
-
-        Raises:
-            DnoError: saying what is wrong with the endpoint, the key or the model.
-        """
-        ...
-
-    async def ask_ahead(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
-        """Have the Batch API answer what it may; what it leaves, `judge` asks live.
-
-        Raises:
-            DnoError: the endpoint has no Batch API, refuses it, or has not answered for long; or the store fails.
-        """
-        ...
-
+    @abstractmethod
     async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         """Return the judgement of one pool; no answer is a state of it, never a number.
 
@@ -93,7 +82,20 @@ class Annotator(Protocol):
         Raises:
             DnoError: no pool can be judged (a dead endpoint, a refused key): the run had better stop.
         """
-        ...
+
+    async def probe(self) -> None:
+        """Fail early where no verdict could be had; call it once, if `recall` leaves anything to ask.
+
+        Raises:
+            DnoError: saying what is wrong with the endpoint, the key or the model.
+        """
+
+    async def ask_ahead(self, pools: Sequence[Pool], *, repeat: int = 0) -> None:
+        """Have the Batch API answer what it may; what it leaves, `judge` asks live.
+
+        Raises:
+            DnoError: the endpoint has no Batch API, refuses it, or has not answered for long; or the store fails.
+        """
 
     def refuse_over_budget(self, missing: int) -> None:
         """Stop a run that may spend no more.
@@ -104,19 +106,16 @@ class Annotator(Protocol):
         Raises:
             DnoError: there are some; it says what is spent and what to raise.
         """
-        ...
 
     async def drain(self) -> None:
         """Ask nothing more, and wait until what is in flight has come back and is stored."""
-        ...
 
     def receipt(self) -> dict[str, Any] | None:
         """Return what the run has paid, as receipts.json has it; None where nothing is paid for."""
-        ...
+        return None
 
     async def close(self) -> None:
         """Give back connections and files."""
-        ...
 
 
 def prompt_text(prompt: Prompt) -> str:

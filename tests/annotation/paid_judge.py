@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dno_jax.annotation.question import Question, Reply, Unparsable
+from dno_jax.annotation.transport.client import EndpointClient
 from dno_jax.annotation.transport.probe import Pay
 from dno_jax.config import OpenAISection
 from dno_jax.endpoint import Trouble
@@ -22,7 +23,7 @@ class Used:
     tokens_out: int = 0
 
 
-class FakeClient:
+class FakeClient(EndpointClient):
     """Answers by a script, then by `default`; counts what it was asked and how much of it at once."""
 
     def __init__(
