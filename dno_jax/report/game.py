@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -136,9 +137,15 @@ def parse_algorithms(text: str | None) -> tuple[str, ...]:
 
 
 def check_plot_path(path: Path) -> None:
-    """Refuse what `save_plot` could not write, before anything is computed."""
+    """Refuse what `save_plot` could not write, before anything is computed.
+
+    Raises:
+        DnoError: a suffix of no format, or no matplotlib.
+    """
     if path.suffix not in SUFFIXES:
         raise DnoError(f"--out is {str(path)!r}; its suffix says the format and must be one of {', '.join(SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DnoError(f"--out {path} needs matplotlib, which is not installed: pip install 'dno_jax[plot]'")
 
 
 def play(

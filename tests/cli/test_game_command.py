@@ -69,6 +69,14 @@ def test_the_plot_is_written_in_the_format_of_its_suffix_and_nothing_beside_it(d
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_a_plot_without_matplotlib_is_refused_before_anything_is_played(dno_game, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # imports fail as where it is not installed
+    monkeypatch.setattr(report, "play", None)
+    code, said = dno_game("--out", tmp_path / "gaps.svg")
+    assert code == 2
+    assert "needs matplotlib, which is not installed: pip install 'dno_jax[plot]'" in " ".join(said.split())
+
+
 def test_gaps_of_zero_do_not_break_the_log_axes(tmp_path):
     P = games.rock_paper_scissors()
     played = report.play(

@@ -79,7 +79,7 @@ def solve_sampled(
     )
     wins = games.check_game(P)
     start = checked.policies[0]
-    reference = start if reference is None else np.asarray(reference, np.float64)
+    reference_policy = start if reference is None else np.asarray(reference, np.float64)
     settings = Settings(
         eta=float(eta),
         tau=float(tau),
@@ -94,7 +94,7 @@ def solve_sampled(
     logs = _play(
         jnp.asarray(wins.reshape(-1, size, size), jnp.float32),
         jnp.asarray(np.log(start).reshape(-1, size), jnp.float32),
-        jnp.asarray(np.log(reference).reshape(-1, size), jnp.float32),
+        jnp.asarray(np.log(reference_policy).reshape(-1, size), jnp.float32),
         jax.random.key(seed),
         step=chosen.step,
         iterations=iterations,
