@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,6 +23,9 @@ from dno_jax.fake_judge.wire import ENDINGS, Cut, cut_off, tell_key, trickle
 
 _MAX_BODY_BYTES = 256 * 2**20
 _SILENT = ("hang", "trickle", "close", "reset")  # of these nobody is told what was said
+
+_LOG = logging.getLogger(__name__)  # what is no HTTP is answered with a 400, and is no news for the terminal
+_LOG.addHandler(logging.NullHandler())
 
 _Handler = Callable[[web.Request], Awaitable[Any]]
 
@@ -108,7 +112,7 @@ class FakeJudge(Service):
             ]
         )
         # A handler is cancelled when its client goes: only so does a hanging answer have an end.
-        runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+        runner = web.AppRunner(app, access_log=None, logger=_LOG, handler_cancellation=True, shutdown_timeout=1.0)
         await runner.setup()
         try:
             await web.TCPSite(runner, self._host, self._port, backlog=1024).start()
