@@ -13,7 +13,7 @@ from dno_jax.runtime import sampler
 from dno_jax.stages import train
 from dno_jax.training.checkpoint import policy_fingerprint
 
-SHARED = {"prompts": {"split": "shared"}, "training": {"batch_size": 8, "save_every": 1}}
+SHARED = {"prompts": {"split": "shared"}, "training": {"batch_size": 16, "save_every": 1}}
 
 
 class OutOfMemory(Exception):
@@ -84,7 +84,7 @@ def test_out_of_memory_is_cured_in_the_same_directory(make_config, straight, mon
     assert run_dir.stage("train", 1).manifest() is None
 
     cured = make_config(
-        **SHARED | {"training": {"batch_size": 8, "micro_batch_size": 4, "save_every": 1}},
+        **SHARED | {"training": {"batch_size": 16, "micro_batch_size": 8, "save_every": 1}},
         iterations=3,
         evaluation={"num_samples": 2},
     )
@@ -115,7 +115,7 @@ def test_costs_change_nothing_bit_for_bit(make_config, straight, monkeypatch):
         with pytest.raises(OutOfMemory):
             iteration.run(config)
     other = make_config(
-        **SHARED | {"training": {"batch_size": 8, "save_every": 3}},
+        **SHARED | {"training": {"batch_size": 16, "save_every": 3}},
         evaluation={"num_samples": 1},
         annotation={"store": str(RunDir(config.run_dir).path / "own.sqlite"), "max_failed": 0.5},
     )
@@ -133,9 +133,7 @@ def test_another_learning_rate_trains_anew_from_the_stored_verdicts(make_config,
     before = files(run_dir, "sample", "annotate", "pair", "score")
     policies = [policy_fingerprint(run_dir.policy(policy)) for policy in range(3)]
     other = make_config(**SHARED, optimizer={"learning_rate": 3e-3})
-    with pytest.raises(
-        DnoError, match=r"(?s)optimizer\.learning_rate: 0\.001 -> 0\.003\n.*--from train:0"
-    ):
+    with pytest.raises(DnoError, match=r"(?s)optimizer\.learning_rate: 0\.001 -> 0\.003\n.*--from train:0"):
         iteration.run(other)
     drawn, judged = watch(monkeypatch)
     iteration.run(other, redo_from="train")
