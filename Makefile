@@ -15,10 +15,10 @@ test: install-test  ## what CI runs
 	$(BIN)/python -m pytest -m "not soak" $(WORKERS) $(PYTEST_ARGS)
 
 test-fast: install-test  ## what needs no compiled program, in under 3 minutes
-	$(BIN)/python -m pytest -m "not soak and not compiles" $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not soak and not compiles and not slow" $(WORKERS) $(PYTEST_ARGS)
 
 soak: install-test  ## long runs and many kills
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+	DNO_TEST_OPTIMISED=1 $(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: install-test
 	$(PIP) install -q -e ".[dev]"
