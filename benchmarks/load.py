@@ -153,7 +153,7 @@ def load_transformers(path: Path) -> dict[str, Any]:
 
 def child(options: argparse.Namespace) -> None:
     """Load once and print the figures: what the parent starts, so that every load has a process of its own."""
-    from dno_jax.parallel.mesh import initialize
+    from dno_jax.parallel.cluster import initialize
 
     initialize(coordinator=options.coordinator, num_processes=options.num_processes, process_id=options.process_id)
     act = {"dno_jax": load_ours, "transformers": load_transformers, "export": export_ours}[options.child]

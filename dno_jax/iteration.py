@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dno_jax.config import RunConfig
-from dno_jax.parallel.mesh import is_primary, wait_until
+from dno_jax.parallel.cluster import is_primary, wait_until
 from dno_jax.report.page import write_report
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import updates

@@ -59,7 +59,7 @@ def run(
     """Run all iterations, or resume where an earlier run stopped; export the best policy."""
     from dno_jax import iteration
     from dno_jax.console import console
-    from dno_jax.parallel.mesh import is_primary
+    from dno_jax.parallel.cluster import is_primary
     from dno_jax.report.summary import iteration_table, policy_table
     from dno_jax.run_dir import RunDir
 
@@ -337,7 +337,7 @@ def _bytes(text: str, *, option: str) -> int:
 
 
 def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.mesh import initialize
+    from dno_jax.parallel.cluster import initialize
 
     initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
 

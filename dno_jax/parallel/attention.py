@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW, Attention, CudnnAttention, SplashAttention, xla_attention
-from dno_jax.parallel.mesh import is_primary
+from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import Layout
 
 _LOG = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 from dno_jax.config import RunConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
-from dno_jax.parallel.mesh import gather_from_processes
+from dno_jax.parallel.cluster import gather_from_processes
 from dno_jax.parallel.sharding import AnyMesh
 from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.programs import Programs

@@ -12,7 +12,7 @@ from etils import epath
 from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import is_primary
+from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import replicated, reshard
 from dno_jax.records import Rollout
 from dno_jax.runtime.runtime import Runtime

@@ -17,7 +17,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.model import hf
 from dno_jax.model.config import Head
-from dno_jax.parallel.mesh import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime

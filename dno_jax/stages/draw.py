@@ -13,7 +13,7 @@ from etils import epath
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
-from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Rollout
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import Sampler, SampleSpec, Stream

@@ -22,7 +22,7 @@ from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
-from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.run_dir import RunDir

@@ -7,7 +7,7 @@ import threading
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.console import Reminder, say
-from dno_jax.parallel.mesh import is_primary, wait_until
+from dno_jax.parallel.cluster import is_primary, wait_until
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import annotate, sample
 from dno_jax.stages.judge_on_devices import policy as policy_judge

@@ -13,7 +13,7 @@ from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import plan, wanted_by_stage

@@ -18,7 +18,7 @@ from dno_jax.config import RunConfig
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.parallel.mesh import barrier, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec

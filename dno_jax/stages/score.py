@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pair_table import PairRows, PairTable
-from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.parallel.sharding import owned_rows
 from dno_jax.records import ReferenceScore
 from dno_jax.run_dir import RunDir

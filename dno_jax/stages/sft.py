@@ -19,7 +19,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import digest_of, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
-from dno_jax.parallel.mesh import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, explain
 from dno_jax.runtime.runtime import Runtime

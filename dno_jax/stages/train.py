@@ -14,7 +14,7 @@ from dno_jax.config import RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import barrier, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.runtime import ConfigT, Runtime

@@ -14,7 +14,7 @@ from etils import epath
 
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.parallel.mesh import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.training.state import TrainState
 
 _FINGERPRINT = "FINGERPRINT"

@@ -11,7 +11,8 @@ import numpy as np
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.parallel.mesh import initialize, make_mesh
+from dno_jax.parallel.cluster import initialize
+from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.training.state import param_shardings
 

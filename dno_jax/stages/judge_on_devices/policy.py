@@ -26,7 +26,7 @@ from dno_jax.console import Meter, say
 from dno_jax.data.pools import Pools, PoolShard
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
-from dno_jax.parallel.mesh import is_primary
+from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Judgement, Message
 from dno_jax.runtime.runtime import Runtime

@@ -35,7 +35,7 @@ from dno_jax.files import digest_of
 from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder, rewards
 from dno_jax.model.text.tokenizer import ChatTokenizer
-from dno_jax.parallel.mesh import broadcast_from_primary, is_primary
+from dno_jax.parallel.cluster import broadcast_from_primary, is_primary
 from dno_jax.parallel.sharding import DECODE, num_row_shards, replicated, row_sharding, to_device
 from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message

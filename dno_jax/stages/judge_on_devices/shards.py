@@ -17,7 +17,7 @@ import numpy as np
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
 from dno_jax.data.pools import Pools, PoolShard, Survey
-from dno_jax.parallel.mesh import barrier, broadcast_from_primary, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import Judgement
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest, StageDir
