@@ -19,7 +19,7 @@ from etils import epath
 
 from dno_jax.config import LossSection, PairingSection, RunConfig, config_digest
 from dno_jax.data.pairs import NEW, REPLAYED, PairFile, Spool, pair_table, write_pairs
-from dno_jax.data.pools import PromptFile
+from dno_jax.data.pools import Pools
 from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
@@ -97,14 +97,15 @@ def run(config: RunConfig, iteration: int) -> Manifest:
 def _pair_shards(spool: Spool, run_dir: RunDir, config: RunConfig, *, iteration: int) -> _Made:
     """Choose the pairs of every shard and put their rows aside."""
     sampled, judged = run_dir.stage("sample", iteration), run_dir.stage("annotate", iteration)
-    prompts = PromptFile(run_dir.prompts_path(iteration))
+    source = Pools(sampled, run_dir.prompts_path(iteration))
     whole = _Made()
     for shard in sampled.shard_names():  # each has all candidates of its prompts, and so have the judgements
         rollouts = {row.rollout_id: row for row in sampled.read_shard(Rollout, shard)}
         made = new_pairs(judged.read_shard(Judgement, shard), rollouts.values(), config, iteration=iteration)
         pairs, made.pairs = made.pairs, []
-        named = list(dict.fromkeys(pair.prompt_id for pair in pairs))
-        spool.add(pair_table(pairs, rollouts, prompts.read(named)))
+        if pairs:
+            named = list(dict.fromkeys(pair.prompt_id for pair in pairs))
+            spool.add(pair_table(pairs, rollouts, source.prompts.read(named)))
         whole.add(made)
     return whole
 
