@@ -1,6 +1,7 @@
 """A run goes on in the same directory with what may change, and is redone from a stage where results would."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -56,8 +57,8 @@ def watch(monkeypatch):
 
 def files(run_dir, *stages):
     """The bytes of what these stages of iterations 0 and 1 wrote."""
-    folders = [run_dir.stage(name, t).path for t in range(2) for name in stages]
-    return {path: path.read_bytes() for folder in folders for path in folder.iterdir() if path.is_file()}
+    folders = [run_dir.stage(name, t).path for t in run_dir.begun()[:2] for name in stages]
+    return {path: path.read_bytes() for folder in folders for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def losses(run_dir):
@@ -166,3 +167,34 @@ def test_a_place_that_there_is_not_is_named(make_config):
         iteration.run(config, redo_from="trian")
     with pytest.raises(DnoError, match=r"--from is 'train:2'; the configuration has iterations 0 to 1"):
         iteration.run(config, redo_from="train:2")
+
+
+def test_contents_are_identity_and_paths_are_not(make_config, tmp_path):
+    """The directory, the checkpoint and the prompts may lie elsewhere: on another mount, in another checkout."""
+    config = make_config(iterations=1)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, 1)
+        with pytest.raises(OutOfMemory):
+            iteration.run(config)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(config.run_dir, moved / "run")
+    shutil.copytree(config.model.path, moved / "checkpoint")
+    shutil.copy(config.prompts.path, moved / "prompts.jsonl")
+    shutil.copy(config.prompts.held_out_path, moved / "held_out.jsonl")
+    there = make_config(
+        iterations=1,
+        run_dir=str(moved / "run"),
+        model={"path": str(moved / "checkpoint")},
+        prompts={"path": str(moved / "prompts.jsonl"), "held_out_path": str(moved / "held_out.jsonl")},
+    )
+    before = files(RunDir(config.run_dir), "sample", "annotate", "pair", "score")
+    iteration.run(there)
+    after = files(RunDir(there.run_dir), "sample", "annotate", "pair", "score")
+    assert list(after.values()) == list(before.values())
+
+    weights = moved / "checkpoint" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-2] ^= 0x40
+    weights.write_bytes(changed)
+    with pytest.raises(DnoError, match=r"not the checkpoint that policy 0 of .* was imported from"):
+        iteration.run(there)
