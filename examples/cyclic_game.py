@@ -99,7 +99,7 @@ def make_policy(folder: Path, *, prompts: int = 512) -> None:
         "training": {"batch_size": 200, "num_epochs": 200, "save_every": 1000},
         "report": {"tensorboard": False},
     }
-    exported = sft.run(parse_config(SftConfig, tree, place="examples/cyclic_game.py"))
+    exported = sft.run(Runtime.start(parse_config(SftConfig, tree, place="examples/cyclic_game.py")))
     Path(str(exported)).rename(folder / "policy")
 
 

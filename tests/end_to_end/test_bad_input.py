@@ -247,10 +247,10 @@ def test_status_of_nothing(tmp_path, capsys, monkeypatch):
 def test_export_over_something_that_is_there(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "there").mkdir()
     (tmp_path / "run").mkdir()
-    from dno_jax.config import RunConfig, dump_config, parse_config
+    from dno_jax.config import RunConfig, parse_config
+    from dno_jax.run_dir import RunDir
 
-    config = parse_config(RunConfig, small_tree(folder), place="test")
-    (tmp_path / "run" / "config.yaml").write_text(dump_config(config))
+    RunDir(tmp_path / "run").create(parse_config(RunConfig, small_tree(folder), place="test"))
     monkeypatch.setattr(sys, "argv", ["dno", "export", str(tmp_path / "run"), str(tmp_path / "there"), "--policy", "0"])
     with pytest.raises(SystemExit):
         cli.main()

@@ -9,7 +9,6 @@ import threading
 import pytest
 import yaml
 
-from dno_jax import iteration
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.cli import main as cli
 from dno_jax.errors import DnoError
@@ -37,7 +36,7 @@ def play(monkeypatch):
             sampler(after_shard)
             manifest.write_text(text)
 
-        monkeypatch.setattr(iteration.sample, "run", run)
+        monkeypatch.setattr(overlap.sample, "run", run)
 
     return install
 
@@ -92,7 +91,7 @@ def test_a_judge_that_comes_back_while_there_is_sampling_is_asked_again(tmp_path
     with FakeJudge(prefers="marker") as server:
         config = sampled_run(tmp_path, server.url, prompts=4, **LIST_WISE)
         play(config, sampler)
-        monkeypatch.setattr(iteration, "_OUTAGE_SECONDS", 0.01)
+        monkeypatch.setattr(overlap, "_OUTAGE_SECONDS", 0.01)
         monkeypatch.setattr(annotate, "run", down_at_first)
         sample_and_annotate(config, 0)
     assert len(calls) == 2
@@ -149,7 +148,7 @@ def test_it_is_said_once_what_is_waited_for(judged, monkeypatch, capfd):
         manifest.write_text(text)
         assert ready()
 
-    monkeypatch.setattr(iteration, "wait_until", poll)
+    monkeypatch.setattr(overlap, "wait_until", poll)
     overlap.wait_for_annotation(Runtime.start(judged), 0)
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("2 of 2 shards are judged; waiting for") == 1
@@ -168,7 +167,9 @@ def test_the_commands_of_the_host_refuse_another_configuration(tmp_path, monkeyp
 
     config = sampled_run(tmp_path, "http://127.0.0.1:9/v1", prompts=4, annotation={"kind": "oracle"})
     RunDir(config.run_dir).create(config)
-    assert dno("annotate", path, "annotation.oracle.target_words=7") == 2
-    assert "annotation.oracle.target_words: 30 -> 7" in capsys.readouterr().err
     assert dno("annotate", path, f"annotation.store={tmp_path / 'own.sqlite'}") in (0, None)
+    capsys.readouterr()
+    for command in ("annotate", "pair"):
+        assert dno(command, path, "annotation.oracle.target_words=7") == 2
+        assert "annotation.oracle.target_words: 30 -> 7" in capsys.readouterr().err
     assert len(list(RunDir(config.run_dir).stage("annotate", 0).read(Judgement))) == 4

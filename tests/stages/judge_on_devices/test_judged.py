@@ -16,7 +16,6 @@ from contextlib import closing
 
 import pytest
 
-from dno_jax import iteration
 from dno_jax.annotation.ledger.database import Database
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.quality.warnings import warnings
@@ -26,7 +25,7 @@ from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import annotate, pair
+from dno_jax.stages import annotate, overlap, pair
 from tests.pairs import read_pairs
 from tests.running import run_stage, sample_and_annotate
 from tests.stages.judged import judged_tree, paid, sampled_run, worth
@@ -442,7 +441,7 @@ def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):
                 asked.append(server.requests)
             stage.finish(config, inputs={}, rows=64, seconds=0.0)
 
-        monkeypatch.setattr(iteration.sample, "run", sample_slowly)
+        monkeypatch.setattr(overlap.sample, "run", sample_slowly)
         sample_and_annotate(config, 0)
     assert asked == [4, 8, 12, 16]
     assert RunDir(config.run_dir).stage("annotate", 0).require().details["states"] == {"ok": 16}

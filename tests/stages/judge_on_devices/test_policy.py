@@ -115,7 +115,7 @@ def folder(tmp_path_factory) -> Path:
         "training": {"batch_size": 32, "num_epochs": 12, "save_every": 1000},
         "report": {"tensorboard": False},
     }
-    shutil.move(str(sft.run(parse_config(SftConfig, tree, place="test"))), folder / "taught")
+    shutil.move(str(sft.run(Runtime.start(parse_config(SftConfig, tree, place="test")))), folder / "taught")
     return folder
 
 
