@@ -66,9 +66,12 @@ def test_shard_map_step_runs_as_it_says_whatever_the_devices_and_the_layout():
         [sys.executable, "-W", "error", "examples/shard_map_step.py"],
         cwd=FOLDER.parent,
         env={
-            **os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "XLA_FLAGS": "",
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "XLA_FLAGS": "",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-        },  # fmt: skip
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -330,6 +331,17 @@ def real(shared_data, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def load_real(shared_data, real):
+    """(template, family) -> that tokenizer with that template, read once: a vocabulary of 150,000 takes a second."""
+
+    @functools.cache
+    def read(name: str, family: str) -> ChatTokenizer:
+        return ChatTokenizer.load(real(family), str(shared_data / "tokenizers" / "templates" / f"{name}.jinja"))
+
+    return read
+
+
 CHATS = [
     *[user(text) for text in SENTENCES],
     turns("And before?", "It was **green**.", "And now?"),
@@ -344,8 +356,8 @@ def test_all_19_templates_are_in_the_table(shared_data):
 
 
 @pytest.mark.parametrize(("name", "family", "verdict"), REAL)
-def test_real_templates(shared_data, real, name, family, verdict):
-    chat = ChatTokenizer.load(real(family), str(shared_data / "tokenizers" / "templates" / f"{name}.jinja"))
+def test_real_templates(load_real, name, family, verdict):
+    chat = load_real(name, family)
     errors = {finding.name: finding.text for finding in lint(chat) if finding.level == "error"}
     assert bool(errors) == (verdict != "fits"), errors
     if verdict == "refuses":
@@ -382,8 +394,8 @@ def test_real_templates(shared_data, real, name, family, verdict):
 
 
 @pytest.mark.parametrize(("name", "family"), [(name, family) for name, family, verdict in REAL if verdict == "fits"])
-def test_real_templates_with_a_prefix_and_cut_to_a_length(shared_data, real, name, family):
-    chat = ChatTokenizer.load(real(family), str(shared_data / "tokenizers" / "templates" / f"{name}.jinja"))
+def test_real_templates_with_a_prefix_and_cut_to_a_length(load_real, name, family):
+    chat = load_real(name, family)
     messages = turns("And before?", "It was **green**.", "Tell me a long story about the red fox and the sea.")
     prompt = chat.prompt_ids(messages, "Once upon")
     response = chat.response_ids(messages, " a time.", end_id=chat.end_ids[0], assistant_prefix="Once upon")
@@ -401,10 +413,9 @@ def test_real_templates_with_a_prefix_and_cut_to_a_length(shared_data, real, nam
     assert messages[-1].content.endswith(left[0].content)
 
 
-def test_what_the_lint_says_of_real_templates(shared_data, real):
+def test_what_the_lint_says_of_real_templates(load_real):
     def found(name):
-        family = next(family for known, family, _ in REAL if known == name)
-        return levels(ChatTokenizer.load(real(family), str(shared_data / "tokenizers/templates" / f"{name}.jinja")))
+        return levels(load_real(name, next(family for known, family, _ in REAL if known == name)))
 
     assert "System role not supported" in found("google-gemma-2-2b-it")["warning", "system"]
     assert ("warning", "date") in found("meta-llama-Llama-3.1-8B-Instruct")
