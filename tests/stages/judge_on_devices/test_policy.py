@@ -21,6 +21,7 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
 from dno_jax.records import Judgement, Message, Rollout
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import StageDir
 from dno_jax.stages import pair, sample, sft
 from dno_jax.stages.judge_on_devices import policy as self_judge
