@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = {
     "errors": 0, "losses": 0, "logprobs": 0, "preferences": 0, "games": 0, "records": 0, "config": 0, "run_dir": 0,
-    "endpoint": 0,
+    "endpoint": 0, "addresses": 0, "statistics": 0,
     "model": 1, "sampled_games": 1,
     "parallel": 2,
     "sampling": 3, "training": 3, "annotation": 3, "evaluation": 3,

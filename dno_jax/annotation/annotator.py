@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from dno_jax.addresses import Purpose, order
 from dno_jax.config import AnnotationSection
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, Prompt
@@ -92,18 +91,15 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(message.content for message in prompt.messages)
 
 
-def presentation_order(pool: Pool, *, seed: int) -> tuple[int, ...]:
-    """Draw the order in which a judge sees a pool: a function of seed, prompt id and candidate ids alone.
+def presentation_order(
+    pool: Pool, *, seed: int, draw: int = 0, purpose: Purpose = Purpose.PRESENTATION
+) -> tuple[int, ...]:
+    """Draw the order in which a judge sees a pool: a function of seed, draw, prompt id and candidate ids alone.
 
     Returns:
         [C] indices into the pool; the first is presented first.
     """
-
-    def address(index: int) -> str:
-        name = json.dumps([seed, pool.prompt.prompt_id, pool.candidates[index].candidate_id])
-        return hashlib.sha256(name.encode()).hexdigest()
-
-    return tuple(sorted(range(len(pool.candidates)), key=address))
+    return order(purpose, seed, draw, pool.prompt.prompt_id, names=pool.candidate_ids)
 
 
 def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[str], seed: int) -> Annotator:

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from etils import epath
 from pydantic import ValidationError
 
+from dno_jax.addresses import Purpose, name_bits, rng
 from dno_jax.config import PromptsSection, RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.text.tokenizer import ChatTokenizer
@@ -122,10 +122,7 @@ def split_prompts(config: RunConfig) -> PromptSplit:
     """
     section: PromptsSection = config.prompts
     prompts = load_prompts(section.path)
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0x5EED]))).permutation(
-        len(prompts)
-    )
-    shuffled = [prompts[i] for i in order]
+    shuffled = [prompts[i] for i in rng(Purpose.PROMPT_SPLIT, config.seed).permutation(len(prompts))]
     if section.held_out_path:
         held_out = load_prompts(section.held_out_path)
         common = {p.prompt_id for p in prompts} & {p.prompt_id for p in held_out}
@@ -162,11 +159,6 @@ class TokenizedPrompt:
     def text_ids_before(self) -> tuple[int, ...]:
         """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
         return self.token_ids if self.prompt.assistant_prefix else ()
-
-
-def name_bits(name: str) -> int:
-    """32 bits that stand for an id where randomness is addressed."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def tokenize_prompts(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from dno_jax.addresses import Purpose, order
 from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.data.rows import batches_by_length, frozen_logprobs
@@ -146,18 +146,21 @@ def _shown(response: Mapping[str, Any]) -> str:
 
 
 def _audited(stage: StageDir, *, policy: int, count: int) -> Iterator[Rollout]:
-    """The policy's responses to the first prompts, by sha256 of their ids, of every shard."""
+    """The policy's responses to some prompts of every shard, drawn by their ids."""
     for name in stage.shard_names() if count else ():
         drawn = [row for row in stage.read_shard(Rollout, name) if row.policy == policy]
-        ids = sorted({row.prompt_id for row in drawn}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-        yield from (row for row in drawn if row.prompt_id in ids[:count])
+        ids = sorted({row.prompt_id for row in drawn})
+        chosen = {ids[index] for index in order(Purpose.AUDITED_PROMPTS, names=ids)[:count]}
+        yield from (row for row in drawn if row.prompt_id in chosen)
 
 
 def _trainer_logprobs(runtime: Runtime[RunConfig], policy: epath.Path, rollouts: Sequence[Rollout]) -> list[float]:
     """log pi(y|x) of every rollout, on every process, in the very batches' shapes that pairs are scored in."""
     size = runtime.config.training.micro_batch_size or runtime.config.training.batch_size
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_token_ids) + len(rollouts[i].token_ids))
-    couples = [(order[i], order[min(i + 1, len(order) - 1)]) for i in range(0, len(order), 2)]
+    by_length = sorted(
+        range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_token_ids) + len(rollouts[i].token_ids)
+    )
+    couples = [(by_length[i], by_length[min(i + 1, len(by_length) - 1)]) for i in range(0, len(by_length), 2)]
     rows = [
         TrainingRow(
             prompt_ids=(rollouts[a].prompt_token_ids, rollouts[b].prompt_token_ids),

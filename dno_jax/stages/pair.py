@@ -14,8 +14,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from dno_jax.addresses import Purpose, rng
 from dno_jax.config import LossSection, PairingSection, RunConfig, config_digest
-from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
     PairChoice,
@@ -175,9 +175,8 @@ def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[Pai
             rows = pool.trained_rows
             return verdict_pairs(pool.texts(), pool.wins[np.ix_(rows, rows)], keep_ties=keep_ties)
         case "matching":
-            address = [config.seed, iteration, name_bits(pool.prompt_id)]
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(address)))
-            return matched_pairs(pool.own_samples(), rng=rng)
+            drawn = rng(Purpose.MATCHING, config.seed, iteration, pool.prompt_id)
+            return matched_pairs(pool.own_samples(), rng=drawn)
 
 
 def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int) -> Pair:
@@ -304,8 +303,7 @@ def _replay(run_dir: RunDir, config: RunConfig, *, iteration: int, num_new: int)
     )
     replayed: list[Pair] = []
     for age, (pool, count) in enumerate(zip(pools, counts, strict=True), start=1):
-        seed = np.random.SeedSequence([config.seed, iteration, age])
-        order = np.random.Generator(np.random.Philox(seed)).permutation(len(pool))
+        order = rng(Purpose.REPLAY, config.seed, iteration, age).permutation(len(pool))
         replayed += [pool[i] for i in sorted(order[:count])]
     return replayed
 

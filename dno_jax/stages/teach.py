@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+from dno_jax.addresses import Purpose, integer
 from dno_jax.annotation.client import JudgeClient, open_client
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
 from dno_jax.annotation.receipts import closing
@@ -189,8 +189,7 @@ class _Teacher:
         if section.top_p is not None:
             body["top_p"] = section.top_p
         if section.send_seed:
-            address = json.dumps([self._seed, prompt.prompt_id])
-            body["seed"] = int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
+            body["seed"] = integer(Purpose.TEACHER, self._seed, prompt.prompt_id, below=2**31)
         return body
 
 

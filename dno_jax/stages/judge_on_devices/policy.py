@@ -17,12 +17,12 @@ from typing import Any
 
 from etils import epath
 
+from dno_jax.addresses import Purpose, name_bits
 from dno_jax.annotation.annotator import Pool
 from dno_jax.annotation.judges.rubric import PointRubric, Unparsable, load_point_rubric
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pools import Pools
-from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.parallel.mesh import is_primary
 from dno_jax.parallel.sharding import DECODE
@@ -35,9 +35,6 @@ from dno_jax.sampling.requests import Finished, Request, Response, SamplingParam
 from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.judge_on_devices.shards import judge_on_devices
-
-# Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
-_JUDGE_KEYS = 1 << 30
 
 
 def check(config: RunConfig) -> None:
@@ -161,12 +158,13 @@ class _Judge:
             num_ids=self.runtime.tokenizer.vocab_size,
             truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
             seed=config.seed,
+            purpose=Purpose.READING,
         )
         yield from generate(
             params,
             (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
             CompiledPrograms(self.runtime.model(DECODE, mesh=mesh), sampling_params, shape, mesh),
-            iteration=_JUDGE_KEYS + iteration,
+            iteration=iteration,
         )
 
     def read(self, response: Response) -> _Reading:
