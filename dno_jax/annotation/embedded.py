@@ -8,6 +8,7 @@ from abc import abstractmethod
 
 import numpy as np
 
+from dno_jax.addresses import Purpose, uniform
 from dno_jax.annotation.oracles import majority_matrix, words
 from dno_jax.annotation.pool import Annotator, Candidate, Pool, prompt_text
 from dno_jax.config import OracleSection, TableSection
@@ -129,8 +130,8 @@ class TableAnnotator(_Embedded):
             return self.preference(row.text, column.text)
         # Both entries of a pair come from one draw, which asks whether the first by id wins.
         first, second = sorted((row, column), key=lambda candidate: candidate.candidate_id)
-        uniform = _uniform(self._seed, prompt_id, first.candidate_id, second.candidate_id)
-        return float((uniform < self.preference(first.text, second.text)) == (row == first))
+        drawn = uniform(Purpose.TABLE, self._seed, prompt_id, first.candidate_id, second.candidate_id)
+        return float((drawn < self.preference(first.text, second.text)) == (row == first))
 
 
 class GoldAnnotator(_Embedded):
@@ -192,9 +193,3 @@ def _checked(preferences: tuple[tuple[float, ...], ...], *, count: int) -> tuple
     except ValueError as error:
         raise DnoError(f"{place}: {error}") from None
     return preferences
-
-
-def _uniform(*address: int | str) -> float:
-    """Return the number in [0, 1) that belongs to an address."""
-    digest = hashlib.sha256(json.dumps(address).encode()).digest()
-    return (int.from_bytes(digest[:8], "big") >> 11) * 2.0**-53  # as many bits as a double holds

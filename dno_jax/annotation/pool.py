@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from dno_jax.addresses import Purpose, order
 from dno_jax.records import Judgement, Prompt
 
 
@@ -126,15 +125,12 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(message.content for message in prompt.messages)
 
 
-def presentation_order(pool: Pool, *, seed: int) -> tuple[int, ...]:
-    """Draw the order in which a judge sees a pool: a function of seed, prompt id and candidate ids alone.
+def presentation_order(
+    pool: Pool, *, seed: int, draw: int = 0, purpose: Purpose = Purpose.PRESENTATION
+) -> tuple[int, ...]:
+    """Draw the order in which a judge sees a pool: a function of seed, draw, prompt id and candidate ids alone.
 
     Returns:
         [C] indices into the pool; the first is presented first.
     """
-
-    def address(index: int) -> str:
-        name = json.dumps([seed, pool.prompt.prompt_id, pool.candidates[index].candidate_id])
-        return hashlib.sha256(name.encode()).hexdigest()
-
-    return tuple(sorted(range(len(pool.candidates)), key=address))
+    return order(purpose, seed, draw, pool.prompt.prompt_id, names=pool.candidate_ids)

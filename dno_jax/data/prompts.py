@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from etils import epath
 from pydantic import ValidationError
 
+from dno_jax.addresses import Purpose, name_bits, rng
 from dno_jax.config import PromptsSection, RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.text.tokenizer import ChatTokenizer
@@ -123,10 +123,7 @@ def split_prompts(config: RunConfig) -> PromptSplit:
     """
     section: PromptsSection = config.prompts
     prompts = load_prompts(section.path)
-    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([config.seed, 0x5EED]))).permutation(
-        len(prompts)
-    )
-    shuffled = [prompts[i] for i in order]
+    shuffled = [prompts[i] for i in rng(Purpose.PROMPT_SPLIT, config.seed).permutation(len(prompts))]
     if section.held_out_path:
         held_out = load_prompts(section.held_out_path)
         common = {p.prompt_id for p in prompts} & {p.prompt_id for p in held_out}
@@ -198,11 +195,6 @@ class PromptSet:
             kept, dropped = tokenize_prompts(part, tokenizer=self._tokenizer, config=self._config)
             self._parts[id(part)] = TokenizedPart(tuple(kept), dropped)
         return self._parts[id(part)]
-
-
-def name_bits(name: str) -> int:
-    """32 bits that stand for an id where randomness is addressed."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def tokenize_prompts(

@@ -10,13 +10,13 @@ Servers differ in what they say beyond OpenAI's fields, all of which is read whe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dno_jax.addresses import Purpose, integer
 from dno_jax.config import CompletionServerSection
 from dno_jax.errors import DnoError
 from dno_jax.sampling.requests import Request, Response, SamplingParams
@@ -98,8 +98,7 @@ def request_seed(*, seed: int, iteration: int, prompt: int, sample: int, redraw:
         sample: index of the sample.
         redraw: answers for it that were refused before.
     """
-    digest = hashlib.sha256(f"{seed} {iteration} {prompt} {sample} {redraw}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return integer(Purpose.SERVED_RESPONSE, seed, iteration, prompt, sample, redraw, below=2**31)
 
 
 def sampling_fields(task: Task) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def fill(
 
     samples = jnp.arange(programs.sampling_params.num_samples, dtype=jnp.int32) + programs.sampling_params.first_sample
     keys = address(
+        purpose=programs.sampling_params.purpose,
         seed=programs.sampling_params.seed,
         iteration=iteration,
         prompt=jnp.repeat(prompts.name, len(samples)),

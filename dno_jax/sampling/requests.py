@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from dno_jax.addresses import Purpose
 from dno_jax.sampling.transforms import Truncation
 
 
@@ -22,6 +23,7 @@ class SamplingParams:
         num_ids: ids that may be drawn are below this, the tokenizer's count; further rows of the embedding are padding.
             None draws from all of it.
         max_total_tokens: tokens of prompt and response together; None leaves it to max_new_tokens.
+        purpose: what is drawn: one that is for something else draws from other keys.
 
     Raises:
         ValueError: a count is not positive, or there is no end id.
@@ -35,6 +37,7 @@ class SamplingParams:
     first_sample: int = 0
     num_ids: int | None = None
     max_total_tokens: int | None = None
+    purpose: Purpose = Purpose.RESPONSE
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "max_new_tokens"):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import MIN_TEMPERATURE
 
 # Width of the second level of the cumulative sum: one cache-friendly row.
@@ -63,7 +64,12 @@ class Truncation:
 
 
 def address(
-    *, seed: int, iteration: int | Int[Array, ""], prompt: UInt[Array, " B"], sample: Int[Array, " B"]
+    *,
+    purpose: Purpose,
+    seed: int,
+    iteration: int | Int[Array, ""],
+    prompt: UInt[Array, " B"],
+    sample: Int[Array, " B"],
 ) -> Array:
     """Return one key a row, uint32 [B, 2], made of nothing but the row's address.
 
@@ -72,7 +78,8 @@ def address(
         prompt: 32 bits that name the prompt.
         sample: index of the sample.
     """
-    base = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), iteration)
+    base = jax.random.wrap_key_data(jnp.asarray(key_data(purpose, seed)), impl="threefry2x32")
+    base = jax.random.fold_in(base, iteration)
     return jax.random.key_data(
         jax.vmap(lambda p, s: jax.random.fold_in(jax.random.fold_in(base, p), s))(prompt, sample)
     )

@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
+from dno_jax.addresses import Purpose, uniform
 from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.pool import Annotator, Pool
@@ -24,7 +25,6 @@ from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, Reminder, say
 from dno_jax.data.pools import Pools, PoolShard, Survey
-from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
@@ -272,9 +272,11 @@ class _Work:
             self._missing[name] = missing  # else this call cannot settle, and what fails is not held
 
     def _is_repeated(self, pool: Pool) -> bool:
-        """Whether a pool is asked about a second time: by its prompt's name, the same after a restart."""
-        share = self._config.annotation.quality.repeat
-        return self._annotator.may_repeat and name_bits(f"repeat {pool.prompt.prompt_id}") < share * 2**32
+        """Whether a pool is asked about a second time: by its prompt's id, the same after a restart."""
+        share, seed = self._config.annotation.quality.repeat, self._config.seed
+        return (
+            self._annotator.may_repeat and uniform(Purpose.REPEATED, seed, pool.prompt.prompt_id) < share
+        )
 
     async def _probe_once(self, pools: Sequence[Pool]) -> None:
         """Ask the endpoint for a sign of life before the first pool that has to be paid for."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from dno_jax.addresses import Purpose, order
 from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
@@ -145,17 +145,20 @@ def _shown(response: Mapping[str, Any]) -> str:
 
 
 def audited(shard: Sequence[Rollout], *, policy: int, count: int) -> list[Rollout]:
-    """The policy's responses to the first `count` prompts of a shard, by sha256 of their ids."""
+    """The policy's responses to `count` prompts of a shard, drawn by their ids."""
     drawn = [row for row in shard if row.policy == policy] if count else []
-    ids = sorted({row.prompt_id for row in drawn}, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    return [row for row in drawn if row.prompt_id in ids[:count]]
+    ids = sorted({row.prompt_id for row in drawn})
+    chosen = {ids[index] for index in order(Purpose.AUDITED_PROMPTS, names=ids)[:count]}
+    return [row for row in drawn if row.prompt_id in chosen]
 
 
 def _trainer_logprobs(runtime: Runtime[RunConfig], policy: epath.Path, rollouts: Sequence[Rollout]) -> list[float]:
     """log pi(y|x) of every rollout, on every process, in the very batches' shapes that pairs are scored in."""
     size = runtime.config.training.micro_batch_size or runtime.config.training.batch_size
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_token_ids) + len(rollouts[i].token_ids))
-    couples = [(order[i], order[min(i + 1, len(order) - 1)]) for i in range(0, len(order), 2)]
+    by_length = sorted(
+        range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_token_ids) + len(rollouts[i].token_ids)
+    )
+    couples = [(by_length[i], by_length[min(i + 1, len(by_length) - 1)]) for i in range(0, len(by_length), 2)]
     rows = [
         TrainingRow(
             prompt_ids=(rollouts[a].prompt_token_ids, rollouts[b].prompt_token_ids),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dno_jax.addresses import Purpose, integer
 from dno_jax.config import AnnotationSection, RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.errors import DnoError
@@ -208,12 +209,15 @@ def export_pool(runtime: Runtime[RunConfig], *, path: str) -> None:
         if not (epath.Path(path) / name).exists():
             export(runtime, policy=policy, path=str(epath.Path(path) / name))
     if is_primary():
-        rule = "int(sha256('<seed>/<prompt_id>')[:8 bytes], big endian) mod the number of policies, for each prompt"
+        rule = (
+            f"int(sha256(json.dumps(['{Purpose.MIXTURE_MEMBER}', seed, prompt_id, 0]))[:8 bytes], big endian) mod the "
+            "number of policies, for each prompt"
+        )
         text = json.dumps({"policies": names, "seed": runtime.config.seed, "draw": rule}, indent=2)
         write_atomically(epath.Path(path) / "mixture.json", text + "\n")
     barrier("export pool")
 
 
-def pool_member(prompt_id: str, *, seed: int, size: int) -> int:
+def pool_member(prompt_id: str, *, seed: int, size: int, sample: int = 0) -> int:
     """Draw the policy that answers a prompt, uniformly of `size`: unif(pi_1 .. pi_T), Algorithm 1, line 6."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:8], "big") % size
+    return integer(Purpose.MIXTURE_MEMBER, seed, prompt_id, sample, below=size)

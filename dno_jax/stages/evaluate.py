@@ -201,7 +201,7 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         if gold and gold.strip():
             texts = texts | {GOLD: gold}
         if config.outer.scheme == "average":
-            member = pool_member(prompt_id, seed=config.seed + sample, size=newest)
+            member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
         players.append(_Players(by_id[prompt_id], sample, texts))
     annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
+from dno_jax.addresses import Purpose, rng
 from dno_jax.config import LossSection, PairingSection, RunConfig
 from dno_jax.data.pairs import NEW, REPLAYED, PairFile, Spool, pair_table, write_pairs
 from dno_jax.data.pools import Pools
-from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
     PairChoice,
@@ -191,9 +191,8 @@ def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[Pai
             rows = pool.trained_rows
             return verdict_pairs(pool.texts(), pool.wins[np.ix_(rows, rows)], keep_ties=keep_ties)
         case "matching":
-            address = [config.seed, iteration, name_bits(pool.prompt_id)]
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(address)))
-            return matched_pairs(pool.own_samples(), rng=rng)
+            drawn = rng(Purpose.MATCHING, config.seed, iteration, pool.prompt_id)
+            return matched_pairs(pool.own_samples(), rng=drawn)
 
 
 def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int) -> Pair:
@@ -321,8 +320,7 @@ def _replay(sources: Sequence[StageDir], config: RunConfig, *, iteration: int, n
     )
     for age, (path, count) in enumerate(zip(paths, counts, strict=True), start=1):
         with PairFile(path) as file:
-            seed = np.random.SeedSequence([config.seed, iteration, age])
-            order = np.random.Generator(np.random.Philox(seed)).permutation(len(file))
+            order = rng(Purpose.REPLAY, config.seed, iteration, age).permutation(len(file))
             yield from file.take(np.sort(order[:count]))
 
 

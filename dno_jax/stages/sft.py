@@ -8,10 +8,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from pydantic import ValidationError
 
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
@@ -152,5 +154,6 @@ def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:
     if config.model.init_config is None:
         return read_checkpoint(config.model.path, shardings=shardings)
     return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(
-        runtime.model_config, jax.random.key(config.seed)
+        runtime.model_config,
+        jax.random.wrap_key_data(jnp.asarray(key_data(Purpose.INITIAL_WEIGHTS, config.seed)), impl="threefry2x32"),
     )

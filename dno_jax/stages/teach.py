@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from dno_jax.addresses import Purpose, integer
 from dno_jax.annotation.build import open_client
 from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
@@ -202,8 +202,7 @@ class _Teacher:
         if section.top_p is not None:
             body["top_p"] = section.top_p
         if section.send_seed:
-            address = json.dumps([self._seed, prompt.prompt_id])
-            body["seed"] = int.from_bytes(hashlib.sha256(address.encode()).digest()[:4], "big") >> 1
+            body["seed"] = integer(Purpose.TEACHER, self._seed, prompt.prompt_id, below=2**31)
         return body
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import flax.struct
 import numpy as np
 
+from dno_jax.addresses import Purpose, rng
+
 Ids = Sequence[int] | np.ndarray  # token ids of one text
 
 
@@ -127,9 +129,7 @@ def batch_order(
     """
     batches = -(-num_rows // batch_size)
     for epoch in range(start // batches, num_epochs):
-        order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, iteration, epoch]))).permutation(
-            num_rows
-        )
+        order = rng(Purpose.BATCH_ORDER, seed, iteration, epoch).permutation(num_rows)
         first = start % batches if epoch == start // batches else 0
         for batch in range(first, batches):
             yield order[batch * batch_size : (batch + 1) * batch_size]

@@ -166,16 +166,17 @@ def biased(prompt, candidates, question):
 @pytest.mark.parametrize("both_orders", [True, False], ids=["both orders", "one order"])
 def test_a_judge_with_a_60_to_40_bias_recovers_the_order_on_average(both_orders):
     function = judge(OpenAISection(form="pairwise", both_orders=both_orders))
-    total, firsts, asked = np.zeros((6, 6)), 0.0, 0
-    for values, pool in pools(80):
+    total, firsts, asked, count = np.zeros((6, 6)), 0.0, 0, 320
+    for values, pool in pools(count):
         judgement, _ = run(function, pool, biased)
         place = np.argsort(values)
         total += np.asarray(judgement.wins)[np.ix_(place, place)]
         firsts += sum(answer.scores[0] for answer in judgement.answers)
         asked += len(judgement.answers)
-    mean = total / 80
+    mean = total / count
     assert (mean[np.tril_indices(6, -1)] > 0.5).all()  # row better than column
     rates = mean.mean(axis=1)
+    # Neighbours are 0.09 apart or more, give or take 0.017 in one order.
     assert (np.diff(rates) > 0.05).all()
     assert 0.53 < firsts / asked < 0.61  # and the bias shows in the answers: 0.572 is expected
 

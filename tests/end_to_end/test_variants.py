@@ -466,4 +466,5 @@ def test_a_pool_draws_each_policy_about_as_often():
     drawn = Counter(pool_member(f"p{i}", seed=3, size=4) for i in range(2000))
     # 500 each, standard deviation 19.
     assert all(abs(drawn[member] - 500) < 80 for member in range(4))
-    assert pool_member("p", seed=1, size=3) == int.from_bytes(hashlib.sha256(b"1/p").digest()[:8], "big") % 3
+    digest = hashlib.sha256(b'["mixture member", 1, "p", 0]').digest()  # as mixture.json says it
+    assert pool_member("p", seed=1, size=3) == int.from_bytes(digest[:8], "big") % 3

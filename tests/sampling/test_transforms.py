@@ -11,6 +11,7 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from transformers.generation import logits_process as hf
 
+from dno_jax.addresses import Purpose
 from dno_jax.sampling.transforms import (
     Truncation,
     _first_above,
@@ -79,13 +80,20 @@ def rows_with_ties(count=1000, vocabulary=40):
 def keys(count, *, samples=None, seed=0):
     samples = samples or count
     row = jnp.arange(count, dtype=jnp.int32)
-    return address(seed=seed, iteration=0, prompt=(row // samples).astype(jnp.uint32), sample=row % samples)
+    return address(
+        purpose=Purpose.RESPONSE,
+        seed=seed,
+        iteration=0,
+        prompt=(row // samples).astype(jnp.uint32),
+        sample=row % samples,
+    )
 
 
 def draws(logits, truncation, count, seen=None):
     """Many draws from one row of logits; half of them differ in the sample, half in the step."""
     row = jnp.arange(count, dtype=jnp.int32)
-    key = address(seed=0, iteration=0, prompt=jnp.zeros(count, jnp.uint32), sample=row % 100)
+    name = jnp.zeros(count, jnp.uint32)
+    key = address(purpose=Purpose.RESPONSE, seed=0, iteration=0, prompt=name, sample=row % 100)
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     seen = None if seen is None else jnp.broadcast_to(jnp.asarray(seen), rows.shape)
     return np.asarray(draw(key, rows, step=row // 100, truncation=truncation, seen=seen))
@@ -235,9 +243,8 @@ def test_every_part_of_the_address_matters():
     rows = jnp.zeros((1, 1000), jnp.float32)
 
     def one(seed=0, iteration=0, prompt=0, sample=0, step=0):
-        key = address(
-            seed=seed, iteration=iteration, prompt=jnp.asarray([prompt], jnp.uint32), sample=jnp.asarray([sample])
-        )
+        prompt, sample = jnp.asarray([prompt], jnp.uint32), jnp.asarray([sample])
+        key = address(purpose=Purpose.RESPONSE, seed=seed, iteration=iteration, prompt=prompt, sample=sample)
         return int(draw(key, rows, step=jnp.asarray([step]), truncation=Truncation())[0])
 
     base = one()

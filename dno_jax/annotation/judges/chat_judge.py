@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from dno_jax.addresses import Purpose, integer
 from dno_jax.annotation.judges.forms import LISTWISE, ONE_TOKEN, PAIRWISE, load_rubric
 from dno_jax.annotation.pool import Pool
 from dno_jax.annotation.question import Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
 from dno_jax.records import Answer, Judgement, JudgementState
-
-NUM_SEEDS = 2**31  # of runs, and of what every endpoint takes as a request's
 
 Asked = Sequence[tuple[Question, Verdict]]
 
@@ -103,7 +101,7 @@ class ChatJudge(ABC):
         if section.temperature is not None:
             body["temperature"] = section.temperature
         if section.send_seed:
-            body["seed"] = drawn(self.seed, messages, repeat) % NUM_SEEDS
+            body["seed"] = integer(Purpose.JUDGE, self.seed, messages, repeat, below=2**31)
         if section.form == "logprob":
             body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
         return body
@@ -148,8 +146,3 @@ def no_judgement(pool: Pool, asked: Asked, *, judge: str) -> Judgement:
     worst: JudgementState = next(state for state in _WORST_FIRST if state in states)
     detail = next(verdict.detail for _, verdict in asked if verdict.state == worst)
     return judgement(pool, asked, judge=judge, state=worst, detail=detail)
-
-
-def drawn(*address: Any) -> int:
-    """Return the number in [0, 2^64) that belongs to an address."""
-    return int.from_bytes(hashlib.sha256(json.dumps(address).encode()).digest()[:8], "big")

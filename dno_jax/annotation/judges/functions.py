@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dno_jax.annotation.judges.chat_judge import NUM_SEEDS, ChatJudge, all_answered, drawn, judgement, no_judgement
+from dno_jax.addresses import Purpose, integer
+from dno_jax.annotation.judges.chat_judge import ChatJudge, all_answered, judgement, no_judgement
 from dno_jax.annotation.judges.schedules import all_pairs, known_wins, tournament
 from dno_jax.annotation.pool import Pool, presentation_order
 from dno_jax.annotation.question import PreferenceFunction, Question, Rounds, Verdict
@@ -49,8 +50,7 @@ class ListWise(ChatJudge):
         wanted = min(self.section.num_orders, math.factorial(count))
         draws = itertools.count()
         while len(found) < wanted:
-            # Beyond the range of runs' seeds: the second draw of one run is the first of no other.
-            order = presentation_order(pool, seed=self.seed + next(draws) * NUM_SEEDS)
+            order = presentation_order(pool, seed=self.seed, draw=next(draws))
             found |= dict.fromkeys(order[shift:] + order[:shift] for shift in range(count))
         return list(found)[:wanted]
 
@@ -65,7 +65,7 @@ class PairWise(ChatJudge):
     def rounds(self, pool: Pool, *, repeat: int = 0) -> Rounds:
         count = len(pool.candidates)
         if self.section.schedule == "tournament":
-            schedule = tournament(presentation_order(pool, seed=self.seed))
+            schedule = tournament(presentation_order(pool, seed=self.seed, purpose=Purpose.TOURNAMENT))
         else:
             schedule = all_pairs(count)
         asked: list[tuple[Question, Verdict]] = []
@@ -96,7 +96,8 @@ class PairWise(ChatJudge):
         first, second = sorted(pair, key=lambda index: pool.candidate_ids[index])
         if not self.section.both_orders:
             ids = pool.candidate_ids[first], pool.candidate_ids[second]
-            yield (first, second) if drawn(self.seed, pool.prompt.prompt_id, *ids) % 2 else (second, first)
+            turned = integer(Purpose.SHOWN_FIRST, self.seed, pool.prompt.prompt_id, *ids, below=2)
+            yield (second, first) if turned else (first, second)
             return
         yield first, second
         yield second, first

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 from etils import epath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from dno_jax.addresses import Purpose, rng
 from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt, explain
-
-_STREAM = 0xCA11B  # keeps the draw apart from the run's others
 
 
 class _Row(BaseModel):
@@ -46,8 +44,7 @@ def read_calibration(path: str | os.PathLike[str], *, limit: int, seed: int) -> 
     rows = [_labelled(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise DnoError(f"{path}: holds no labelled pairs; expected one {{prompt, first, second, preference}} a line")
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, _STREAM])))
-    drawn = random.permutation(len(rows))[:limit]
+    drawn = rng(Purpose.CALIBRATION, seed).permutation(len(rows))[:limit]
     return [rows[index] for index in sorted(drawn)]
 
 

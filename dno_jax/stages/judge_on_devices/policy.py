@@ -17,6 +17,7 @@ from typing import Any
 
 from etils import epath
 
+from dno_jax.addresses import Purpose, name_bits
 from dno_jax.annotation.judges.forms import POINTWISE, load_rubric
 from dno_jax.annotation.judges.rubric import Rubric
 from dno_jax.annotation.pool import Pool
@@ -24,7 +25,6 @@ from dno_jax.annotation.question import Reply, Unparsable
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pools import Pools, PoolShard
-from dno_jax.data.prompts import name_bits
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import DECODE
@@ -37,9 +37,6 @@ from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.transforms import Truncation
 from dno_jax.stage_dir import Manifest
 from dno_jax.stages.judge_on_devices.shards import CloseShard, DeviceJudge, judge_on_devices
-
-# Added to the iteration in the keys, where no run gets to: a rollout's 32-bit name may be that of a prompt, too.
-_JUDGE_KEYS = 1 << 30
 
 
 def check(runtime: Runtime[RunConfig]) -> None:
@@ -162,12 +159,13 @@ class _Judge:
             num_ids=self.runtime.tokenizer.vocab_size,
             truncation=Truncation(temperature=section.temperature, top_p=section.top_p),
             seed=config.seed,
+            purpose=Purpose.READING,
         )
         yield from generate(
             params,
             (Request(request.token_ids, name_bits(request.candidate_id)) for request in requests),
             CompiledPrograms(self.runtime.programs.model(DECODE, mesh=mesh), sampling_params, shape, mesh),
-            iteration=_JUDGE_KEYS + iteration,
+            iteration=iteration,
         )
 
     def read(self, response: Response) -> _Reading:
