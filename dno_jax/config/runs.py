@@ -138,9 +138,9 @@ class RunConfig(Section):
         annotation = self.annotation
         if annotation.apart and annotation.chats and annotation.store is None:
             raise ValueError(
-                "annotation.apart=true without annotation.store: sqlite wants all who have a file open on one machine, "
-                "and the run directory's annotations.sqlite may be open where `dno annotate` runs: give it a file on a "
-                "disk of this machine's own (the two may differ)"
+                "annotation.apart=true without annotation.store: sqlite needs all processes that have a "
+                "file open to be on one machine, and the run directory's annotations.sqlite may be open where `dno annotate` runs: give it a file on a "
+                "local disk of this machine (the two may differ)"
             )
         return self
 
@@ -162,7 +162,7 @@ class RunConfig(Section):
         return self.reference.kind != "previous"
 
     def loss_at(self, iteration: int) -> LossSection:
-        """The loss of iteration t: beta is eta_t."""
+        """The loss of iteration t, with beta = eta_t."""
         if self.loss.beta_schedule == "constant":
             return self.loss
         return self.loss.model_copy(update={"beta": self.reference.tau * (iteration + 2) / 2.0})

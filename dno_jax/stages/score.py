@@ -32,7 +32,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
 
     With `sampling.as_reference`, log pi_t of a pair of pi_t's own samples is what the sampler recorded: at temperature
     1 and over the whole vocabulary, whatever temperature and truncation it drew with. All other pairs are scored.
-    When the option was switched, what an earlier call wrote is discarded, unless a finished training has read it.
+    When the option has changed, what an earlier call wrote is discarded, unless a finished training has read it.
     """
     start = time.perf_counter()
     config, run_dir = runtime.config, runtime.run_dir
