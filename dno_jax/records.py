@@ -110,7 +110,7 @@ class Rollout(Record):
     Attributes:
         rollout_id: "<iteration>/<prompt_id>/<sample>", or ".../gold" for the teacher's response.
         sample: index of the sample; -1 for the teacher's response.
-        source: who wrote it: policy t, its mixture with pi_ref, the teacher, or somebody in the data.
+        source: who wrote it: policy t, its mixture with the initial policy, the teacher, or somebody in the data.
         policy: index t of the policy pi_t that sampled it, alone or in the mixture; None where none did.
         text: what the judge sees, after the prompt's assistant_prefix; the decoded `token_ids` without special tokens,
             cut before a stop string.

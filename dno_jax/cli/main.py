@@ -245,7 +245,7 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     memory: Annotated[
-        str | None, typer.Option(help="memory of one device, such as 16GiB; by default that of this machine's")
+        str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
     ] = None,
     devices: Annotated[
         int | None, typer.Option(help="how many to plan for; those that this machine lacks need --memory")

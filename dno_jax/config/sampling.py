@@ -58,7 +58,9 @@ class SamplingSection(Section):
         json_schema_extra=decides("sample"),
     )
     mixture_weight: Fraction | None = Field(
-        default=None, description="w, the weight of pi_ref; None means tau/beta", json_schema_extra=decides("sample")
+        default=None,
+        description="w, the weight of the initial policy; None means tau/beta",
+        json_schema_extra=decides("sample"),
     )
     num_opponents: int = Field(
         default=0,
@@ -118,7 +120,7 @@ class SamplingSection(Section):
     audit_prompts: int = Field(
         default=1,
         ge=0,
-        description="prompts per shard whose responses' log-probs are compared with the trainer's; 0 disables the audit",
+        description="prompts per shard whose responses' log-probs are compared with the trainer's; 0 audits none",
         json_schema_extra=COSTS,
     )
     audit_bound: float | None = Field(

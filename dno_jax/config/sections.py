@@ -275,7 +275,7 @@ class LossSection(Section):
 
 
 class ReferenceSection(Section):
-    """The reference that log-ratios are taken against, and the strength of the pull towards pi_ref."""
+    """The reference that log-ratios are taken against, and the strength of the pull towards the initial policy."""
 
     kind: Literal["previous", "initial", "mixture"] = Field(
         default="previous",
@@ -306,7 +306,7 @@ class OuterSection(Section):
 
     last: policy t+1 is trained from policy t; the best on held-out prompts is returned (Algorithm 2).
     average: the same, and the mixture that draws one of pi_0 .. pi_{T-1} per prompt is returned too (Algorithm 1).
-    proximal: pi_ref moves to the current policy every `every` iterations (COMAL).
+    proximal: the initial reference pi_ref moves to the current policy every `every` iterations (COMAL).
     optimistic: each iteration's pairs serve twice, to move pi'_t and as the guess of the next ones (ONPO).
     lookahead: the last iteration restarts from policy 0 on the pairs of all iterations before it (DNO-Lookahead).
     """
@@ -316,7 +316,7 @@ class OuterSection(Section):
     )
     every: Count | None = Field(
         default=None,
-        description="iterations between two moves of pi_ref (proximal)",
+        description="iterations between two moves of the initial reference (proximal)",
         json_schema_extra=decides("score", "train"),
     )
 

@@ -23,7 +23,7 @@ from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
 from dno_jax.training.checkpoint import policy_fingerprint
 
-INITIAL = "initial"  # sub-folder of the scores under pi_ref
+INITIAL = "initial"  # sub-folder of the scores under the initial policy
 SCORED, SAMPLED = "scored", "sampled"  # where log pi_t of the policy's own samples comes from
 
 
