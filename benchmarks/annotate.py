@@ -1,7 +1,7 @@
 """What the host costs beside the judge: `python benchmarks/annotate.py rate|memory|overlap`.
 
-rate     requests a second of the annotate stage (shards, prompts, limits, parsing, store, judgements and the figures of
-         the judge's quality included) and of the bare AsyncOpenAI client, in turn, against the same `dno fake-judge`,
+rate     requests per second of the annotate stage (shards, prompts, limits, parsing, store, judgements and the figures
+         of the judge's quality included) and of the bare AsyncOpenAI client, in turn, against one `dno fake-judge`,
          list-wise and pairwise, without limits of ours and with all of them
 memory   the stage's peak memory over ever more candidates, in a process of its own each
 overlap  wall time of sampling and annotating side by side against the longer of the two alone, with a judge that takes

@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_cpu = "--aot" in sys.argv or jax.devices()[0].platform == "cpu"
     parser.add_argument("--batch", type=int, default=2 if on_cpu else 8)
-    parser.add_argument("--length", type=int, help="tokens a sequence (default: 512 on a CPU, else 2,048)")
+    parser.add_argument("--length", type=int, help="tokens per sequence (default: 512 on a CPU, else 2,048)")
     parser.add_argument("--heads", type=int, default=8 if on_cpu else 32)
     parser.add_argument("--kv-heads", type=int, default=2 if on_cpu else 8)
     parser.add_argument("--head-dim", type=int, default=128)

@@ -100,7 +100,9 @@ def main() -> None:
         compare(f"{dtype}, 64 slots", base, None)
         for slots in (96, 32, 5):
             compare(f"{dtype}, {slots} slots", sampled(dtype=dtype, slots=slots), base)
-        compare(f"{dtype}, reversed order, 7 tokens a call", sampled(requests[::-1], dtype=dtype, chunk_steps=7), base)
+        compare(
+            f"{dtype}, reversed order, 7 tokens per call", sampled(requests[::-1], dtype=dtype, chunk_steps=7), base
+        )
         if len(jax.devices()) >= 2:
             compare(f"{dtype}, data=2", sampled(dtype=dtype, mesh=MeshSection(data=2)), base)
             compare(f"{dtype}, tensor=2", sampled(dtype=dtype, mesh=MeshSection(data=1, tensor=2)), base)

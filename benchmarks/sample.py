@@ -1,4 +1,4 @@
-"""Useful generated tokens a second: `python benchmarks/sample.py --model CHECKPOINT|llama25m [--prompts FILE.json]`.
+"""Useful generated tokens per second: `python benchmarks/sample.py --model CHECKPOINT|llama25m [--prompts FILE.json]`.
 
 FILE.json is a list of id lists; without it there are --num-prompts random prompts of --prompt tokens. Each is asked
 --copies times under names of its own. Tokens after a response's end are not counted. Rates are of --repeats passes over
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--devices", type=int, default=1)
-    parser.add_argument("--chunk", type=int, default=32, help="tokens a call")
+    parser.add_argument("--chunk", type=int, default=32, help="tokens per call")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -125,7 +125,7 @@ def main() -> None:
     live = (np.mean([len(ids) for ids in prompts]) + mean / 2) / columns
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     if not config.tie_word_embeddings:
-        weights -= params["embed"].nbytes  # of which a step reads a row a slot
+        weights -= params["embed"].nbytes  # of which a step reads one row per slot
     read = weights + options.slots * slot_bytes * live
     bandwidth = copy_bandwidth()
     report(
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def copy_bandwidth(megabytes: int = 256) -> float:
-    """Return bytes a second, read and written, of copying an array that no cache holds; the fastest of a few."""
+    """Return bytes per second, read and written, of copying an array that no cache holds; the fastest of a few."""
     source = jnp.ones(megabytes * 2**18, jnp.float32)
     copy = jax.jit(lambda array: array + 1.0)
     jax.block_until_ready(copy(source))

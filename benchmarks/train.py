@@ -1,4 +1,4 @@
-"""Tokens a second of the training step: `python benchmarks/train.py --model CHECKPOINT|llama25m [--pairs PAIRS.json]`.
+"""Tokens per second of a training step: `python benchmarks/train.py --model CHECKPOINT|llama25m [--pairs PAIRS.json]`.
 
 PAIRS.json is a list of {prompt_ids, chosen_ids, rejected_ids}; without it, pairs are random ids. Tokens are counted
 without padding; the figures are the fastest and the median of --steps steps after the first.

@@ -1,4 +1,4 @@
-"""Progress on the console: bars with rate and time left on a terminal, a line now and then in a log."""
+"""Progress on the console: bars with rate and time left on a terminal, an occasional line in a log."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Meter:
         return self
 
     def advance(self, count: int, *, note: str = "") -> None:
-        """Add finished work; `note` stands behind the description."""
+        """Add finished work; `note` follows the description."""
         self._done += count
         self._note = note or self._note
         if self._progress is not None:
@@ -134,7 +134,7 @@ class Meter:
 
 
 class Reminder:
-    """Says what is waited for when it is first asked to, and then every ten minutes."""
+    """Says what is being waited for on the first call, and then every ten minutes."""
 
     def __init__(self) -> None:
         self._due = -math.inf

@@ -1,4 +1,4 @@
-"""The one door to OpenAI-compatible endpoints: keys kept, pauses polite, failures sorted.
+"""The one client of OpenAI-compatible endpoints: keys protected, pauses polite, failures classified.
 
 Retries are `retried`'s, not the client's, because an answer that cannot be used is retried as well, and all count.
 
@@ -111,7 +111,7 @@ async def retried(
     max_outage: float = math.inf,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> T | GaveUp:
-    """Try until it succeeds, no further try would help, or enough were made; longer and longer pauses lie between.
+    """Try until it succeeds, no further try would help, or enough were made; pauses between tries grow.
 
     Args:
         attempt: one try; a `Trouble` that says "retry" is worth another, any other ends it. What it raises is raised.
@@ -280,7 +280,7 @@ class Endpoint:
                 remedy = f"put a key that may use this model into the environment variable {self._api_key_env}"
             return found(f"{where}; {remedy}", "raise")
         if status == 404:
-            return found(f"{where}; mend {self.place}.model, or base_url (it usually ends in /v1)", "raise")
+            return found(f"{where}; fix {self.place}.model, or base_url (it usually ends in /v1)", "raise")
         if status == 402 or code == "insufficient_quota":
             remedy = "the account is used up: fill it, then start again; what is already paid for is kept"
             return found(f"{where}; {remedy}", "raise")

@@ -1,4 +1,4 @@
-"""The one exception that means: the person who started this can mend it."""
+"""The one exception that means: the person who started this can fix it."""
 
 from __future__ import annotations
 

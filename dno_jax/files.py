@@ -55,7 +55,7 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                     os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
-            with suppress(OSError):  # it takes room that may be wanted
+            with suppress(OSError):  # it takes space that may be needed
                 temporary.unlink()
             raise
 

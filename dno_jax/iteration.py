@@ -30,7 +30,7 @@ def run(config: RunConfig, *, redo_from: str | None = None) -> RunResult:
     """Run, or resume, everything the configuration asks for; return the best policy's checkpoint (line 9).
 
     Args:
-        redo_from: "STAGE" or "STAGE:ITERATION", from which on work is redone, with earlier results set aside.
+        redo_from: "STAGE" or "STAGE:ITERATION", from which work is redone, with earlier results set aside.
     """
     runtime = Runtime.start(config)
     run_dir = runtime.run_dir

@@ -48,14 +48,14 @@ def head_token_logprobs(
         hidden: final hidden states, float32 or bfloat16.
         head: output head in any float dtype; multiplied in hidden's dtype, accumulated in float32.
         token: ids in [0, V).
-        chunk: tokens a slice, over the whole batch; need not divide B * T.
+        chunk: tokens per slice, over the whole batch; need not divide B * T.
         softcap: logits x become softcap * tanh(x / softcap) first (Gemma 2); None leaves them.
 
     Raises:
         ValueError: chunk is not positive.
     """
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; expected at least 1 token a slice")
+        raise ValueError(f"chunk is {chunk}; expected at least 1 token per slice")
     hidden, token = jnp.asarray(hidden), jnp.asarray(token)
     batch, length, _ = hidden.shape
     # Slices run along T so that a sharded batch axis stays whole in each of them.

@@ -1,4 +1,4 @@
-"""The rows that stages hand to each other: frozen, validated at the border, one JSON object a line.
+"""The rows that stages hand to each other: frozen, validated at the border, one JSON object per line.
 
 Every row is joined to others by id, never by line number. Nothing here imports jax.
 """
@@ -60,7 +60,7 @@ class Conversation(Record):
 
     Attributes:
         messages: the chat so far, up to the user's (or system's) last turn.
-        assistant_prefix: words that the assistant has begun its turn with. The response goes on after them: they stand
+        assistant_prefix: words that the assistant has begun its turn with. The response continues them: they stand
             in the prompt's ids and are never trained, and a judge reads them before the response.
     """
 
@@ -110,7 +110,7 @@ class Rollout(Record):
     Attributes:
         rollout_id: "<iteration>/<prompt_id>/<sample>", or ".../gold" for the teacher's response.
         sample: index of the sample; -1 for the teacher's response.
-        source: who wrote it: policy t, its mixture with pi_ref, the teacher, or somebody in the data.
+        source: who wrote it: policy t, its mixture with the initial policy, the teacher, or somebody in the data.
         policy: index t of the policy pi_t that sampled it, alone or in the mixture; None where none did.
         text: what the judge sees, after the prompt's assistant_prefix; the decoded `token_ids` without special tokens,
             cut before a stop string.
@@ -144,8 +144,8 @@ class Answer(Record):
 
     Attributes:
         order: indices into the judgement's candidates, as they were shown.
-        state: "ok", or "tie" where a pair was found equally good; whatever else is no answer.
-        scores: one number a candidate shown; of a pair P(better), P(worse); None where there is no answer.
+        state: "ok", or "tie" where a pair was found equally good; any other state is no answer.
+        scores: one number per candidate shown; of a pair P(better), P(worse); None where there is no answer.
         judge: identity of the one that was asked.
     """
 
@@ -246,7 +246,7 @@ RecordT = TypeVar("RecordT", bound=Record)
 
 
 def parse_lines(kind: type[RecordT], lines: Iterable[str], *, place: str) -> Iterator[RecordT]:
-    """Yield one validated record a non-blank line.
+    """Yield one validated record per non-blank line.
 
     Raises:
         DnoError: naming `place`, the line number and the field that is wrong.

@@ -71,7 +71,7 @@ class RunDir:
         return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal()) if root.exists() else []
 
     def create(self, config: Section) -> None:
-        """Make the directory, or find that this version of the program can go on in it, and note the configuration.
+        """Make the directory, or check that this version of the program can resume in it, and note the configuration.
 
         What changed in the configuration is for the stages to judge: each compares what it reads.
 
@@ -142,7 +142,7 @@ class RunDir:
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def load_config(self, kind: type[Any] = RunConfig) -> Any:
-        """The configuration that the directory was last used with.
+        """The configuration with which the directory was last used.
 
         Raises:
             DnoError: there is none, or it is another version's.

@@ -166,7 +166,7 @@ class StageDir:
         return {os.path.relpath(os.fspath(path), os.fspath(self.root)): digest_of(path)}
 
     def changed(self, config: Section) -> list[str]:
-        """What of the configuration this stage reads and was begun with other values; a line per field."""
+        """Fields of the configuration that this stage reads and was begun with other values of; one line per field."""
         path = self.path / STARTED
         if not path.exists():
             return []

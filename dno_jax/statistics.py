@@ -1,4 +1,4 @@
-"""Means with what they can be trusted for. Comparisons of one prompt are no independent votes: prompts are clusters.
+"""Means with their uncertainty. Comparisons on one prompt are not independent votes: prompts are clusters.
 
 Pure numpy.
 """

@@ -28,7 +28,7 @@ from dno_jax.errors import DnoError
 
 # Replies, none of which could be read, after which nobody is asked any more: they are paid for in vain.
 _MOST_UNREAD = 100
-_BYTES_A_TOKEN = 4  # of usual text: for limits of tokens a minute, which endpoints keep by estimates, too
+_BYTES_A_TOKEN = 4  # of usual text: for limits of tokens per minute, which endpoints keep by estimates, too
 
 
 class JudgeClient:
@@ -166,7 +166,7 @@ class JudgeClient:
 
     async def _probe(self, question: Question) -> None:
         async with self.budget.room(question) as granted:
-            pass  # given back: the small requests ask for room of their own
+            pass  # released: the small requests reserve their own share
         if granted:  # else not even they are sent
             with self._breaking(), suppress(OverBudget):
                 await self._clients[question.asked].probe(question.body, pay=partial(self._pay, question))
@@ -178,7 +178,7 @@ class JudgeClient:
 
         Args:
             question: that it is sent for.
-            wait: for room; a call that holds some itself would keep others from giving theirs back.
+            wait: for money to be released; a call that holds some itself would keep others from releasing theirs.
 
         Raises:
             OverBudget: it was not sent, for the limit might be passed.

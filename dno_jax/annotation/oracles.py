@@ -76,7 +76,7 @@ def relevance(prompt: str, response: str, target_words: int) -> float:
 def variety(prompt: str, response: str, target_words: int) -> float:
     """Root type-token ratio (Guiraud): distinct words / sqrt(words).
 
-    The plain ratio distinct / words is best for a response of one word; the root makes room for new words, and still
+    The plain ratio distinct / words is best for a response of one word; the root rewards new words, and still
     charges for repeated ones.
     """
     found = words(response)

@@ -73,7 +73,7 @@ class Annotator(Protocol):
 
     @abstractmethod
     async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
-        """Return the judgement of one pool; no answer is a state of it, never a number.
+        """Return the judgement of one pool; a missing answer is a state of it, never a number.
 
         Args:
             repeat: 0, or which repetition of the same questions this is; what is embedded always answers the same.

@@ -45,7 +45,7 @@ class Reply:
 
 
 Reader = Callable[[Reply], tuple[float, ...]]
-"""Reads a whole reply: one number a candidate shown, in the order shown; raises Unparsable on anything else.
+"""Reads a whole reply: one number per candidate shown, in the order shown; raises Unparsable on anything else.
 
 Of a pair the numbers are (p, 1 - p), p the probability that the first shown is better; equal ones are a tie.
 """

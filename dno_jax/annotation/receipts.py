@@ -1,4 +1,4 @@
-"""How work with a judge or a teacher ends: nothing that was paid for is given up, and the receipts are left.
+"""How work with a judge or a teacher ends: nothing that was paid for is lost, and the receipts are written.
 
 receipts.json says what a run has paid, by the store that holds the verdicts and by model, where a person finds it.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# A refusal is short; a longer text that begins like one goes on to answer.
+# A refusal is short; a longer text that begins like one continues with an answer.
 _LONGEST = 400
 _CANNOT = (
     r"(?:can't|cannot|can not|won't|will not|am unable to|'m unable to|am not able to|'m not able to|must decline)"

@@ -1,4 +1,4 @@
-"""The word with which a stage stops that too many answers are missing for."""
+"""The error of a stage for which too many answers are missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def refuse_shortfall(
         reasons: "state: detail" of each that is missing, counted.
         total: that were asked for.
         missing: completes "3 of 10 ...", as in "pools have no verdict".
-        remedy: a sentence: what another call does, and what to set to go on without them.
+        remedy: a sentence: what another call does, and what to set to continue without them.
         max_failed: share of all that may be missing, in [0, 1].
 
     Raises:

@@ -1,4 +1,4 @@
-"""`dno annotations`: look into a file of verdicts, and take verdicts out of it."""
+"""`dno annotations`: inspect a file of verdicts, export verdicts or delete them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 annotations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Place = Annotated[Path, typer.Argument(help="a file of verdicts, or a run directory", show_default=False)]
-Judge = Annotated[str | None, typer.Option(help="only of judges whose identity has these words, as a model's name")]
+Judge = Annotated[
+    str | None, typer.Option(help="only of judges whose identity contains this text, such as a model's name")
+]
 State = Annotated[str | None, typer.Option(help="only ok, tie, refused, unparsable or failed ones")]
 
 
@@ -34,7 +36,7 @@ def list_(place: Place, judge: Judge = None, state: State = None) -> None:
 @annotations.command()
 def export(
     place: Place,
-    out: Annotated[Path, typer.Argument(help="a JSONL file, one verdict a line", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="a JSONL file, one verdict per line", show_default=False)],
     judge: Judge = None,
     state: State = None,
 ) -> None:

@@ -10,17 +10,21 @@ import typer
 
 def game(
     game: Annotated[str, typer.Option(help="cycle, rps, random, bradley-terry or contextual")] = "cycle",
-    algorithms: Annotated[str | None, typer.Option(help="names of dno_jax.games, with commas between them")] = None,
-    iterations: Annotated[int, typer.Option(help="how many policies each one plays")] = 2000,
-    eta: Annotated[float | None, typer.Option(help="KL coefficient of all; each one's own by default")] = None,
-    tau: Annotated[float | None, typer.Option(help="regularisation of all that have one; by default their own")] = None,
+    algorithms: Annotated[str | None, typer.Option(help="names in dno_jax.games, separated by commas")] = None,
+    iterations: Annotated[int, typer.Option(help="iterations of each algorithm")] = 2000,
+    eta: Annotated[float | None, typer.Option(help="KL coefficient of all; by default each one's own")] = None,
+    tau: Annotated[
+        float | None, typer.Option(help="regularisation of all that have one; by default each one's own")
+    ] = None,
     start: Annotated[str | None, typer.Option(help="the first policy and reference, such as .5,.3,.2")] = None,
-    num_responses: Annotated[int | None, typer.Option(help="of random, bradley-terry and contextual")] = None,
-    strength: Annotated[float | None, typer.Option(help="of the preferences; 1 by default")] = None,
-    seed: Annotated[int, typer.Option(help="of a random game, and of samples")] = 0,
+    num_responses: Annotated[
+        int | None, typer.Option(help="size of a random, bradley-terry or contextual game")
+    ] = None,
+    strength: Annotated[float | None, typer.Option(help="strength of the preferences; 1 by default")] = None,
+    seed: Annotated[int, typer.Option(help="seed of random games and of samples")] = 0,
     out: Annotated[Path | None, typer.Option(help="a plot of the gaps: .svg, .png or .pdf")] = None,
-    sampled: Annotated[bool, typer.Option("--sampled", help="play them from samples with the losses too")] = False,
-    pairs: Annotated[int, typer.Option(help="sampled: pairs for each iteration and prompt")] = 4096,
+    sampled: Annotated[bool, typer.Option("--sampled", help="also play them from samples, with the losses")] = False,
+    pairs: Annotated[int, typer.Option(help="sampled: pairs per iteration and prompt")] = 4096,
     samples: Annotated[int, typer.Option(help="sampled: verdicts behind each win rate")] = 8,
 ) -> None:
     """Play algorithms on a game small enough to know its Nash policy: who gets there, and who goes in circles."""

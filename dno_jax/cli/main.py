@@ -37,7 +37,7 @@ Overrides = Annotated[
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
 Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
 NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="which of them this is, from 0")]
+ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
 
 
 @app.command()
@@ -49,7 +49,7 @@ def run(
         typer.Option(
             "--from",
             metavar="STAGE[:ITERATION]",
-            help="redo this stage and all that follows from it, such as train or pair:1; what is there is kept aside",
+            help="redo this stage and all that follows, such as train or pair:1; earlier results are set aside",
         ),
     ] = None,
     coordinator: Coordinator = None,
@@ -146,7 +146,7 @@ def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int,
         stage.run(runtime, iteration, **options)
 
 
-_host_stage("teach", "Have a teacher write the gold responses that the data has not; needs no accelerator.")
+_host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
 _device_stage("sample", "Sample K responses per prompt from policy t.")
 
 
@@ -212,7 +212,7 @@ def export(
     path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="of one file, such as 500MB")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="largest size of one file, such as 500MB")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="replace an earlier export, or an empty directory")] = False,
 ) -> None:
     """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
@@ -244,16 +244,20 @@ def export(
 def plan(
     config: Config,
     overrides: Overrides = None,
-    memory: Annotated[str | None, typer.Option(help="of one device, such as 16GiB; by default what is here")] = None,
-    devices: Annotated[int | None, typer.Option(help="how many; none need be here, then say --memory too")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="how many to plan for; those that this machine lacks need --memory")
+    ] = None,
     response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of a response that a judge reads; by default the longest there can be")
+        int | None, typer.Option(min=1, help="tokens of a response that a judge reads; by default the longest possible")
     ] = None,
     reply_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of a judge's reply; by default the longest there can be")
+        int | None, typer.Option(min=1, help="tokens of a judge's reply; by default the longest possible")
     ] = None,
 ) -> None:
-    """Say what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
+    """Show what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
     from dno_jax.console import console
     from dno_jax.plan import run as planning
 
@@ -270,7 +274,7 @@ def plan(
 
 @app.command()
 def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
-    """Say which stages are done, with rows and seconds, and what comes next."""
+    """Show which stages are done, with rows and seconds, and what comes next."""
     from dno_jax.console import console
     from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
     from dno_jax.run_dir import RunDir

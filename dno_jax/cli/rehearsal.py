@@ -13,7 +13,7 @@ def fake_judge(
     ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
-    show: Annotated[bool, typer.Option("--settings", help="say what can be set, and stop")] = False,
+    show: Annotated[bool, typer.Option("--settings", help="list what can be set, and exit")] = False,
 ) -> None:
     """Serve a judge that prefers, errs and fails as it is told, to rehearse a run without paying one."""
     import signal

@@ -29,11 +29,11 @@ Rubric = Annotated[str, AfterValidator(_rubric)]
 
 
 class PriceSection(Section):
-    """What a model's tokens cost, in US dollars a million."""
+    """What a model's tokens cost, in US dollars per million."""
 
     input: float = Field(ge=0.0, json_schema_extra=COSTS)
     output: float = Field(ge=0.0, json_schema_extra=COSTS)
-    batch: Fraction = Field(default=0.5, description="what of it the Batch API costs", json_schema_extra=COSTS)
+    batch: Fraction = Field(default=0.5, description="the Batch API's share of that price", json_schema_extra=COSTS)
 
 
 class EndpointSection(Section):
@@ -47,7 +47,7 @@ class ChatSection(Section):
     """A model behind chat.completions endpoints, and how they are asked."""
 
     model: str = Field(default="gpt-4.1-mini", min_length=1, json_schema_extra=JUDGED)
-    base_url: str | None = Field(default=None, description="None is the client's default", json_schema_extra=COSTS)
+    base_url: str | None = Field(default=None, description="None: the client's default", json_schema_extra=COSTS)
     api_key_env: str | None = Field(
         default="OPENAI_API_KEY",
         description="environment variable of the key; None for no key",
@@ -55,28 +55,28 @@ class ChatSection(Section):
     )
     more_endpoints: tuple[EndpointSection, ...] = Field(
         default=(),
-        description="asked in this order while those before them do not answer",
+        description="fallbacks, tried in this order while those before them do not answer",
         json_schema_extra=COSTS,
     )
     temperature: float | None = Field(
         default=0.0,
         ge=0.0,
-        description="None sends none: some models take no other than theirs",
+        description="None sends none: some models accept only their own",
         json_schema_extra=JUDGED,
     )
     max_tokens: Count = Field(default=2048, description="tokens of the longest reply", json_schema_extra=JUDGED)
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         default="max_tokens",
-        description="what the endpoint calls it (reasoning models: max_completion_tokens)",
+        description="the endpoint's name for it (reasoning models: max_completion_tokens)",
         json_schema_extra=JUDGED,
     )
     send_seed: bool = Field(
         default=True,
-        description="with each request a seed made of the run's and the request's",
+        description="send a seed with each request, derived from the run's seed and the request",
         json_schema_extra=JUDGED,
     )
     max_concurrency: Count = Field(
-        default=32, description="requests in flight; fewer while the endpoint is slow", json_schema_extra=COSTS
+        default=32, description="concurrent requests; fewer while the endpoint is slow", json_schema_extra=COSTS
     )
     requests_per_minute: Count | None = Field(
         default=None, description="None: what the endpoint's headers say", json_schema_extra=COSTS
@@ -84,12 +84,12 @@ class ChatSection(Section):
     tokens_per_minute: Count | None = Field(
         default=None, description="None: what the endpoint's headers say", json_schema_extra=COSTS
     )
-    max_tries: Count = Field(default=5, description="requests for one verdict in one run", json_schema_extra=COSTS)
-    timeout: float = Field(default=120.0, gt=0.0, description="seconds a request", json_schema_extra=COSTS)
+    max_tries: Count = Field(default=5, description="attempts per verdict and run", json_schema_extra=COSTS)
+    timeout: float = Field(default=120.0, gt=0.0, description="seconds per request", json_schema_extra=COSTS)
     max_outage: float = Field(
         default=600.0,
         ge=0.0,
-        description="seconds that a run waits for endpoints none of which answers, before it stops",
+        description="seconds that a run waits while no endpoint answers, before it stops",
         json_schema_extra=COSTS,
     )
 
@@ -104,7 +104,7 @@ class OpenAISection(ChatSection):
     form: Literal["listwise", "pairwise", "logprob"] = Field(default="listwise", json_schema_extra=JUDGED)
     rubric: Rubric | None = Field(
         default=None,
-        description="built in, or a YAML file; None is the form's own",
+        description="built in, or a YAML file; None: the form's own",
         json_schema_extra=contents("annotate", "evaluate"),
     )
     num_orders: Count = Field(
@@ -122,11 +122,11 @@ class OpenAISection(ChatSection):
     )
     structured: Literal["auto", "json_schema", "none"] = Field(
         default="auto",
-        description="ask for the reply by a JSON schema: where the endpoint takes one, always, never",
+        description="request replies that fit a JSON schema: where the endpoint supports it, always, never",
         json_schema_extra=JUDGED,
     )
     batch: bool = Field(
-        default=False, description="through the Batch API; what it leaves is asked live", json_schema_extra=COSTS
+        default=False, description="use the Batch API; what it leaves unanswered is asked live", json_schema_extra=COSTS
     )
 
     @property
@@ -138,13 +138,13 @@ class OpenAISection(ChatSection):
 
     @property
     def rubric_name(self) -> str:
-        """The rubric that is used: the configured one, or the form's own."""
+        """The rubric in use: the configured one, or the form's own."""
         own = {"listwise": "listwise_6point", "pairwise": "pairwise_verdict", "logprob": "pairwise_token"}
         return self.rubric or own[self.form]
 
 
 class TeacherSection(ChatSection):
-    """Who writes the gold responses that the data has not."""
+    """Who writes the gold responses that the data lacks."""
 
     temperature: float | None = Field(default=0.7, ge=0.0, json_schema_extra=decides("teach"))
     top_p: float | None = Field(default=None, gt=0.0, le=1.0, json_schema_extra=decides("teach"))
@@ -172,10 +172,10 @@ class RewardModelSection(Section):
 
 
 class QualitySection(Section):
-    """What is measured of a judge, and from where on the run warns (None never does)."""
+    """What is measured of a judge, and the limits beyond which the run warns (None never does)."""
 
     repeat: Fraction = Field(
-        default=0.0, description="share of pools that are asked about a second time, in full", json_schema_extra=COSTS
+        default=0.0, description="share of pools that are judged a second time, in full", json_schema_extra=COSTS
     )
     calibration: PathStr | None = Field(
         default=None,
@@ -183,7 +183,9 @@ class QualitySection(Section):
         json_schema_extra=COSTS,
     )
     calibration_pairs: Count = Field(
-        default=300, description="of the file, each iteration the same, drawn by seed", json_schema_extra=COSTS
+        default=300,
+        description="labelled pairs used, drawn by seed, the same in each iteration",
+        json_schema_extra=COSTS,
     )
     max_flip_rate: Fraction | None = Field(default=0.25, json_schema_extra=COSTS)
     max_tie_rate: Fraction | None = Field(default=0.5, json_schema_extra=COSTS)
@@ -203,7 +205,7 @@ class OracleSection(Section):
 
     criteria: tuple[str, ...] = Field(default=("relevance", "variety", "brevity"), json_schema_extra=JUDGED)
     target_words: Count = Field(
-        default=30, description="the length that 'brevity' likes best", json_schema_extra=JUDGED
+        default=30, description="the length that 'brevity' likes best, in words", json_schema_extra=JUDGED
     )
 
     @model_validator(mode="after")
@@ -275,19 +277,19 @@ class AnnotationSection(Section):
         json_schema_extra=COSTS,
     )
     prices: dict[str, PriceSection] = Field(
-        default={}, description="by model, as the configuration names it", json_schema_extra=COSTS
+        default={}, description="by model name, as in the configuration", json_schema_extra=COSTS
     )
     max_usd: float | None = Field(
         default=None,
         ge=0.0,
         description="what this run may spend on verdicts, held-out ones too, and teachers, all iterations; it stops "
-        "before the call that would pass it",
+        "before the call that would exceed it",
         json_schema_extra=COSTS,
     )
     quality: QualitySection = QualitySection()
     apart: bool = Field(
         default=False,
-        description="`dno annotate` runs on a machine of its own with the same run directory; this one waits for it",
+        description="`dno annotate` runs separately, on any machine with the same run directory; this run waits",
         json_schema_extra=COSTS,
     )
     max_failed: Fraction = Field(
@@ -342,7 +344,7 @@ class AnnotationSection(Section):
             if chat.model not in self.prices:
                 raise ValueError(
                     f"max_usd={self.max_usd:g}, and annotation.prices has no {chat.model!r}: give its "
-                    "{input: dollars a million prompt tokens, output: ...}, 0 for a server of your own"
+                    "{input: dollars per million prompt tokens, output: ...}, 0 for a server of your own"
                 )
 
     def unread(self) -> set[str]:
@@ -356,7 +358,7 @@ class AnnotationSection(Section):
 
     @property
     def chats(self) -> tuple[ChatSection, ...]:
-        """Everything that is paid by the token."""
+        """Every model that is paid per token."""
         return (*self.judges, *((self.teacher,) if self.teacher else ()))
 
     @property
@@ -366,7 +368,7 @@ class AnnotationSection(Section):
 
     @property
     def gives_scores(self) -> bool:
-        """Whether verdicts are points a response, not wins a pair."""
+        """Whether verdicts are points per response, not wins per pair."""
         if self.kind == "openai":
             return self.openai.form == "listwise"
         return self.kind in ("self", "given")

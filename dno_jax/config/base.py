@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""Building blocks of every section of the configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def contents(*stages: Stage) -> dict[str, Any]:
     return {"kind": "contents", "stages": stages}
 
 
-# Beside each field: what follows when it differs from what a run directory was made by.
+# Beside each field: what follows when it differs from the value a run directory was made with.
 ROUNDS: dict[str, Any] = {"kind": "rounds"}  # may change; numbers differ in rounding
 COSTS: dict[str, Any] = {"kind": "costs"}  # may change, and nothing differs
 SAMPLED = decides("sample", "evaluate")
@@ -72,7 +72,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers_are_no_booleans(cls, value: Any, info: Any) -> Any:
-        """Refuse what pydantic takes for 0 and 1: `iterations: yes` is a slip."""
+        """Refuse booleans, which pydantic takes for 0 and 1: `iterations: yes` is a slip."""
         if _is_number(cls.model_fields[info.field_name].annotation):
             _refuse_booleans(value)
         return value

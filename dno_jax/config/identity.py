@@ -1,4 +1,4 @@
-"""What of a configuration a stage reads, and the digest of it: the identity of what the stage writes.
+"""The part of a configuration that a stage reads, and its digest: the identity of what the stage writes.
 
 Paths are left out, as contents are identity: stages name those among their inputs. So are fields that only round or
 cost, and fields that the configuration as a whole does not read (the judge's own section of another kind, for one).

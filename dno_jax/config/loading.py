@@ -1,4 +1,4 @@
-"""From a YAML file and overrides to a validated configuration."""
+"""Load a validated configuration from a YAML file and overrides."""
 
 from __future__ import annotations
 

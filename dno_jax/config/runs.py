@@ -122,7 +122,9 @@ class RunConfig(Section):
     def _scheme_fits(self) -> RunConfig:
         scheme = self.outer.scheme
         if scheme == "proximal" and self.reference.kind == "previous":
-            raise ValueError("outer.scheme=proximal moves pi_ref: set reference.kind to mixture (with tau) or initial")
+            raise ValueError(
+                "outer.scheme=proximal moves the initial reference: set reference.kind to mixture (with tau) or initial"
+            )
         if scheme == "lookahead" and self.iterations < 2:
             raise ValueError(
                 "outer.scheme=lookahead pools the pairs of the iterations before the last: iterations >= 2"
@@ -138,9 +140,9 @@ class RunConfig(Section):
         annotation = self.annotation
         if annotation.apart and annotation.chats and annotation.store is None:
             raise ValueError(
-                "annotation.apart=true without annotation.store: sqlite wants all who have a file open on one machine, "
-                "and the run directory's annotations.sqlite may be open where `dno annotate` runs: give it a file on a "
-                "disk of this machine's own (the two may differ)"
+                "annotation.apart=true without annotation.store: sqlite needs all processes that have a file open to be"
+                " on one machine, and the run directory's annotations.sqlite may be open where `dno annotate` runs: "
+                "give it a file on a local disk of this machine (the two may differ)"
             )
         return self
 
@@ -153,7 +155,7 @@ class RunConfig(Section):
 
     @property
     def mixes(self) -> bool:
-        """Whether anything is sampled from the mixture with pi_ref."""
+        """Whether anything is sampled from the mixture with the initial policy."""
         return self.sampling.source == "mixture" or self.sampling.num_opponents > 0
 
     @property
@@ -162,7 +164,7 @@ class RunConfig(Section):
         return self.reference.kind != "previous"
 
     def loss_at(self, iteration: int) -> LossSection:
-        """The loss of iteration t: beta is eta_t."""
+        """The loss of iteration t, with beta = eta_t."""
         if self.loss.beta_schedule == "constant":
             return self.loss
         return self.loss.model_copy(update={"beta": self.reference.tau * (iteration + 2) / 2.0})

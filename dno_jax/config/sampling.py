@@ -32,14 +32,14 @@ class CompletionServerSection(Section):
         default="none",
         description="what the server's log-probs are of. raw: the policy at temperature 1 (vLLM's default, llama.cpp, "
         "SGLang with SGLANG_RETURN_ORIGINAL_LOGPROB). processed: what was drawn from, used only where sampling leaves "
-        "the policy as it is. none: they are not asked for",
+        "the policy unchanged. none: they are not requested",
         json_schema_extra=decides("sample"),
     )
     max_concurrency: Count = Field(
-        default=64, description="requests in flight; each is one response", json_schema_extra=COSTS
+        default=64, description="concurrent requests; each is one response", json_schema_extra=COSTS
     )
-    max_tries: Count = Field(default=8, description="requests for one response", json_schema_extra=COSTS)
-    timeout: float = Field(default=600.0, gt=0.0, description="seconds a request", json_schema_extra=COSTS)
+    max_tries: Count = Field(default=8, description="attempts per response", json_schema_extra=COSTS)
+    timeout: float = Field(default=600.0, gt=0.0, description="seconds per request", json_schema_extra=COSTS)
     max_refused: Fraction = Field(
         default=0.0,
         description="share of an iteration's prompts (or the held-out ones) that may stay without responses because "
@@ -54,57 +54,61 @@ class SamplingSection(Section):
     source: Literal["policy", "mixture", "data"] = Field(
         default="policy",
         description="policy t; the token-level mixture pi_t^(1-w) pi_ref^w (Algorithm 4, Option II); or the candidates "
-        "that the prompt file brings along (offline methods)",
+        "that come with the prompt file (offline methods)",
         json_schema_extra=decides("sample"),
     )
     mixture_weight: Fraction | None = Field(
-        default=None, description="w, the share of pi_ref; None is tau/beta", json_schema_extra=decides("sample")
+        default=None,
+        description="w, the weight of the initial policy; None means tau/beta",
+        json_schema_extra=decides("sample"),
     )
     num_opponents: int = Field(
         default=0,
         ge=0,
-        description="further samples, of the mixture, that are only compared with (Nash-MD)",
+        description="further samples, from the mixture, used only as opponents (Nash-MD)",
         json_schema_extra=decides("sample"),
     )
     num_samples: int = Field(default=5, description="K", json_schema_extra=decides("sample"))
     max_new_tokens: Count = Field(default=512, json_schema_extra=SAMPLED)
     temperature: Temperature = Field(
-        default=0.7, description="0 is greedy; any other is at least 1e-6", json_schema_extra=SAMPLED
+        default=0.7, description="0 is greedy; otherwise at least 1e-6", json_schema_extra=SAMPLED
     )
     top_k: int = Field(default=0, ge=0, description="0 keeps all", json_schema_extra=SAMPLED)
     top_p: float = Field(default=0.95, gt=0.0, le=1.0, json_schema_extra=SAMPLED)
     min_p: float = Field(default=0.0, ge=0.0, lt=1.0, json_schema_extra=SAMPLED)
     slots: Count | None = Field(
         default=None,
-        description="rows decoded at once on each row shard of the mesh; None: what fits, see `dno plan`",
+        description="rows decoded at once on each row shard of the mesh; None: as many as fit, see `dno plan`",
         json_schema_extra=ROUNDS,
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = Field(
-        default="auto", description="of the cached keys and values; auto: model.dtype", json_schema_extra=SAMPLED
+        default="auto", description="dtype of the cached keys and values; auto: model.dtype", json_schema_extra=SAMPLED
     )
-    chunk_steps: Count = Field(default=32, description="tokens drawn before the host looks", json_schema_extra=ROUNDS)
+    chunk_steps: Count = Field(
+        default=32, description="tokens drawn per slot between two looks of the host", json_schema_extra=ROUNDS
+    )
     prefill_chunk: Count = Field(
-        default=512, description="tokens of a prompt that go through the model at once", json_schema_extra=ROUNDS
+        default=512, description="prompt tokens that go through the model at once", json_schema_extra=ROUNDS
     )
     shard_prompts: Count = Field(
         default=16,
-        description="prompts a file of rollouts: what is judged and gone on with together",
+        description="prompts per file of rollouts, the unit that is judged and processed together",
         json_schema_extra=SAMPLED,
     )
     repetition_penalty: float = Field(
-        default=1.0, gt=0.0, description="of ids in prompt or response; 1 is none", json_schema_extra=SAMPLED
+        default=1.0, gt=0.0, description="penalty on ids in prompt or response; 1 means none", json_schema_extra=SAMPLED
     )
     stop: tuple[str, ...] = Field(
         default=(), description="strings that end a response; they are cut from its text", json_schema_extra=SAMPLED
     )
     max_total_tokens: Count | None = Field(
         default=None,
-        description="of prompt and response together, also the teacher's response and the data's",
+        description="bound on prompt and response together, the teacher's and the data's responses included",
         json_schema_extra=SAMPLED,
     )
     record_drawn_logprob: bool = Field(
         default=False,
-        description="keep with each response also its log-probability under what it was drawn from",
+        description="also keep each response's log-probability under the distribution it was drawn from",
         json_schema_extra=decides("sample"),
     )
     engine: Literal["jax", "openai"] = Field(
@@ -116,14 +120,14 @@ class SamplingSection(Section):
     audit_prompts: int = Field(
         default=1,
         ge=0,
-        description="prompts of every shard whose responses' log-probs are compared with the trainer's; 0 audits none",
+        description="prompts per shard whose responses' log-probs are compared with the trainer's; 0 audits none",
         json_schema_extra=COSTS,
     )
     audit_bound: float | None = Field(
         default=None,
         gt=0.0,
-        description="largest difference that is agreement, nats: of a token; of a response of n, sqrt(n) times that; "
-        "None goes by model.dtype",
+        description="largest difference that counts as agreement, nats per token (sqrt(n) times that for n tokens); "
+        "None follows model.dtype",
         json_schema_extra=COSTS,
     )
     as_reference: bool = Field(
@@ -165,10 +169,10 @@ class SamplingSection(Section):
     @model_validator(mode="after")
     def _pairs_need_two(self) -> SamplingSection:
         if self.num_samples < 2:
-            raise ValueError(f"num_samples is {self.num_samples}; a preference pair needs K >= 2 samples a prompt")
+            raise ValueError(f"num_samples is {self.num_samples}; a preference pair needs K >= 2 samples per prompt")
         if self.num_opponents and self.source != "policy":
             raise ValueError(
-                f"num_opponents is {self.num_opponents} with source={self.source}; opponents come beside samples of "
+                f"num_opponents is {self.num_opponents} with source={self.source}; opponents come besides samples of "
                 "the policy: set source=policy, or num_opponents=0"
             )
         return self

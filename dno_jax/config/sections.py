@@ -1,4 +1,4 @@
-"""The sections of a run but for the sampler (sampling.py) and the judges (annotation.py); names as Hugging Face has."""
+"""The sections of a run but for the sampler (sampling.py) and the judges (annotation.py); names follow Hugging Face."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ class ModelConfigSection(Section):
     )
     template_date: DateStr = Field(
         default="2024-07-26",
-        description="the day that a template which writes today's date is told, in every iteration and after a restart",
+        description="the date given to templates that write today's, the same in every iteration and after a restart",
         json_schema_extra=decides("sample", "evaluate", "sft"),
     )
 
 
 class MeshSection(Section):
-    """Devices by mesh axis; one axis may be -1 and takes what is left.
+    """Devices by mesh axis; one axis may be -1 and takes the rest.
 
     data and fsdp split rows; fsdp splits weights too, tensor heads and widths. expert splits a model's experts, and
     rows as data does: for a model without experts it is the same as data.
@@ -107,7 +107,7 @@ class PromptsSection(Section):
     )
     too_long: Literal["error", "drop", "truncate"] = Field(
         default="error",
-        description="what becomes of a longer prompt; drops are counted. truncate: the oldest turns go, then the "
+        description="what happens to a longer prompt; drops are counted. truncate: the oldest turns go, then the "
         "beginning of the last question; system messages and what the template writes stay",
         json_schema_extra=SAMPLED,
     )
@@ -130,7 +130,7 @@ class PairingSection(Section):
     )
     opponents: Literal["pool", "policy", "mixture"] = Field(
         default="pool",
-        description="whom a win rate is against: the whole pool, the teacher too (the paper's estimator, biased); the "
+        description="the opponents of a win rate: the whole pool, the teacher too (the paper's estimator, biased); the "
         "policy's samples (unbiased for P(y > pi_t)); the mixture's samples (P(y > pi_t^tau))",
         json_schema_extra=PAIRED,
     )
@@ -141,19 +141,21 @@ class PairingSection(Section):
         json_schema_extra=PAIRED,
     )
     positive_floor: float = Field(
-        default=5.0, description="least reward of a chosen response", json_schema_extra=PAIRED
+        default=5.0, description="minimum reward of a chosen response", json_schema_extra=PAIRED
     )
-    margin: float = Field(default=2.0, ge=0.0, description="least reward gap", json_schema_extra=PAIRED)
+    margin: float = Field(default=2.0, ge=0.0, description="minimum reward gap", json_schema_extra=PAIRED)
     student_margin: float = Field(
         default=1.0,
         ge=0.0,
-        description="least gap where the chosen response is the student's",
+        description="minimum reward gap where the chosen response is the student's",
         json_schema_extra=PAIRED,
     )
     max_pairs_per_prompt: Count | None = Field(
-        default=None, description="keep the widest gaps; None keeps all", json_schema_extra=PAIRED
+        default=None, description="keep only the pairs with the widest gaps; None keeps all", json_schema_extra=PAIRED
     )
-    degenerate_ngram: Count = Field(default=4, description="n of the repetition test", json_schema_extra=PAIRED)
+    degenerate_ngram: Count = Field(
+        default=4, description="n of the repetition test's n-grams", json_schema_extra=PAIRED
+    )
     degenerate_share: Fraction = Field(
         default=0.5,
         description="a response whose share of repeated n-grams exceeds this is a negative, whatever its reward",
@@ -161,12 +163,12 @@ class PairingSection(Section):
     )
     replay: Fraction = Field(
         default=0.3,
-        description="largest share of the pairs that may come from the iteration before",
+        description="largest share of the pairs that may come from the previous iteration",
         json_schema_extra=PAIRED,
     )
     replay_decay: Fraction = Field(
         default=0.5,
-        description="and of that from each one further back (0.3, 0.15, ...)",
+        description="factor on that share for each iteration further back (0.3, 0.15, ...)",
         json_schema_extra=PAIRED,
     )
 
@@ -229,13 +231,17 @@ class LossSection(Section):
         json_schema_extra=TRAINED,
     )
     length_normalised: bool = Field(
-        default=False, description="log-probabilities a token; wants a larger beta", json_schema_extra=TRAINED
+        default=False, description="average log-probabilities per token; needs a larger beta", json_schema_extra=TRAINED
     )
     length_penalty: float = Field(
-        default=0.0, ge=0.0, description="reward that a token costs (R-DPO's alpha)", json_schema_extra=TRAINED
+        default=0.0, ge=0.0, description="reward subtracted per token (R-DPO's alpha)", json_schema_extra=TRAINED
     )
     clip_range: float = Field(
-        default=0.2, gt=0.0, lt=1.0, description="of spo's and nash_md_pg's importance ratio", json_schema_extra=TRAINED
+        default=0.2,
+        gt=0.0,
+        lt=1.0,
+        description="clip range of spo's and nash_md_pg's importance ratio",
+        json_schema_extra=TRAINED,
     )
     max_reward: float = Field(
         default=10.0, gt=0.0, description="chi_po clips margins to twice this", json_schema_extra=TRAINED
@@ -269,7 +275,7 @@ class LossSection(Section):
 
 
 class ReferenceSection(Section):
-    """The reference that log-ratios are taken against, and the strength of the pull to pi_ref."""
+    """The reference that log-ratios are taken against, and the strength of the pull towards the initial policy."""
 
     kind: Literal["previous", "initial", "mixture"] = Field(
         default="previous",
@@ -278,7 +284,10 @@ class ReferenceSection(Section):
         json_schema_extra=decides("score", "train"),
     )
     tau: float = Field(
-        default=0.0, ge=0.0, description="of the mixture; at most beta", json_schema_extra=decides("score", "train")
+        default=0.0,
+        ge=0.0,
+        description="regularisation strength of the mixture; at most beta",
+        json_schema_extra=decides("score", "train"),
     )
 
     @model_validator(mode="after")
@@ -296,8 +305,8 @@ class OuterSection(Section):
     """What is done with the sequence of policies.
 
     last: policy t+1 is trained from policy t; the best on held-out prompts is returned (Algorithm 2).
-    average: the same, and the mixture that draws one of pi_0 .. pi_{T-1} a prompt is returned too (Algorithm 1).
-    proximal: pi_ref moves to the current policy every `every` iterations (COMAL).
+    average: the same, and the mixture that draws one of pi_0 .. pi_{T-1} per prompt is returned too (Algorithm 1).
+    proximal: the initial reference pi_ref moves to the current policy every `every` iterations (COMAL).
     optimistic: each iteration's pairs serve twice, to move pi'_t and as the guess of the next ones (ONPO).
     lookahead: the last iteration restarts from policy 0 on the pairs of all iterations before it (DNO-Lookahead).
     """
@@ -307,7 +316,7 @@ class OuterSection(Section):
     )
     every: Count | None = Field(
         default=None,
-        description="iterations between two moves of pi_ref (proximal)",
+        description="iterations between two moves of the initial reference (proximal)",
         json_schema_extra=decides("score", "train"),
     )
 
@@ -326,7 +335,7 @@ class OptimizerSection(Section):
         default=1.0,
         gt=0.0,
         le=1.0,
-        description="factor of the learning rate an iteration ('lower at later iterations')",
+        description="learning rate factor per iteration ('lower at later iterations')",
         json_schema_extra=TRAINED,
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", json_schema_extra=TRAINED)
@@ -344,13 +353,15 @@ class OptimizerSection(Section):
 
 class TrainingSection(Section):
     batch_size: Count = Field(
-        default=64, description="rows an optimiser step: pairs, or examples for sft", json_schema_extra=TRAINED
+        default=64, description="rows per optimiser step: pairs, or examples for sft", json_schema_extra=TRAINED
     )
     micro_batch_size: Count | None = Field(
-        default=None, description="rows a forward pass; None is batch_size", json_schema_extra=ROUNDS
+        default=None, description="rows per forward pass; None: batch_size", json_schema_extra=ROUNDS
     )
     num_epochs: Count = Field(default=1, description="the paper: at most 1", json_schema_extra=TRAINED)
-    logprob_chunk: Count = Field(default=512, description="tokens a slice of the output head", json_schema_extra=ROUNDS)
+    logprob_chunk: Count = Field(
+        default=512, description="tokens per slice of the output head", json_schema_extra=ROUNDS
+    )
     save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
 
     @model_validator(mode="after")
@@ -362,10 +373,10 @@ class TrainingSection(Section):
 
 class EvaluationSection(Section):
     num_samples: Count = Field(
-        default=1, description="responses a held-out prompt and policy", json_schema_extra=decides("evaluate")
+        default=1, description="responses per held-out prompt and policy", json_schema_extra=decides("evaluate")
     )
     annotation: AnnotationSection | None = Field(
-        default=None, description="the judge; None is the run's own", json_schema_extra=decides("evaluate")
+        default=None, description="the judge; None: the run's own", json_schema_extra=decides("evaluate")
     )
 
 

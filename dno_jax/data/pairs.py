@@ -164,7 +164,7 @@ class Spool:
     """Rows that come in one order and are written in another, on disk in between.
 
     Args:
-        folder: where there is room for them; a file without a name, which goes when the process does.
+        folder: where they fit on disk; a file without a name, which goes when the process does.
     """
 
     def __init__(self, folder: epath.Path):

@@ -141,7 +141,7 @@ def by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
 
 
 def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str]) -> list[Pool]:
-    """Return one pool a prompt, each candidate with the prefix it continues; what is in none is counted by reason."""
+    """Return one pool per prompt, each candidate with the prefix it continues; what is in none is counted by reason."""
     pools = []
     for prompt_id, own in by_prompt(rollouts).items():
         candidates = distinct_candidates(own, dropped=dropped)

@@ -34,7 +34,7 @@ def load_prompts(path: str) -> list[Prompt]:
     """
     prompts = [_prompt(row, place=place) for row, place in read_rows(path)]
     if not prompts:
-        raise DnoError(f"{path}: holds no prompts; expected one JSON object a line")
+        raise DnoError(f"{path}: holds no prompts; expected one JSON object per line")
     counts = Counter(prompt.prompt_id for prompt in prompts)
     most, count = counts.most_common(1)[0]
     if count > 1:
@@ -111,7 +111,7 @@ def _prompt(row: dict[str, Any], *, place: str) -> Prompt:
 
 @dataclass(frozen=True)
 class PromptSplit:
-    training: tuple[tuple[Prompt, ...], ...]  # one part an iteration
+    training: tuple[tuple[Prompt, ...], ...]  # one part per iteration
     held_out: tuple[Prompt, ...]
 
 
@@ -158,7 +158,7 @@ class TokenizedPrompt:
 
     @property
     def text_ids_before(self) -> tuple[int, ...]:
-        """What a response's text goes on from: the prompt where the assistant has begun, else nothing."""
+        """What a response's text continues: the prompt where the assistant has begun, else nothing."""
         return self.token_ids if self.prompt.assistant_prefix else ()
 
 

@@ -64,7 +64,7 @@ Outcome = Annotated[str, BeforeValidator(str), AfterValidator(check_outcome)]  #
 class Behaviour(Section):
     """A judge's character, and its endpoint's. All chance is drawn from the seed, the request and how often it came."""
 
-    seed: int = Field(default=0, description="of everything that is drawn")
+    seed: int = Field(default=0, description="seed of everything that is drawn")
     prefers: Literal["oracle", "longest", "marker"] = Field(
         default="oracle",
         description="the embedded oracle (ranks in the pool); the longer text (ranks); points as the texts' q=0.37 say",
@@ -76,24 +76,28 @@ class Behaviour(Section):
         default=0.0, ge=-1.0, le=1.0, description="share of pairs that the first shown wins unread; below 0: the second"
     )
     first_bonus: float = Field(default=0.0, description="points that the first of a list gets beyond its due")
-    sharpness: float = Field(default=1.0, gt=0.0, description="log-odds (nats) a point in log-probabilities")
+    sharpness: float = Field(default=1.0, gt=0.0, description="log-odds (nats) per point in log-probabilities")
     refusals: Fraction = Field(default=0.0, description="share of requests that are refused however often they come")
     fraction: Fraction = Field(default=0.0, description="share of requests that meet a fault; the next try may not")
-    faults: tuple[Outcome, ...] = Field(default=FAULTS, min_length=1, description="which ones, evenly")
-    retry_after: str = Field(default="0", description="that header of a planted 429")
+    faults: tuple[Outcome, ...] = Field(default=FAULTS, min_length=1, description="the faults, equally likely")
+    retry_after: str = Field(default="0", description="the Retry-After header of a planted 429")
     delay: float = Field(default=0.0, ge=0.0, description="seconds an answer takes: all, their mean, or their median")
     delay_shape: Literal["constant", "exponential", "lognormal"] = Field(
         default="constant", description="constant, exponential (of that mean) or lognormal (of that median)"
     )
-    delay_sigma: float = Field(default=0.5, gt=0.0, description="of the lognormal's logarithm")
+    delay_sigma: float = Field(default=0.5, gt=0.0, description="standard deviation of the lognormal's logarithm")
     requests_per_minute: Count | None = Field(default=None, description="more get a 429 that says how long to wait")
     tokens_per_minute: Count | None = Field(default=None, description="prompts and max_tokens, as above")
-    burst_seconds: float = Field(default=60.0, gt=0.0, description="of those rates that may come at once")
-    api_key: str | None = Field(default=None, description="demanded; errors quote the one that came")
-    echoes_key: bool = Field(default=False, description="all that it says tells that key: replies, errors, headers")
+    burst_seconds: float = Field(
+        default=60.0, gt=0.0, description="seconds' worth of those rates that may come at once"
+    )
+    api_key: str | None = Field(default=None, description="key that is demanded; errors quote the one received")
+    echoes_key: bool = Field(default=False, description="everything it says reveals that key: replies, errors, headers")
     models: tuple[str, ...] = Field(default=(), description="any other is a 404; none listed: every name is one")
-    refused_fields: tuple[str, ...] = Field(default=(), description="of a request: a 400 says so")
-    ignored_fields: tuple[str, ...] = Field(default=(), description="of a request: logprobs, n, max_tokens, ...")
+    refused_fields: tuple[str, ...] = Field(default=(), description="fields of a request that a 400 refuses")
+    ignored_fields: tuple[str, ...] = Field(
+        default=(), description="fields of a request that are ignored: logprobs, n, max_tokens, ..."
+    )
     batches: bool = Field(default=True, description="whether there is a Batch API")
     batch_delay: float = Field(default=1.0, ge=0.0, description="seconds a batch takes")
     batch_fraction: Fraction = Field(

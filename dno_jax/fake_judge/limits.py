@@ -1,4 +1,4 @@
-"""Requests and tokens a minute: buckets that fill steadily, and the headers that tell of them."""
+"""Requests and tokens per minute: buckets that fill steadily, and the headers that tell of them."""
 
 from __future__ import annotations
 

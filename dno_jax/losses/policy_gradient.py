@@ -25,7 +25,7 @@ def self_play_win_rates(*, preference: Float[ArrayLike, "*P K K"]) -> Float[Arra
 
 
 def _clipped_surrogate(*, logprob: Array, previous_logprob: Array, advantage: Array, clip_range: float) -> Array:
-    """PPO's -min(rho A, clip(rho) A) with one importance ratio rho = pi/pi_t a sequence."""
+    """PPO's -min(rho A, clip(rho) A) with one importance ratio rho = pi/pi_t per sequence."""
     if not 0 < clip_range < 1:
         raise ValueError(f"clip_range must be in (0, 1), got {clip_range}")
     ratio = jnp.exp(jnp.minimum(logprob - previous_logprob, MAX_LOG_RATIO))

@@ -39,7 +39,7 @@ def dno_loss(
         beta: KL coefficient > 0, the paper's eta (or eta-tilde).
 
     Returns:
-        Loss a pair, float32, >= 0 for a target in [0, 1]; log 2 where policy and reference agree.
+        Loss per pair, float32, >= 0 for a target in [0, 1]; log 2 where policy and reference agree.
     """
     delta = reward_margin(
         chosen_logprob=chosen_logprob,

@@ -138,7 +138,7 @@ def length_penalised_reference(
 
     Args:
         num_tokens: |y|, tokens of the response.
-        alpha: reward a token costs, >= 0.
+        alpha: reward subtracted per token, >= 0.
         beta: KL coefficient > 0 of the loss that takes this reference.
     """
     if alpha < 0:
@@ -148,16 +148,16 @@ def length_penalised_reference(
 
 
 def length_normalised(*, logprob: Logprob, num_tokens: NumTokens) -> Float[Array, "*#P"]:
-    """Return the mean log-probability a token: of policy and reference both, it makes any loss one of mean log-ratios.
+    """Return the mean log-probability per token: applied to policy and reference, it makes a loss of mean log-ratios.
 
-    TRL's IPO does so. Such margins are smaller by the response's length, and want a larger beta. 0 tokens give 0.
+    TRL's IPO does so. Such margins are smaller by the response's length, and need a larger beta. 0 tokens give 0.
     """
     logprob, num_tokens = float32(logprob=logprob, num_tokens=num_tokens)
     return logprob / jnp.maximum(num_tokens, 1.0)
 
 
 def nll_loss(*, logprob: Logprob, num_tokens: NumTokens) -> Float[Array, "*#P"]:
-    """Return the mean negative log-likelihood a token of each response (supervised fine-tuning).
+    """Return the mean negative log-likelihood per token of each response (supervised fine-tuning).
 
     Args:
         logprob: log pi(y|x) summed over the response's tokens, nats.

@@ -63,7 +63,7 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
 
 
 def unstack_layers(params: Mapping[str, Any], *, donate: bool = False) -> dict[str, Any]:
-    """Return parameters whose "layers" are a tuple of one tree a layer, as decoding reads them fastest.
+    """Return parameters whose "layers" are a tuple of one tree per layer, as decoding reads them fastest.
 
     Args:
         params: stacked, or as this returns them.

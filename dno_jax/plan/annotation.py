@@ -1,6 +1,6 @@
 """What the judges of a run will be asked, and what that costs, before anybody is: `dno plan`'s part on annotation.
 
-The preference functions themselves say what they ask: their rounds are led over a pool of empty texts of the size and
+The preference functions themselves say what they ask: their rounds are run over a pool of empty texts of the size and
 shape in question, with a tie for every verdict. To what such questions take by themselves (the rubric, the fences), the
 tokens of the real prompts and responses are added, as the run's own tokenizer counts them; a judge's counts some 10 %
 fewer or more. Responses that are not written yet count as the longest that may be, and so do the judges' replies.
@@ -165,8 +165,8 @@ def plan_annotation(
     Args:
         tokenize: keeps the prompts that the run keeps.
         count: tokens of a text.
-        response_tokens: of a sampled response; None takes the longest there can be.
-        reply_tokens: of a judge's reply; None takes the longest there can be.
+        response_tokens: of a sampled response; None takes the longest possible.
+        reply_tokens: of a judge's reply; None takes the longest possible.
 
     Raises:
         DnoError: an unreadable rubric.
@@ -229,7 +229,7 @@ class _Outline:
 
 
 class _Counter:
-    """Leads preference functions over pools that are nothing but their shape."""
+    """Runs preference functions over pools that are nothing but their shape."""
 
     def __init__(self, *, count: CountTokens, reply_tokens: int | None, seed: int):
         self._count = count
@@ -308,7 +308,7 @@ def _training_loads(
 def _held_out_loads(
     config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: Length, taught: int | None
 ) -> Loads:
-    """Of all iterations: one pool a prompt and sample, in which every policy so far and the teacher have a response.
+    """Of all iterations: one pool per prompt and sample, in which every policy so far and the teacher have a response.
 
     From iteration to iteration a pool grows by the newest policy's; the pairs among the others are in the store.
     """

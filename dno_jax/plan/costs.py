@@ -25,7 +25,7 @@ def cost_tables(plan: AnnotationPlan) -> list[RenderableType]:
         notes.append(f"annotation.max_usd is {section.max_usd:g} dollars.")
     unpriced = sorted({chat.model for chat in section.chats if chat.model not in section.prices})
     if unpriced:
-        notes.append(f"No price of {', '.join(unpriced)}: give annotation.prices its dollars a million tokens.")
+        notes.append(f"No price of {', '.join(unpriced)}: give annotation.prices its dollars per million tokens.")
     return [*tables, Text("\n".join(notes))]
 
 

@@ -1,6 +1,6 @@
 """What a run takes and whether it fits, before it starts: read from its configuration, the model's shape and prompts.
 
-Each part of a run that devices hold in memory has its plan here, and `render` shows them one below the other.
+Each part of a run that devices hold in memory has its plan here, and `render` shows them one after the other.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def plan_run(
     response_tokens: int | None = None,
     reply_tokens: int | None = None,
 ) -> RunPlan:
-    """Plan a run on the devices that are here, or on others.
+    """Plan a run on this machine's devices, or on others.
 
     Args:
-        memory: bytes of one device; None asks the devices that are here.
-        num_devices: of the machine that is planned for; None takes the devices that are here.
+        memory: bytes of one device; None asks this machine's devices.
+        num_devices: of the machine to plan for; None takes this machine's.
         response_tokens, reply_tokens: of a response that a judge reads, and of what it replies; None takes the longest.
 
     Raises:

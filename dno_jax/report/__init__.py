@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress while it goes on, tables when it is done."""
+"""What a person sees of a run: progress while it runs, tables when it is done."""

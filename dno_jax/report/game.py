@@ -74,7 +74,7 @@ def build_game(name: str, *, num_responses: int | None, strength: float | None, 
         seed: of the random ones.
 
     Raises:
-        DnoError: an unknown game, or an option that it has not or cannot use.
+        DnoError: an unknown game, or an option that it lacks or cannot use.
     """
     sizes = {"cycle": 3, "rps": 3, "random": 10, "bradley-terry": 5, "contextual": 5}
     if name not in sizes:
@@ -101,7 +101,7 @@ def build_game(name: str, *, num_responses: int | None, strength: float | None, 
 
 
 def parse_start(text: str | None, P: np.ndarray, *, game: str) -> np.ndarray:
-    """Return pi_1 for every prompt of P, from probabilities with commas between them.
+    """Return pi_1 for every prompt of P, from probabilities separated by commas.
 
     None is off-centre in the two cycles, where nothing moves from the centre of a symmetric one, else uniform.
 
@@ -117,17 +117,16 @@ def parse_start(text: str | None, P: np.ndarray, *, game: str) -> np.ndarray:
             games.check_policy(values, P[(0,) * (P.ndim - 2)], name="it", full_support=True)
         except ValueError as error:
             raise DnoError(
-                f"--start is {text!r}: {error}; give {size} positive probabilities with commas between them that sum "
-                "to 1"
+                f"--start is {text!r}: {error}; give {size} positive, comma-separated probabilities that sum to 1"
             ) from None
     return np.broadcast_to(values, P.shape[:-1])
 
 
 def parse_algorithms(text: str | None) -> tuple[str, ...]:
-    """Return names of algorithms from a list with commas.
+    """Return names of algorithms from a comma-separated list.
 
     Raises:
-        DnoError: a name that there is not, or none.
+        DnoError: an unknown name, or none.
     """
     names = DEFAULT_ALGORITHMS if text is None else tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     for name in names:
@@ -218,7 +217,7 @@ def play(
 
 
 def game_table(played: Sequence[Played], P: np.ndarray) -> Table:
-    """One row a run: gaps of pi_T and of unif(pi_1 .. pi_T); for regularised ones how far their own Nash policy is."""
+    """One row per run: gaps of pi_T and unif(pi_1 .. pi_T); for regularised ones how far their own Nash policy is."""
     caption = "average: unif(pi_1 .. pi_T); pi_tau: the Nash policy of the regularised game, beside that of the game"
     table = Table(title="duality gaps", caption=caption, box=SIMPLE_HEAD)
     table.add_column("algorithm", no_wrap=True)

@@ -1,4 +1,4 @@
-"""How good the judge is, in tables: one iteration in full, and all of them in a line each."""
+"""How good the judge is, in tables: one iteration in full, and all of them in one line each."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def quality_table(figures: Mapping[str, Any], section: QualitySection, *, iterat
 
 
 def quality_lines(figures: Mapping[int, Mapping[str, Any]], section: QualitySection) -> RenderableType:
-    """One row an iteration, and what the last one warns of; nothing where no judge was measured.
+    """One row per iteration, and what the last one warns of; nothing where no judge was measured.
 
     Args:
         figures: by iteration, as in `quality_table`.

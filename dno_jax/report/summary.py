@@ -58,7 +58,7 @@ def status_table(statuses: list[StageStatus]) -> Table:
 
 
 def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
-    """One row a policy: win rates with 95 % intervals, and length."""
+    """One row per policy: win rates with 95 % intervals, and length."""
     evaluated = _evaluated(run_dir, iterations)
     best = best_policy_of(run_dir, iterations=iterations) if evaluated else None
     table = Table(title="policies on held-out prompts (* best)", box=SIMPLE_HEAD)
@@ -77,7 +77,7 @@ def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
 
 
 def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
-    """One row an iteration: pairs by kind (S student, G gold, D data), replayed ones, seconds by stage; its judge."""
+    """One row per iteration: pairs by kind (S student, G gold, D data), replayed ones, seconds by stage; its judge."""
     evaluated = _evaluated(run_dir, config.iterations)
     stages = stage_names(config, 0)
     manifests = {t: {name: run_dir.stage(name, t).require() for name in stage_names(config, t)} for t in evaluated}

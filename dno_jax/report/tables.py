@@ -12,7 +12,7 @@ _GAP = 2
 
 
 def stacked(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Group:
-    """Return a table that goes on below itself, its first column repeated, where its columns take more than 80."""
+    """Return a table that continues below itself, its first column repeated, where it is wider than 80 columns."""
     rows = list(rows)
     widths = [max(map(len, cells)) + _GAP for cells in zip(columns, *rows, strict=True)]
     parts: list[list[int]] = []

@@ -63,7 +63,7 @@ class Programs(Generic[ConfigT]):
         """The decoder with activations pinned to a layout.
 
         Args:
-            mesh: a part of the run's own; None is the whole.
+            mesh: a submesh of the run's own; None is the whole.
         """
         section, mesh = self.config.model, self.mesh if mesh is None else mesh
         return Decoder(

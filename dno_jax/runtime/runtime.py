@@ -94,7 +94,7 @@ class Runtime(Generic[ConfigT]):
     def load_for_decoding(self, policy: epath.Path) -> Any:
         """Read a policy as it is computed with and lay it out for decoding; no token's step casts weights again.
 
-        All processes call this together; each gets the weights on its own part of the mesh. They are read in the TRAIN
+        All processes call this together; each gets the weights on its own submesh. They are read in the TRAIN
         layout, so that each byte is read by one host and not by all, and cast there: no device ever holds the float32
         weights, which may not fit where these do. From there they move to the DECODE layout on the devices.
         """

@@ -30,10 +30,10 @@ Stream = Generator[Finished, None, None]
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Samples of one distribution: `num_samples` a prompt, numbered from `first_sample`.
+    """Samples of one distribution: `num_samples` per prompt, numbered from `first_sample`.
 
     Attributes:
-        weight: pi_ref's share of the mixture; None draws from the policy alone.
+        weight: the initial policy's in the mixture; None draws from the policy alone.
     """
 
     source: Source
@@ -63,7 +63,7 @@ class Sampler:
     details: dict[str, Any] = field(default_factory=dict)
 
     def streams(self, policies: Mapping[str, epath.Path]) -> list[Stream]:
-        """Return a stream a draw: prompts, by their index, as their responses are there.
+        """Return one stream per draw: prompts, by their index, as their responses are there.
 
         All processes call this together, also one that has no prompts. A stream must be closed where it is left before
         its end: it holds requests to a server, or a program's memory.
@@ -82,7 +82,7 @@ class Sampler:
         return [self._from_devices(spec, size, params) for spec, size in zip(self.specs, shape, strict=True)]
 
     def _from_devices(self, spec: SampleSpec, shape: EngineShape, params: Mapping[str, Any]) -> Stream:
-        """Sample on the devices of this process's part of the mesh."""
+        """Sample on the devices of this process's submesh."""
         runtime, section = self.runtime, self.runtime.config.sampling
         statistics, mesh = Statistics(), runtime.submesh.mesh
         model, sampling_params = runtime.programs.model(DECODE, mesh=mesh), self._sampling_params(spec)

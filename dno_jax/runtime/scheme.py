@@ -59,6 +59,6 @@ def initial_policy(config: RunConfig, run_dir: RunDir, iteration: int) -> epath.
 
 
 def mixture_weight(config: RunConfig, iteration: int) -> float:
-    """The share of pi_ref in the mixture that is sampled from: tau / eta_t unless the configuration names one."""
+    """The initial policy's weight in the mixture sampled from: tau / eta_t unless the configuration names one."""
     given = config.sampling.mixture_weight
     return config.reference.tau / config.loss_at(iteration).beta if given is None else given

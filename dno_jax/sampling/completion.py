@@ -205,7 +205,7 @@ def read_response(answer: Answer, index: int, *, task: Task, limit: int) -> Resp
 
     Raises:
         Refused: it is no sample of the policy, or not surely one.
-        DnoError: the server does what no further request can mend.
+        DnoError: the server does what no further request can fix.
     """
     if task.stop and answer.finish == "stop" and not _says_what_stopped(answer, task.sampling_params):
         raise DnoError(
@@ -241,7 +241,7 @@ def _from_ids(answer: Answer, *, task: Task) -> Response:
         raise Refused("ids that the tokenizer does not have")
     by_string = answer.finish == "stop" and answer.by_string
     ends = [position for position, token in enumerate(ids) if token in sampling_params.end_ids]
-    if ends:  # a server that goes on after an end id has drawn the same response up to there
+    if ends:  # a server that continues after an end id has drawn the same response up to there
         ids, finish, by_string = ids[: ends[0] + 1], "stop", False
     elif answer.finish == "stop" and not by_string:
         ids, finish = (*ids, _end_id(answer, sampling_params)), "stop"

@@ -43,7 +43,7 @@ from dno_jax.sampling.transforms import address, drawn_logprobs, sample_token, w
 def fill(
     policies: tuple[Any, ...], state: State, prompts: Prompts, *, iteration: Int[Array, ""], programs: CompiledPrograms
 ) -> State:
-    """Prefill prompts into the queue, one program a padded length T; the host sees to it that there is room.
+    """Prefill prompts into the queue, one program per padded length T; the host makes sure that they fit.
 
     Args:
         policies: parameters of each policy in the DECODE layout.
@@ -116,7 +116,7 @@ def decode(
     Text depends on (seed, iteration, prompt, sample) and the weights; on slots, order, mesh or chunk by rounding alone.
 
     Args:
-        outputs: not given away, so that the host can read them while the next call runs.
+        outputs: not donated, so that the host can read them while the next call runs.
         weight: the mixture's; not read where there is one policy.
         fresh: [O * K] bool, output rows that belong to prompts filled since the last call.
         cancelled: [O * K] bool, responses whose text the host has found ended.
@@ -134,7 +134,7 @@ def decode(
     def mixed(row_logits: list[Array]) -> Array:
         if len(row_logits) == 1:
             return row_logits[0]
-        # Raw logits do: they are log-probabilities up to a constant a row, so their mixture is too, and sample_token
+        # Raw logits do: they are log-probabilities up to a constant per row, so their mixture is too, and sample_token
         # is blind to that constant. Two products, not a + weight * (b - a): weights 0 and 1 give a and b exactly.
         return (1.0 - weight) * row_logits[0] + weight * row_logits[1]
 
@@ -221,7 +221,7 @@ class _Loop:
     busy: Any  # scalar int32
     slots: Slots
     outputs: Outputs
-    started: Any  # [1] int32 a row shard
+    started: Any  # [1] int32 per row shard
 
 
 def _apply(model: Decoder, params: Any, token: Array, position: Array, cache: Cache) -> tuple[Array, Cache]:

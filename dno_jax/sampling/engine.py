@@ -29,7 +29,7 @@ from dno_jax.sampling.state import (
 )
 
 # Given the number of a request and the ids of a response so far, says how many of them stay and what text they are,
-# or None where the response goes on. Asked once for every piece that a response grows by.
+# or None where the response continues. Asked once for every piece that a response grows by.
 Stop = Callable[[int, Sequence[int]], tuple[int, str] | None]
 
 
@@ -45,7 +45,7 @@ class Statistics:
 
     @property
     def utilisation(self) -> float:
-        """Tokens of responses over slot-steps: what share of the decoding was of use."""
+        """Tokens of responses over slot-steps: what share of the decoding was useful."""
         return self.tokens / max(self.slot_steps, 1)
 
 
@@ -67,7 +67,7 @@ def generate(
 
     Args:
         params: pi_t, the decoder's parameters, in the DECODE layout on a mesh of several devices.
-        requests: taken as there is room for them and started in this order; prompts of like length side by side pad
+        requests: taken as slots and queue allow, and started in this order; prompts of like length side by side pad
             little.
         programs: the model, how it is sampled from, how much is decoded at once, and on which mesh.
         mixture: draw from the geometric mixture with this policy; temperature and truncation then apply to the
@@ -186,9 +186,9 @@ class _Books:
         return min(wanted, len(self.pending))
 
     def next_prompts(self) -> Prompts | None:
-        """Take the next prompts for which there is room, a full call's where there are so many; None: nothing now.
+        """Take the next prompts that fit, a full call's where there are so many; None: nothing now.
 
-        They are dealt one by one to the shard that has the most room, so that none is left with more than its share.
+        They are dealt one by one to the shard with the largest reserve, so that none is left with more than its share.
         """
         shape, samples = self.programs.shape, self.programs.sampling_params.num_samples
         rows = shape.fill_rows

@@ -1,4 +1,4 @@
-"""What decoding holds in the memory of one device, and for how many slots that leaves room; arithmetic alone."""
+"""What decoding holds in the memory of one device, and how many slots fit; arithmetic alone."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class SlotPlan:
     """Rows that decode together on one row shard of a mesh, and the bytes of it all on one device.
 
     Attributes:
-        program: what decodes; `program.sizes` are as planned.
+        program: what decodes; `programs.shape` is as planned.
         num_policies: 2 for a mixture.
         weight_bytes: of one policy.
         capacity: of the device.
@@ -214,7 +214,7 @@ def _refusal(plan: SlotPlan, *, configured: int | None) -> str:
         f"{wanted} {rows} would take {show_bytes(plan.total)} of every device (weights of {policies} "
         f"{parts['weights']}, slots {parts['slots']}, queue of {plan.queue_entries} prompts {parts['queue']}, "
         f"responses {parts['responses']}, temporaries {parts['temporaries']}), and {show_bytes(plan.capacity.usable)} "
-        f"are to be had: {show_bytes(plan.capacity.bytes)} ({plan.capacity.source}) less a reserve of "
+        f"are available: {show_bytes(plan.capacity.bytes)} ({plan.capacity.source}) less a reserve of "
         f"{show_bytes(plan.capacity.reserve)}; {would}{fewer}lower the longest prompt or response "
         "(prompts.max_length, sampling.max_new_tokens; of a judge, annotation.self_judge's), choose a smaller "
         "sampling.kv_dtype or a larger mesh.tensor, or take devices with "

@@ -14,7 +14,7 @@ class SamplingParams:
     """What decides a generation besides weights and prompts; static, so each value compiles its own programs.
 
     Attributes:
-        num_samples: K, responses a prompt.
+        num_samples: K, responses per prompt.
         max_new_tokens: tokens of the longest response, its end id included.
         end_ids: ids that end a response.
         truncation: the sampling distribution.

@@ -46,7 +46,7 @@ def complete(
     num_prompts: int | None = None,
     num_lost: int = 0,
 ) -> Generator[Finished, None, None]:
-    """Yield prompts with their responses, as they are done; requests go on while the caller works. Closing ends it.
+    """Yield prompts with their responses, as they are done; requests continue while the caller works. Closing ends it.
 
     Args:
         counts: what was asked, drawn and refused is added here.
@@ -201,8 +201,8 @@ class _Calls:
         refused = {name: count for name, count in self._counts.items() if name.startswith("refused")}
         raise DnoError(
             f"{self._endpoint.who}: no usable response to {self._num_lost} of {self._num_prompts} prompts, more than "
-            f"sampling.server.max_refused={self._section.max_refused:g} allows; raise it to go on without them, or "
-            f"mend what refuses them{f': {refused}' if refused else ''}"
+            f"sampling.server.max_refused={self._section.max_refused:g} allows; raise it to continue without them, or "
+            f"fix what refuses them{f': {refused}' if refused else ''}"
         )
 
     async def _response(self, index: int, sample: int) -> Response | None:
@@ -254,7 +254,7 @@ class _Calls:
 
         found = await self._retried(attempt, max_tries=self._section.max_tries - tries)
         if isinstance(found, GaveUp):
-            start_it = "start it, or mend sampling.server.base_url" if found.trouble.unreachable else "see its log"
+            start_it = "start it, or fix sampling.server.base_url" if found.trouble.unreachable else "see its log"
             raise DnoError(
                 f"{self._endpoint.who} at {self._endpoint.url} gave no answer in {tries} "
                 f"{'tries' if tries > 1 else 'try'}: {found.trouble.detail}; {start_it}, then start again: closed "
@@ -286,7 +286,7 @@ class _Calls:
         if isinstance(found, GaveUp):
             raise DnoError(
                 f"{self._endpoint.who} at {self._endpoint.url} does not list its models: {found.trouble.detail}; start "
-                "it, or mend sampling.server.base_url (it usually ends in /v1)"
+                "it, or fix sampling.server.base_url (it usually ends in /v1)"
             )
         try:
             names = [str(model["id"]) for model in json.loads(found.text)["data"]]
@@ -294,14 +294,14 @@ class _Calls:
             names = None
         if names is None:
             raise DnoError(
-                f"{self._endpoint.url}/models is no list of models: {self._endpoint.words(found.text)}; mend "
+                f"{self._endpoint.url}/models is no list of models: {self._endpoint.words(found.text)}; fix "
                 "sampling.server.base_url (it usually ends in /v1)"
             )
         if self._model not in names:
             listed = self._endpoint.words(", ".join(names) or "none")
             raise DnoError(
                 f"the completion server at {self._endpoint.url} serves {listed}, not {self._model!r}; serve the "
-                "policy of this iteration under that name (vLLM: --served-model-name), or mend sampling.server.model"
+                "policy of this iteration under that name (vLLM: --served-model-name), or fix sampling.server.model"
             )
 
 

@@ -35,7 +35,7 @@ class EngineShape:
         entries: prompts that stand prefilled in the queue.
         fill_rows: prompts prefilled by one call.
         prefill_chunk: tokens of a prompt that go through the model at once.
-        chunk_steps: tokens a slot draws before the host looks.
+        chunk_steps: tokens that a slot draws before the host looks.
         kv_dtype: of the cache; see model/cache.py.
     """
 
@@ -105,7 +105,7 @@ class Mixture:
     Normalised at every token, hence not the mixture of whole responses that stands in Algorithm 3's loss.
     """
 
-    params: Any  # pi_ref's parameters: the same decoder, in the same layout
+    params: Any  # the initial policy's parameters: the same decoder, in the same layout
     weight: Any  # scalar float32 in [0, 1], pi_ref's share; traced, so that a schedule compiles nothing anew
 
 
@@ -113,8 +113,8 @@ class Mixture:
 class Text:
     """Where rows stand in their texts: B slots, or E queue entries."""
 
-    cache: tuple[Cache, ...]  # one a policy
-    hidden: tuple[Any, ...]  # one [B, D] a policy: of the last token, which predicts the next
+    cache: tuple[Cache, ...]  # one per policy
+    hidden: tuple[Any, ...]  # one [B, D] per policy: of the last token, which predicts the next
     length: Any  # [B] int32, tokens so far, hence the position of the next
     seen: Any  # [B, V] bool, which ids the text has; None without a repetition penalty
 
@@ -136,13 +136,13 @@ class Queue:
     key: Any  # [E, K, 2] uint32, of each sample
     output: Any  # [E] int32, first of the prompt's K output rows
     limit: Any  # [E] int32, tokens that may be drawn for each
-    filled: Any  # [1] int32 a row shard, prompts that came
-    started: Any  # [1] int32 a row shard, samples that were started
+    filled: Any  # [1] int32 per row shard, prompts that came
+    started: Any  # [1] int32 per row shard, samples that were started
 
 
 @flax.struct.dataclass
 class Drawn:
-    """One token a slot."""
+    """One token per slot."""
 
     token: Any  # [B] int32
     logprob: Any  # [B] float32
@@ -165,7 +165,7 @@ class Outputs:
 
 @flax.struct.dataclass
 class Counts:
-    started: Any  # int32 a row shard, samples started, of all prompts that came
+    started: Any  # int32 per row shard, samples started, of all prompts that came
     busy: Any  # scalar int32, slot-steps of the call that drew a token
     steps: Any  # scalar int32, steps of the call
 
@@ -180,7 +180,7 @@ class State:
 
 @flax.struct.dataclass
 class Prompts:
-    """What is prefilled by one call, R rows a row shard, the real ones first in each shard."""
+    """What is prefilled by one call, R rows per row shard, the real ones first in each shard."""
 
     token: Any  # [R, T] int32, right-padded
     length: Any  # [R] int32; 0 is a filler
@@ -275,7 +275,7 @@ def enqueue(queue: Queue, text: Text, prompts: Prompts, key: Array, *, mesh: Any
     """Put prefilled prompts at the end of the queue.
 
     Args:
-        text: of R rows a row shard.
+        text: of R rows per row shard.
         key: [R, K, 2] uint32, of each sample.
     """
 
@@ -300,7 +300,7 @@ def refill(slots: Slots, started: Array, queue: Queue, *, mesh: AnyMesh) -> tupl
     """Start samples in free slots until one of both runs out.
 
     Args:
-        started: [1] int32 a row shard, samples that were started; the queue's own count is not read.
+        started: [1] int32 per row shard, samples that were started; the queue's own count is not read.
     """
 
     def local(slots: Slots, started: Array, queue: Queue) -> tuple[Slots, Array]:
@@ -376,7 +376,9 @@ def _moved(into: Text, text: Text, *, to: Any, row: Any) -> Text:
 
     def copy(target: Array, source: Array) -> Array:
         own = jax.lax.dynamic_slice_in_dim(source, row, 1)
-        if source.ndim > 2 and source.shape[-1] > target.shape[-1]:  # a cache; padding may go on where the other ends
+        if (
+            source.ndim > 2 and source.shape[-1] > target.shape[-1]
+        ):  # a cache; padding may extend beyond the other's end
             own = own[..., : target.shape[-1]]
         return jax.lax.dynamic_update_slice(target, own, (to, *(0,) * (target.ndim - 1)))
 

@@ -1,4 +1,4 @@
-"""Drawing one token a row: repetition penalty, temperature, top-k, top-p, min-p, in this order.
+"""Drawing one token per row: repetition penalty, temperature, top-k, top-p, min-p, in this order.
 
 The keys name the row and the position. Tokens of equal mass share their fate: top-k, top-p and min-p keep all of them
 or none, where a sort would part them by the accident of their ids. Mass is float32, relative to the likeliest token:
@@ -71,7 +71,7 @@ def address(
     prompt: UInt[Array, " B"],
     sample: Int[Array, " B"],
 ) -> Array:
-    """Return one key a row, uint32 [B, 2], made of nothing but the row's address.
+    """Return one key per row, uint32 [B, 2], made of nothing but the row's address.
 
     Args:
         seed, iteration: of the run.
@@ -86,7 +86,7 @@ def address(
 
 
 def uniform(row_key: UInt[Array, "B 2"], *, step: Int[Array, " B"], trial: Int[Array, ""]) -> Float[Array, " B"]:
-    """Return one number a row in [0, 1), a multiple of 2^-24: Threefry-2x32-20 of (step, trial) under the row's key.
+    """Return one number per row in [0, 1), a multiple of 2^-24: Threefry-2x32-20 of (step, trial) under the row's key.
 
     Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011). jax.random would take three blocks where one
     does, each in a loop of small kernels on a CPU: a fifth of a small model's step.
@@ -124,19 +124,19 @@ def sample_token(
     truncation: Truncation,
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, " B"]:
-    """Draw one token a row, in the row's own step of its response.
+    """Draw one token per row, in the row's own step of its response.
 
     Exact without a sort: a draw from everything that top-k and min-p keep is inside the nucleus iff the mass of
     strictly likelier tokens is below p; rows outside draw again, under the next key and among strictly likelier tokens
-    only, since all others are outside too. A rejection thus removes a token at least and never the likeliest, so the
+    only, since all others are outside too. A rejection thus removes at least one token and never the likeliest, so the
     loop ends, whatever the logits are. A row's token depends on its own key, logits, step and seen ids only, however
     often its neighbours draw. Probabilities are right to 2^-24, the step of the uniform number.
 
     Args:
-        row_key: one key a row (`address`).
+        row_key: one key per row (`address`).
         logits: float32, unnormalised; -inf is never drawn. A row that holds NaN or +inf, or nothing but -inf, gets an
             id that means nothing, at the first trial.
-        step: index of the token in its response, one a row or one for all rows.
+        step: index of the token in its response, one per row or one for all rows.
         seen: ids of the prompt and the response so far; needed where there is a repetition penalty.
 
     Returns:
@@ -180,7 +180,7 @@ def drawn_logprobs(
 
     Args:
         logits, truncation, seen: as `sample_token` had them.
-        token: one id a row.
+        token: one id per row.
 
     Returns:
         float32, nats: log(mass of the token / mass of all that is kept), -inf for a token that is not kept, NaN where

@@ -1,7 +1,7 @@
 """Judge every pool of candidates: a host-side stage that follows sampling shard by shard and never touches a device.
 
 It may run beside sampling in the same program, after it, or on any machine with the same run directory. Of candidates
-and prompts it holds those in work alone.
+and prompts it holds only those in work.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dno_jax.stages.quality import tell_quality
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.2
-# Pools in work for each request that may be in flight: enough to keep the judge busy over the slow end of a shard.
+# Pools in work per request that may be in flight: enough to keep the judge busy over the slow end of a shard.
 _POOLS_A_REQUEST = 2
 _BATCH_QUESTIONS = 16_384  # of the shards that are asked about together by batch, about: what is held in memory
 _BATCHES_AT_ONCE = 2
@@ -102,7 +102,7 @@ def probe(config: RunConfig, run_dir: RunDir, iteration: int) -> None:
     Where no endpoint answers, that is said: it may be back when there is something to judge.
 
     Raises:
-        DnoError: what no waiting mends: a refused key, an unknown model, an endpoint without what is needed.
+        DnoError: what no waiting fixes: a refused key, an unknown model, an endpoint without what is needed.
     """
     if run_dir.stage("sample", iteration).manifest() is not None:
         return
@@ -156,7 +156,7 @@ class _Work:
                 await self._follow(meter, seen=closed, abandoned=abandoned)
                 meter.expect(self._judged)
             if self._sampled.manifest() is None or (abandoned and abandoned()):
-                raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to go on")
+                raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to resume")
             self._settle()
             self._add_labels(self._found.quality)
             return self._found
@@ -178,7 +178,7 @@ class _Work:
         return quality
 
     async def _follow(self, meter: Meter, *, seen: set[str], abandoned: Callable[[], bool] | None) -> None:
-        """Judge shards as they close, a few at once; after an error those in work go on: they are paid for."""
+        """Judge shards as they close, a few at once; after an error those in work are finished: they are paid for."""
         at_once = max(2, -(-self._annotator.width * _POOLS_A_REQUEST // self._config.sampling.shard_prompts))
         if self._by_batch:
             at_once = _BATCHES_AT_ONCE
@@ -274,9 +274,7 @@ class _Work:
     def _is_repeated(self, pool: Pool) -> bool:
         """Whether a pool is asked about a second time: by its prompt's id, the same after a restart."""
         share, seed = self._config.annotation.quality.repeat, self._config.seed
-        return (
-            self._annotator.may_repeat and uniform(Purpose.REPEATED, seed, pool.prompt.prompt_id) < share
-        )
+        return self._annotator.may_repeat and uniform(Purpose.REPEATED, seed, pool.prompt.prompt_id) < share
 
     async def _probe_once(self, pools: Sequence[Pool]) -> None:
         """Ask the endpoint for a sign of life before the first pool that has to be paid for."""
@@ -298,7 +296,7 @@ class _Work:
             total=self._judged,
             missing="pools have no verdict",
             remedy="Nothing paid for is lost: run again and only these are asked anew, or raise annotation.max_failed "
-            "to go on without them",
+            "to continue without them",
             max_failed=self._config.annotation.max_failed,
         )
         for name, rows in self._missing.items():

@@ -25,7 +25,7 @@ from dno_jax.training.batches import TrainingRow
 # By the dtype of the model and that of the cache, the coarser of them. Caches of int8 and float8 gave 0.10 and 0.23.
 AUDIT_BOUNDS = {"float32": 1e-4, "bfloat16": 0.5, "int8": 0.5, "float8_e4m3fn": 1.0}
 
-# Before the first update the policy is pi_t of its own loss, so log pi/pi_t is zero up to rounding. Nats a response:
+# Before the first update the policy is pi_t of its own loss, so log pi/pi_t is zero up to rounding. Nats per response:
 # far above the rounding of each dtype, far below what another policy, tokenizer or mask gives.
 STEP_ZERO_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
 
@@ -59,7 +59,7 @@ def run(runtime: Runtime[RunConfig], rollouts: Sequence[Rollout], *, policy: int
     if is_primary():
         say(
             f"audit     {policy}: {found['responses']} responses, {found['tokens']} tokens: sampler and trainer differ "
-            f"by {found['mean']:.1e} nats a token, at most {found['max']:.1e}; largest error {found['error']:.1e}, "
+            f"by {found['mean']:.1e} nats per token, at most {found['max']:.1e}; largest error {found['error']:.1e}, "
             f"bound {found['bound']:g}"
         )
     check(found, config=config, place=place)
@@ -82,8 +82,8 @@ def statistics(rollouts: Sequence[Rollout], trainer: Sequence[float]) -> dict[st
         trainer: log pi_t(y|x) of each, nats.
 
     Returns:
-        responses, tokens; mean, max: of |difference| / tokens of a response, nats a token; mean_sum, max_sum: of
-        |difference|, nats a response; error: the largest |difference| / sqrt(tokens), which does not depend on length
+        responses, tokens; mean, max: of |difference| / tokens of a response, nats per token; mean_sum, max_sum: of
+        |difference|, nats per response; error: the largest |difference| / sqrt(tokens), which does not depend on length
         where tokens err independently; worst, worst_sum: the responses of error and max_sum, with both numbers.
     """
     sampler = np.asarray([rollout.logprob for rollout in rollouts], np.float64)  # None, JSON's NaN, is NaN
@@ -113,7 +113,7 @@ def statistics(rollouts: Sequence[Rollout], trainer: Sequence[float]) -> dict[st
 
 
 def check(found: Mapping[str, Any], *, config: RunConfig, place: epath.Path) -> None:
-    """Raise where an audit's figures forbid to go on with its samples.
+    """Raise where an audit's figures forbid using its samples.
 
     Raises:
         DnoError: a response differs by more than the bound times sqrt(tokens); or, with `sampling.as_reference`, one by
@@ -124,7 +124,7 @@ def check(found: Mapping[str, Any], *, config: RunConfig, place: epath.Path) -> 
         raise DnoError(
             f"{place}: sampler and trainer disagree on {_shown(worst)}: in {dtype} they may differ by "
             f"{bound * worst['tokens'] ** 0.5:.4g} nats, sampling.audit_bound={bound:g} times sqrt(tokens). If this is "
-            f"rounding (bfloat16's, or a coarse KV cache's; on average it is {found['mean']:.2g} nats a token), set "
+            f"rounding (bfloat16's, or a coarse KV cache's; on average it is {found['mean']:.2g} nats per token), set "
             f"sampling.audit_bound above {found['error']:.4g}: the samples are kept, a rerun only repeats the audit. "
             "Else a program is wrong: see in another run_dir whether model.attention=xla or model.dtype=float32 agrees"
         )
@@ -132,8 +132,8 @@ def check(found: Mapping[str, Any], *, config: RunConfig, place: epath.Path) -> 
     if config.sampling.as_reference and not found["max_sum"] <= tolerance:
         raise DnoError(
             f"{place}: sampling.as_reference cannot hold: sampler and trainer differ by {found['max_sum']:.4g} nats "
-            f"on {_shown(found['worst_sum'])}, and training's first step lets at most {tolerance:g} a response pass in "
-            f"{dtype}; set sampling.as_reference=false (a score pass; nothing is sampled again)"
+            f"on {_shown(found['worst_sum'])}, and training's first step allows at most {tolerance:g} per response in "
+            f"{dtype};  set sampling.as_reference=false (a score pass; nothing is sampled again)"
         )
 
 

@@ -49,7 +49,7 @@ def sample_to_shards(
     """Sample every shard of prompts that is not closed yet.
 
     Shards are cut from the whole list, alike on every machine. All candidates of a prompt are in one shard, which is
-    closed, and can be judged, as soon as the last of its prompts is finished. Each part of the mesh takes every n-th
+    closed, and can be judged, as soon as the last of its prompts is finished. Each submesh takes every n-th
     shard and runs by itself.
 
     Args:
@@ -57,8 +57,8 @@ def sample_to_shards(
         after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
 
     Returns:
-        For the manifest: how the slots of this process's own part of the mesh were used, or what it asked the server.
-        What other parts did is not in it, so the manifest holds the primary's. Empty where nothing was left to sample.
+        For the manifest: how the slots of this process's own submesh were used, or what it asked the server.
+        What other submeshes did is not in it, so the manifest holds the primary's. Empty if nothing was left to sample.
     """
     size, specs = runtime.config.sampling.shard_prompts, draws.specs
     cuts = [prompts[first : first + size] for first in range(0, len(prompts), size)]

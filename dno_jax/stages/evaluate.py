@@ -176,7 +176,7 @@ class _Players:
 
 
 def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int) -> _Judged:
-    """Judge one pool a prompt and sample: that sample of every policy, and the teacher's response."""
+    """Judge one pool per prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
     lengths: dict[str, dict[str, Any]] = {}
     for policy in range(newest + 1):
@@ -226,7 +226,7 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         total=len(players),
         missing="held-out pools have no verdict",
         remedy="Verdicts that were given are kept: run again and only these are asked anew, or raise "
-        f"{judge}.max_failed to go on without them",
+        f"{judge}.max_failed to continue without them",
         max_failed=config.evaluation_judge.max_failed,
     )
     stage.sub("judgements").write_shard("0000000", answered)

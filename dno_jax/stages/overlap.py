@@ -38,7 +38,7 @@ def sample_and_annotate(runtime: Runtime[RunConfig], iteration: int) -> None:
                 annotate.run(config, run_dir, iteration, abandoned=stopped.is_set)
             except BaseException as error:
                 if isinstance(error, Unreachable) and not sampled.is_set() and not stopped.is_set():
-                    say(f"{error}; sampling goes on, and the judge is asked again in {_OUTAGE_SECONDS:g} s")
+                    say(f"{error}; sampling continues, and the judge is asked again in {_OUTAGE_SECONDS:g} s")
                     sampled.wait(_OUTAGE_SECONDS)
                     continue
                 errors.append(error)  # handed to the main thread, which raises it

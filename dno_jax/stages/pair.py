@@ -287,12 +287,12 @@ class _Pool:
         return float(found.rate[place])
 
     def texts(self) -> list[ScoredCandidate]:
-        """One candidate a text."""
+        """One candidate per text."""
         counts = np.maximum(self.count(self.trained - {"gold"}), 1)
         return [self._candidate(self.judged[place], count=int(counts[place])) for place in self.trained_rows]
 
     def own_samples(self) -> list[ScoredCandidate]:
-        """One candidate a sample of the policy, equal texts too."""
+        """One candidate per sample of the policy, equal texts too."""
         return [
             self._candidate(sample) for sample in self.samples if sample.source in self.trained & {"policy", "mixture"}
         ]

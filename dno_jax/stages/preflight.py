@@ -1,4 +1,4 @@
-"""Looks before the run leaps: does everything fit together?"""
+"""Checks before a run starts that everything fits together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepared(
     Args:
         only: the one stage and iteration that will be run, which are all that is then looked at; None is the whole
             run.
-        redo_from: "STAGE" or "STAGE:ITERATION", from which on work is redone, with earlier results set aside.
+        redo_from: "STAGE" or "STAGE:ITERATION", from which work is redone, with earlier results set aside.
     """
     config, run_dir = runtime.config, runtime.run_dir
     place = None if redo_from is None else redo.parse_place(redo_from, config)

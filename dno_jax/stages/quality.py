@@ -1,4 +1,4 @@
-"""How good the judge of an iteration is: said when it has judged, and left in the metrics."""
+"""How good the judge of an iteration is: reported after judging, and kept in the metrics."""
 
 from __future__ import annotations
 

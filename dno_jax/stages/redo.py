@@ -1,4 +1,4 @@
-"""What of a run directory a configuration no longer fits, and how work is redone: earlier results are set aside."""
+"""What in a run directory a configuration no longer fits, and how work is redone: earlier results are set aside."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def set_aside(run_dir: RunDir, stage: str, iteration: int) -> None:
     target = _move(run_dir, paths)
     say(
         f"redone from {stage} of iteration {iteration}: {', '.join(redone)} of it, every later iteration and policy; "
-        + (f"what was there is kept in {target}" if target else "nothing of these was there")
+        + (f"what was there is kept in {target}" if target else "none of these existed")
     )
 
 

@@ -1,4 +1,4 @@
-"""The candidates of an iteration: K samples a prompt, or those of the data, and the teacher's response."""
+"""The candidates of an iteration: K samples per prompt, or those of the data, and the teacher's response."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
 from dno_jax.training.checkpoint import policy_fingerprint
 
-INITIAL = "initial"  # sub-folder of the scores under pi_ref
+INITIAL = "initial"  # sub-folder of the scores under the initial policy
 SCORED, SAMPLED = "scored", "sampled"  # where log pi_t of the policy's own samples comes from
 
 
@@ -32,7 +32,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
 
     With `sampling.as_reference`, log pi_t of a pair of pi_t's own samples is what the sampler recorded: at temperature
     1 and over the whole vocabulary, whatever temperature and truncation it drew with. All other pairs are scored.
-    When the option was switched, what an earlier call wrote is discarded, unless a finished training has read it.
+    When the option has changed, what an earlier call wrote is discarded, unless a finished training has read it.
     """
     start = time.perf_counter()
     config, run_dir = runtime.config, runtime.run_dir

@@ -1,4 +1,4 @@
-"""Gold responses that the data has not: a teacher writes them, through the judges' client, store and budget.
+"""Gold responses that the data lacks: a teacher writes them, through the judges' client, store and budget.
 
 A stage of the host's: it depends on the prompts alone, so it may run ahead of sampling, on any machine.
 """
@@ -34,7 +34,7 @@ _HELD_OUT = "held-out"
 def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSplit | None = None) -> Manifest:
     """Ask for a response to every prompt of iteration t that has none; in iteration 0 to the held-out prompts, too.
 
-    A refused (by the endpoint or in words), cut or empty response is dropped and counted: its prompt goes on without
+    A refused (by the endpoint or in words), cut or empty response is dropped and counted: its prompt stays without
     gold.
 
     Args:
@@ -164,7 +164,7 @@ class _Teacher:
     def _refuse_if_too_many(self, total: int) -> None:
         failed = [row for row in self._lost.values() if _has_failed(row)]
         broke = sum(row.state == "over budget" for row in failed)
-        remedy = "raise annotation.max_usd first" if broke else "raise annotation.max_failed to go on without them"
+        remedy = "raise annotation.max_usd first" if broke else "raise annotation.max_failed to continue without them"
         refuse_shortfall(
             f"annotation.teacher {self._section.model!r}",
             Counter(f"{row.state}: {row.detail}" for row in failed),

@@ -75,7 +75,7 @@ def save_template(runtime: Runtime[Any]) -> None:
 
 
 def render(found: TemplateReport) -> Text:
-    """The report for a terminal: a token a line, where the loss starts and ends, then the findings."""
+    """The report for a terminal: one token per line, where the loss starts and ends, then the findings."""
     text = Text()
     if found.strip is not None:
         _render_strip(text, found.strip)

@@ -32,7 +32,7 @@ from dno_jax.training.step import StepConfig, train_step
 
 
 def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
-    """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the policy that comes of it.
+    """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the resulting policy.
 
     Raises:
         DnoError: the reference scores belong to another policy, tokenizer, length or dtype, or the first step shows
@@ -121,7 +121,7 @@ def train(
     step: StepConfig,
     training: Training,
 ) -> TrainResult:
-    """Run every optimiser step over the rows, going on after the last state that was saved.
+    """Run every optimiser step over the rows, resuming from the last saved state.
 
     Args:
         params: where to start, in the TRAIN layout; donated.

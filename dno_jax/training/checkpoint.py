@@ -72,7 +72,7 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
 
 
 class StateCheckpoints:
-    """The last train states of one iteration, saved while training goes on."""
+    """The last train states of one iteration, saved while training runs."""
 
     def __init__(self, path: epath.Path, *, save_every: int):
         options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)

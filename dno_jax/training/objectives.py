@@ -85,7 +85,7 @@ def _value(function: Callable[..., Array], terms: Terms) -> Array:
 _PREVIOUS = ReferenceSection()
 
 
-@lru_cache  # one function a configuration: it is part of the compiled step's identity
+@lru_cache  # one function per configuration: it is part of the compiled step's identity
 def preference_loss(section: LossSection, reference: ReferenceSection = _PREVIOUS) -> RowLoss:
     """Return the loss of a configuration, with the metrics that show what it does to each side of a pair.
 
@@ -150,6 +150,6 @@ def _terms(
 
 
 def supervised_loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
-    """The mean negative log-likelihood a response token (rows weigh as many tokens as they have)."""
+    """The mean negative log-likelihood per response token (rows weigh as many tokens as they have)."""
     del batch
     return losses.nll_loss(logprob=logprob[:, 0], num_tokens=num_tokens[:, 0]), {}

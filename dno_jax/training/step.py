@@ -41,8 +41,8 @@ def response_logprobs(
         hidden: after the final norm.
         params: of the decoder, for its output head.
         response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
-        response_length: static upper bound of a row's response tokens; the head runs on that many positions a row only.
-        chunk: tokens a slice of the output head.
+        response_length: static upper bound of a row's response tokens; the head runs on so many positions per row only.
+        chunk: tokens per slice of the output head.
     """
     token, response_mask = jnp.asarray(token), jnp.asarray(response_mask)
     # The hidden state at s - 1 predicts the token at s.

@@ -240,7 +240,7 @@ def test_an_unreachable_endpoint_is_no_per_pool_failure(store_path, dead_url):
     [
         ("401", "annotation.openai.api_key_env"),
         ("403", "annotation.openai.api_key_env"),
-        ("404", "mend annotation.openai.model"),
+        ("404", "fix annotation.openai.model"),
         ("402", "account is used up"),
     ],
 )

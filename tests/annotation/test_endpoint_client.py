@@ -224,7 +224,7 @@ def test_a_connection_that_takes_too_long_was_never_made():
     [
         (fault(401, "bad key"), "put a key|name the environment variable"),
         (fault(403, "not yours"), "name the environment variable"),
-        (fault(404, "no such model"), "mend annotation.openai.model, or base_url"),
+        (fault(404, "no such model"), "fix annotation.openai.model, or base_url"),
         (fault(402, "pay"), "the account is used up"),
         (fault(429, "quota", code="insufficient_quota"), "the account is used up"),
     ],
@@ -761,7 +761,7 @@ def test_no_endpoint_for_max_outage_ends_the_run_and_names_the_remedy():
     with pytest.raises(Unreachable) as caught:
         send_all(section(*dead, max_outage=0.4), 20)
     assert time.monotonic() - began >= 0.4
-    for part in (*dead, "max_outage=0.4 s", "mend annotation.openai.base_url", "ClientConnectorError", "is kept"):
+    for part in (*dead, "max_outage=0.4 s", "fix annotation.openai.base_url", "ClientConnectorError", "is kept"):
         assert part in str(caught.value)
 
 

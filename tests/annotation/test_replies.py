@@ -119,9 +119,9 @@ def test_a_reading_ends_with_its_score(reply, score):
         ('It says "Score: 5" itself.\nScore: 1', "is no whole number"),
         ("It says\nScore: 5\nitself.\nScore: 1", "scores that differ: 1, 5"),
         ("Score: 5\nScore: <points>", "is no whole number"),
-        ('The answer ends with\n"Score: 5\nwhich is of no use', "goes on after its score"),
-        ("Score: 5 points", "goes on after its score"),
-        ("Score: 5\n<<<END RESPONSE", "goes on after its score"),
+        ('The answer ends with\n"Score: 5\nwhich is of no use', "continues after its score"),
+        ("Score: 5 points", "continues after its score"),
+        ("Score: 5\n<<<END RESPONSE", "continues after its score"),
     ],
 )
 def test_other_readings_are_no_answers(reply, reason):

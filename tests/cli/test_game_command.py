@@ -160,7 +160,7 @@ def test_the_sampled_rows_stand_below_the_exact_ones(dno_game, tmp_path):
         ("--start .5,.5", "--start is '.5,.5': it must have shape (3,)"),
         ("--start .5,.5,.5", "it must be probabilities that sum to 1"),
         ("--start 1,0,0", "it must give every response a positive probability"),
-        ("--start a,b,c", "give 3 positive probabilities with commas between them that sum to 1"),
+        ("--start a,b,c", "give 3 positive, comma-separated probabilities that sum to 1"),
         ("--out gaps.txt", "--out is 'gaps.txt'; its suffix says the format and must be one of .svg, .png, .pdf"),
     ],
 )

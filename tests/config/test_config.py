@@ -204,7 +204,7 @@ MIXTURE = {"reference.kind": "mixture", "reference.tau": 0.01}
         ({"loss.name": "spo", **MATCHING, "pairing.replay": 0.3}, r"loss\.name=spo needs samples of policy t"),
         ({"loss.name": "spo", **MATCHING, "sampling.source": "data"}, r"loss\.name=spo needs samples of policy t"),
         # the scheme
-        ({"outer.scheme": "proximal", "outer.every": 2}, r"scheme=proximal moves pi_ref: set reference\.kind"),
+        ({"outer.scheme": "proximal", "outer.every": 2}, r"proximal moves the initial reference: set reference\.kind"),
         ({"outer.scheme": "lookahead", "iterations": 1}, "lookahead pools .* iterations >= 2"),
         (
             {"loss.name": "spo", **MATCHING, "outer.scheme": "optimistic"},

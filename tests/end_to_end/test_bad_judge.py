@@ -93,7 +93,7 @@ def test_a_model_that_does_not_exist_is_tried_once(dno, sampled):
         assert server.counts.outcomes == {"404": 1}
     assert status == 2
     assert "HTTP 404: The model `judge` does not exist" in said
-    assert "mend annotation.openai.model" in said
+    assert "fix annotation.openai.model" in said
     assert_nothing_judged(run_dir)
 
 

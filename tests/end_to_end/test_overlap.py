@@ -95,7 +95,7 @@ def test_a_judge_that_comes_back_while_there_is_sampling_is_asked_again(tmp_path
         monkeypatch.setattr(annotate, "run", down_at_first)
         sample_and_annotate(config, 0)
     assert len(calls) == 2
-    assert "the judge is down; sampling goes on" in capfd.readouterr().err
+    assert "the judge is down; sampling continues" in capfd.readouterr().err
 
 
 def test_an_interrupt_buys_no_more_and_keeps_what_was_in_flight(tmp_path, play):

@@ -183,7 +183,7 @@ def test_what_does_not_fit_says_how_many_would(seven, dno_plan):
     assert code == 2
     assert "dno: sample: sampling.slots is 400, but 400 slots of 2048 tokens on each row shard would take" in said
     assert "weights of a policy 3.37 GiB, slots 25.0" in said
-    assert "14.40 GiB are to be had: 16.00 GiB (--memory) less a reserve of 1.60 GiB" in said
+    assert "14.40 GiB are available: 16.00 GiB (--memory) less a reserve of 1.60 GiB" in said
     most = int(said.partition(" would fit: set sampling.slots to at most ")[0].split()[-1])
     # Each takes 64 MiB, a fifth of a queued prompt of 32 MiB, and five copies of 32,000 logits.
     assert 100 < most < 11.03 * 1024 / (64 + 32 / 5 + 0.6)

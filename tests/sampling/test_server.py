@@ -394,7 +394,7 @@ def test_an_answer_that_is_no_sample_is_drawn_anew(fault):
         ([None, "400"], "no answer in 1 try: HTTP 400: planted fault 400"),
         ([None, "422"], "no answer in 1 try: HTTP 422: planted fault 422"),
         ([None, "401"], "sampling.server.api_key_env"),
-        ([None, "404"], "mend sampling.server.model, or base_url"),
+        ([None, "404"], "fix sampling.server.model, or base_url"),
         ([None, "402"], "account is used up"),
         (["500"] * 4, "no answer in 4 tries"),  # the probe
         ([None, "other prompt"], "a prompt of 3 token ids was sent, and the server read another of 4"),

@@ -189,7 +189,7 @@ def _one_token(file: TokensFile, digest: str) -> Rubric:
 
 # All candidates of a prompt are graded in one reply.
 LISTWISE = Form("list-wise", "listwise_6point", PointsFile, _listwise)
-# One response a request, one score a reply.
+# One response per request, one score per reply.
 POINTWISE = Form("point-wise", "additive_5point", PointsFile, _pointwise, texts=("response",))
 # The reply says which of two candidates is better, or that they are equally good.
 PAIRWISE = Form("pairwise", "pairwise_verdict", RubricFile, _pairwise)

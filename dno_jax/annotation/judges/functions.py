@@ -56,7 +56,7 @@ class ListWise(ChatJudge):
 
 
 class PairWise(ChatJudge):
-    """Two candidates a request, in both orders unless told otherwise; the preference is the mean of the two.
+    """Two candidates per request, in both orders unless told otherwise; the preference is the mean of the two.
 
     A judge that looks only at places says 1/2 of every pair, of which no training pair is made. Form logprob takes the
     preference from the probabilities of the reply's first token and asks for no more than that one.
@@ -117,7 +117,7 @@ class Ensemble:
         return "ensemble of " + "; ".join(member.identity for member in self.members)
 
     def rounds(self, pool: Pool, *, repeat: int = 0) -> Rounds:
-        """Lead the members' rounds side by side; the points of a list-wise one count by which are higher."""
+        """Run the members' rounds side by side; the points of a list-wise one count by which are higher."""
         open_rounds = {number: member.rounds(pool, repeat=repeat) for number, member in enumerate(self.members)}
         waiting = {number: next(rounds) for number, rounds in open_rounds.items()}
         judgements: list[Judgement] = []

@@ -65,7 +65,7 @@ def read_score(reply: str, *, scale: range) -> int:
     if len(scores) > 1:
         raise Unparsable(f"scores that differ: {_few([str(score) for score in scores])}")
     if reply[found[-1].end() :].strip(" \t\r\n*"):
-        raise Unparsable("the reply goes on after its score")
+        raise Unparsable("the reply continues after its score")
     return _within(scores[0], scale)
 
 

@@ -24,7 +24,7 @@ def all_pairs(num_candidates: int) -> Schedule:
 def tournament(seats: Sequence[int]) -> Schedule:
     """Let neighbours meet, then the winners of the round before, until one is left: C - 1 pairs.
 
-    An odd one out passes, and sits first in the next round. Of a tie, the one seated first goes on: seats drawn at
+    An odd one out passes, and sits first in the next round. Of a tie, the one seated first advances: seats drawn at
     random make that a fair coin.
 
     Args:

@@ -3,7 +3,7 @@
 Before a call is sent, the most that it can cost is set aside: the most tokens its prompt can have, and the longest
 reply. Calls in flight together never hold more than `annotation.max_usd` leaves; one that does not fit waits until
 others have come back cheaper than feared, and is refused when none is left that could. What was really paid stands in
-the store's receipts, committed with the verdicts, so that a run that starts again goes on counting where it stopped.
+the store's receipts, committed with the verdicts, so that a restarted run resumes counting where it stopped.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Budget:
 
         Args:
             batch: it goes by the Batch API, whose price is another.
-            wait: for other calls to come back cheaper than feared; a batch, which holds room for many at once, would
+            wait: for other calls to come back cheaper than feared; a batch, which holds money for many at once, would
                 wait for itself.
             owed: an earlier run has sent it: the money is gone, whether it fits or not.
 

@@ -1,6 +1,6 @@
 """Questions through the OpenAI Batch API: half the price, within a day, and never paid for twice.
 
-A run that starts anew finds the batches it left and collects them. A batch that finds no room in the endpoint's queue
+A run that starts anew finds the batches it left and collects them. A batch that does not fit the endpoint's queue
 is made anew when another has ended, or in halves where none is under way. What a batch leaves unanswered is the
 caller's to ask live.
 """
@@ -24,7 +24,7 @@ MAX_REQUESTS = 50_000  # of one batch, as OpenAI has it
 MAX_BYTES = 200_000_000
 FIRST_POLL_SECONDS = 5.0
 MAX_POLL_SECONDS = 60.0
-_FEWEST_REQUESTS = 64  # that a batch is halved to for lack of room
+_FEWEST_REQUESTS = 64  # that a batch is halved to where the queue is full
 
 
 class Room(Protocol):
@@ -44,7 +44,7 @@ async def run(
 
     Args:
         client: its preferred endpoint is used, and it is probed by then.
-        room: is asked about each question; one for which there is none is passed over.
+        room: reserves money for each question; one for which there is none is passed over.
         fresh: make batches of what no earlier run has sent; else only those that are under way are waited for.
 
     Yields:

@@ -273,7 +273,7 @@ class Batches:
             )
         raise Unreachable(
             f"{who}: the Batch API of {endpoint.url} has not answered for {found.seconds:.0f} s "
-            f"({found.trouble.detail}); start again when it does: its batches go on and are remembered"
+            f"({found.trouble.detail}); start again when it does: its batches keep running and are remembered"
         )
 
 

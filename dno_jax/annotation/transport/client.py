@@ -1,4 +1,4 @@
-"""One model: the door through which its requests are sent, one try at a time.
+"""The client of one model: it sends its requests, one try at a time.
 
 Retries are the caller's, who counts them: nothing here sends a request twice that an endpoint may have charged for.
 """
@@ -109,7 +109,7 @@ class EndpointClient:
         Args:
             body: the chat.completions request. A seed is left out where the endpoint takes none.
             schema: of the reply; sent where the endpoint takes one.
-            tokens: what the request is expected to use, prompt and reply, for tokens a minute.
+            tokens: what the request is expected to use, prompt and reply, for limits of tokens per minute.
             pay: sends the small requests by which an endpoint is got to know that is used for the first time.
 
         Raises:

@@ -1,7 +1,7 @@
 """How much may be asked of an endpoint, and when: pure bookkeeping; the clock is given, and nobody waits in here.
 
 Three things bound the requests in flight: what the endpoint can bear at once (learnt from its failures), what it sells
-a minute (configured, or learnt from its headers), and whether it is there at all.
+per minute (configured, or learnt from its headers), and whether it is there at all.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class AdaptiveConcurrency:
 
 
 class Bucket:
-    """What may be used up a minute, of requests or of tokens.
+    """What may be used per minute, of requests or of tokens.
 
     A configured rate is kept evenly: a second's worth may be used at once. Without one, there is no bound until the
     endpoint's headers name one. A larger amount than the bucket holds is let through when it is full, and owed.

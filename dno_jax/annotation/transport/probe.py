@@ -159,5 +159,5 @@ def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:
 
 
 def _explained(endpoint: Endpoint, trouble: Trouble, body: Mapping[str, Any], *, place: str) -> str:
-    remedy = _REMEDIES.get(_culprit(trouble, body) or "", "mend {place} (model, temperature, max_tokens)")
+    remedy = _REMEDIES.get(_culprit(trouble, body) or "", "fix {place} (model, temperature, max_tokens)")
     return f"{endpoint.who} at {endpoint.url} does not take a request: {trouble.detail}; {remedy.format(place=place)}"

@@ -1,6 +1,6 @@
 """Whom to ask, and when: the endpoints of one model in order of preference, and a queue for their turns.
 
-A request waits for a slot (fewer while an endpoint fails), for the requests and tokens a minute, and for the end of a
+A request waits for a slot (fewer while an endpoint fails), for the requests and tokens per minute, and for the end of a
 pause that the endpoint asked for, which all requests keep. An endpoint that fails again and again is passed over until
 a trial request succeeds; if all do, everybody waits, up to `max_outage`.
 """
@@ -58,7 +58,7 @@ class Route:
         self.refusal: EndpointError | None = None
         """Why it is asked no more: its key, its account, or what it offers will not do."""
         self.introduction: asyncio.Task[None] | None = None
-        """Its first use: small requests, beside which the other endpoints go on."""
+        """Its first use: small requests, during which the other endpoints keep serving."""
 
     def delay(self, tokens: int) -> float:
         """Return the seconds until a request may go, infinity for until something happens."""
@@ -209,7 +209,7 @@ class Routes:
         """Say that nobody answers, and what to do about it."""
         tried = ", ".join(f"{route.endpoint.url} ({route.last_trouble})" for route in self.all)
         return (
-            f"{self._who}: no endpoint answered {how_long}: {tried}; start it, or mend {self._place}.base_url, or name "
+            f"{self._who}: no endpoint answered {how_long}: {tried}; start it, or fix {self._place}.base_url, or name "
             f"another in {self._place}.more_endpoints, then start again: what is already paid for is kept"
         )
 
@@ -282,7 +282,7 @@ class Routes:
         """Wait until something happens, or so long."""
         if math.isinf(patience) and LONG_WAIT_SECONDS < seconds < math.inf and seconds > 2.0 * self._longest_told:
             self._longest_told = seconds  # of an endpoint that does not answer, something else was said
-            _LOG.warning("%s: waiting %.0f s, as its limits (requests or tokens a minute, Retry-After) demand",
+            _LOG.warning("%s: waiting %.0f s, as its limits (requests or tokens per minute, Retry-After) demand",
                          self._who, seconds)  # fmt: skip
         seconds = min(seconds, patience)
         if math.isinf(seconds):

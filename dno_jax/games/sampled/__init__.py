@@ -9,9 +9,9 @@ judged exactly: the gaps in the returned `games.Solution` are those of the polic
     solution.gaps[-1]
 
 Accuracy: N pairs leave an error of about 1 / (eta sqrt(N)) in each step's log-ratios, however exact the arithmetic
-(float32 here), and an algorithm that contracts by tau/eta a step keeps that times sqrt(eta / (2 tau)). With 4,096 pairs
-gaps below about .03 are noise. A response too rare to be drawn keeps its log-ratio to the reference: where a policy has
-all but lost a response that it needs, samples do not bring it back.
+(float32 here), and an algorithm that contracts by tau/eta per step keeps that times sqrt(eta / (2 tau)). With 4,096
+pairs gaps below about .03 are noise. A response too rare to be drawn keeps its log-ratio to the reference: where a
+policy has all but lost a response that it needs, samples do not bring it back.
 """
 
 from dno_jax.games.sampled.algorithms import ALGORITHMS, Algorithm

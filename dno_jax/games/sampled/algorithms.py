@@ -44,7 +44,7 @@ class Algorithm:
     Attributes:
         step: one iteration from samples.
         exact: the name in `games.ALGORITHMS` of what it does with endless data.
-        step_size: default of those that take one gradient step an iteration, where the others solve a regression.
+        step_size: default of those that take one gradient step per iteration, where the others solve a regression.
     """
 
     step: Step
@@ -88,7 +88,7 @@ def _option_2(key: Array, P: Array, state: State, iteration: Array, settings: Se
 
 
 def _inpo(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
-    """INPO: Option I by squared error on one verdict a pair."""
+    """INPO: Option I by squared error on one verdict per pair."""
     pairs = draw_judged_pairs(key, P, state.policy, settings)
     fixed = {
         **pair_logprobs(pairs, state.policy, prefix="previous_"),
@@ -137,7 +137,7 @@ def _sppo_hard(key: Array, P: Array, state: State, iteration: Array, settings: S
 
 
 def _iterative_dpo(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
-    """Iterated DPO: one verdict a pair from pi_t, all pairs kept, reference pi_t."""
+    """Iterated DPO: one verdict per pair from pi_t, all pairs kept, reference pi_t."""
     pairs = draw_judged_pairs(key, P, state.policy, settings)
     return state._replace(policy=regress_dno(pairs, reference=state.policy, settings=settings))
 

@@ -45,7 +45,7 @@ def solve_sampled(
         num_pairs: N, pairs of responses drawn for each prompt and iteration.
         num_samples: K, at least 2: the opponents that a win rate is the mean verdict against.
         step_size: of the gradient step of spo, nash_md, online_ipo and online_dpo; each has its own by default.
-        clip_range: of spo's and nash_md's ratio; idle at one step an iteration, where the ratio is 1.
+        clip_range: of spo's and nash_md's ratio; idle at one step per iteration, where the ratio is 1.
         num_inner_steps: of L-BFGS in each regression.
         seed: of every draw.
 

@@ -194,7 +194,7 @@ def _write_tensors(directory: Path, plan: list[Planned], params: Mapping[str, An
             opened: ShardFile | None = None
             for tensor in tensors:
                 parts = [_gather(params, part) for part in tensor.parts]
-                # After an error all go on bringing tensors together: whoever stopped would leave the others waiting.
+                # After an error all keep bringing tensors together: whoever stopped would leave the others waiting.
                 if _is_primary() and error is None:
                     try:
                         opened = opened or stack.enter_context(closing(ShardFile(directory / file, tensors)))

@@ -1,4 +1,4 @@
-"""What is particular to each family of models: one entry a model_type, data only.
+"""What is particular to each family of models: one entry per model_type, data only.
 
 An entry says which keys of config.json are understood (and what transformers assumes where one is absent), which are
 so at some values alone, what the family fixes, and how its files name tensors. The arithmetic is ModelConfig's.

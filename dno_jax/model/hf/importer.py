@@ -151,7 +151,7 @@ class _Leaf:
         array = _zeros((len(self._starts) * self._local[0], *self._local[1:]), reader.dtype, place)
         for start, size in pieces(self.tensor, self._local, shares=len(set(self._starts.values()))):
             piece = self._piece(reader, start, size, place=place)
-            # The read went on beside the last write; without this wait pieces would pile up.
+            # The read ran alongside the last write; without this wait pieces would pile up.
             array.block_until_ready()
             array = _write(array, piece, np.asarray(start, np.int32), mesh=mesh)
         array.block_until_ready()

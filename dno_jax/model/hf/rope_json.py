@@ -1,7 +1,7 @@
 """The rotations that a config.json describes, in the words of transformers 4 and of transformers 5.
 
 transformers 4 writes rope_theta, rope_scaling and, for Gemma 3, rope_local_base_freq; transformers 5 writes
-rope_parameters with everything inside, for some families one such object a kind of layer.
+rope_parameters with everything inside, for some families one such object per kind of layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where every parameter lies in a checkpoint: the only place that knows both layouts.
 
-Hugging Face stores one [out, in] matrix a layer with heads merged; we store [in, out], heads apart, layers stacked.
+Hugging Face stores one [out, in] matrix per layer with heads merged; we store [in, out], heads apart, layers stacked.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class ChatTokenizer:
         Args:
             path: directory with tokenizer files.
             chat_template: "tokenizer" (the template it brings), "raw" (none), or the path of a Jinja file.
-            date: the day that a template which writes today's date is told.
+            date: the date given to a template that writes today's.
 
         Raises:
             DnoError: the directory holds no tokenizer, it brings no template, the template's file is missing, or no end

@@ -1,6 +1,6 @@
 """The policy as its own judge (Self-Rewarding, arXiv 2401.10020): readings of every response, their points averaged.
 
-A stage on the devices (device_judge.py), as the judge needs the sampler. A reading is a function of the weights and of
+A stage on the devices (shards.py), as the judge needs the sampler. A reading is a function of the weights and of
 (seed, iteration, rollout, reading).
 """
 
@@ -40,7 +40,7 @@ from dno_jax.stages.judge_on_devices.shards import CloseShard, DeviceJudge, judg
 
 
 def check(runtime: Runtime[RunConfig]) -> None:
-    """Raise now what no reading could mend later: the rubric, its length, the model's context, the chat template.
+    """Raise now what no reading could fix later: the rubric, its length, the model's context, the chat template.
 
     Says so where the longest prompts and responses would leave their pools without a verdict.
 
@@ -149,7 +149,7 @@ class _Judge:
     def generate(
         self, params: Any, requests: Iterable[_Request], *, shape: EngineShape, iteration: int
     ) -> Generator[Finished, None, None]:
-        """Read requests out on this process's part of the mesh."""
+        """Read requests out on this process's submesh."""
         config, mesh = self.runtime.config, self.runtime.submesh.mesh
         section = config.annotation.self_judge
         sampling_params = SamplingParams(
@@ -248,7 +248,7 @@ class _Sheet:
 def _judge_shards(
     judge: _Judge, policy: epath.Path, pools: Pools, shards: Sequence[str], *, close: CloseShard, identity: str
 ) -> None:
-    """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
+    """Judge and close shards; each submesh takes every n-th and runs by itself."""
     submesh, iteration = judge.runtime.submesh, pools.sampled.iteration
     own = shards[submesh.index :: submesh.count]
     # At most so many readings are asked for, of all shards, whoever judges them: processes that share a model must

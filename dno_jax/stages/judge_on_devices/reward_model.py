@@ -1,6 +1,6 @@
 """A scalar reward model as the judge: P(y > y') = sigma((r(x, y) - r(x, y')) / temperature) (Bradley-Terry).
 
-A stage on the devices (device_judge.py), whose weights are read when the sampler's are let go of. The model reads the
+A stage on the devices (shards.py), whose weights are read once the sampler's are released. The model reads the
 whole chat by its own tokenizer and template; the reward is that of the last token, as transformers' classifiers have
 it. A chat that is too long is not cut: its pool gets no verdict.
 """
@@ -128,7 +128,7 @@ class RewardModel:
         if section.batch_size % (shards := num_row_shards(own.submesh.mesh)):
             raise DnoError(
                 f"annotation.reward_model.batch_size is {section.batch_size}, which the {shards} row shards of a "
-                "process's part of the mesh do not divide; make it a multiple"
+                "process's submesh do not divide; make it a multiple"
             )
         return cls(own, section, hf.read_pad_token_id(section.path), _digest(section.path, files))
 
@@ -146,7 +146,7 @@ class RewardModel:
         )
 
     def load(self) -> Any:
-        """Read the weights, in the compute dtype, onto this process's part of the mesh."""
+        """Read the weights, in the compute dtype, onto this process's submesh."""
         runtime = self.runtime
         shardings = runtime.programs.param_shardings(DECODE, mesh=runtime.submesh.mesh)
         return read_checkpoint(
@@ -245,7 +245,7 @@ def bradley_terry(rewards: Sequence[float], *, temperature: float) -> tuple[tupl
 
 
 def _judge_shards(judge: RewardModel, pools: Pools, shards: Sequence[str], *, close: CloseShard) -> None:
-    """Judge and close shards; each part of the mesh takes every n-th and runs by itself."""
+    """Judge and close shards; each submesh takes every n-th and runs by itself."""
     submesh = judge.runtime.submesh
     own = shards[submesh.index :: submesh.count]
     params = judge.load()
@@ -300,7 +300,7 @@ def _digest(path: str, files: Iterable[Path]) -> str:
 
 @cache
 def _digest_files(files: tuple[tuple[Path, int, int], ...]) -> bytes:
-    """Read once a process, as every iteration asks; sizes and times are there to notice that a file was replaced."""
+    """Read once per process, as every iteration asks; sizes and times are there to notice that a file was replaced."""
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         digests = pool.map(digest_of, (file for file, _, _ in files))
         lines = [f"{file.name} {digest}\n" for (file, _, _), digest in zip(files, digests, strict=True)]

@@ -33,7 +33,7 @@ class CloseShard(Protocol):
 
 @runtime_checkable
 class JudgeShards(Protocol):
-    """Judges shards and hands each to `close`, this process those of its part of the mesh."""
+    """Judges shards and hands each to `close`, this process those of its submesh."""
 
     def __call__(self, pools: Pools, shards: Sequence[str], *, close: CloseShard) -> None: ...
 
@@ -84,7 +84,7 @@ def judge_on_devices(runtime: Runtime[RunConfig], iteration: int, judge: DeviceJ
         sums[name] = judge.counts(judgements)
 
     def close(name: str, shard: PoolShard, judgements: Sequence[Judgement]) -> None:
-        if runtime.submesh.leads:  # all processes of a part of the mesh have the same judgements
+        if runtime.submesh.leads:  # all processes of a submesh have the same judgements
             stage.write_shard(name, judgements)
         add(name, shard, judgements)
 
@@ -105,7 +105,7 @@ def judge_on_devices(runtime: Runtime[RunConfig], iteration: int, judge: DeviceJ
         found.reasons,
         total=states.total(),
         missing=f"pools have no verdict of {judge.who}",
-        remedy=f"Another call {judge.remedy}, or raise annotation.max_failed to go on without these pools",
+        remedy=f"Another call {judge.remedy}, or raise annotation.max_failed to continue without these pools",
         max_failed=runtime.config.annotation.max_failed,
     )
     if is_primary():
