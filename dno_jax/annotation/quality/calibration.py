@@ -43,7 +43,7 @@ def read_calibration(path: str | os.PathLike[str], *, limit: int, seed: int) -> 
         ) from None
     rows = [_labelled(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
-        raise DnoError(f"{path}: holds no labelled pairs; expected one {{prompt, first, second, preference}} a line")
+        raise DnoError(f"{path}: holds no labelled pairs; expected one {{prompt, first, second, preference}} per line")
     drawn = rng(Purpose.CALIBRATION, seed).permutation(len(rows))[:limit]
     return [rows[index] for index in sorted(drawn)]
 
