@@ -33,6 +33,7 @@ def dno(monkeypatch):
     return run
 
 
+@pytest.mark.compiles
 def test_stage_by_stage_equals_one_run(folder, dno, capsys, monkeypatch):
     config = folder / "stages.yaml"
     config.write_text(yaml.safe_dump({**small_tree(folder, run_dir="stages"), "iterations": 1, "prompts": {
@@ -156,6 +157,7 @@ def sft_config(folder):
     }
 
 
+@pytest.mark.compiles
 def test_sft_learns_and_exports_a_checkpoint(folder, dno, sft_config, capsys):
     config = folder / "sft.yaml"
     config.write_text(yaml.safe_dump(sft_config))
