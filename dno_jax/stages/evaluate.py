@@ -22,7 +22,7 @@ from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
-from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary, wait_until
+from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.run_dir import RunDir
@@ -85,49 +85,47 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
 
 def _answer(runtime: Runtime[RunConfig], prompts: Sequence[TokenizedPrompt], *, policy: int) -> None:
     """Draw what is missing of a policy's held-out responses; samples of an earlier, smaller number stay as they are."""
-    run_dir, wanted = runtime.run_dir, runtime.config.evaluation.num_samples
-    first = 0
-    while first < wanted:
-        out = rollouts_of(run_dir, policy, first=first)
-        begun = broadcast_from_primary(np.asarray(_samples_in(out) if is_primary() else 0))
-        spec = SampleSpec("policy", int(begun) or wanted - first, first_sample=first)
+    run_dir = runtime.run_dir
+    for first, count in sample_ranges(run_dir, policy, num_samples=runtime.config.evaluation.num_samples):
         sample_to_shards(
             runtime,
             prompts,
-            Draws((spec,), {"policy": run_dir.policy(policy)}, policy),
-            out=out,
+            Draws((SampleSpec("policy", count, first_sample=first),), {"policy": run_dir.policy(policy)}, policy),
+            out=rollouts_of(run_dir, policy, first, count),
             description=f"held out  {policy}",
         )
-        first += spec.num_samples
 
 
-def _samples_in(folder: StageDir) -> int:
-    """How many samples per prompt an earlier call began to draw; 0 where none did."""
-    for name in folder.shard_names():
-        if rows := folder.read_shard(Rollout, name):
-            return sum(row.prompt_id == rows[0].prompt_id for row in rows)
-    return 0
+def sample_ranges(run_dir: RunDir, policy: int, *, num_samples: int) -> list[tuple[int, int]]:
+    """Return how a policy's held-out samples lie: (first sample, number of samples) of each folder, in order.
+
+    What an earlier call began stays as it was cut; what is missing of `num_samples` is one more range. The last may go
+    beyond, where an earlier call drew more.
+    """
+    folder = rollouts_of(run_dir, policy, 0, 0).path.parent
+    names = [path.name.split("-") for path in folder.iterdir()] if folder.exists() else []
+    found = {int(first): int(count) for _, own, first, count in (n for n in names if len(n) == 4) if int(own) == policy}
+    ranges: list[tuple[int, int]] = []
+    first = 0
+    while first < num_samples:
+        ranges.append((first, found.get(first, num_samples - first)))
+        first += ranges[-1][1]
+    return ranges
 
 
-def rollouts_of(run_dir: RunDir, policy: int, *, first: int = 0) -> StageDir:
-    """Where a policy's held-out responses from sample `first` on lie: with the iteration that trained it (policy 0's
-    with iteration 0)."""
-    suffix = f"-from-{first}" if first else ""
-    return run_dir.stage("evaluate", max(policy - 1, 0)).sub(f"policy-{policy:03d}{suffix}")
+def rollouts_of(run_dir: RunDir, policy: int, first: int, count: int) -> StageDir:
+    """Where `count` held-out responses of a policy from sample `first` on lie: with the iteration that trained it.
+
+    Policy 0's lie with iteration 0.
+    """
+    return run_dir.stage("evaluate", max(policy - 1, 0)).sub(f"policy-{policy:03d}-{first}-{count}")
 
 
 def read_responses(run_dir: RunDir, policy: int, *, num_samples: int) -> Iterator[Rollout]:
     """Read the first samples per held-out prompt of a policy."""
-    first = 0
-    while first < num_samples:
-        own: set[int] = set()
-        for row in rollouts_of(run_dir, policy, first=first).read(Rollout):
-            own.add(row.sample)
-            if row.sample < num_samples:
-                yield row
-        if not own:
-            return
-        first += len(own)
+    for first, count in sample_ranges(run_dir, policy, num_samples=num_samples):
+        rows = rollouts_of(run_dir, policy, first, count).read(Rollout)
+        yield from (row for row in rows if row.sample < num_samples)
 
 
 @dataclass

@@ -66,7 +66,7 @@ def judge_held_out(config: RunConfig, iteration: int) -> None:
         held_out = tuple(map(teach.taught(config, run_dir, iteration=None).add, held_out))
     for policy in (0, 1) if iteration == 0 else (iteration + 1,):
         rows = [written(prompt, number, policy=policy) for prompt in held_out for number in range(2)]
-        evaluate.rollouts_of(run_dir, policy).write_shard("0000000", rows)
+        evaluate.rollouts_of(run_dir, policy, 0, 2).write_shard("0000000", rows)
     evaluate._judge(config, run_dir, held_out, stage=run_dir.stage("evaluate", iteration), newest=iteration + 1)
 
 
