@@ -285,9 +285,9 @@ def on_mesh(params, axes, *, reference_params=None, weight=0.0):
 
 
 def compiled_decode(params, *, mesh, model, sampling_params=GENERATION, shape=SIZES, mixture=None):
-    programs = CompiledPrograms(model, sampling_params, shape, mesh)
+    identity = CompiledPrograms(model, sampling_params, shape, mesh)
     policies = tuple(map(unstack_layers, (params,) if mixture is None else (params, mixture.params)))
-    state, outputs = start(programs, policies=len(policies))
+    state, outputs = start(identity, policies=len(policies))
     marks = to_device(np.zeros(outputs.length.shape, bool), row_sharding(mesh, ndim=1))
     lowered = programs.decode.lower(
         policies,
@@ -296,7 +296,7 @@ def compiled_decode(params, *, mesh, model, sampling_params=GENERATION, shape=SI
         jnp.float32(0.0),
         fresh=marks,
         cancelled=marks,
-        programs=programs,
+        programs=identity,
     )
     return lowered.compile(), state, outputs
 
