@@ -6,7 +6,11 @@ from typing import Any
 
 from dno_jax import iteration
 from dno_jax.config import RunConfig
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.text.tokenizer import ChatTokenizer
+from dno_jax.parallel.mesh import abstract_mesh
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
 from dno_jax.stages import annotate, checkpoints, overlap, pair, preflight, teach
@@ -32,6 +36,16 @@ def run_iteration(config: RunConfig, t: int) -> None:
 
 def sample_and_annotate(config: RunConfig, t: int) -> None:
     overlap.sample_and_annotate(Runtime.start(config), t)
+
+
+def idle_runtime(config: RunConfig) -> Runtime[RunConfig]:
+    """A runtime without checkpoint or devices, for work that asks for neither."""
+    shape = ModelConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    programs = Programs(config, shape, abstract_mesh(config.mesh, 1))
+    return Runtime(programs, RunDir(config.run_dir), ChatTokenizer.__new__(ChatTokenizer))
 
 
 def export(config: RunConfig, **options: Any) -> None:

@@ -15,9 +15,8 @@ from dno_jax.errors import DnoError
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
-from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import annotate, overlap
-from tests.running import run_stage, sample_and_annotate
+from tests.running import idle_runtime, run_stage
 from tests.stages.judged import judged_tree, sampled_run
 
 LIST_WISE = {"pairing": {"reward": "score"}}
@@ -47,7 +46,7 @@ def test_a_refused_key_stops_before_anything_is_sampled(tmp_path, play):
         config = sampled_run(tmp_path, server.url, prompts=4, **LIST_WISE)
         play(config, sampled.append)
         with pytest.raises(DnoError, match="HTTP 401"):
-            sample_and_annotate(config, 0)
+            overlap.sample_and_annotate(idle_runtime(config), 0)
     assert not sampled
 
 
@@ -72,7 +71,7 @@ def test_what_stops_the_judge_is_said_at_once_and_stops_sampling(tmp_path, play,
         play(config, sampler)
         monkeypatch.setattr(annotate, "run", refused)
         with pytest.raises(DnoError, match="HTTP 401"):
-            sample_and_annotate(config, 0)
+            overlap.sample_and_annotate(idle_runtime(config), 0)
 
 
 def test_a_judge_that_comes_back_while_there_is_sampling_is_asked_again(tmp_path, play, monkeypatch, capfd):
@@ -93,7 +92,7 @@ def test_a_judge_that_comes_back_while_there_is_sampling_is_asked_again(tmp_path
         play(config, sampler)
         monkeypatch.setattr(overlap, "_OUTAGE_SECONDS", 0.01)
         monkeypatch.setattr(annotate, "run", down_at_first)
-        sample_and_annotate(config, 0)
+        overlap.sample_and_annotate(idle_runtime(config), 0)
     assert len(calls) == 2
     assert "the judge is down; sampling continues" in capfd.readouterr().err
 
@@ -110,7 +109,7 @@ def test_an_interrupt_buys_no_more_and_keeps_what_was_in_flight(tmp_path, play):
 
         play(config, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            sample_and_annotate(config, 0)
+            overlap.sample_and_annotate(idle_runtime(config), 0)
         assert 0 < server.requests < 10
         sampled = RunDir(config.run_dir).stage("sample", 0)
         sampled.finish(config, inputs={}, rows=80, seconds=0.0)
@@ -127,14 +126,14 @@ def judged(tmp_path):
 
 
 def test_verdicts_of_another_machine_are_of_these_samples_by_this_judge(judged):
-    overlap.wait_for_annotation(Runtime.start(judged), 0)
+    overlap.wait_for_annotation(idle_runtime(judged), 0)
     oracle = judged.annotation.oracle.model_copy(update={"target_words": 7})
     other = judged.model_copy(update={"annotation": judged.annotation.model_copy(update={"oracle": oracle})})
     with pytest.raises(DnoError, match=r"annotation\.oracle\.target_words: 30 -> 7"):
-        overlap.wait_for_annotation(Runtime.start(other), 0)
+        overlap.wait_for_annotation(idle_runtime(other), 0)
     RunDir(judged.run_dir).stage("sample", 0).finish(judged, inputs={}, rows=32, seconds=0.0)
     with pytest.raises(DnoError, match=r"made from other inputs .*rollouts/MANIFEST\.json"):
-        overlap.wait_for_annotation(Runtime.start(judged), 0)
+        overlap.wait_for_annotation(idle_runtime(judged), 0)
 
 
 def test_it_is_said_once_what_is_waited_for(judged, monkeypatch, capfd):
@@ -149,7 +148,7 @@ def test_it_is_said_once_what_is_waited_for(judged, monkeypatch, capfd):
         assert ready()
 
     monkeypatch.setattr(overlap, "wait_until", poll)
-    overlap.wait_for_annotation(Runtime.start(judged), 0)
+    overlap.wait_for_annotation(idle_runtime(judged), 0)
     said = " ".join(capfd.readouterr().err.split())
     assert said.count("2 of 2 shards are judged; waiting for") == 1
     assert "`dno annotate CONFIG --iteration 0`" in said

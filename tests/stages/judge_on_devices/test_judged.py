@@ -27,7 +27,7 @@ from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, overlap, pair
 from tests.pairs import read_pairs
-from tests.running import run_stage, sample_and_annotate
+from tests.running import idle_runtime, run_stage
 from tests.stages.judged import judged_tree, paid, sampled_run, worth
 
 PAIRWISE = {"annotation": {"openai": {"form": "pairwise"}}}
@@ -442,7 +442,7 @@ def test_annotation_streams_behind_sampling(tmp_path, monkeypatch):
             stage.finish(config, inputs={}, rows=64, seconds=0.0)
 
         monkeypatch.setattr(overlap.sample, "run", sample_slowly)
-        sample_and_annotate(config, 0)
+        overlap.sample_and_annotate(idle_runtime(config), 0)
     assert asked == [4, 8, 12, 16]
     assert RunDir(config.run_dir).stage("annotate", 0).require().details["states"] == {"ok": 16}
 
