@@ -131,7 +131,7 @@ def test_verdicts_of_another_machine_are_of_these_samples_by_this_judge(judged):
     other = judged.model_copy(update={"annotation": judged.annotation.model_copy(update={"oracle": oracle})})
     with pytest.raises(DnoError, match=r"annotation\.oracle\.target_words: 30 -> 7"):
         overlap.wait_for_annotation(idle_runtime(other), 0)
-    RunDir(judged.run_dir).stage("sample", 0).finish(judged, inputs={}, rows=32, seconds=0.0)
+    RunDir(judged.run_dir).stage("sample", 0).finish(judged, inputs={}, rows=32, seconds=1.0)
     with pytest.raises(DnoError, match=r"made from other inputs .*rollouts/MANIFEST\.json"):
         overlap.wait_for_annotation(idle_runtime(judged), 0)
 
