@@ -45,7 +45,7 @@ def arm(point: str) -> None:
         die_at(pair, "write_pairs", int(number), after=after)
     elif what.startswith("finish-"):  # the manifest of this stage
         stage = what.removeprefix("finish-")
-        die_at(run_dir.StageDir, "finish", int(number), after=after, only=lambda self, **_: self.stage == stage)
+        die_at(run_dir.StageDir, "finish", int(number), after=after, only=lambda self, *_, **__: self.stage == stage)
     elif what == "step":
         die_at(train, "train_step", int(number), after=after)
     elif what == "state":

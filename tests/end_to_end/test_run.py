@@ -84,7 +84,8 @@ def test_pairs_name_rollouts_and_judgements_and_every_drop_is_counted(finished):
         for made in new:
             assert rollouts[made.chosen_id].prompt_id == rollouts[made.rejected_id].prompt_id == made.prompt_id
             ids, wins = pools[made.prompt_id].candidate_ids, np.asarray(pools[made.prompt_id].wins)
-            rate = (wins.sum(1) - 0.5) / (len(ids) - 1)
+            empty = made.prompt_id in silent  # it was shown to no judge, and loses to every text
+            rate = (wins.sum(1) - 0.5 + empty) / (len(ids) - 1 + empty)
             assert made.chosen_reward == pytest.approx(rate[ids.index(made.chosen_id)], abs=1e-6)
             assert made.chosen_reward > made.rejected_reward
             assert made.target == 1.0
