@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 
@@ -97,9 +98,9 @@ def test_a_plan_counts_what_a_run_asks_with_a_teacher_and_labelled_pairs(tmp_pat
             asked[name] = asked.get(name, 0) + server.counts.answered.total() - before
 
         for iteration in (0, 1):
-            counted("teacher", teach.run, iteration)
+            counted("teacher", partial(run_stage, teach), iteration)
             sample(config, iteration)
-            counted(f"iteration {iteration}", annotate.run, iteration)
+            counted(f"iteration {iteration}", partial(run_stage, annotate), iteration)
             counted("held out", judge_held_out, iteration)
         assert server.duplicates == 0
     planned = {name: estimate.total.requests for name, estimate in plan.parts.items()}
@@ -149,7 +150,10 @@ def test_held_out_verdicts_stop_at_the_runs_limit_whatever_share_may_fail(tmp_pa
             tmp_path,
             server.url,
             annotation={"openai": {"max_tokens": 256}, "prices": prices, "max_usd": 6.0},
-            evaluation={"annotation": {"kind": "openai", "openai": other | PAIRWISE, "max_failed": 1.0}},
+            evaluation={
+                "num_samples": 2,
+                "annotation": {"kind": "openai", "openai": other | PAIRWISE, "max_failed": 1.0},
+            },
         )
         with pytest.raises(DnoError, match=r"max_usd=6 leaves no room.*pools have no verdict yet\. Raise annotation"):
             judge_held_out(config, 0)
