@@ -77,7 +77,7 @@ def test_a_plan_counts_what_a_run_asks_with_a_teacher_and_labelled_pairs(tmp_pat
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
     with FakeJudge(prefers="longest") as server:
         quality = {"calibration": str(tmp_path / "labels.jsonl"), "calibration_pairs": 4}
-        teacher = {"model": "teacher", "base_url": server.url, "api_key_env": None, "max_tokens": 50}
+        teacher = {"model": "teacher", "base_url": server.url, "api_key_env": None, "max_tokens": 200}
         config = config_of(
             tmp_path,
             server.url,

@@ -185,7 +185,7 @@ def test_the_points_order_responses_as_taught(make, sampled, capfd, monkeypatch)
     run_dir = sampled(config)
     read, real = Counter(), Pools.read
     monkeypatch.setattr(Pools, "read", lambda pools, shard, **rest: read.update([shard]) or real(pools, shard, **rest))
-    self_judge.check(config)
+    self_judge.check(Runtime.start(config))
     manifest = run_stage(self_judge, config, 0)
     assert manifest.rows == 12
     assert manifest.details["states"] == {"ok": 12}
@@ -394,13 +394,15 @@ def test_an_edited_rubric_judges_anew(make, sampled, tmp_path):
 )
 def test_what_could_never_work_is_said_before_anything_is_sampled(make, section, reason):
     with pytest.raises(DnoError, match=re.escape(reason)):
-        self_judge.check(make(annotation={"self_judge": section}))
+        self_judge.check(Runtime.start(make(annotation={"self_judge": section})))
 
 
 def test_prompts_that_may_turn_out_too_long_are_said_before_they_are_paid_for(make, capsys):
-    self_judge.check(make(annotation={"self_judge": {"max_prompt_length": 26}}))  # 2 of the rubric, 16, 8
+    self_judge.check(
+        Runtime.start(make(annotation={"self_judge": {"max_prompt_length": 26}}))
+    )  # 2 of the rubric, 16, 8
     assert "get no verdict" not in capsys.readouterr().err
-    self_judge.check(make(annotation={"self_judge": {"max_prompt_length": 25}}))
+    self_judge.check(Runtime.start(make(annotation={"self_judge": {"max_prompt_length": 25}})))
     assert "judge prompts may take about 26 tokens (the rubric alone 2)" in capsys.readouterr().err
 
 
@@ -412,10 +414,10 @@ def test_a_chat_template_that_refuses_the_rubric_is_said_as_well(make, tmp_path)
     rubric = tmp_path / "rubric.yaml"
     config = make(model={"chat_template": str(template)}, annotation={"self_judge": {"rubric": str(rubric)}})
     rubric.write_text(RUBRIC)
-    self_judge.check(config)
+    self_judge.check(Runtime.start(config))
     rubric.write_text(RUBRIC.replace('system: ""', "system: Judge."))
     with pytest.raises(DnoError, match="refuses a chat of roles"):
-        self_judge.check(config)
+        self_judge.check(Runtime.start(config))
 
 
 def test_each_shard_is_parsed_once_whichever_call_closed_it(make, sampled, monkeypatch):

@@ -130,7 +130,7 @@ def transformers_reward(path: Path, chats: list[list[dict]]) -> list[float]:
 def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled, checkpoint, capfd):
     config = make()
     run_dir = sampled(config)
-    reward_model.check(config)
+    reward_model.check(Runtime.start(config))
     manifest = run_stage(reward_model, config, 0)
     texts = {rollout.rollout_id: rollout.text for rollout in run_dir.stage("sample", 0).read(Rollout)}
     prompts = PromptFile(run_dir.prompts_path(0))
@@ -295,7 +295,7 @@ def test_each_part_of_the_mesh_closes_shards_of_its_own(make, sampled):
     for index in (1, 0):
         runtime = Runtime.start(config)
         judge = reward_model.RewardModel.start(runtime)
-        vars(judge.runtime)["submesh"] = replace(runtime.submesh, index=index, count=2)
+        vars(judge.runtime.programs)["submesh"] = replace(runtime.submesh, index=index, count=2)
         shards = source.shard_names()
         reward_model._judge_shards(judge, pools, shards, close=lambda name, _, rows: stage.write_shard(name, rows))
         closed.append(stage.shard_names())
@@ -355,26 +355,28 @@ def test_wins_are_exact_complements():
 )
 def test_what_could_never_work_is_said_before_anything_is_sampled(make, section, reason):
     with pytest.raises(DnoError, match=re.escape(reason)):
-        reward_model.check(make(annotation={"reward_model": section}))
+        reward_model.check(Runtime.start(make(annotation={"reward_model": section})))
 
 
 def test_so_is_a_directory_that_is_no_reward_models(make, copy, small_folder):
     config = make(annotation={"reward_model": {"path": str(copy)}})
     (copy / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(DnoError, match=r"annotation\.reward_model\.path: .*refuses a chat .*of this very directory"):
-        reward_model.check(config)
+        reward_model.check(Runtime.start(config))
     edit_config(copy, id2label={"0": "A", "1": "B"}, label2id={"A": 0, "B": 1})
     with pytest.raises(DnoError, match="num_labels is 2; a reward model has 1"):
-        reward_model.check(config)
+        reward_model.check(Runtime.start(config))
     policy = make(annotation={"reward_model": {"path": str(small_folder / "checkpoint")}})
     with pytest.raises(DnoError, match="num_labels is 2"):
         prepare(policy)
 
 
 def test_chats_that_may_turn_out_too_long_are_said_before_they_are_sampled(make, capsys):
-    reward_model.check(make(annotation={"reward_model": {"max_length": 32}}))  # 16 of a prompt and 16 of a response
+    reward_model.check(
+        Runtime.start(make(annotation={"reward_model": {"max_length": 32}}))
+    )  # 16 of a prompt and 16 of a response
     assert "get no verdict" not in capsys.readouterr().err
-    reward_model.check(make(annotation={"reward_model": {"max_length": 31}}))
+    reward_model.check(Runtime.start(make(annotation={"reward_model": {"max_length": 31}})))
     assert "may take 32 tokens" in capsys.readouterr().err
 
 
