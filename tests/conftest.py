@@ -77,6 +77,21 @@ def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
+# Their programs run for longer than they take to compile.
+OPTIMISED = ("games/test_sampled_games.py", "training/test_torch_parity.py", "sampling/test_transforms.py")
+OPTIMISED += ("sampling/test_engine.py", "end_to_end/test_cyclic_game.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised_where_it_pays(request: pytest.FixtureRequest):
+    """Compile as users do in the files that run long."""
+    before = jax.config.jax_disable_most_optimizations
+    if str(request.path.relative_to(TESTS)) in OPTIMISED:
+        jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Let go of a file's compiled programs: each takes memory maps, of which a process has some 65,000."""

@@ -88,11 +88,11 @@ def trained(plain, tmp_path_factory):
 
 
 def first_audited(run_dir, count, t=0):
-    """Ids of the prompts that are audited, by the rule in words: of each shard, the first by sha256."""
+    """Ids of the prompts that are audited, by the rule in words: of each shard, the first in the order of draws."""
     found = []
     for name in run_dir.stage("sample", t).shard_names():
-        ids = {row.prompt_id for row in run_dir.stage("sample", t).read_shard(Rollout, name)}
-        found += sorted(ids, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:count]
+        ids = sorted({row.prompt_id for row in run_dir.stage("sample", t).read_shard(Rollout, name)})
+        found += [ids[index] for index in order(Purpose.AUDITED_PROMPTS, names=ids)[:count]]
     return found
 
 

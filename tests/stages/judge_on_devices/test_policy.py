@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from dno_jax.addresses import Purpose
 from dno_jax.annotation.judges.forms import POINTWISE, load_rubric
 from dno_jax.config import RunConfig, SftConfig, parse_config
 from dno_jax.data.pools import Pools
@@ -244,13 +245,13 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
     run_dir = sampled(config)
     asked, real = [], self_judge.generate
 
-    def spy(params, requests, *, iteration, **fields):
+    def spy(params, requests, programs, *, iteration, **fields):
         def seen():
             for request in requests:
-                asked.append((request.name, iteration))
+                asked.append((request.name, programs.sampling_params.purpose))
                 yield request
 
-        return real(params, seen(), iteration=iteration, **fields)
+        return real(params, seen(), programs, iteration=iteration, **fields)
 
     monkeypatch.setattr(self_judge, "generate", spy)
     run_stage(self_judge, config, 0)
@@ -258,7 +259,7 @@ def test_points_are_the_mean_of_readings_that_depend_on_their_address_alone(make
     names = [name for name, _ in asked]
     expected = [hashlib.sha256(name.encode()).digest()[:4] for row in rows for name in row.candidate_ids]
     assert sorted(names) == sorted(int.from_bytes(digest, "big") for digest in expected)
-    assert min(iteration for _, iteration in asked) >= 2**30  # no sampling of any iteration has these keys
+    assert {purpose for _, purpose in asked} == {Purpose.READING}  # no sampling of responses has these keys
 
     readings = {name: own for row in rows for name, own in json.loads(row.raw).items()}
     assert {len(own) for own in readings.values()} == {3}

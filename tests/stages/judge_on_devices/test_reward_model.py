@@ -163,7 +163,9 @@ def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled,
     run_stage(pair, config, 0)
     for made in read_pairs(run_dir.stage("pair", 0)):
         kept = json.loads(next(row.raw for row in rows if row.prompt_id == made.prompt_id))
-        assert kept[made.chosen_id] > kept[made.rejected_id]
+        assert made.chosen_reward > made.rejected_reward
+        # Rates decide, not rewards: of two near ties the text that was sampled twice has one opponent like itself.
+        assert kept[made.chosen_id] > kept[made.rejected_id] - 0.01
 
 
 def test_the_words_that_a_response_was_begun_with_are_read_too(make, checkpoint):
@@ -200,7 +202,7 @@ def test_a_killed_run_goes_on_after_its_closed_shards(make, sampled, monkeypatch
     before, stage = files(run_dir), run_dir.stage("annotate", 0)
     assert run_stage(reward_model, config, 0) == stage.require()
     assert files(run_dir) == before
-    assert set(before) == {"0000000.jsonl", "0000008.jsonl", "MANIFEST.json"}
+    assert set(before) == {"0000000.jsonl", "0000008.jsonl", "MANIFEST.json", "STARTED.json"}
 
     stage.manifest_path.unlink()
     (stage.path / "0000008.jsonl").unlink()
@@ -263,7 +265,7 @@ def test_a_chat_that_is_too_long_is_not_cut(make, sampled):
     strict = make(annotation={"max_failed": 0.0, "reward_model": {"max_length": 24}})
     run_dir.stage("annotate", 0).manifest_path.unlink()
     with pytest.raises(DnoError, match=r"\d+ of 12 pools have no verdict of the reward model .*would compute the same"):
-        reward_model.run(strict, 0)
+        run_stage(reward_model, strict, 0)
 
 
 def test_texts_that_spell_control_tokens_and_rewards_that_are_no_numbers_fail(make, copy):
@@ -302,7 +304,7 @@ def test_each_part_of_the_mesh_closes_shards_of_its_own(make, sampled):
     assert closed == [["0000008"], ["0000000", "0000008"]]
     before = files(run_dir)
     assert run_stage(reward_model, config, 0).rows == 12  # nothing is left to do but the manifest
-    assert {name: found for name, found in files(run_dir).items() if name != "MANIFEST.json"} == before
+    assert {name: found for name, found in files(run_dir).items() if name.endswith(".jsonl")} == before
 
 
 def random_texts(count: int, *, longest: int) -> list[tuple[int, ...]]:
@@ -319,7 +321,8 @@ def test_rows_and_heads_over_devices_and_batches_of_any_size_give_the_same(make)
         runtime = Runtime.start(make(annotation={"reward_model": {"batch_size": 8 * batch}}))
         count = int(np.prod(list(axes.values()), dtype=int))
         mesh = make_mesh(MeshSection(**{"data": 1, **axes}), jax.devices()[:count])
-        judge = reward_model.RewardModel.start(replace(runtime, mesh=mesh))
+        own = replace(runtime, programs=replace(runtime.programs, mesh=mesh))
+        judge = reward_model.RewardModel.start(own)
         judge = replace(judge, section=judge.section.model_copy(update={"batch_size": batch}))
         found.append(judge.rewards(judge.load(), texts))
     for other in found[1:]:
