@@ -85,7 +85,7 @@ OPTIMISED += ("sampling/test_engine.py", "end_to_end/test_cyclic_game.py")
 @pytest.fixture(scope="module", autouse=True)
 def _optimised_where_it_pays(request: pytest.FixtureRequest):
     """Compile as users do in the files that run long."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     if str(request.path.relative_to(TESTS)) in OPTIMISED:
         jax.config.update("jax_disable_most_optimizations", False)
     yield
