@@ -133,7 +133,7 @@ def check(found: Mapping[str, Any], *, config: RunConfig, place: epath.Path) -> 
         raise DnoError(
             f"{place}: sampling.as_reference cannot hold: sampler and trainer differ by {found['max_sum']:.4g} nats "
             f"on {_shown(found['worst_sum'])}, and training's first step allows at most {tolerance:g} per response in "
-            f"{dtype};  set sampling.as_reference=false (a score pass; nothing is sampled again)"
+            f"{dtype}; set sampling.as_reference=false (a score pass; nothing is sampled again)"
         )
 
 

@@ -128,7 +128,7 @@ def transformers_reward(path: Path, chats: list[list[dict]]) -> list[float]:
 
 
 def test_wins_are_sigma_of_the_rewards_that_transformers_computes(make, sampled, checkpoint, capfd):
-    config = make()
+    config = make(pairing={"degenerate_share": 1.0})  # repetition, which loses whatever the judge says, is left to it
     run_dir = sampled(config)
     reward_model.check(Runtime.start(config))
     manifest = run_stage(reward_model, config, 0)
