@@ -14,7 +14,7 @@ demo: install  ## the whole loop on 2 CPU cores in minutes: no network, no accou
 test: install-test  ## what CI runs
 	$(BIN)/python -m pytest -m "not soak" $(WORKERS) $(PYTEST_ARGS)
 
-test-fast: install-test  ## what needs no compiled program, in under 3 minutes
+test-fast: install-test  ## what needs no compiled program, in some 3 minutes
 	$(BIN)/python -m pytest -m "not soak and not compiles and not slow" $(WORKERS) $(PYTEST_ARGS)
 
 soak: install-test  ## long runs and many kills
