@@ -79,7 +79,7 @@ def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 # Their programs run for longer than they take to compile.
 OPTIMISED = ("games/test_sampled_games.py", "training/test_torch_parity.py", "sampling/test_transforms.py")
-OPTIMISED += ("sampling/test_engine.py", "end_to_end/test_cyclic_game.py")
+OPTIMISED += ("end_to_end/test_cyclic_game.py",)
 
 
 @pytest.fixture(scope="module", autouse=True)

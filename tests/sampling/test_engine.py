@@ -687,7 +687,9 @@ def mixed_responses(params, reference_params):
 
 def test_the_ends_of_a_mixture_are_its_policies(params, reference_params, responses):
     own = run(params, mixture=mixed_with(reference_params, 0.0))
-    assert own == responses
+    assert ids(own) == ids(responses)
+    for found, expected in zip(flat(own), flat(responses), strict=True):  # two programs: they may round apart
+        np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5, rtol=0)
     reference = run(reference_params)
     found = run(params, mixture=mixed_with(reference_params, 1.0))
     assert ids(found) == ids(reference)

@@ -317,7 +317,7 @@ def test_bfloat16_may_differ_more_and_the_guard_still_bounds_the_reference(make_
     coarse = {"dtype": "bfloat16"}
     audit.check(rounded, config=make_config(model=coarse), place=epath.Path(tmp_path))
     for changes, message in (
-        ({"model": coarse, "sampling": {"as_reference": True}}, r"'000/p/3'.*at most 1 per response.*as_reference=false"),
+        ({"model": coarse, "sampling": {"as_reference": True}}, r"'000/p/3'.*at most 1 per response.*reference=false"),
         ({"model": coarse, "sampling": {"audit_bound": 0.01}}, r"sampling\.audit_bound=0\.01"),
         ({}, r"sampling\.audit_bound=0\.0001"),
     ):
