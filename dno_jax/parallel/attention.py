@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW, Attention, CudnnAttention, SplashAttention, xla_attention
 from dno_jax.parallel.cluster import is_primary
-from dno_jax.parallel.sharding import Layout
+from dno_jax.parallel.sharding import AnyMesh, Layout
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class ShardedAttention:
     whole; a mesh that does not divide them is refused where the weights are placed.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     layout: Layout
     attention: Attention
 
@@ -116,7 +116,7 @@ def _obstacle(backend: Backend, *, device: Any, dtype: str, head_dim: int, softc
 
 
 def make_attention(
-    backend: Backend, *, mesh: Mesh, layout: Layout, windows: tuple[int, ...] | None = None
+    backend: Backend, *, mesh: AnyMesh, layout: Layout, windows: tuple[int, ...] | None = None
 ) -> Attention:
     """Return the decoder's attention on a mesh; equal arguments give equal (hence jit-cached) values.
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from dno_jax.model.cache import KVCache, cache_axes, write_layer
-from dno_jax.parallel.sharding import Layout
+from dno_jax.parallel.sharding import AnyMesh, Layout
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class ShardedWrite:
     Left to the partitioner, a write at each row's own column gathers what is written from all devices first.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     layout: Layout
 
     def __call__(self, cache: KVCache, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:

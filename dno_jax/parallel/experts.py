@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from dno_jax.model.moe import Experts, dense_experts, ragged_experts
-from dno_jax.parallel.sharding import ROW_AXES
+from dno_jax.parallel.sharding import ROW_AXES, AnyMesh
 
 # Where ragged_dot does the work of the groups alone. Elsewhere it is E masked products of all rows: on a CPU, at 64
 # experts, ten times slower than dense_experts.
@@ -29,7 +29,7 @@ class ShardedExperts:
         local: runs the experts of one device.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     local: Experts
 
     def __call__(
@@ -64,7 +64,7 @@ class ShardedExperts:
         return run(x_BTD, weight_BTk, expert_BTk, gate_EDF, up_EDF, down_EFD)
 
 
-def sharded_experts(mesh: Mesh) -> ShardedExperts:
+def sharded_experts(mesh: AnyMesh) -> ShardedExperts:
     """Return the experts of a mesh, computed the way that was measured to be fastest on its platform."""
-    ragged = mesh.devices.flat[0].platform in _RAGGED_PLATFORMS
+    ragged = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform in _RAGGED_PLATFORMS
     return ShardedExperts(mesh, ragged_experts if ragged else dense_experts)

@@ -146,7 +146,7 @@ class Constrain:
     An array without a "batch" axis is a weight, gathered for its use; its gradient returns to where the weight lies.
     """
 
-    mesh: Mesh
+    mesh: AnyMesh
     layout: Layout
 
     def __call__(self, array: jax.Array, axes: Axes) -> jax.Array:

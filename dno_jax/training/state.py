@@ -8,11 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_params, param_axes
-from dno_jax.parallel.sharding import Layout, replicated, weight_shardings
+from dno_jax.parallel.sharding import AnyMesh, Layout, replicated, weight_shardings
 
 
 @flax.struct.dataclass
@@ -22,7 +21,7 @@ class TrainState:
     opt_state: Any
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh, layout: Layout) -> Any:
+def param_shardings(config: ModelConfig, mesh: AnyMesh, layout: Layout) -> Any:
     """Return the tree of shardings of the decoder's parameters."""
     return weight_shardings(mesh, layout, axes=param_axes(config), shapes=abstract_params(config))
 
