@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from dno_jax.config import ModelConfigSection
+from dno_jax.config import ModelConfigSection, RunConfig
 from dno_jax.data.prompts import PromptSet
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_params, computing_params, unstack_layers
@@ -69,7 +69,9 @@ class Runtime(Generic[ConfigT]):
     @cached_property
     def prompts(self) -> PromptSet:
         """The run's prompts: read when they are first asked for, and each tokenised once."""
-        return PromptSet(self.config, self.tokenizer)  # of a run: supervised fine-tuning has examples
+        config = self.config
+        assert isinstance(config, RunConfig)  # supervised fine-tuning has examples
+        return PromptSet(config, self.tokenizer)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from dno_jax.annotation.quality.histogram import histogram
 from dno_jax.annotation.quality.warnings import CHECKS, warnings
 from dno_jax.config import QualitySection
 from dno_jax.records import Answer, Judgement
-from dno_jax.statistics import Tally
 
 SECTION = QualitySection()
 
@@ -310,32 +309,6 @@ def test_low_agreement_is_named_and_none_silences():
 def test_every_threshold_of_the_configuration_has_a_check():
     thresholds = {name for name in QualitySection.model_fields if name.startswith(("max_", "min_"))}
     assert {check.field for check in CHECKS} == thresholds
-
-
-def test_a_tally_is_the_mean_over_clusters():
-    values = [[1.0, 0.0, 1.0], [0.0], [1.0, 1.0], [0.5, 0.0]]
-    tally = Tally()
-    for cluster in values:
-        tally.add(sum(cluster), len(cluster))
-    tally.add(0.0, 0)
-    mean = 4.5 / 8
-    sums = [sum(cluster) - mean * len(cluster) for cluster in values]
-    assert tally.mean == mean
-    assert tally.clusters == 4
-    assert tally.variance == pytest.approx(4 / 3 * sum(s**2 for s in sums) / 8**2)
-
-
-def test_intervals_know_that_one_prompt_is_one_witness():
-    """Each prompt's 15 comparisons have one coin: only clusters cover the truth 95 times in 100."""
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(300):
-        tally = Tally()
-        for won in rng.random(80) < 0.6:
-            tally.add(15.0 * won, 15)
-        found = tally.share()
-        covered += found.low <= 0.6 <= found.high
-    assert 0.91 <= covered / 300 <= 0.99
 
 
 def test_bins_far_from_zero_are_told_apart():

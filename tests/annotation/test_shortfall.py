@@ -26,14 +26,21 @@ def test_the_most_common_reasons_are_named_first():
         refuse()
 
 
-@pytest.mark.parametrize(("max_failed", "refused"), [(0.0, True), (0.099, True), (0.1, False), (1.0, False)])
-def test_just_the_share_that_may_be_missing_passes(max_failed, refused):
-    if not refused:
-        refuse(max_failed=max_failed)
-        return
-    with pytest.raises(DnoError):
-        refuse(max_failed=max_failed)
-
-
-def test_where_nothing_is_missing_nothing_is_refused():
-    refuse(Counter(), total=0)
+@pytest.mark.parametrize(
+    ("reasons", "total", "max_failed", "refused"),
+    [
+        (REASONS, 70, 0.0, True),
+        (REASONS, 70, 0.099, True),
+        (REASONS, 70, 0.1, False),
+        (REASONS, 70, 1.0, False),
+        (Counter(), 70, 0.0, False),
+        (Counter(), 0, 0.0, False),
+    ],
+)
+def test_just_the_share_that_may_be_missing_passes(reasons, total, max_failed, refused):
+    try:
+        refuse(reasons, total=total, max_failed=max_failed)
+    except DnoError:
+        assert refused
+    else:
+        assert not refused

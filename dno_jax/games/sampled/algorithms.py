@@ -156,20 +156,21 @@ def _reward_maximisation(key: Array, P: Array, state: State, iteration: Array, s
 
 def _online_ipo(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
     """Online IPO: one gradient step on fresh pairs, beta = tau, reference pi_ref."""
-    pairs = draw_judged_pairs(key, P, state.policy, settings)
-    fixed = {**pair_logprobs(pairs, state.reference, prefix="reference_"), "target": pairs.target, "beta": settings.tau}
-    policy = descend(
-        lambda policy: ipo_loss(**pair_logprobs(pairs, policy), **fixed), policy=state.policy, settings=settings
-    )
-    return state._replace(policy=policy)
+    return _online(ipo_loss, key, P, state, beta=settings.tau, settings=settings)
 
 
 def _online_dpo(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
     """Online DPO: one gradient step on fresh pairs, beta = eta, reference pi_ref."""
+    return _online(dno_loss, key, P, state, beta=settings.eta, settings=settings)
+
+
+def _online(
+    loss: Callable[..., Array], key: Array, P: Array, state: State, *, beta: float, settings: Settings
+) -> State:
     pairs = draw_judged_pairs(key, P, state.policy, settings)
-    fixed = {**pair_logprobs(pairs, state.reference, prefix="reference_"), "target": pairs.target, "beta": settings.eta}
+    fixed = {**pair_logprobs(pairs, state.reference, prefix="reference_"), "target": pairs.target, "beta": beta}
     policy = descend(
-        lambda policy: dno_loss(**pair_logprobs(pairs, policy), **fixed), policy=state.policy, settings=settings
+        lambda policy: loss(**pair_logprobs(pairs, policy), **fixed), policy=state.policy, settings=settings
     )
     return state._replace(policy=policy)
 
