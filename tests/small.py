@@ -98,7 +98,7 @@ def small_tree(folder: Path, *, run_dir: str = "run", prompts: int = 12) -> dict
         "annotation": {"kind": "oracle", "oracle": {"target_words": 6}},
         "pairing": {"reward": "win_rate", "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2},
         "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
-        "training": {"batch_size": 8, "save_every": 1},
+        "training": {"batch_size": 8, "save_every": 50},
         "evaluation": {"num_samples": 2},
         "report": {"tensorboard": False},
     }

@@ -162,13 +162,14 @@ def plan_slots(
     if slots is None:
         samples = max(one.programs.sampling_params.num_samples for one in (plan, *others))
         limits = {
-            "memory": plan.most_slots,
             "responses to draw": samples * math.ceil(num_prompts / num_row_shards(mesh)),
             "the default": CPU_SLOTS if platform == "cpu" else ACCELERATOR_SLOTS,
         }
         reason = min(limits, key=lambda name: limits[name])
-        # One slot, where none fits, is what the message below speaks of.
         plan = replace(plan.with_slots(max(limits[reason], 1)), chosen_by=reason)
+        if plan.total > capacity.usable:
+            # One slot, where none fits, is what the message below speaks of.
+            plan = replace(plan.with_slots(max(plan.most_slots, 1)), chosen_by="memory")
     if plan.total > capacity.usable:
         raise DnoError(_refusal(plan, configured=slots))
     return plan

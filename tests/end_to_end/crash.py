@@ -1,4 +1,4 @@
-"""`python -m tests.end_to_end.crash POINT -- DNO_ARGUMENTS`: the command line, killed by SIGKILL at a named point.
+"""A process that kills itself by SIGKILL at a named point of the command line.
 
 A point is "<what>:<n>": at the n-th call of <what> (from 1) the process dies as by kill -9, before the call does
 anything, or, for "after-...", right after it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 
 
@@ -56,12 +55,3 @@ def arm(point: str) -> None:
         die_at(checkpoints.hf, "save", int(number), after=after)
     else:
         raise SystemExit(f"unknown point {point!r}")
-
-
-if __name__ == "__main__":
-    separator = sys.argv.index("--")
-    arm(sys.argv[1])
-    sys.argv = ["dno", *sys.argv[separator + 1 :]]
-    from dno_jax.cli.main import main
-
-    main()

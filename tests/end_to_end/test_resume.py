@@ -3,10 +3,7 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,10 +13,10 @@ from dno_jax.records import Judgement, ReferenceScore, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.configured import deep_merge
+from tests.end_to_end.processes import begin, start
 from tests.pairs import read_rows
 from tests.small import small_tree
-
-ROOT = Path(__file__).parents[2]
 
 # Points in the order in which a run passes them; each start goes on where the last one died.
 POINTS = [
@@ -47,22 +44,6 @@ POINTS = [
 ]
 
 
-def environment():
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-
-
-def start(*arguments, point=None):
-    command = [
-        sys.executable,
-        "-m",
-        *(["tests.end_to_end.crash", point, "--"] if point else ["dno_jax"]),
-        *map(str, arguments),
-    ]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600, check=False
-    )
-
-
 def finish(path):
     done = start("run", path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,7 +56,8 @@ def folder(tmp_path_factory):
 
 def write_config(folder, run_dir, **changes):
     path = folder / f"{run_dir}.yaml"
-    path.write_text(yaml.safe_dump({**small_tree(folder, run_dir=run_dir), **changes}))
+    tree = deep_merge(small_tree(folder, run_dir=run_dir), {"training": {"save_every": 1}})
+    path.write_text(yaml.safe_dump(tree | changes))
     return path
 
 
@@ -152,15 +134,14 @@ def test_no_verdict_is_bought_twice_beyond_those_in_flight(folder):
 def test_a_directory_in_use_is_refused_until_a_kill_lets_go_of_it(folder):
     path = write_config(folder, "used", iterations=1)
     run_dir = folder / "used"
-    command = [sys.executable, "-m", "dno_jax", "run", str(path)]
-    first = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    first = begin("run", path)
     try:
         deadline = time.monotonic() + 120
         while not (run_dir / "policies" / "000" / "FINGERPRINT").exists():
-            assert first.poll() is None
+            assert first.exitcode is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        first.send_signal(signal.SIGSTOP)  # amid its work, for as long as it takes
+        os.kill(first.pid, signal.SIGSTOP)  # amid its work, for as long as it takes
         before = {file: file.stat().st_mtime_ns for file in run_dir.rglob("*")}
         for verb in ("run", "train"):
             second = start(verb, path)
@@ -173,5 +154,5 @@ def test_a_directory_in_use_is_refused_until_a_kill_lets_go_of_it(folder):
         assert "stage 'annotate' of iteration 0 is not finished" in beside.stderr
     finally:
         first.kill()
-        first.wait()
+        first.join()
     finish(path)

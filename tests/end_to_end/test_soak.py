@@ -17,7 +17,8 @@ from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
-from tests.end_to_end.test_resume import contents, environment, finish, write_config
+from tests.end_to_end.processes import begin, start
+from tests.end_to_end.test_resume import contents, finish, write_config
 from tests.small import small_tree
 from tests.stages.judged import sampled_run, worth
 
@@ -34,26 +35,20 @@ def folder(tmp_path_factory):
 
 def killed_at_random(path, rng, *, longest):
     """Start the run and kill it at a random moment; return its exit status, None if it was killed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dno_jax", "run", str(path)],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        return process.wait(timeout=rng.uniform(2.0, longest))
-    except subprocess.TimeoutExpired:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    process = begin("run", path)
+    process.join(rng.uniform(0.5, longest))
+    if process.exitcode is None:
+        process.kill()
+        process.join()
         return None
+    return process.exitcode
 
 
 def test_forty_kills_at_random_moments_change_nothing(folder, capsys):
     whole = write_config(folder, "whole")
-    start = time.monotonic()
+    begun = time.monotonic()
     finish(whole)
-    longest = time.monotonic() - start
+    longest = time.monotonic() - begun
     rng, kills = random.Random(0), 0
     broken = write_config(folder, "broken")
     while kills < 40:
@@ -74,9 +69,9 @@ def test_forty_kills_at_random_moments_change_nothing(folder, capsys):
 def test_kills_under_a_faulty_judge_lose_no_verdict(folder, capsys):
     whole = write_config(folder, "whole")
     finish(whole)
-    start = time.monotonic()
+    begun = time.monotonic()
     finish(whole)  # nothing is left to do in it: this is what every start costs on this machine
-    longest = 5.0 + (time.monotonic() - start)
+    longest = 5.0 + (time.monotonic() - begun)
     rng, concurrency, kills = random.Random(1), 4, 0
     with FakeJudge(delay=0.05, fraction=0.2, faults=("429", "500", "garbage", "close"), seed=3) as server:
         openai = {
@@ -119,19 +114,18 @@ def test_fifty_kills_of_annotation_in_a_row_lose_nothing(folder, capsys):
         run_dir = RunDir(config.run_dir)
         path = folder / "killed.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        command = [sys.executable, "-m", "dno_jax", "annotate", str(path)]
-        start = time.monotonic()
+        begun = time.monotonic()
         answers = {}
         for _ in range(KILLS):
-            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+            process = begin("annotate", path)
             seen = server.counts.answered.total()
             deadline = time.monotonic() + 60  # a start takes as long as it takes; the kill comes amid the work
-            while server.counts.answered.total() == seen and process.poll() is None and time.monotonic() < deadline:
+            while server.counts.answered.total() == seen and process.exitcode is None and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(rng.uniform(0.0, 0.3))
-            assert process.poll() is None, "it ended before the last kill: give it more prompts"
+            assert process.exitcode is None, "it ended before the last kill: give it more prompts"
             process.kill()
-            process.wait()
+            process.join()
             while server.counts.in_flight:  # until it has seen them all end
                 time.sleep(0.01)
             with contextlib.closing(VerdictStore(run_dir.annotations_path)) as store:
@@ -143,8 +137,8 @@ def test_fifty_kills_of_annotation_in_a_row_lose_nothing(folder, capsys):
             lost.append(server.requests - sum(row["tries"] for row in rows) - sum(lost))
             assert 0 <= lost[-1] <= concurrency
         bought = server.counts.answered.total()
-        seconds = time.monotonic() - start
-        done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        seconds = time.monotonic() - begun
+        done = start("annotate", path)
         assert done.returncode == 0, done.stderr[-3000:]
         with capsys.disabled():
             print(
@@ -163,13 +157,13 @@ def test_two_processes_survive_a_kill_of_either(folder):
     path = folder / "pair.yaml"
     path.write_text(yaml.safe_dump(small_tree(folder, run_dir="pair")))
     rng = random.Random(2)
-    environment_ = {**environment(), "DNO": f"{Path(sys.executable).parent}/dno"}
+    environment = {**os.environ, "DNO": f"{Path(sys.executable).parent}/dno"}
     command = [str(ROOT / "launch" / "local.sh"), "2", str(path)]
     for victim in (0, 1, 0, 1):
         launcher = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment_,
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
@@ -181,7 +175,7 @@ def test_two_processes_survive_a_kill_of_either(folder):
         for pid in found.stdout.split():
             os.kill(int(pid), signal.SIGKILL)
         launcher.wait(timeout=300)
-    done = subprocess.run(command, cwd=ROOT, env=environment_, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     alone = write_config(folder, "alone")
     finish(alone)

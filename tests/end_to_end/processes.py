@@ -1,0 +1,61 @@
+"""The command line in processes of its own, all of one server that has imported it: a start costs no import."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import sys
+import tempfile
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["tests.end_to_end.preloaded"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A process that has ended: its exit status, -signal where one killed it, and what it wrote to standard error."""
+
+    returncode: int
+    stderr: str
+
+
+def begin(*arguments: Any, point: str | None = None, stderr: str | Path = os.devnull) -> BaseProcess:
+    """Start `dno ARGUMENTS`, to be killed at the point if one is named (see crash.py)."""
+    process = _SERVER.Process(target=_main, args=([str(argument) for argument in arguments], point, str(stderr)))
+    process.start()
+    return process
+
+
+def start(*arguments: Any, point: str | None = None, timeout: float = 600.0) -> Done:
+    """Run `dno ARGUMENTS` to its end.
+
+    Raises:
+        TimeoutError: it has not ended in time; it is killed.
+    """
+    with tempfile.NamedTemporaryFile(mode="r", errors="replace") as stderr:
+        process = begin(*arguments, point=point, stderr=stderr.name)
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise TimeoutError(f"dno {arguments} has not ended in {timeout} s:\n{stderr.read()[-3000:]}")
+        return Done(process.exitcode, stderr.read())
+
+
+def _main(arguments: list[str], point: str | None, stderr: str) -> None:
+    from dno_jax.cli.main import main
+    from tests.end_to_end.crash import arm
+
+    for stream, path in ((sys.stdout, os.devnull), (sys.stderr, stderr)):
+        stream.flush()
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, stream.fileno())
+        os.close(file)
+    if point:
+        arm(point)
+    sys.argv = ["dno", *arguments]
+    main()
