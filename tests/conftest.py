@@ -30,9 +30,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jaxtyping import install_import_hook
 
+import tests.typechecked  # noqa: F401  (what the hook looks up by its name)
+
 # The hook re-writes modules as they are imported: nothing of dno_jax may have been imported yet.
 assert not [name for name in sys.modules if name.split(".")[0] == "dno_jax"]
-install_import_hook("dno_jax", "beartype.beartype")
+install_import_hook("dno_jax", "tests.typechecked.check")
 
 import pytest
 

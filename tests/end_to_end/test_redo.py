@@ -8,11 +8,14 @@ import pytest
 
 from dno_jax import iteration
 from dno_jax.annotation.embedded import OracleAnnotator
+from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime import sampler
 from dno_jax.stages import train
 from dno_jax.training.checkpoint import policy_fingerprint
+from tests.configured import deep_merge
+from tests.small import small_tree
 
 SHARED = {"prompts": {"split": "shared"}, "training": {"batch_size": 16, "save_every": 1}}
 
@@ -66,10 +69,11 @@ def losses(run_dir):
     return {(row["iteration"], row["step"]): row["loss"] for row in rows}
 
 
-@pytest.fixture
-def straight(make_config, tmp_path):
+@pytest.fixture(scope="module")
+def straight(small_folder, tmp_path_factory):
     """A run of two iterations that nothing interrupted."""
-    config = make_config(**SHARED, run_dir=str(tmp_path / "straight"), evaluation={"num_samples": 1})
+    changes = {**SHARED, "run_dir": str(tmp_path_factory.mktemp("straight") / "run"), "evaluation": {"num_samples": 1}}
+    config = parse_config(RunConfig, deep_merge(small_tree(small_folder), changes), place="test")
     iteration.run(config)
     return RunDir(config.run_dir)
 

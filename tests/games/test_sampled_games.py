@@ -166,6 +166,7 @@ def test_iterated_dpo_is_nearly_dno_with_a_quarter_of_beta(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_two_thousand_sampled_steps_of_dno_show_the_figures_of_the_exact_ones():
     """Exact: gap .57 of the last iterate, .0049 of the average (docs/theory.md); so does rebel's squared loss."""
     for name in ("dno", "rebel"):

@@ -715,7 +715,10 @@ def test_a_greedy_mixture_is_the_argmax_chain_of_the_formula(params, reference_p
         np.testing.assert_array_equal(one.token_ids, expected[len(item.token_ids) - 1 : -1])
 
 
-@pytest.mark.parametrize(("weight", "temperature"), [(0.3, 1.0), (0.3, 0.7), (0.8, 1.0)])
+@pytest.mark.parametrize(
+    ("weight", "temperature"),
+    [pytest.param(0.3, 1.0, marks=pytest.mark.soak), (0.3, 0.7), pytest.param(0.8, 1.0, marks=pytest.mark.soak)],
+)
 def test_frequencies_are_those_of_the_geometric_mixture(params, reference_params, weight, temperature):
     """First and second token of many samples of one prompt, against probabilities computed from the formula."""
     # Far from uniform, or else every average of the two looks like every other.
