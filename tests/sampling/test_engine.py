@@ -230,6 +230,7 @@ def test_data_meshes_give_the_same_tokens(params, responses, axes):
 WIDER = dataclasses.replace(CONFIG, vocab_size=512, hidden_size=64, intermediate_size=172, num_attention_heads=8)
 
 
+@pytest.mark.soak
 def test_how_many_rows_a_product_has_decides_roundings_and_little_else(capsys):
     """XLA's products of few rows add up in another order than those of many, from some width on."""
     # so wide that a text is no foregone conclusion: fresh weights say the same at every token
@@ -505,12 +506,13 @@ def truncated(scores, *, top_k, top_p, min_p):
     "truncation",
     [
         Truncation(),
-        Truncation(temperature=0.5),
-        Truncation(top_k=7),
-        Truncation(top_p=0.6),
-        Truncation(min_p=0.1),
         Truncation(repetition_penalty=2.0),
         Truncation(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=0.7),
+        # One rule at a time: test_transforms.py has the laws of each.
+        pytest.param(Truncation(temperature=0.5), marks=pytest.mark.soak),
+        pytest.param(Truncation(top_k=7), marks=pytest.mark.soak),
+        pytest.param(Truncation(top_p=0.6), marks=pytest.mark.soak),
+        pytest.param(Truncation(min_p=0.1), marks=pytest.mark.soak),
     ],
     ids=str,
 )

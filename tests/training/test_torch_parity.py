@@ -23,7 +23,7 @@ BETA, RATE, STEPS, PAIRS = 0.1, 1e-3, 10, 8
 
 @pytest.fixture(scope="module")
 def pairs(shared_data):
-    """(prompt ids, chosen ids, rejected ids) of the first labelled pairs that fit 256 tokens."""
+    """(prompt ids, chosen ids, rejected ids) of the first labelled pairs that fit 128 tokens."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared_data / "tiny_llama", local_files_only=True)
     found = []
@@ -35,7 +35,7 @@ def pairs(shared_data):
             order = ("response_1", "response_2") if row["label"] == 1 else ("response_2", "response_1")
             prompt = tokenizer(row["prompt"]).input_ids
             responses = [[*tokenizer(row["prompt"] + " " + row[name]).input_ids[len(prompt) :], 2] for name in order]
-            if all(len(prompt) + len(response) <= 256 for response in responses):
+            if all(len(prompt) + len(response) <= 128 for response in responses):
                 found.append((prompt, *responses))
             if len(found) == PAIRS:
                 return found
@@ -84,16 +84,16 @@ def test_ten_steps_match_torch_step_by_step(shared_data, pairs):
     config, params = hf.load(path)
     model = Decoder(config, remat="full")
     rows = [TrainingRow((tuple(p), tuple(p)), (tuple(c), tuple(r))) for p, c, r in pairs]
-    batch = make_batch(rows, batch_size=PAIRS, max_length=256)
-    reference = np.asarray(score_step(params, batch, model=model, chunk=256))
-    # Sums of up to 256 log-probabilities of size 5: 1e-6 of rounding each.
+    batch = make_batch(rows, batch_size=PAIRS, max_length=128)
+    reference = np.asarray(score_step(params, batch, model=model, chunk=128))
+    # Sums of up to 128 log-probabilities of size 5: 1e-6 of rounding each.
     np.testing.assert_allclose(reference, expected_reference, atol=2e-3)
     batch = batch.replace(previous_logprob=reference)
 
     optimizer = make_optimizer(OptimizerSection(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0))
     params = jax.tree.map(jnp.asarray, params)
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-    step = StepConfig(model, optimizer, preference_loss(LossSection(beta=BETA)), chunk=256)
+    step = StepConfig(model, optimizer, preference_loss(LossSection(beta=BETA)), chunk=128)
     history = []
     for _ in range(STEPS):
         state, metrics = train_step(state, batch, jnp.float32(RATE), config=step)

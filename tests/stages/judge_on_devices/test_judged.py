@@ -94,11 +94,13 @@ def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path, ope
     ("openai", "bias"),
     [
         ({"form": "pairwise"}, {"first_bias": 0.2}),  # 60 to 40: of each 10 pairs it reads 8
-        ({"form": "pairwise", "both_orders": False}, {"first_bias": 0.4}),  # 70 to 30, and nothing cancels it
-        ({"form": "logprob"}, {"first_bias": 0.2, "noise": 0.5}),  # shifts probabilities, and turns few decisions
         ({"form": "listwise"}, {"first_bonus": 2.0}),
+        # 70 to 30, and nothing cancels it
+        pytest.param({"form": "pairwise", "both_orders": False}, {"first_bias": 0.4}, marks=pytest.mark.soak),
+        # shifts probabilities, and turns few decisions
+        pytest.param({"form": "logprob"}, {"first_bias": 0.2, "noise": 0.5}, marks=pytest.mark.soak),
     ],
-    ids=["both orders", "one order", "probabilities", "list"],
+    ids=["both orders", "list", "one order", "probabilities"],
 )
 def test_a_judge_that_likes_the_first_still_finds_the_order_on_average_and_is_named(tmp_path, capfd, openai, bias):
     with FakeJudge(prefers="marker", **bias) as server:
