@@ -231,7 +231,7 @@ class JudgeClient:
         is_judged = isinstance(question.asked, OpenAISection)
         # The client has taken its keys out of every reply. A teacher's text is trained on: what only looks like a key
         # ("Bearer tokens") stays.
-        said = (reply.text or "").encode(errors="replace").decode()
+        said = ((reply.said if is_judged else reply.text) or "").encode(errors="replace").decode()
         raw = client.scrub(said) if is_judged else said
         verdict = Verdict("unparsable", raw=raw, model=client.scrub(reply.model))
         if reply.refusal is not None or reply.finish == "content_filter":

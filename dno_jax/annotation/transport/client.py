@@ -144,10 +144,8 @@ class EndpointClient:
 
     def without_keys(self, reply: Reply) -> Reply:
         """Take our keys out of what a model said."""
-        text, refusal, model = (self._without_keys(said) for said in (reply.text, reply.refusal, reply.model))
-        if (text, refusal, model) == (reply.text, reply.refusal, reply.model):
-            return reply
-        return replace(reply, text=text, refusal=refusal, model=model or "")
+        names = ("text", "refusal", "model", "reasoning")
+        return replace(reply, **{name: self._without_keys(getattr(reply, name)) for name in names})
 
     def scrub(self, text: str) -> str:
         """Take our keys, and what looks like one, out of a text that others wrote."""

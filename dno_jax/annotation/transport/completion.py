@@ -31,6 +31,7 @@ def completion_reply(body: Any) -> Reply | None:
     try:
         chosen = body["choices"][0]
         content, refusal = chosen["message"].get("content"), chosen["message"].get("refusal")
+        reasoning = chosen["message"].get("reasoning_content") or chosen["message"].get("reasoning")
         finish, (tokens_in, tokens_out) = chosen.get("finish_reason"), _usage(body.get("usage"))
         if not (isinstance(content, str | None) and isinstance(refusal, str | None) and isinstance(finish, str | None)):
             return None
@@ -40,6 +41,7 @@ def completion_reply(body: Any) -> Reply | None:
             refusal=_encodable(refusal) if refusal else None,
             model=_encodable(str(body.get("model") or "")),
             first_logprobs=_first_logprobs(chosen.get("logprobs")),
+            reasoning=_encodable(reasoning) if isinstance(reasoning, str) else None,
             tokens_in=tokens_in,
             tokens_out=tokens_out,
         )
