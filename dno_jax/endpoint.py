@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
+from dno_jax.display import hide_keys, printable
 from dno_jax.errors import DnoError
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ _RETRIED = {408, 409, 425, 429}
 # What stands for a key at servers without any (in lower case): to scrub these would garble words.
 _PLACEHOLDERS = {"none", "null", "empty", "dummy", "x", "xxx", "ollama", "lm-studio", "no-key", "not-needed"}
 _SHORTEST_KEY = 4  # a shorter one stands in every other word
-_KEY_LIKE = re.compile(r"\b(sk-|Bearer )[\w*.-]{6,}")
 
 
 class EndpointError(DnoError):
@@ -246,11 +246,11 @@ class Endpoint:
 
         JSON may spell a lone surrogate, which no file and no database takes.
         """
-        return _KEY_LIKE.sub("[key]", self.without_key(text.encode(errors="replace").decode()))
+        return hide_keys(self.without_key(text.encode(errors="replace").decode()))
 
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
-        line = " ".join(self.scrub(text).split())
+        line = printable(" ".join(self.scrub(text).split()))
         return line if len(line) <= 300 else line[:297] + "..."
 
     def trouble(self, status: int, body: object, *, headers: Mapping[str, str]) -> Trouble:

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
+        "display",
         "records",
         "files",
         "addresses",
@@ -35,7 +36,18 @@ LEVELS = [
 ORDER = [room for level in LEVELS for room in level]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 HOST_ROOMS = ("annotation", "config", "preferences", "fake_judge", "evaluation")
-HOST_FILES = ("endpoint", "records", "run_dir", "stage_dir", "files", "statistics", "console", "addresses", "reasoning")
+HOST_FILES = (
+    "endpoint",
+    "display",
+    "records",
+    "run_dir",
+    "stage_dir",
+    "files",
+    "statistics",
+    "console",
+    "addresses",
+    "reasoning",
+)
 
 
 def dotted(path):

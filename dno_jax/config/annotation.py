@@ -15,6 +15,7 @@ from dno_jax.config.base import (
     PathStr,
     Section,
     Temperature,
+    VariableName,
     absolute,
     contents,
     decides,
@@ -40,7 +41,7 @@ class EndpointSection(Section):
     """Another address of the same model. The key itself never stands in a file: only the variable's name does."""
 
     base_url: str = Field(min_length=1, json_schema_extra=COSTS)
-    api_key_env: str | None = Field(default=None, json_schema_extra=COSTS)
+    api_key_env: VariableName | None = Field(default=None, json_schema_extra=COSTS)
 
 
 class ChatSection(Section):
@@ -48,7 +49,7 @@ class ChatSection(Section):
 
     model: str = Field(default="gpt-4.1-mini", min_length=1, json_schema_extra=JUDGED)
     base_url: str | None = Field(default=None, description="None: the client's default", json_schema_extra=COSTS)
-    api_key_env: str | None = Field(
+    api_key_env: VariableName | None = Field(
         default="OPENAI_API_KEY",
         description="environment variable of the key; None for no key",
         json_schema_extra=COSTS,
