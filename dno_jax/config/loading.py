@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -17,22 +18,29 @@ from dno_jax.records import explain
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load_config(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a YAML file, lay `a.b=value` overrides over it (values are YAML), and validate.
+def load_config(
+    kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = (), *, variants: Sequence[str | Path] = ()
+) -> ConfigT:
+    """Read a YAML file, lay variants and then `a.b=value` overrides over it (values are YAML), and validate.
 
-    A file with `base: other.yaml` (relative to itself) says only what it changes in that one.
+    A file with `base: other.yaml` (relative to itself) says only what it changes in that one. In `base: [other.yaml,
+    variant.yaml]` the second is laid over the first as a variant.
+
+    Args:
+        variants: files of which only that is taken which they change in the recipe that they start from, `run_dir`
+            aside; all of one that starts from none.
 
     Raises:
         DnoError: naming the file, the field's path, what was expected and, for an unknown field, the known ones.
     """
-    tree = _read(Path(path), above=())
+    tree = functools.reduce(_merge, [*_layers(Path(path), above=()), *map(_variant, map(Path, variants))])
     for override in overrides:
         lay_over(tree, override)
     return parse_config(kind, tree, place=str(path))
 
 
-def _read(path: Path, *, above: tuple[Path, ...]) -> dict[str, Any]:
-    """Read one file, laid over its bases; `above` are the files that led here."""
+def _layers(path: Path, *, above: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """Read a file and what it starts from, the recipe at the bottom first; `above` are the files that led here."""
     named = f" (the base of {above[-1]})" if above else ""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -46,12 +54,22 @@ def _read(path: Path, *, above: tuple[Path, ...]) -> dict[str, Any]:
         raise DnoError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     base = tree.pop("base", None)
     if base is None:
-        return tree
-    if not isinstance(base, str):
-        raise DnoError(f"{path}: base: expected the path of a YAML file, got {base!r}")
+        return [tree]
+    bases = base if isinstance(base, list) else [base]
+    if not bases or not all(isinstance(name, str) for name in bases):
+        raise DnoError(f"{path}: base: expected the path of a YAML file, or a list of them, got {base!r}")
     if path.resolve() in above:
         raise DnoError(f"{path}: base: {base} leads back to this file")
-    return _merge(_read(path.parent / base, above=(*above, path.resolve())), tree)
+    above = (*above, path.resolve())
+    first, *variants = (path.parent / name for name in bases)
+    return [*_layers(first, above=above), *(_variant(variant, above=above) for variant in variants), tree]
+
+
+def _variant(path: Path, *, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file changes in the recipe that it starts from; all that it says, if it starts from none."""
+    layers = _layers(path, above=above)
+    changed = functools.reduce(_merge, layers[1:] or layers)
+    return {name: value for name, value in changed.items() if name != "run_dir"}
 
 
 def _merge(below: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
