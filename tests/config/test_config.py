@@ -331,7 +331,7 @@ def test_variants_are_laid_over_each_other_in_their_order(tmp_path):
         return tmp_path / name
 
     file("root.yaml", MINIMAL | {"seed": 1, "iterations": 4})
-    one = file("one.yaml", {"base": "root.yaml", "run_dir": "runs/one", "loss": {"beta": 0.2, "nll_weight": 0.1}})
+    file("one.yaml", {"base": "root.yaml", "run_dir": "runs/one", "loss": {"beta": 0.2, "nll_weight": 0.1}})
     two = file("two.yaml", {"base": "one.yaml", "loss": {"beta": 0.3}})
     bare = file("bare.yaml", {"loss": {"beta": 0.4}, "run_dir": "runs/bare"})
     mine = file("mine.yaml", MINIMAL | {"run_dir": "runs/mine", "seed": 7})
