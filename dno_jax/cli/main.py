@@ -13,6 +13,7 @@ from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.game import game
 from dno_jax.cli.rehearsal import fake_judge
+from dno_jax.cli.settings import config as list_settings
 
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
@@ -325,6 +326,7 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command("config")(list_settings)
 app.command()(game)
 app.command()(fake_judge)
 

@@ -9,16 +9,19 @@ from dno_jax.config.annotation import (
     ChatSection,
     EndpointSection,
     OpenAISection,
-    OracleSection,
     PriceSection,
-    QualitySection,
-    RewardModelSection,
-    SelfSection,
-    TableSection,
     TeacherSection,
 )
 from dno_jax.config.base import MIN_TEMPERATURE, Section, Stage
 from dno_jax.config.identity import changes, deciding, stage_digest
+from dno_jax.config.judges import (
+    OracleSection,
+    PythonSection,
+    QualitySection,
+    RewardModelSection,
+    SelfSection,
+    TableSection,
+)
 from dno_jax.config.loading import dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sampling import CompletionServerSection, SamplingSection
@@ -55,6 +58,7 @@ __all__ = [
     "PairingSection",
     "PriceSection",
     "PromptsSection",
+    "PythonSection",
     "QualitySection",
     "ReferenceSection",
     "ReportSection",

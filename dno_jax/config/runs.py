@@ -27,9 +27,13 @@ _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the w
 class RunConfig(Section):
     """One run: T iterations from a checkpoint to a better checkpoint. As it stands, Algorithm 2 (DNO-Prct)."""
 
-    run_dir: PathStr = Field(json_schema_extra=COSTS)
+    run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
     seed: int = Field(
-        default=0, ge=0, lt=2**31, json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate")
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="of every draw",
+        json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate"),
     )
     iterations: Count = Field(default=3, description="T", json_schema_extra=COSTS)
     model: ModelConfigSection
@@ -200,8 +204,8 @@ class SftDataSection(Section):
 class SftConfig(Section):
     """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
 
-    run_dir: PathStr = Field(json_schema_extra=COSTS)
-    seed: int = Field(default=0, ge=0, lt=2**31, json_schema_extra=decides("sft"))
+    run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft"))
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection

@@ -65,10 +65,14 @@ class MeshSection(Section):
     rows as data does: for a model without experts it is the same as data.
     """
 
-    data: int = Field(default=-1, json_schema_extra=ROUNDS)
-    fsdp: int = Field(default=1, json_schema_extra=ROUNDS)
-    expert: int = Field(default=1, json_schema_extra=ROUNDS)
-    tensor: int = Field(default=1, json_schema_extra=ROUNDS)
+    data: int = Field(
+        default=-1,
+        description="devices along it; -1: all that are left; rows are split over it",
+        json_schema_extra=ROUNDS,
+    )
+    fsdp: int = Field(default=1, description="weights and rows are split over it", json_schema_extra=ROUNDS)
+    expert: int = Field(default=1, description="experts are split over it", json_schema_extra=ROUNDS)
+    tensor: int = Field(default=1, description="heads and MLPs are split over it", json_schema_extra=ROUNDS)
 
     @model_validator(mode="after")
     def _axes(self) -> MeshSection:
@@ -198,7 +202,7 @@ LossName = Annotated[str, AfterValidator(_is_known)]  # of losses/registry.py
 
 
 class LossSection(Section):
-    name: LossName = Field(default="dno", json_schema_extra=TRAINED)
+    name: LossName = Field(default="dno", description="see docs/algorithms.md", json_schema_extra=TRAINED)
     beta: float = Field(
         default=0.1,
         gt=0.0,
@@ -215,7 +219,9 @@ class LossSection(Section):
         description="1 (Eq. 13, DPO), or sigma((r(y+) - r(y-)) / target_temperature) (Eq. 8)",
         json_schema_extra=decides("pair", "train"),
     )
-    target_temperature: float = Field(default=1.0, gt=0.0, json_schema_extra=PAIRED)
+    target_temperature: float = Field(
+        default=1.0, gt=0.0, description="softness of soft targets", json_schema_extra=PAIRED
+    )
     label_smoothing: float = Field(
         default=0.0, ge=0.0, lt=0.5, description="probability that a label is flipped", json_schema_extra=TRAINED
     )
@@ -312,7 +318,9 @@ class OuterSection(Section):
     """
 
     scheme: Literal["last", "average", "proximal", "optimistic", "lookahead"] = Field(
-        default="last", json_schema_extra=decides("pair", "score", "train", "evaluate")
+        default="last",
+        description="which policies there are, and which are returned",
+        json_schema_extra=decides("pair", "score", "train", "evaluate"),
     )
     every: Count | None = Field(
         default=None,
@@ -330,7 +338,7 @@ class OuterSection(Section):
 class OptimizerSection(Section):
     """AdamW. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B: sweep it."""
 
-    learning_rate: float = Field(default=5e-7, gt=0.0, json_schema_extra=TRAINED)
+    learning_rate: float = Field(default=5e-7, gt=0.0, description="at the schedule's top", json_schema_extra=TRAINED)
     learning_rate_decay: float = Field(
         default=1.0,
         gt=0.0,
@@ -338,13 +346,17 @@ class OptimizerSection(Section):
         description="learning rate factor per iteration ('lower at later iterations')",
         json_schema_extra=TRAINED,
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="linear", json_schema_extra=TRAINED)
-    warmup_ratio: Fraction = Field(default=0.1, json_schema_extra=TRAINED)
-    weight_decay: float = Field(default=0.0, ge=0.0, json_schema_extra=TRAINED)
-    b1: float = Field(default=0.9, ge=0.0, lt=1.0, json_schema_extra=TRAINED)
-    b2: float = Field(default=0.95, ge=0.0, lt=1.0, json_schema_extra=TRAINED)
-    eps: float = Field(default=1e-8, gt=0.0, json_schema_extra=TRAINED)
-    max_grad_norm: float = Field(default=1.0, gt=0.0, json_schema_extra=TRAINED)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="after the warmup", json_schema_extra=TRAINED
+    )
+    warmup_ratio: Fraction = Field(default=0.1, description="share of the steps", json_schema_extra=TRAINED)
+    weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW's", json_schema_extra=TRAINED)
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment", json_schema_extra=TRAINED)
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0, description="decay of the second moment", json_schema_extra=TRAINED)
+    eps: float = Field(default=1e-8, gt=0.0, description="AdamW's", json_schema_extra=TRAINED)
+    max_grad_norm: float = Field(
+        default=1.0, gt=0.0, description="longer gradients are scaled down to it", json_schema_extra=TRAINED
+    )
 
     if TYPE_CHECKING:  # as in LossSection
 
@@ -381,4 +393,6 @@ class EvaluationSection(Section):
 
 
 class ReportSection(Section):
-    tensorboard: bool = Field(default=True, json_schema_extra=COSTS)
+    tensorboard: bool = Field(
+        default=True, description="write event files into the run directory", json_schema_extra=COSTS
+    )

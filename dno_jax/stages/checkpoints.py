@@ -187,6 +187,7 @@ def annotator_name(section: AnnotationSection) -> str:
     if section.kind == "self":
         return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
     names = {
+        "python": f"the function {section.python.function}" if section.python else "",
         "oracle": f"embedded oracle ({', '.join(section.oracle.criteria)})",
         "table": "embedded table of preferences",
         "given": "points that came with the data",
