@@ -62,7 +62,7 @@ def run(
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
-    from dno_jax.report.summary import iteration_table, policy_table
+    from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
     _join(coordinator, num_processes, process_id)
@@ -71,7 +71,8 @@ def run(
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
-        console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", soft_wrap=True)
+        policy = told_policy(folder, iteration=settings.iterations - 1)
+        console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
 
 
 def _stage_settings(

@@ -13,7 +13,7 @@ from dno_jax.console import console
 from dno_jax.data.pair_table import PairTable
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, ReferenceScore, Rollout
-from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
+from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table, told_policy
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
 from dno_jax.stages import pair, sample, score, train
@@ -241,11 +241,19 @@ def test_no_pair_is_an_error_with_the_funnel(finished, make_config):
     assert target.stage("pair", 0).manifest() is None
 
 
-def test_without_held_out_prompts_the_last_policy_is_returned(make_config):
+def test_without_held_out_prompts_the_last_policy_is_returned_and_not_called_the_best(make_config, capsys):
     config = make_config(iterations=1, prompts={"held_out_path": None})
     result = iteration.run(config)
     assert result.best == 1
-    assert RunDir(config.run_dir).stage("evaluate", 0).require().details["why"] == "the newest: no held-out prompts"
+    run_dir = RunDir(config.run_dir)
+    assert run_dir.stage("evaluate", 0).require().details["why"] == "the newest: no held-out prompts"
+    assert told_policy(run_dir, iteration=0) == "policy 1 (the newest: no held-out prompts)"
+    capsys.readouterr()
+    console.print(policy_table(run_dir, iterations=1))
+    said = capsys.readouterr().err
+    assert "not measured" in said
+    assert "best" not in said
+    assert "*" not in said
 
 
 def test_bfloat16_compute_runs_the_loop_within_the_guard(make_config):
