@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
+from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
@@ -62,6 +63,7 @@ def run(
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
+    from dno_jax.report.answers import answers_text, shown_answers
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
@@ -71,6 +73,8 @@ def run(
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
+        if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
+            console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
 
@@ -327,6 +331,8 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(chat)
+app.command()(generate)
 app.command("config")(list_settings)
 app.command()(game)
 app.command()(fake_judge)

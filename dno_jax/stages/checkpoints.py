@@ -20,6 +20,7 @@ from dno_jax.model import hf
 from dno_jax.model.config import Head
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
+from dno_jax.report.answers import shown_answers
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import is_lookahead
@@ -161,6 +162,7 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
     paired = [run_dir.stage("pair", iteration).manifest() for iteration in trained]
     evaluated = run_dir.stage("evaluate", policy - 1).manifest() if policy else None
     rates = evaluated.details["win_rates"] if evaluated is not None else {}
+    shown = shown_answers(run_dir, iterations=config.iterations, policy=policy)
     dno = config.loss.name == "dno"
     return hf.ExportFacts(
         method=("Direct Nash Optimization" if dno else "iterated preference optimization") + " (arXiv 2404.03715)",
@@ -175,6 +177,8 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
             hf.HeldOutRate(f"policy {opponent}" if opponent.isdigit() else opponent, **found)
             for opponent, found in rates.items()
         ),
+        messages=shown.messages if shown else (),
+        answers=tuple((f"policy {number}", text) for number, text in shown.answers) if shown else (),
     )
 
 

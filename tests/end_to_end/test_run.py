@@ -13,10 +13,12 @@ from dno_jax.console import console
 from dno_jax.data.pair_table import PairTable
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, ReferenceScore, Rollout
+from dno_jax.report.answers import answers_text, shown_answers
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table, told_policy
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
 from dno_jax.stages import pair, sample, score, train
+from dno_jax.stages.evaluate import read_responses
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.configured import deep_merge
 from tests.pairs import read_pairs
@@ -154,6 +156,20 @@ def test_tables_show_what_the_manifests_say(finished):
     assert f"{100 * details['win_rates']['0']['rate']:.0f} %" in text
     assert f"* {result.best}" in text
     assert "next" not in text
+
+
+def test_policy_0_and_the_best_are_read_side_by_side(finished):
+    config, run_dir, result = finished
+    found = shown_answers(run_dir, iterations=2, policy=result.best)
+    assert found is not None
+    card = (Path(result.export) / "README.md").read_text()
+    with console.capture() as captured:
+        console.print(answers_text(found))
+    for policy, text in found.answers:
+        rows = read_responses(run_dir, policy, num_samples=config.evaluation.num_samples)
+        assert text in {row.text for row in rows if row.sample == 0}
+        assert f"`policy {policy}`:\n\n```text\n{text.strip()}\n```" in card
+        assert f"policy {policy}: {text.strip()[:40]}" in captured.get()
 
 
 def test_evaluation_is_antisymmetric_and_knows_the_teacher(finished):
