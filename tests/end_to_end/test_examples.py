@@ -101,3 +101,33 @@ def test_takes_only_losses_and_logprobs_from_the_package(name):
             found |= {alias.name for alias in node.names}
     assert {module for module in found if module.startswith("dno_jax")} == {"dno_jax.losses", "dno_jax.logprobs"}
     assert f"[{name}.py]({name}.py)" in (FOLDER / "README.md").read_text()
+
+
+LIGHT = """
+import re, sys
+import jax, jaxtyping, numpy as np
+rng = np.random.default_rng(0)
+table, head = rng.normal(size=(7, 4)), rng.normal(size=(4, 7))
+model = lambda token: jax.numpy.asarray(table[token])
+tokens = rng.integers(0, 7, size=(4, 6))
+response_mask = np.arange(6) >= np.array([[2], [3], [2], [4]])
+logits = table[tokens] @ head  # what stands at t predicts t + 1: summed by hand, token by token
+logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+reference = np.array([sum(logp[b, t - 1, tokens[b, t]] for t in range(6) if response_mask[b, t]) for b in range(4)])
+loaded = lambda: {name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names
+before = loaded()
+exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1])
+print(float(loss), *(loaded() - before))
+"""
+
+
+def test_the_snippet_of_the_readme_runs_in_a_light_installation():
+    """Shifted by one as it says: with a reference summed by hand it begins at log 2."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=FOLDER.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, *loaded = done.stdout.split()
+    assert float(loss) == pytest.approx(math.log(2), abs=1e-5)
+    assert loaded == ["dno_jax"]
