@@ -204,18 +204,18 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
         players.append(_Players(by_id[prompt_id], sample, texts))
-    annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
-
     pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
 
     async def judge_all() -> list[Judgement]:
+        annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
         async with closing(annotator, run_dir):
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
                 judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
             annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
             return judgements
 
-    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))
+    # A policy that judges itself is no judge of held-out responses, and is not asked for one where there are none.
+    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True)) if pools else {}
     verdicts = [judgements.get(index) for index in range(len(players))]
     answered = [verdict for verdict in verdicts if verdict is not None]
     missing = [verdict for verdict in answered if verdict.state != "ok"]

@@ -131,3 +131,30 @@ def test_the_snippet_of_the_readme_runs_in_a_light_installation():
     loss, *loaded = done.stdout.split()
     assert float(loss) == pytest.approx(math.log(2), abs=1e-5)
     assert loaded == ["dno_jax"]
+
+
+@pytest.mark.soak
+def test_self_rewarding_learns_what_it_likes(tmp_path):
+    """From every second answer with a thank to nearly all, graded by nobody but itself."""
+    history = runpy.run_path(str(FOLDER / "self_rewarding.py"))["main"](tmp_path, iterations=2)
+    first, last = history
+    assert 0.3 < first["thanks"] < 0.6
+    assert last["thanks"] > first["thanks"] + 0.2
+    assert last["own_points"] > first["own_points"] + 0.5
+    assert first["judged"] > 0.9
+
+
+def test_self_rewarding_is_the_recipe_on_another_base(tmp_path):
+    example = runpy.run_path(str(FOLDER / "self_rewarding.py"))
+    (tmp_path / "rubric.yaml").write_text(example["RUBRIC"])
+    config = example["configuration"](tmp_path, iterations=2)
+    assert (config.annotation.kind, config.pairing.rule, config.sampling.num_samples) == ("self", "best_worst", 4)
+    assert config.annotation.self_judge.rubric == str(tmp_path / "rubric.yaml")
+    answers, grades = (
+        example["lessons"](tmp_path / "rubric.yaml")[::2],
+        example["lessons"](tmp_path / "rubric.yaml")[1::2],
+    )
+    for answer, grade in zip(answers, grades, strict=True):
+        points = int(grade["response"].removeprefix("Score: "))
+        assert (points >= 4) == ("thanks" in answer["response"].split())
+        assert answer["response"] in grade["messages"][-1]["content"]

@@ -12,7 +12,7 @@ from dno_jax.model.hf.card import ExportFacts, model_card
 from dno_jax.records import Message, Prompt
 from dno_jax.report.answers import ShownAnswers, answers_text, shown_answers
 from dno_jax.run_dir import RunDir
-from dno_jax.stages.evaluate import _Players, _shown
+from dno_jax.stages.evaluate import _figures, _judge, _Players, _shown
 
 TREE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"path": "p"}, "pairing": {"reward": "win_rate",
         "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2}}  # fmt: skip
@@ -96,3 +96,19 @@ def test_the_card_encloses_them_so_that_nothing_closes_the_block(tmp_path):
     assert block.endswith("\\u202etxt\n`````")
     assert "\x1b" not in card
     assert "held-out prompt" not in model_card(tmp_path, facts=ExportFacts(method="DNO", loss="dno"))
+
+
+@pytest.mark.parametrize("kind", ["self", "given", "gold"])
+def test_where_nothing_is_held_out_nobody_is_asked_to_judge(kind, tmp_path):
+    """Not even built: a policy that judges itself is no annotator of the host's."""
+    tree = TREE | {"run_dir": str(tmp_path / "run"), "annotation": {"kind": kind}}
+    tree["pairing"] = {
+        "rule": "best_worst",
+        "reward": "score" if kind in ("self", "given") else "win_rate",
+        "margin": 0.5,
+    }
+    config = parse_config(RunConfig, tree, place="test")
+    run_dir = RunDir(config.run_dir)
+    judged = _judge(config, run_dir, [], stage=run_dir.stage("evaluate", 0), newest=1)
+    assert judged.preferences == []
+    assert _figures(judged, newest=1)["why"] == "the newest: no held-out prompts"
