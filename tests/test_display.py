@@ -220,3 +220,16 @@ def test_columns_of_numbers_do_not_wrap():
             if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_column":
                 options = {keyword.arg for keyword in call.keywords}
                 assert "justify" not in options or "no_wrap" in options, f"{path}:{call.lineno}"
+
+
+def test_whatever_is_written_to_a_terminal_is_made_fit_for_it():
+    """All goes through the console, which sees to it, or through `printable`; JSON for another process is ASCII."""
+    for path in (Path(__file__).parents[1] / "dno_jax").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            assert name not in ("Console", "rich.print") or path.name == "console.py", f"{path}:{call.lineno}: {name}"
+            if name in ("print", "typer.echo", "click.echo", "sys.stdout.write", "sys.stderr.write"):
+                said = ast.unparse(call.args[0]) if call.args else "printable()"
+                assert said.startswith(("printable(", "json.dumps(")), f"{path}:{call.lineno}: {name}({said})"

@@ -178,7 +178,7 @@ class Talk:
         answers: dict[int, Said] = {}
         for policy in dict.fromkeys(number for number in (self.beside, self.policy) if number is not None):
             if self.beside is not None:
-                typer.echo(f"policy {policy}: ", nl=False)
+                typer.echo(printable(f"policy {policy}: "), nl=False)
             shown = _Stream()
             try:
                 answers[policy] = self.speakers.answer(policy, asked, draw=self.draw, show=shown)
@@ -204,7 +204,7 @@ class _Stream:
 
     def end(self, note: str) -> None:
         self._print(self._text)
-        typer.echo(note)
+        typer.echo(printable(note))
 
     def _print(self, text: str) -> None:
         if text.startswith(self._shown):

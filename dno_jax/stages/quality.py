@@ -18,7 +18,7 @@ def tell_quality(run_dir: RunDir, quality: Quality, section: AnnotationSection, 
         return {"quality": {}, "warnings": []}
     figures = quality.figures()
     found = warnings(figures, section.quality)
-    if section.judges or section.on_devices:  # what is embedded need not be watched
+    if section.judges or section.on_devices or section.kind == "python":  # what is embedded need not be watched
         console.print(quality_table(figures, section.quality, iteration=iteration))
         run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
         row = {"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)}
