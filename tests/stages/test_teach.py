@@ -87,7 +87,7 @@ def test_failures_stop_the_stage_and_only_they_are_asked_again(tmp_path, monkeyp
 def test_shards_of_other_prompts_are_written_anew(tmp_path, monkeypatch):
     """Prompts that come in front move all that follow into other shards."""
     monkeypatch.setattr(teach, "_SHARD_PROMPTS", 4)
-    with FakeJudge(schedule=["ok"] * 11 + ["500"] * 100) as server:
+    with FakeJudge(schedule=["ok"] * 11 + ["400"] * 100) as server:
         config = taught(tmp_path, server.url, max_tries=1)
         with pytest.raises(DnoError, match="have no response"):
             run_stage(teach, config, 0)
