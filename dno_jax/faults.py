@@ -90,7 +90,7 @@ class Trouble:
     @property
     def asks_for_a_pause(self) -> bool:
         """Whether it speaks of the endpoint's limits, and not of the request."""
-        return self.status == 429 or (self.retry_after is not None and (self.status or 0) >= 500)
+        return self.status in (429, 529) or (self.retry_after is not None and (self.status or 0) >= 500)
 
     @property
     def is_the_servers(self) -> bool:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -254,8 +255,10 @@ class EndpointClient:
         )
         if isinstance(found, Trouble):
             route.last_trouble = found.detail
+            if found.status == 429:
+                route.limited_since = route.limited_since or time.monotonic()
             return found
-        route.offers = found
+        route.offers, route.limited_since = found, None
         return None
 
     async def _exchange(

@@ -29,10 +29,9 @@ _LOG = logging.getLogger(__name__)
 FAILURES_OPEN = 8  # in a row; with a third of all requests failing by chance, one in 10,000 sees so many
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
-# Different requests in a row that are turned away (403, 404) until the endpoint is taken to refuse all; of one that has
-# answered no real one yet, fewer.
+# Different requests in a row that are turned away (403, 404) until an endpoint that has answered others is taken to
+# refuse all. One that has answered none is believed at once, or at the second where others are under way.
 REFUSALS_STOP = 5
-FIRST_REFUSALS_STOP = 2
 # An endpoint that wants a longer pause is as good as dead, and the next one is asked.
 LONG_PAUSE_SECONDS = 60.0
 LONG_WAIT_SECONDS = 10.0  # that people are told of: the first, and what is twice as long
@@ -240,7 +239,7 @@ class Routes:
             EndpointError: the refusal, where it is of all requests and there is no other endpoint.
         """
         route.turned_away.add(request)
-        enough = REFUSALS_STOP if route.answered else FIRST_REFUSALS_STOP
+        enough = REFUSALS_STOP if route.answered else min(2, 1 + route.slots.in_flight)
         if not refusal.is_doubtful or len(route.turned_away) >= enough:
             self.dismiss(route, refusal)
 
