@@ -19,6 +19,9 @@ LEVELS = [
         "addresses",
         "statistics",
         "console",
+        "faults",
+        "keys",
+        "bodies",
         "endpoint",
         "reasoning",
         "logprobs",
@@ -38,6 +41,9 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 HOST_ROOMS = ("annotation", "config", "preferences", "fake_judge", "evaluation")
 HOST_FILES = (
     "endpoint",
+    "faults",
+    "keys",
+    "bodies",
     "display",
     "records",
     "run_dir",

@@ -93,6 +93,8 @@ class Question:
     def key(self) -> str:
         """sha256 of the canonical JSON of judge, request and repetition: what a verdict is stored under."""
         content: dict[str, Any] = {"judge": self.judge, "request": self.body}
+        if extras := self.asked.extras:
+            content["extras"] = extras
         if self.repeat:
             content["repeat"] = self.repeat
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -27,16 +27,18 @@ from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSe
 from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    LossName,
-    LossSection,
     MeshSection,
     ModelConfigSection,
-    OptimizerSection,
-    OuterSection,
     PairingSection,
     PromptsSection,
-    ReferenceSection,
     ReportSection,
+)
+from dno_jax.config.training import (
+    LossName,
+    LossSection,
+    OptimizerSection,
+    OuterSection,
+    ReferenceSection,
     TrainingSection,
 )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +18,7 @@ from dno_jax.config.base import (
     contents,
     decides,
 )
+from dno_jax.config.extras import AddressExtras, Extras
 from dno_jax.config.judges import (
     OracleSection,
     PythonSection,
@@ -36,7 +38,7 @@ class PriceSection(Section):
     batch: Fraction = Field(default=0.5, description="the Batch API's share of that price", json_schema_extra=COSTS)
 
 
-class EndpointSection(Section):
+class EndpointSection(AddressExtras):
     """Another address of the same model. The key itself never stands in a file: only the variable's name does."""
 
     base_url: str = Field(min_length=1, description="of its API; it usually ends in /v1", json_schema_extra=COSTS)
@@ -45,7 +47,7 @@ class EndpointSection(Section):
     )
 
 
-class ChatSection(Section):
+class ChatSection(Extras):
     """A model behind chat.completions endpoints, and how they are asked."""
 
     model: str = Field(
@@ -97,6 +99,11 @@ class ChatSection(Section):
         json_schema_extra=COSTS,
     )
 
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What it is sent besides questions that can change an answer; empty where nothing is."""
+        return self.told(self.base_url)
+
 
 class OpenAISection(ChatSection):
     """A judge behind any chat.completions endpoint.
@@ -140,7 +147,8 @@ class OpenAISection(ChatSection):
         """What tells its questions about the same responses from another judge's; no address is part of it."""
         length = None if self.form == "logprob" else self.max_tokens
         told = (self.model, self.form, self.rubric_name)
-        return (*told, self.temperature, length, self.max_tokens_field, self.send_seed)
+        extras = json.dumps(self.extras, sort_keys=True)
+        return (*told, self.temperature, length, self.max_tokens_field, self.send_seed, extras)
 
     @property
     def rubric_name(self) -> str:

@@ -9,15 +9,17 @@ from dno_jax.config.base import COSTS, Count, PathStr, Section, contents, decide
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    LossSection,
     MeshSection,
     ModelConfigSection,
-    OptimizerSection,
-    OuterSection,
     PairingSection,
     PromptsSection,
-    ReferenceSection,
     ReportSection,
+)
+from dno_jax.config.training import (
+    LossSection,
+    OptimizerSection,
+    OuterSection,
+    ReferenceSection,
     TrainingSection,
 )
 
