@@ -145,12 +145,21 @@ class RunDir:
         """The configuration with which the directory was last used.
 
         Raises:
-            DnoError: there is none, or it is another version's.
+            DnoError: there is none, it is damaged, or another version's.
         """
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         self._check_format()
-        return parse_config(kind, yaml.safe_load(self.config_path.read_text()), place=str(self.config_path))
+        try:
+            tree = yaml.safe_load(self.config_path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = str(error).split("\n")[0]
+        if not isinstance(tree, dict):
+            raise DnoError(
+                f"{self.config_path}: damaged ({str(tree)[:80] if tree else 'empty'}); restore it from a copy, or "
+                "remove it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
+            )
+        return parse_config(kind, tree, place=str(self.config_path))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

@@ -15,7 +15,7 @@ from dno_jax.addresses import Purpose, integer
 from dno_jax.config import AnnotationSection, RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.errors import DnoError
-from dno_jax.files import write_atomically
+from dno_jax.files import read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.config import Head
 from dno_jax.parallel.cluster import barrier, is_primary
@@ -54,7 +54,7 @@ def _check_source(run_dir: RunDir, source: str) -> None:
         note = {"path": source, "digest": checkpoint_digest(source)}
         write_atomically(run_dir.source_path, json.dumps(note, indent=2) + "\n")
         return
-    noted = json.loads(run_dir.source_path.read_text())
+    noted = read_note(run_dir.source_path)
     if noted["digest"] != checkpoint_digest(source):
         raise DnoError(
             f"model.path {source}: not the checkpoint that policy 0 of {run_dir.path} was imported from "
@@ -148,7 +148,7 @@ def export_best(runtime: Runtime[RunConfig], *, policy: int) -> None:
     run_dir = runtime.run_dir
     what = {"policy": policy, "fingerprint": policy_fingerprint(run_dir.policy(policy))}
     exists = run_dir.export_path.exists()
-    if exists and run_dir.exported_path.exists() and json.loads(run_dir.exported_path.read_text()) == what:
+    if exists and run_dir.exported_path.exists() and read_note(run_dir.exported_path) == what:
         return
     export(runtime, policy=policy, path=os.fspath(run_dir.export_path), overwrite=exists)
     if is_primary():
@@ -203,7 +203,7 @@ def export_pool(runtime: Runtime[RunConfig], *, path: str) -> None:
     size = runtime.config.iterations
     names = [f"policy-{policy:03d}" for policy in range(size)]
     whole = epath.Path(path) / "mixture.json"
-    if whole.exists() and json.loads(whole.read_text())["policies"] == names:
+    if whole.exists() and read_note(whole)["policies"] == names:
         return
     for policy, name in enumerate(names):
         if not (epath.Path(path) / name).exists():

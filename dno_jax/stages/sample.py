@@ -114,7 +114,8 @@ def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
         write_atomically(path, text)
     elif path.read_text() != text:
         raise DnoError(
-            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir"
+            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir (or "
+            "remove this copy, where it is the one that has changed)"
         )
 
 

@@ -109,10 +109,10 @@ def _scores(
 def _discard_others(stage: StageDir, *, keep: str) -> None:
     """Remove the manifest, and shards of log pi_t that came the other way: batches, and so shards, were others."""
     if is_primary():
-        for name in stage.shard_names():
-            if name.startswith(SAMPLED) != (keep == SAMPLED):
-                (stage.path / f"{name}.jsonl").unlink()
         stage.manifest_path.unlink(missing_ok=True)
+        for name, path in stage.shard_paths().items():
+            if name.startswith(SAMPLED) != (keep == SAMPLED):
+                path.unlink()
     barrier(f"reference {stage.path}")
 
 

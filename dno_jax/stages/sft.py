@@ -18,7 +18,7 @@ from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
-from dno_jax.files import digest_of, write_atomically
+from dno_jax.files import digest_of, read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
 from dno_jax.parallel.cluster import barrier, is_primary
@@ -61,7 +61,7 @@ def _open(runtime: Runtime[SftConfig], config: SftConfig) -> None:
         "tokenizer": runtime.tokenizer.digest,
         "weights": digest_of(f"{source}/config.json") if config.model.init_config else checkpoint_digest(source),
     }
-    if place.exists() and (changed := changes(json.loads(place.read_text()), now)):
+    if place.exists() and (changed := changes(read_note(place), now)):
         lines = "\n  ".join(changed)
         raise DnoError(
             f"run_dir {runtime.run_dir.path} was made by another configuration:\n  {lines}\nset these back, or give "
@@ -83,7 +83,7 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
         _initial(runtime, config),
         rows,
         runtime.programs.step_config(supervised_loss),
-        Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, guard=False),
+        Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length),
     )
     hf.save(
         str(target),

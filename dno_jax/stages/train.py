@@ -19,7 +19,7 @@ from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.runtime.scheme import update_of
-from dno_jax.stage_dir import Manifest
+from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
@@ -51,9 +51,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     expected = reference_identity(runtime, update)
     differing = [name for name, value in expected.items() if reference.details.get(name) != value]
     if differing:
-        raise DnoError(
-            f"{scored.path}: reference scores of another {', '.join(differing)}; remove the folder to score again"
-        )
+        raise DnoError(f"{scored.path}: reference scores of another {', '.join(differing)}; score again: {scored.redo}")
 
     if is_primary():
         stage.start(config)
@@ -67,7 +65,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
         runtime.load_policy(update.previous, TRAIN),
         rows,
         runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
-        Training(stage_name, iteration, states_path=stage.path / "states", max_length=config.max_length),
+        Training(stage_name, iteration, states_path=stage.path / "states", max_length=config.max_length, scored=scored),
     )
     digest = save_policy(update.result, result.params)
     barrier(f"trained {stage.path}")
@@ -97,14 +95,14 @@ class Training:
         stage, iteration: what its figures are filed under, and which batches it takes.
         states_path: where its states lie until it is done.
         max_length: tokens of the longest sequence.
-        guard: check that step 0's implicit rewards are zero.
+        scored: whose reference step 0 must show to be of its own policy; None where there is no reference.
     """
 
     stage: str
     iteration: int
     states_path: Any
     max_length: int
-    guard: bool = True
+    scored: StageDir | None = None
 
 
 @dataclass(frozen=True)
@@ -161,8 +159,8 @@ def train(
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
                 learning_rate = float(np.asarray(rate(index)))
                 state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
-                if training.guard and index == 0:
-                    check_step_zero(jax.device_get(metrics), dtype=config.model.dtype)
+                if training.scored is not None and index == 0:
+                    check_step_zero(jax.device_get(metrics), dtype=config.model.dtype, scored=training.scored)
                 tokens = sum(
                     len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
                 )
@@ -178,7 +176,7 @@ def train(
     return TrainResult(params=state.params, num_steps=steps, metrics=last)
 
 
-def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
+def check_step_zero(metrics: dict[str, Any], *, dtype: str, scored: StageDir) -> None:
     """Refuse to train when the first step shows a policy that is not pi_t of its own loss.
 
     With pi_t as the reference that is also to say that the loss is log 2 and every implicit reward 0.
@@ -188,10 +186,17 @@ def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
     """
     tolerance = STEP_ZERO_TOLERANCE[dtype]
     ratio = float(metrics["max_abs_log_ratio"])
-    if not ratio <= tolerance:
-        raise DnoError(
-            f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most "
-            f"{tolerance:g} is rounding in {dtype}), loss {float(metrics['loss']):.4f}: the reference is not of this "
-            "policy, tokenizer or mask; remove the reference folder and score again (with sampling.as_reference=false "
-            "where it was the sampler's)"
-        )
+    if ratio <= tolerance:
+        return
+    # Weights that have rotted and scores that were edited were refused when they were read: it is none of those.
+    then, now = scored.require().versions, versions()
+    changed = [f"{name} {then.get(name)} -> {found}" for name, found in now.items() if then.get(name) != found]
+    raise DnoError(
+        f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most {tolerance:g} "
+        f"is rounding in {dtype}), loss {float(metrics['loss']):.4f}.\n"
+        "Weights and scores are as they were written (both were checked now), so they are computed otherwise than when "
+        f"{scored.path} was made: other software ({', '.join(changed) or 'none has changed'}), other devices, or a "
+        "device or its memory that fails.\n"
+        "Find out which before scoring again, which hides it. Where software or devices are meant to be others: "
+        f"{scored.redo} (with sampling.as_reference=false where the scores were the sampler's)"
+    )
