@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -162,9 +163,9 @@ class RunDir:
         return parse_config(kind, tree, place=str(self.config_path))
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl; what is no number (NaN, infinity) is null there, as in JSON."""
         with explained(self.metrics_path), self.metrics_path.open("a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+            file.write(_line(row))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_path.exists():
@@ -186,4 +187,11 @@ class RunDir:
             if (row.get("iteration"), row.get("stage")) != (iteration, stage) or row.get("step", -1) < from_step
         ]
         if len(kept) != len(rows):
-            write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(self.metrics_path, "".join(map(_line, kept)))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -188,6 +188,7 @@ class PairRows(Sequence[TrainingRow]):
             reward=_two(table.reward, index),
             target=float(table.target[index]),
             weight=float(table.weight[index]),
+            name=table.pair_ids[index].as_py(),
         )
 
     def __iter__(self) -> Iterator[TrainingRow]:

@@ -21,6 +21,7 @@ from dno_jax.model.config import Head
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.exhausted import explained, weight_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import is_lookahead
 from dno_jax.training.checkpoint import policy_fingerprint, save_policy
@@ -40,8 +41,9 @@ def import_initial(runtime: Runtime[RunConfig]) -> str:
         if is_primary():
             _check_source(runtime.run_dir, source)
         return found
-    params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
-    digest = save_policy(path, params)
+    with explained("import of policy 0", weight_settings(runtime.programs)):
+        params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
+        digest = save_policy(path, params)
     if is_primary():
         note = {"path": source, "digest": checkpoint_digest(source)}
         write_atomically(runtime.run_dir.source_path, json.dumps(note, indent=2) + "\n")
@@ -113,17 +115,18 @@ def export(
         hf.check_replaceable(path)
     if dtype not in (None, "float32", "bfloat16"):
         raise DnoError(f"dtype of an export is {dtype!r}; expected float32 or bfloat16, or nothing for the base's own")
-    hf.save(
-        path,
-        runtime.model_config,
-        runtime.load_policy(run_dir.policy(policy), TRAIN),
-        source=config.model.path,
-        chat_template=runtime.own_template,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        facts=export_facts(config, run_dir, policy=policy),
-        overwrite=overwrite,
-    )
+    with explained(f"export of policy {policy}", weight_settings(runtime.programs)):
+        hf.save(
+            path,
+            runtime.model_config,
+            runtime.load_policy(run_dir.policy(policy), TRAIN),
+            source=config.model.path,
+            chat_template=runtime.own_template,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            facts=export_facts(config, run_dir, policy=policy),
+            overwrite=overwrite,
+        )
     barrier(f"export {policy}")
 
 

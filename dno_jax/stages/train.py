@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from dno_jax.config import RunConfig
+from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
@@ -24,7 +25,7 @@ from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
-from dno_jax.training.metrics import MetricsWriter
+from dno_jax.training.metrics import MetricsWriter, NotFinite
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import learning_rate_schedule
 from dno_jax.training.state import init_state, state_shardings
@@ -60,14 +61,15 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
     rows = PairRows(pairs, previous, initial)
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
-    result = train(
-        runtime,
-        runtime.load_policy(update.previous, TRAIN),
-        rows,
-        runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
-        Training(stage_name, iteration, states_path=stage.path / "states", max_length=config.max_length, scored=scored),
-    )
-    digest = save_policy(update.result, result.params)
+    with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+        result = train(
+            runtime,
+            runtime.load_policy(update.previous, TRAIN),
+            rows,
+            runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
+            Training(stage_name, iteration, stage.path / "states", max_length=config.max_length, scored=scored),
+        )
+        digest = save_policy(update.result, result.params)
     barrier(f"trained {stage.path}")
     if is_primary():
         remove_states(stage.path / "states")
@@ -159,21 +161,48 @@ def train(
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
                 learning_rate = float(np.asarray(rate(index)))
                 state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
-                if training.scored is not None and index == 0:
-                    check_step_zero(jax.device_get(metrics), dtype=config.model.dtype, scored=training.scored)
                 tokens = sum(
                     len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
                 )
-                writer.write(index, metrics, learning_rate=learning_rate, tokens=float(tokens))
-                if index + 1 < steps:
+                names = [row.name for row in chosen]
+                writer.write(index, metrics, names=names, learning_rate=learning_rate, tokens=float(tokens))
+                saved = index + 1 < steps and checkpoints.is_due(index + 1)
+                if saved or index == 0 or index + 1 == steps:  # what is kept is looked at before
+                    writer.flush()
+                if training.scored is not None and index == 0:
+                    check_step_zero(writer.last, dtype=config.model.dtype, scored=training.scored)
+                if saved:
                     checkpoints.save(state, step=index + 1)
                 meter.advance(1, note=f"loss {writer.last['loss']:.4f}" if writer.last else "")
+    except NotFinite as error:
+        raise DnoError(_not_finite(error, training, checkpoints.last_step, config)) from None
     finally:
         # Also after an error: what is still being written, states and metrics, is worth keeping.
         checkpoints.close()
         writer.close()
     last = {name: round(value, 6) for name, value in writer.last.items()}
     return TrainResult(params=state.params, num_steps=steps, metrics=last)
+
+
+def _not_finite(error: NotFinite, training: Training, saved: int | None, config: RunConfig | SftConfig) -> str:
+    """Say which step failed, on what, and what can be done."""
+    names = ", ".join(error.names[:16]) + (f" and {len(error.names) - 16} more" if len(error.names) > 16 else "")
+    rate, dtype = config.optimizer.learning_rate, config.model.dtype
+    here = f"--from {training.stage.replace('_', '-')}:{training.iteration}"
+    anew = f"dno run CONFIG optimizer.learning_rate={rate / 10:g} {here}"
+    if training.scored is None:
+        anew = f"optimizer.learning_rate={rate / 10:g} and another run_dir"
+    wider = "" if dtype == "float32" else f"; or model.dtype=float32 in place of {dtype}, whose range or rounding it is"
+    return (
+        f"{training.stage} of iteration {training.iteration}, step {error.step}: the loss is {error.loss:g} and the "
+        f"gradient's norm {error.grad_norm:g}; training stops, and nothing of this step is kept ("
+        + ("no state was saved before" if saved is None else f"the last saved state is that after step {saved}")
+        + ").\n"
+        f"The batch's rows: {names}.\n"
+        "The same command takes the same step again. A smaller learning rate is what mostly helps "
+        f"(it is {rate:g}, with optimizer.max_grad_norm={config.optimizer.max_grad_norm:g}): {anew}{wider}. Where the "
+        "losses before it in metrics.jsonl were small and steady, look at these rows' texts."
+    )
 
 
 def check_step_zero(metrics: dict[str, Any], *, dtype: str, scored: StageDir) -> None:

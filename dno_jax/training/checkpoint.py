@@ -199,12 +199,17 @@ class StateCheckpoints:
         self.path = path
         self._manager = ocp.CheckpointManager(path, options=options)
 
+    @property
+    def last_step(self) -> int | None:
+        """The step after which the newest saved state is; None where there is none."""
+        return self._manager.latest_step()
+
     def is_due(self, step: int) -> bool:
-        """Whether `save` will save the state after so many steps."""
+        """Whether the state after so many steps is to be saved: `save_every` divides them."""
         return self._manager.should_save(step)
 
     def save(self, state: TrainState, *, step: int) -> None:
-        """Start writing the state after `step` optimiser steps, if `save_every` divides it."""
+        """Start writing the state after `step` optimiser steps, if it is due."""
         if self.is_due(step):
             noted = {_FINGERPRINT: fingerprint(state)}
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
