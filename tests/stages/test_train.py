@@ -31,7 +31,8 @@ def test_a_loss_that_is_no_number_stops_training_before_a_state_is_saved(make_co
     said = str(told.value)
     assert said.count("\n") < 10
     assert all(row.name in said for row in rows)
-    logged = [json.loads(line, parse_constant=pytest.fail) for line in runtime.run_dir.metrics_path.open()]
+    lines = runtime.run_dir.metrics_path.read_text().splitlines()
+    logged = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     failed = logged[-1]["step"]
     assert f"train of iteration 0, step {failed}: the loss is" in said
     assert None in (logged[-1]["loss"], logged[-1]["grad_norm"])
