@@ -286,7 +286,12 @@ def plan(
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
+    ] = False,
+) -> None:
     """Show which stages are done, with rows and seconds, and what comes next."""
     from dno_jax.console import console
     from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
@@ -294,6 +299,10 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_
 
     folder = RunDir(str(run_dir))
     settings = folder.load_config()
+    if verify:
+        from dno_jax.report import verify as verification
+
+        verification.check(folder, settings)
     console.print(status_table(stage_statuses(folder, settings)))
     console.print(policy_table(folder, iterations=settings.iterations))
     console.print(iteration_table(folder, settings))

@@ -34,7 +34,7 @@ def stage_statuses(run_dir: RunDir, config: RunConfig) -> list[StageStatus]:
     for iteration in range(config.iterations):
         for name in stage_names(config, iteration):
             stage = run_dir.stage(name, iteration)
-            statuses.append(StageStatus(iteration, name, stage.manifest(), len(stage.shard_names())))
+            statuses.append(StageStatus(iteration, name, stage.manifest(), len(stage.shard_paths())))
     return statuses
 
 

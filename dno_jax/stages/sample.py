@@ -20,6 +20,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.records import Prompt, Rollout, Source
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
@@ -76,7 +77,8 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
     counted = _Counted()
     for shard in stage.shard_names() if is_primary() or config.sampling.audit_prompts else ():
         counted.add(stage.read_shard(Rollout, shard), policy=iteration, audited=config.sampling.audit_prompts)
-    audited = audit.run(runtime, counted.audited, policy=iteration, place=stage.path)
+    with explained(f"audit of iteration {iteration}'s samples", training_settings(runtime.programs)):
+        audited = audit.run(runtime, counted.audited, policy=iteration, place=stage.path)
     if is_primary():
         answered = [item for item in tokenized if item.prompt.prompt_id in counted.prompts]
         dropped.update(_gold_drops(counted.gold, answered))  # without responses it has no rows at all
@@ -117,7 +119,8 @@ def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
         write_atomically(path, text)
     elif path.read_text() != text:
         raise DnoError(
-            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir"
+            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir (or "
+            "remove this copy, where it is the one that has changed)"
         )
 
 

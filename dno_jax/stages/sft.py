@@ -18,12 +18,13 @@ from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
-from dno_jax.files import digest_of, write_atomically
+from dno_jax.files import digest_of, read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, explain
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages.checkpoints import checkpoint_digest, read_checkpoint
 from dno_jax.stages.template import refuse_template, save_template
@@ -61,7 +62,7 @@ def _open(runtime: Runtime[SftConfig], config: SftConfig) -> None:
         "tokenizer": runtime.tokenizer.digest,
         "weights": digest_of(f"{source}/config.json") if config.model.init_config else checkpoint_digest(source),
     }
-    if place.exists() and (changed := changes(json.loads(place.read_text()), now)):
+    if place.exists() and (changed := changes(read_note(place), now)):
         lines = "\n  ".join(changed)
         raise DnoError(
             f"run_dir {runtime.run_dir.path} was made by another configuration:\n  {lines}\nset these back, or give "
@@ -78,13 +79,14 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
             say(f"{target} is there already: nothing to do")
         return target
     rows = supervised_rows(runtime, config)
-    result = train(
-        runtime,
-        _initial(runtime, config),
-        rows,
-        runtime.programs.step_config(supervised_loss),
-        Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, guard=False),
-    )
+    with explained("sft", training_settings(runtime.programs)):
+        result = train(
+            runtime,
+            _initial(runtime, config),
+            rows,
+            runtime.programs.step_config(supervised_loss),
+            Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length),
+        )
     hf.save(
         str(target),
         runtime.model_config,
@@ -126,7 +128,7 @@ def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[Trai
                 "raise it or remove the example"
             )
         ids = (np.asarray(prompt, np.int32),), (np.asarray(response, np.int32),)
-        rows.append(TrainingRow(*ids, previous_logprob=(0.0,), weight=float(len(response))))
+        rows.append(TrainingRow(*ids, previous_logprob=(0.0,), weight=float(len(response)), name=place))
     if not rows:
         raise DnoError(f"{config.data.path}: holds no examples")
     return rows
