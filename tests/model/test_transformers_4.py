@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 
 from dno_jax.model import hf
-from dno_jax.model.hf.rewritten import config_text
+from dno_jax.model.hf.rewritten import config_text, write_tokenizer
 from tests.model.families import CASES, SHORT, SIZES
 from tests.model.test_families import stir, torch_logits, torch_model
 from tests.model.test_moe_models import COMMON
 from tests.model.test_moe_models import FAMILIES as MIXTURES
+from tests.model.tokenizers import make_tokenizer
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow]
 READ = """
@@ -106,3 +108,56 @@ def test_every_family_computes_the_same(tmp_path, python_4):
     differ = {name: float(np.abs(np.load(tmp_path / f"{name}.npy") - expected[name]).max()) for name in paths}
     # 5e-6: as test_families.py; rotations made by other sums may round apart.
     assert {name: found for name, found in differ.items() if found > 5e-6} == {}
+
+
+TEXTS = ["Hello  world 12345\n\n  x\ty", "def f(x):\n    return  x+1 # c", "don't  stop </s> after", "Größe 東京 🙂"]
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}{# trained #}"
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "yes"}]
+
+
+def tokenizers_of(folder: Path) -> dict[str, tuple[Path, str | None]]:
+    """Source folders as others write them, each with the template that was trained with (None: its own)."""
+    edits = {
+        "named": {"tokenizer_class": "GPT2Tokenizer"},
+        "written by transformers 5": {
+            "tokenizer_class": "TokenizersBackend",
+            "backend": "tokenizers",
+            "extra_special_tokens": ["<|x|>"],
+        },
+        "code": {"auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}},
+        "several": {"chat_template": [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}]},
+        "in a file": {"chat_template": "other"},
+    }
+    found = {}
+    for name, edit in edits.items():
+        path = make_tokenizer(folder / name, template="own {{ messages[0]['content'] }}", special=("<|x|>",))
+        config = path / "tokenizer_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), **edit}))
+        found[name] = path, TEMPLATE
+    (folder / "in a file" / "chat_template.jinja").write_text(TEMPLATE)
+    found["in a file"] = folder / "in a file", None
+    return found
+
+
+def test_tokenizers_and_templates_are_read_the_same(tmp_path, python_4):
+    """The ids of tokenizer.json and the template that was trained with; llama.cpp's converter takes that one too."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    wanted = {}
+    for name, (source, template) in tokenizers_of(tmp_path).items():
+        target = tmp_path / f"{name}, exported"
+        shutil.copytree(source, target)
+        write_tokenizer(source, target, chat_template=template)
+        wanted[name] = (str(target), TEXTS, CHAT)
+    found = read(python_4, {}, wanted, tmp_path)
+    for name, (path, texts, chat) in wanted.items():
+        plain, five = Tokenizer.from_file(f"{path}/tokenizer.json"), AutoTokenizer.from_pretrained(path)
+        ids = [plain.encode(text, add_special_tokens=False).ids for text in texts]
+        assert found[name]["ids"] == ids == [five(text, add_special_tokens=False)["input_ids"] for text in texts], name
+        assert found[name]["chat"] == five.apply_chat_template(chat, tokenize=False) == "Hi</s>yes</s>", name
+        assert found[name]["names"] == ["attention_mask", "input_ids"], name
+        converted = found[name]["gguf"]
+        if isinstance(converted, list):
+            converted = next(one["template"] for one in converted if one["name"] == "default")
+        assert converted == TEMPLATE, name
