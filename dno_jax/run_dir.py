@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from etils import epath
 
-from dno_jax.config import RunConfig, Section, dump_config, parse_config
+from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
@@ -161,6 +161,17 @@ class RunDir:
                 "remove it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
             )
         return parse_config(kind, tree, place=str(self.config_path))
+
+    def kind(self) -> type[RunConfig] | type[SftConfig]:
+        """What the directory was made by: a run, or a supervised fine-tuning.
+
+        Raises:
+            DnoError: there is no configuration in it.
+        """
+        if not self.config_path.exists():
+            raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
+        tree = yaml.safe_load(self.config_path.read_text())
+        return SftConfig if isinstance(tree, dict) and "data" in tree and "prompts" not in tree else RunConfig
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; what is no number (NaN, infinity) is null there, as in JSON."""

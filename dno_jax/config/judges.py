@@ -12,6 +12,7 @@ from dno_jax.config.base import (
     ROUNDS,
     Count,
     Fraction,
+    ModelPath,
     PathStr,
     Section,
     Temperature,
@@ -30,8 +31,9 @@ Rubric = Annotated[str, AfterValidator(_rubric)]
 class RewardModelSection(Section):
     """A sequence-classification checkpoint with one output, scored on the devices."""
 
-    path: PathStr = Field(
-        description="directory of a Hugging Face checkpoint", json_schema_extra=contents("annotate", "evaluate")
+    path: ModelPath = Field(
+        description="directory of a Hugging Face checkpoint, or an id on the Hub",
+        json_schema_extra=contents("annotate", "evaluate"),
     )
     temperature: float = Field(
         default=1.0,

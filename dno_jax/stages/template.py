@@ -15,7 +15,7 @@ from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.model.hf import read_config
+from dno_jax.model.hf import folder, read_config
 from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message, Prompt
@@ -119,7 +119,8 @@ def _strip(tokenizer: ChatTokenizer, data_path: str) -> TemplateStrip | None:
 
 
 def _vocabulary(section: ModelConfigSection, tokenizer: ChatTokenizer) -> tuple[Finding, ...]:
-    rows, ids = read_config(getattr(section, "init_config", None) or section.path).vocab_size, tokenizer.vocab_size
+    model = folder(getattr(section, "init_config", None) or section.path)
+    rows, ids = read_config(model).vocab_size, tokenizer.vocab_size
     if ids > rows:
         return (Finding("error", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding"),)
     padding = f"; the {rows - ids} rows above are padding and never sampled" if ids < rows else ""
