@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import yaml
 from etils import epath
 
-from dno_jax.config import RunConfig, Section, dump_config, parse_config
+from dno_jax.config import RunConfig, Section, dump_config, parse_config, read_yaml
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
@@ -150,7 +149,8 @@ class RunDir:
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         self._check_format()
-        return parse_config(kind, yaml.safe_load(self.config_path.read_text()), place=str(self.config_path))
+        place = str(self.config_path)
+        return parse_config(kind, read_yaml(self.config_path.read_text(), place=place), place=place)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
