@@ -18,10 +18,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import yaml
 from etils import epath
 
-from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config
+from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config, read_yaml
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
@@ -152,8 +151,8 @@ class RunDir:
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         self._check_format()
         try:
-            tree = yaml.safe_load(self.config_path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = read_yaml(self.config_path.read_text(), place="it")
+        except (DnoError, UnicodeDecodeError) as error:
             tree = str(error).split("\n")[0]
         if not isinstance(tree, dict):
             raise DnoError(
@@ -170,7 +169,7 @@ class RunDir:
         """
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
-        tree = yaml.safe_load(self.config_path.read_text())
+        tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))
         return SftConfig if isinstance(tree, dict) and "data" in tree and "prompts" not in tree else RunConfig
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:

@@ -13,8 +13,10 @@ from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.prompts import prompts
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
+from dno_jax.cli.version import show_version
 
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
@@ -27,7 +29,20 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Config = Annotated[Path, typer.Argument(help="a YAML file (see configs/)", show_default=False)]
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+Config = Annotated[
+    Path,
+    typer.Argument(help="a YAML file (see configs/); relative paths in it start at its folder", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
 ]
@@ -323,6 +338,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")

@@ -1,7 +1,7 @@
 """The whole configuration: frozen pydantic models, read from YAML, overridden by `a.b=value`.
 
-num_x counts, max_x is an inclusive bound, x_id identifies. A relative path is relative to the directory the command
-runs in. Nothing here imports jax.
+num_x counts, max_x is an inclusive bound, x_id identifies. A relative path in a file is relative to the file's folder,
+one in an override to the directory the command runs in. Nothing here imports jax.
 """
 
 from dno_jax.config.annotation import (
@@ -41,6 +41,7 @@ from dno_jax.config.training import (
     ReferenceSection,
     TrainingSection,
 )
+from dno_jax.config.yaml_reader import read_yaml
 
 __all__ = [
     "MIN_TEMPERATURE",
@@ -81,5 +82,6 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "read_yaml",
     "stage_digest",
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
-from dno_jax.config.base import COSTS, Count, ModelPath, PathStr, Section, contents, decides
+from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
@@ -193,12 +195,22 @@ class SftModelSection(ModelConfigSection):
 
 
 class SftDataSection(Section):
-    path: PathStr = Field(
-        description="JSONL of {messages, response} or {prompt, response} rows", json_schema_extra=contents("sft")
+    path: DataPaths = Field(
+        description="examples in any form of docs/data.md: a file, a pattern, a dataset's id, or a list of them",
+        json_schema_extra=contents("sft"),
+    )
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="which of the assistant's turns are trained: the last one, or each after the chat before it",
+        json_schema_extra=decides("sft"),
     )
     max_length: Count = Field(
-        default=512,
-        description="tokens of the longest example; longer ones are an error",
+        default=512, description="tokens of the longest example", json_schema_extra=decides("sft")
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="what happens to a longer example; drops are counted. truncate cuts the prompt as "
+        "prompts.too_long does, never the response",
         json_schema_extra=decides("sft"),
     )
 

@@ -13,10 +13,10 @@ from dno_jax.config.base import (
     ROUNDS,
     SAMPLED,
     Count,
+    DataPaths,
     DateStr,
     Fraction,
     ModelPath,
-    PathStr,
     Section,
     contents,
     decides,
@@ -86,8 +86,8 @@ class MeshSection(Section):
 
 
 class PromptsSection(Section):
-    path: PathStr = Field(
-        description="JSONL of Prompt rows, or of {prompt, gold?} rows",
+    path: DataPaths = Field(
+        description="prompts in any form of docs/data.md: a file, a pattern, a dataset's id, or a list of them",
         json_schema_extra=contents("teach", "sample", "evaluate"),
     )
     held_out: int = Field(
@@ -96,8 +96,10 @@ class PromptsSection(Section):
         description="prompts set aside for evaluation, drawn by seed, when no file is given",
         json_schema_extra=decides("teach", "sample", "evaluate"),
     )
-    held_out_path: PathStr | None = Field(
-        default=None, description="JSONL of prompts for evaluation", json_schema_extra=contents("teach", "evaluate")
+    held_out_path: DataPaths | None = Field(
+        default=None,
+        description="prompts for evaluation, none of which is trained on",
+        json_schema_extra=contents("teach", "evaluate"),
     )
     split: Literal["disjoint", "shared"] = Field(
         default="disjoint",

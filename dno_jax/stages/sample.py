@@ -16,6 +16,7 @@ from etils import epath
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
 from dno_jax.data.prompts import TokenizedPrompt
+from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
@@ -137,8 +138,9 @@ def _data_to_shards(
         rollouts: list[Rollout] = []
         for item in prompts[first : first + size]:
             if not item.prompt.candidates:
+                place = named(runtime.config.prompts.path)
                 raise DnoError(
-                    f"prompt {item.prompt.prompt_id!r} of {runtime.config.prompts.path} has no candidates, which "
+                    f"prompt {item.prompt.prompt_id!r} of {place} has no candidates, which "
                     'sampling.source=data trains on: give {"candidates": [{"text": ..., "score": ...}, ...]}'
                 )
             name = f"{iteration:03d}/{item.prompt.prompt_id}"

@@ -253,7 +253,7 @@ def _start(config: RunConfig) -> Runtime[RunConfig]:
 def _with(config: RunConfig, overrides: Sequence[str], **fields: Any) -> RunConfig:
     tree = config.model_dump(mode="json") | fields
     for override in overrides:
-        lay_over(tree, override)
+        lay_over(tree, override, kind=RunConfig)
     sampling = tree["sampling"]
     is_greedy = isinstance(sampling, dict) and sampling.get("temperature") == 0
     if is_greedy:  # of which a run could make no pairs
