@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
+from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.prompts import prompts
 from dno_jax.cli.rehearsal import fake_judge
+from dno_jax.cli.settings import config as list_settings
+from dno_jax.cli.version import show_version
 
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
@@ -30,9 +29,26 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Config = Annotated[Path, typer.Argument(help="a YAML file (see configs/)", show_default=False)]
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+Config = Annotated[
+    Path,
+    typer.Argument(help="a YAML file (see configs/); relative paths in it start at its folder", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
+]
+With = Annotated[
+    list[Path] | None,
+    typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
 ]
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
 Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
@@ -44,6 +60,7 @@ ProcessId = Annotated[int | None, typer.Option(help="index of this process, from
 def run(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     redo_from: Annotated[
         str | None,
         typer.Option(
@@ -57,23 +74,29 @@ def run(
     process_id: ProcessId = None,
 ) -> None:
     """Run all iterations, or resume where an earlier run stopped; export the best policy."""
+    settings = _load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
-    from dno_jax.report.summary import iteration_table, policy_table
+    from dno_jax.report.answers import answers_text, shown_answers
+    from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    settings = _load(config, overrides)
     _join(coordinator, num_processes, process_id)
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
-        console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", markup=False)
+        if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
+            console.print(answers_text(shown))
+        policy = told_policy(folder, iteration=settings.iterations - 1)
+        console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
 
 
-def _stage_settings(name: str, config: Path, overrides: list[str] | None, iteration: int) -> RunConfig:
+def _stage_settings(
+    name: str, config: Path, overrides: list[str] | None, variants: list[Path] | None, iteration: int
+) -> RunConfig:
     """Read the configuration of a command that runs one stage.
 
     Raises:
@@ -82,7 +105,7 @@ def _stage_settings(name: str, config: Path, overrides: list[str] | None, iterat
     from dno_jax.errors import DnoError
     from dno_jax.stage_dir import stage_names
 
-    settings = _load(config, overrides)
+    settings = _load(config, overrides, variants)
     if not 0 <= iteration < settings.iterations:
         raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
     if name not in stage_names(settings, iteration):
@@ -96,8 +119,8 @@ def _stage_settings(name: str, config: Path, overrides: list[str] | None, iterat
 def _host_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs no device: any machine with the run directory will do."""
 
-    def command(config: Config, overrides: Overrides = None, iteration: Iteration = 0) -> None:
-        _run_on_host(name, _stage_settings(name, config, overrides, iteration), iteration)
+    def command(config: Config, overrides: Overrides = None, variants: With = None, iteration: Iteration = 0) -> None:
+        _run_on_host(name, _stage_settings(name, config, overrides, variants, iteration), iteration)
 
     command.__doc__ = summary
     app.command(name)(command)
@@ -121,12 +144,13 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
     def command(
         config: Config,
         overrides: Overrides = None,
+        variants: With = None,
         iteration: Iteration = 0,
         coordinator: Coordinator = None,
         num_processes: NumProcesses = None,
         process_id: ProcessId = None,
     ) -> None:
-        settings = _stage_settings(name, config, overrides, iteration)
+        settings = _stage_settings(name, config, overrides, variants, iteration)
         _join(coordinator, num_processes, process_id)
         options = {"stage_name": name} if module in ("score", "train") else {}
         _run_on_devices(name, module or name, settings, iteration, **options)
@@ -154,13 +178,14 @@ _device_stage("sample", "Sample K responses per prompt from policy t.")
 def annotate(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     iteration: Iteration = 0,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
 ) -> None:
     """Judge the candidates; any machine with the run directory will do, unless the judge is a model on the devices."""
-    settings = _stage_settings("annotate", config, overrides, iteration)
+    settings = _stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
         _join(coordinator, num_processes, process_id)
@@ -181,6 +206,7 @@ _device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
 def sft(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -188,7 +214,7 @@ def sft(
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
     from dno_jax.config import SftConfig, load_config
 
-    settings = load_config(SftConfig, config, overrides or [])
+    settings = load_config(SftConfig, config, overrides or [], variants=variants or [])
     _join(coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
@@ -197,53 +223,56 @@ def sft(
 
 
 @app.command("import")
-def import_(config: Config, overrides: Overrides = None) -> None:
+def import_(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
+    settings = _load(config, overrides, variants)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
-    with prepared(Runtime.start(_load(config, overrides))):
+    with prepared(Runtime.start(settings)):
         pass
 
 
 @app.command()
 def export(
-    run_dir: Annotated[str, typer.Argument(help="a run directory", show_default=False)],
+    run_dir: Annotated[str, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
     path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest size of one file, such as 500MB")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="replace an earlier export, or an empty directory")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this repository on the Hub, model card too")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="where the run's base checkpoint lies on this machine, or its id on the Hub")
+    ] = None,
+    public: Annotated[bool, typer.Option(help="a repository that --push makes is for all to see")] = False,
 ) -> None:
-    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
-    from dno_jax.config.base import absolute
-    from dno_jax.console import say
-    from dno_jax.report.summary import best_policy_of
+    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits.
+
+    RUN_DIR may be a directory of `dno sft` too, and the devices need not be those of the run.
+    """
     from dno_jax.run_dir import RunDir
+    from dno_jax.stages import exports
 
-    folder = RunDir(run_dir)
-    # The directory may have been copied or moved since its config.yaml was written.
-    settings = folder.load_config().model_copy(update={"run_dir": absolute(str(folder.path))})
-    if policy is None:
-        policy = best_policy_of(folder, iterations=settings.iterations)
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages import checkpoints
-
-    checkpoints.export(
-        Runtime.start(settings),
+    wanted = exports.Wanted(
         policy=policy,
-        path=str(path),
+        base=base,
         dtype=dtype,
         max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
+        push=push,
+        public=public,
     )
-    say(f"policy {policy} exported to {path}")
+    exports.run(RunDir(run_dir), str(path), wanted)
 
 
 @app.command()
 def plan(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     memory: Annotated[
         str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
     ] = None,
@@ -263,7 +292,7 @@ def plan(
 
     capacity = None if memory is None else _bytes(memory, option="--memory")
     found = planning.plan_run(
-        _load(config, overrides),
+        _load(config, overrides, variants),
         memory=capacity,
         num_devices=devices,
         response_tokens=response_tokens,
@@ -273,14 +302,27 @@ def plan(
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
+    ] = False,
+) -> None:
     """Show which stages are done, with rows and seconds, and what comes next."""
+    from dno_jax.config import SftConfig
     from dno_jax.console import console
-    from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
+    from dno_jax.report.summary import fine_tuning_table, iteration_table, policy_table, stage_statuses, status_table
     from dno_jax.run_dir import RunDir
 
     folder = RunDir(str(run_dir))
+    if folder.kind() is SftConfig:
+        console.print(fine_tuning_table(folder))
+        return
     settings = folder.load_config()
+    if verify:
+        from dno_jax.report import verify as verification
+
+        verification.check(folder, settings)
     console.print(status_table(stage_statuses(folder, settings)))
     console.print(policy_table(folder, iterations=settings.iterations))
     console.print(iteration_table(folder, settings))
@@ -296,6 +338,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")
@@ -307,26 +350,28 @@ def _inspect_group() -> None:
 
 
 @_inspect.command("template")
-def inspect_template(config: Config, overrides: Overrides = None) -> None:
+def inspect_template(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
-    from rich.console import Console
-
+    settings = _load(config, overrides, variants)
+    from dno_jax.console import PlainConsole
     from dno_jax.stages import template as stage
 
-    settings = _load(config, overrides)
     found = stage.report(settings.model, settings.prompts.path)
-    Console(highlight=False).print(stage.render(found), end="", soft_wrap=True)
+    PlainConsole().print(stage.render(found), end="", soft_wrap=True)
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(chat)
+app.command()(generate)
+app.command("config")(list_settings)
 app.command()(game)
 app.command()(fake_judge)
 
 
-def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None) -> RunConfig:
     from dno_jax.config import RunConfig, load_config
 
-    return load_config(RunConfig, path, overrides or [])
+    return load_config(RunConfig, path, overrides or [], variants=variants or [])
 
 
 def _bytes(text: str, *, option: str) -> int:
@@ -346,36 +391,6 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
 
 
-@contextmanager
-def _no_interrupt_is_lost() -> Iterator[None]:
-    """Send a Ctrl-C again where Python drops it: in a callback of the garbage collector, of which jax has one."""
-    before = sys.unraisablehook
-
-    def hook(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type is not KeyboardInterrupt:
-            before(dropped)
-            return
-        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # at once, it would end up in this hook
-        again.daemon = True
-        again.start()
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
 def main() -> None:
     """Run the command line; a DnoError is printed without a traceback, exit status 2, and 130 after a Ctrl-C."""
-    try:
-        from dno_jax.errors import DnoError
-
-        try:
-            with _no_interrupt_is_lost():
-                app()
-        except DnoError as error:
-            typer.echo(f"dno: {error}", err=True)
-            raise SystemExit(2) from None
-    except KeyboardInterrupt:  # before the command has begun, or after it
-        raise SystemExit(130) from None
+    raise SystemExit(process.run(app))

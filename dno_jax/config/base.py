@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from dno_jax.display import is_variable_name
 
 Stage = Literal["teach", "sample", "annotate", "pair", "score", "train", "evaluate", "sft"]
 Kind = Literal["decides", "contents", "rounds", "costs"]
@@ -37,10 +41,56 @@ TRAINED = decides("train", "sft")
 MIN_TEMPERATURE = 1e-6
 
 
-def absolute(path: str) -> str:
+# An id of the Hub, as opposed to a file: owner/name@revision:split, or with a subset owner/name:subset:split.
+_DATASET_ID = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?((:(?P<subset>[\w.-]+))?:(?P<split>[\w.-]+))?"
+)
+_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".xz", ".zip")
+_FILES += (".arrow", ".yaml", ".yml", ".jinja", ".safetensors", ".sqlite")
+
+
+def hub_parts(text: str) -> dict[str, str | None] | None:
+    """Return name, revision, subset and split of an id of the Hub; None where the text is a path."""
+    found = _DATASET_ID.fullmatch(text)
+    if found is None or text.startswith(".") or text.endswith(_FILES) or Path(text).exists():
+        return None
+    return found.groupdict()
+
+
+def expanded(path: str) -> str:
+    """Put in the home directory for ~, and the environment's variables for $NAME and ${NAME}.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
     if not path:
         raise ValueError("an empty path")
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    path = os.path.expandvars(path)
+    if missing := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ValueError(f"{path!r} names the environment variable {missing[0]}, which is not set")
+    return path if "://" in path else os.path.expanduser(path)
+
+
+def absolute(path: str) -> str:
+    path = expanded(path)
+    return path if "://" in path else str(Path(path).absolute())
+
+
+def data_place(path: str) -> str:
+    return path if hub_parts(path) else absolute(path)
+
+
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
+
+
+def hub_id(path: str) -> tuple[str, str | None] | None:
+    """Return (owner/name, revision or None) of an id on the Hugging Face Hub; None: a path, which comes first."""
+    found = _HUB_ID.fullmatch(path)
+    return None if found is None or Path(path).exists() else (found[1], found[2])
+
+
+def model_place(path: str) -> str:
+    return path if hub_id(path) else absolute(path)
 
 
 def drawable(temperature: float) -> float:
@@ -51,12 +101,29 @@ def drawable(temperature: float) -> float:
     return temperature
 
 
+def variable_name(name: str) -> str:
+    """
+    Raises:
+        ValueError: it is no name, and is not shown: it may be the key.
+    """
+    if not is_variable_name(name):
+        raise ValueError(
+            "no name of an environment variable, and maybe a key (so it is not shown); expected a name such as "
+            "OPENAI_API_KEY. Put the key into that variable; if the key has been in a file or a command, replace it"
+        )
+    return name
+
+
 def iso_date(day: Any) -> str:
     return str(datetime.date.fromisoformat(str(day)))  # YAML has made a date of it, unless it is in quotes
 
 
 PathStr = Annotated[str, AfterValidator(absolute)]
+ModelPath = Annotated[str, AfterValidator(model_place)]
+DataPath = Annotated[str, AfterValidator(data_place)]
+DataPaths = DataPath | Annotated[tuple[DataPath, ...], Field(min_length=1)]
 DateStr = Annotated[str, BeforeValidator(iso_date)]
+VariableName = Annotated[str, AfterValidator(variable_name)]
 Temperature = Annotated[float, Field(ge=0.0), AfterValidator(drawable)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]

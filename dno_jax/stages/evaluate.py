@@ -30,13 +30,14 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import redo
-from dno_jax.stages.annotate import judge_pools
+from dno_jax.stages.annotate import judge_late, judge_pools
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.sample import ResponseLengths
 from dno_jax.stages.teach import taught
 
 GOLD = "gold"
+_SHOWN_CHARACTERS = 2000  # of a message or an answer
 AVERAGE = "average"  # the mixture of all policies before the newest
 
 
@@ -133,6 +134,7 @@ class _Judged:
     preferences: list[tuple[str, str, str, float]]  # prompt id, player, opponent, P(player preferred)
     dropped: Counter[str]
     lengths: dict[str, dict[str, Any]]  # of each policy's responses
+    shown: dict[str, Any] | None = None  # one prompt and all policies' answers, for people to read
 
 
 @dataclass(frozen=True)
@@ -202,18 +204,19 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
         players.append(_Players(by_id[prompt_id], sample, texts))
-    annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
-
     pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
 
     async def judge_all() -> list[Judgement]:
+        annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
         async with closing(annotator, run_dir):
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
                 judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
+                judgements = await judge_late(annotator, list(pools.values()), judgements)
             annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
             return judgements
 
-    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))
+    # A policy that judges itself is no judge of held-out responses, and is not asked for one where there are none.
+    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True)) if pools else {}
     verdicts = [judgements.get(index) for index in range(len(players))]
     answered = [verdict for verdict in verdicts if verdict is not None]
     missing = [verdict for verdict in answered if verdict.state != "ok"]
@@ -233,7 +236,23 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         if verdict is None or verdict.state == "ok":
             preferences += group.preferences(verdict)
     dropped = {"held-out pool without verdict": len(missing), "no usable response from the server": len(left_out)}
-    return _Judged(preferences, +Counter(dropped), lengths)
+    return _Judged(preferences, +Counter(dropped), lengths, _shown(players, newest=newest))
+
+
+def _shown(players: Sequence[_Players], *, newest: int) -> dict[str, Any] | None:
+    """One prompt with the first answer of every policy: the first whose answers differ, as report.answers shows it."""
+    first = [group for group in players if group.sample == 0]
+    found = next((group for group in first if group.texts["0"] != group.texts[str(newest)]), next(iter(first), None))
+    if found is None:
+        return None
+    asked = [{"role": message.role, "content": _cut(message.content)} for message in found.prompt.messages]
+    prefix = found.prompt.assistant_prefix
+    answers = {str(policy): _cut(prefix + found.texts[str(policy)]) for policy in range(newest + 1)}
+    return {"prompt_id": found.prompt.prompt_id, "messages": asked, "answers": answers}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
 
 
 def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
@@ -266,6 +285,7 @@ def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
         **({AVERAGE: average} if average else {}),
         "matrix": np.round(matrix, 4).tolist(),
         "lengths": lengths,
+        **({"shown": judged.shown} if judged.shown else {}),
         "best": best_policy(matrix),
         "why": "highest mean win rate over the other policies on held-out prompts",
     }

@@ -1,8 +1,10 @@
 """Hugging Face checkpoints in and out: safetensors files to and from our parameter tree."""
 
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
-from dno_jax.model.hf.config_json import read_config, read_end_token_ids, read_pad_token_id
+from dno_jax.model.hf.config_json import read_config, read_dropout, read_end_token_ids, read_pad_token_id
 from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
+from dno_jax.model.hf.files import weight_files
+from dno_jax.model.hf.hub import folder
 from dno_jax.model.hf.importer import check, load
 
 __all__ = [
@@ -11,9 +13,12 @@ __all__ = [
     "HeldOutRate",
     "check",
     "check_replaceable",
+    "folder",
     "load",
     "read_config",
+    "read_dropout",
     "read_end_token_ids",
     "read_pad_token_id",
     "save",
+    "weight_files",
 ]

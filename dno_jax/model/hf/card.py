@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from dno_jax.display import printable
+
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _MAX_CHARACTERS = 200
 _MAX_FRONT_MATTER = 1 << 16
@@ -56,6 +58,8 @@ class ExportFacts:
         num_pairs: training pairs (rows) over all those iterations.
         num_examples: examples of supervised fine-tuning.
         win_rates: on held-out prompts.
+        messages: of a held-out prompt, as (role, text).
+        answers: to it, as (who, text).
     """
 
     method: str
@@ -68,14 +72,17 @@ class ExportFacts:
     num_pairs: int | None = None
     num_examples: int | None = None
     win_rates: tuple[HeldOutRate, ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
+    answers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class _Base:
-    """The checkpoint that training started from: its name, its id on the Hub, what it says of its licence."""
+    """The checkpoint that training started from: its name, its id and commit on the Hub, its licence."""
 
     name: str
     hub_id: str | None
+    commit: str | None
     licence: dict[str, str]
 
 
@@ -89,6 +96,7 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
     licence = base.licence.get("license_name") or base.licence.get("license")
     rows: list[tuple[str, str]] = [
         ("base model", code(base.name)),
+        *([("its commit", code(base.commit))] if base.commit else []),
         ("licence", code(licence) if licence else "see the base model"),
     ]
     if facts is not None:
@@ -102,6 +110,10 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
     ]
     if facts is not None and facts.win_rates:
         parts += ["## Win rates on held-out prompts", _rate_table(facts.win_rates)]
+    if facts is not None and facts.answers:
+        parts.append("## A held-out prompt, and the first answers to it")
+        for who, text in (*facts.messages, *facts.answers):
+            parts += [f"{code(who)}:", _fenced(text)]
     parts += ["## Citation", f"```bibtex\n{_CITATION}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -130,6 +142,13 @@ def _rate_table(rates: tuple[HeldOutRate, ...]) -> str:
     return "\n".join(rows)
 
 
+def _fenced(text: str) -> str:
+    """Return text of several lines as a Markdown code block, which nothing in it can close."""
+    plain = printable(text.strip())
+    fence = "`" * (1 + max(2, *(len(run) for run in re.findall("`+", plain)), 0))
+    return f"{fence}text\n{plain}\n{fence}"
+
+
 def code(text: str) -> str:
     """Return text as a Markdown code span: one line, nothing in it is markup, fit for a table's cell."""
     plain = _one_line(text)
@@ -148,9 +167,12 @@ def _one_line(text: str) -> str:
 
 
 def _read_base(source: Path) -> _Base:
-    cached = [part.removeprefix("models--").split("--") for part in source.parts if part.startswith("models--")]
-    hub_id = "/".join(cached[-1]) if cached and len(cached[-1]) == 2 else None
-    return _Base(name=hub_id or source.resolve().name, hub_id=hub_id, licence=_licence(source))
+    hub_id = commit = None
+    for folder, _, snapshot in zip(source.parts, source.parts[1:], source.parts[2:], strict=False):
+        names = folder.removeprefix("models--").split("--")
+        if folder.startswith("models--") and len(names) == 2:
+            hub_id, commit = "/".join(names), snapshot
+    return _Base(name=hub_id or source.resolve().name, hub_id=hub_id, commit=commit, licence=_licence(source))
 
 
 def _licence(source: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, read_end_token_ids
+from dno_jax.model.text.template_limits import apply_template
 from dno_jax.records import Message
 
 # The day that templates take for today. Any would do, so long as it stays: this is the one that Llama 3's fall back on.
@@ -213,7 +214,7 @@ class ChatTokenizer:
         return self._tokenizer.convert_tokens_to_ids(text) not in (None, self._tokenizer.unk_token_id)
 
     def _apply(self, messages: Sequence[Message], *, tokenize: bool = True, **options: bool) -> Any:
-        """Render a chat: ids or, with tokenize=False, text. Transformers does so in Jinja's immutable sandbox."""
+        """Render a chat: ids or, with tokenize=False, text; in Jinja's immutable sandbox, within limits."""
         chat = [{"role": message.role, "content": message.content} for message in messages]
         dated: dict[str, Any] = {"date_string": self.date.strftime("%d %b %Y")}
         template = self.template or ""
@@ -222,9 +223,7 @@ class ChatTokenizer:
             dated["pinned_date"] = {code: self.date.strftime(code) for code in _DATE_CODES}
         try:
             # Ids directly, never text that is tokenised again: that doubles the BOS which the template wrote.
-            made = self._tokenizer.apply_chat_template(
-                chat, chat_template=template, tokenize=tokenize, return_dict=False, **options, **dated
-            )
+            made = apply_template(self._tokenizer, chat, chat_template=template, tokenize=tokenize, **options, **dated)
         except Exception as error:  # the template is a program of somebody else's: it may raise anything
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "

@@ -39,6 +39,7 @@ from dno_jax.parallel.cluster import broadcast_from_primary, is_primary
 from dno_jax.parallel.sharding import DECODE, num_row_shards, replicated, row_sharding, to_device
 from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message
+from dno_jax.runtime.exhausted import explained, reward_settings
 from dno_jax.runtime.fit import check_ids
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
@@ -111,8 +112,9 @@ class RewardModel:
         """
         section = runtime.config.annotation.reward_model
         assert section is not None  # the configuration's own check
-        files = hf.check(section.path, head="reward")
-        model_config = hf.read_config(section.path, head="reward", rope_length=section.max_length)
+        path = hf.folder(section.path, weights=True)
+        files = hf.check(path, head="reward")
+        model_config = hf.read_config(path, head="reward", rope_length=section.max_length)
         programs = replace(runtime.programs, model_config=model_config)
         own = replace(runtime, programs=programs, tokenizer=_tokenizer(section, date=runtime.tokenizer.date))
         check_ids(own.tokenizer, model_config)
@@ -130,7 +132,7 @@ class RewardModel:
                 f"annotation.reward_model.batch_size is {section.batch_size}, which the {shards} row shards of a "
                 "process's submesh do not divide; make it a multiple"
             )
-        return cls(own, section, hf.read_pad_token_id(section.path), _digest(section.path, files))
+        return cls(own, section, hf.read_pad_token_id(path), _digest(path, files))
 
     @property
     def path(self) -> Path:
@@ -248,9 +250,12 @@ def _judge_shards(judge: RewardModel, pools: Pools, shards: Sequence[str], *, cl
     """Judge and close shards; each submesh takes every n-th and runs by itself."""
     submesh = judge.runtime.submesh
     own = shards[submesh.index :: submesh.count]
-    params = judge.load()
-    description = f"judge     {pools.sampled.iteration}"
-    with Meter(description, total=len(own), unit="shards", enabled=is_primary()) as meter:
+    description, what = f"judge     {pools.sampled.iteration}", f"annotate of iteration {pools.sampled.iteration}"
+    with (
+        explained(what, reward_settings(judge.runtime.programs, judge.section.batch_size)),
+        Meter(description, total=len(own), unit="shards", enabled=is_primary()) as meter,
+    ):
+        params = judge.load()
         for name in own:
             shard = pools.read(name)
             close(name, shard, judge.judge(params, shard.pools))
@@ -279,7 +284,7 @@ def _reward_figures(sums: Counter[str]) -> dict[str, dict[str, float]]:
 
 def _tokenizer(section: RewardModelSection, *, date: datetime.date) -> ChatTokenizer:
     try:
-        tokenizer = ChatTokenizer.load(section.path, date=date)
+        tokenizer = ChatTokenizer.load(hf.folder(section.path), date=date)
         tokenizer.chat_ids((Message(role="user", content="q"),), "a")
     except DnoError as error:
         raise DnoError(
@@ -289,11 +294,11 @@ def _tokenizer(section: RewardModelSection, *, date: datetime.date) -> ChatToken
     return tokenizer
 
 
-def _digest(path: str, files: Iterable[Path]) -> str:
+def _digest(path: Path, files: Iterable[Path]) -> str:
     """sha256 of config.json and the weights; process 0's, so that one process reads them for it."""
     digest = bytes(32)
     if is_primary():
-        named = [Path(path) / "config.json", *files]
+        named = [path / "config.json", *files]
         digest = _digest_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in named))
     return broadcast_from_primary(np.frombuffer(digest, np.uint8)).tobytes().hex()
 
