@@ -19,6 +19,7 @@ LEVELS = [
         "statistics",
         "console",
         "endpoint",
+        "reasoning",
         "logprobs",
         "losses",
         "preferences",
@@ -34,7 +35,7 @@ LEVELS = [
 ORDER = [room for level in LEVELS for room in level]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 HOST_ROOMS = ("annotation", "config", "preferences", "fake_judge", "evaluation")
-HOST_FILES = ("endpoint", "records", "run_dir", "stage_dir", "files", "statistics", "console", "addresses")
+HOST_FILES = ("endpoint", "records", "run_dir", "stage_dir", "files", "statistics", "console", "addresses", "reasoning")
 
 
 def dotted(path):
