@@ -175,6 +175,7 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
             hf.HeldOutRate(f"policy {opponent}" if opponent.isdigit() else opponent, **found)
             for opponent, found in rates.items()
         ),
+        template_options=config.model.template_options,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from etils import epath
 from dno_jax.addresses import Purpose, rng
 from dno_jax.config import LossSection, PairingSection, RunConfig
 from dno_jax.data.pairs import NEW, REPLAYED, PairFile, Spool, pair_table, write_pairs
-from dno_jax.data.pools import Pools
+from dno_jax.data.pools import Pools, shown_text
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
     PairChoice,
@@ -146,12 +146,15 @@ def new_pairs(
     answers = {judgement.prompt_id: judgement for judgement in judgements}
     for prompt_id, own in sorted(by_prompt.items()):
         judgement = answers.get(prompt_id)
-        if judgement is None and (config.pairing.reward == "score" or not _says_something_and_nothing(own)):
+        shown = {row.rollout_id: shown_text(row, reasoning=config.annotation.shows_reasoning).strip() for row in own}
+        # Even one answer alone, which no judge is shown, beats a response without any.
+        beaten = set(map(bool, shown.values())) == {True, False}
+        if judgement is None and (config.pairing.reward == "score" or not beaten):
             continue  # no judge was shown it, and there is no pair in it
         if judgement is not None and judgement.state != "ok":
             made.dropped[f"verdict {judgement.state}"] += 1
             continue
-        pool = _Pool(own, judgement, config.pairing)
+        pool = _Pool(own, shown, judgement, config.pairing)
         made.cycles += count_cycles(pool.wins)
         if pool.is_alone:
             made.dropped["no opponents for a win rate"] += 1
@@ -161,11 +164,6 @@ def new_pairs(
         made.errors += pool.errors
         made.pairs += [_pair(choice, pool, config.loss, iteration=iteration) for choice in choices]
     return made
-
-
-def _says_something_and_nothing(rollouts: Sequence[Rollout]) -> bool:
-    """Whether there are both texts and empty responses: even one text alone, which no judge is shown, beats those."""
-    return {bool(rollout.text.strip()) for rollout in rollouts} == {True, False}
 
 
 def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[PairChoice], Counter[str]]:
@@ -219,15 +217,26 @@ def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int)
 class _Pool:
     """One prompt's candidates with their rewards: each text was judged once, however many samples gave it.
 
-    An empty response was shown to no judge: it loses to every text, as section 5.1 has it for degenerate samples. Were
-    it in no pair, nothing would keep its probability down, for a pair's loss sees differences only.
+    An empty response, or one cut inside its thought, was shown to no judge: it loses to every text, as section 5.1 has
+    it for degenerate samples. Were it in no pair, nothing would keep its probability down, for a pair's loss sees
+    differences only.
+
+    Args:
+        shown: what a judge reads of each response, by its id; empty where that has no answer.
     """
 
-    def __init__(self, rollouts: Sequence[Rollout], judgement: Judgement | None, section: PairingSection):
+    def __init__(
+        self,
+        rollouts: Sequence[Rollout],
+        shown: Mapping[str, str],
+        judgement: Judgement | None,
+        section: PairingSection,
+    ):
+        self.shown = shown
         self.prompt_id, self.judge, self.section = rollouts[0].prompt_id, judgement and judgement.judge, section
         self.scores = judgement and judgement.scores
         if judgement is None:
-            self.judged = [min((row for row in rollouts if row.text.strip()), key=lambda row: row.sample)]
+            self.judged = [min((row for row in rollouts if shown[row.rollout_id]), key=lambda row: row.sample)]
             self.wins = np.full((1, 1), 0.5)
         else:
             by_id = {rollout.rollout_id: rollout for rollout in rollouts}
@@ -236,14 +245,14 @@ class _Pool:
                 self.wins = np.asarray(judgement.wins, np.float64)
             else:
                 self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
-        empty = [rollout for rollout in rollouts if not rollout.text.strip() and not rollout.is_gold]
+        empty = [rollout for rollout in rollouts if not shown[rollout.rollout_id] and not rollout.is_gold]
         if empty:
             self.judged.append(min(empty, key=lambda row: row.sample))
             self.wins = np.pad(self.wins, (0, 1), constant_values=0.0)
             self.wins[:-1, -1], self.wins[-1, -1] = 1.0, 0.5
             self.scores = self.scores and (*self.scores, min(0.0, *self.scores))
-        self.place = {rollout.text.strip(): index for index, rollout in enumerate(self.judged)}
-        self.samples = [rollout for rollout in rollouts if rollout.text.strip() in self.place]
+        self.place = {shown[rollout.rollout_id]: index for index, rollout in enumerate(self.judged)}
+        self.samples = [rollout for rollout in rollouts if shown[rollout.rollout_id] in self.place]
         sources = {rollout.source for rollout in self.samples}
         self.whom = sources if section.opponents == "pool" else {section.opponents}
         # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
@@ -263,7 +272,7 @@ class _Pool:
     def count(self, sources: Iterable[str]) -> np.ndarray:
         """[C] how many candidates of these sources gave each judged text."""
         wanted = set(sources)
-        places = [self.place[rollout.text.strip()] for rollout in self.samples if rollout.source in wanted]
+        places = [self.place[self.shown[rollout.rollout_id]] for rollout in self.samples if rollout.source in wanted]
         return np.bincount(np.asarray(places, int), minlength=len(self.judged))
 
     def reward(self, rollout: Rollout) -> float:
@@ -272,7 +281,7 @@ class _Pool:
         Raises:
             DnoError: points are asked for and the judge gave pairwise verdicts.
         """
-        place = self.place[rollout.text.strip()]
+        place = self.place[self.shown[rollout.rollout_id]]
         if self.section.reward == "score":
             if self.scores is None:
                 raise DnoError(
@@ -303,7 +312,8 @@ class _Pool:
             candidate_id=rollout.rollout_id,
             reward=self.reward(rollout),
             source=rollout.source if rollout.source in ("gold", "data") else "student",
-            degenerate=not rollout.is_gold and (not rollout.text.strip() or repetition > self.section.degenerate_share),
+            degenerate=not rollout.is_gold
+            and (not self.shown[rollout.rollout_id] or repetition > self.section.degenerate_share),
             count=count,
         )
 

@@ -97,6 +97,7 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
             + (" of random weights of its shape" if config.model.init_config is not None else ""),
             loss="cross-entropy of the responses",
             num_examples=len(rows),
+            template_options=config.model.template_options,
         ),
     )
     if is_primary():

@@ -15,7 +15,6 @@ from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.model.hf import read_config
 from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message, Prompt
@@ -45,8 +44,7 @@ class TemplateReport:
 def report(section: ModelConfigSection, data_path: str, tokenizer: ChatTokenizer | None = None) -> TemplateReport:
     """Lay out the first row of the data that has a response (or a stand-in) and lint the template."""
     tokenizer = tokenizer or load_tokenizer(section)
-    findings = (*lint(tokenizer), *_vocabulary(section, tokenizer))
-    return TemplateReport(_strip(tokenizer, data_path), findings)
+    return TemplateReport(_strip(tokenizer, data_path), lint(tokenizer))
 
 
 def refuse_template(runtime: Runtime[Any]) -> None:
@@ -116,11 +114,3 @@ def _strip(tokenizer: ChatTokenizer, data_path: str) -> TemplateStrip | None:
         return template_strip(tokenizer, [Message(role="user", content=QUESTION)], _STAND_IN)
     except DnoError:
         return None
-
-
-def _vocabulary(section: ModelConfigSection, tokenizer: ChatTokenizer) -> tuple[Finding, ...]:
-    rows, ids = read_config(getattr(section, "init_config", None) or section.path).vocab_size, tokenizer.vocab_size
-    if ids > rows:
-        return (Finding("error", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding"),)
-    padding = f"; the {rows - ids} rows above are padding and never sampled" if ids < rows else ""
-    return (Finding("note", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding{padding}"),)

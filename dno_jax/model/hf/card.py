@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class ExportFacts:
         num_pairs: training pairs (rows) over all those iterations.
         num_examples: examples of supervised fine-tuning.
         win_rates: on held-out prompts.
+        template_options: variables that the chat template was given, as apply_chat_template takes them.
     """
 
     method: str
@@ -68,6 +70,7 @@ class ExportFacts:
     num_pairs: int | None = None
     num_examples: int | None = None
     win_rates: tuple[HeldOutRate, ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
 
 
 def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
+    options = ", ".join(f"{name}={value!r}" for name, value in facts.template_options.items()) or None
     values = [
         ("loss", facts.loss and code(facts.loss)),
         ("scheme", facts.scheme and code(facts.scheme)),
@@ -116,6 +120,7 @@ def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
         ("judge of held-out prompts", facts.held_out_judge and code(facts.held_out_judge)),
         ("training pairs", facts.num_pairs),
         ("training examples", facts.num_examples),
+        ("chats rendered with", options and code(f"apply_chat_template(..., {options})")),
     ]
     return [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in values if value is not None]
 
