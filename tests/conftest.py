@@ -45,7 +45,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 COMPILING = ("end_to_end", "evaluation", "losses", "model", "parallel", "plan", "runtime", "sampling", "stages")
 COMPILING += ("training", "test_logprobs.py", "games/test_sampled_games.py", "annotation/test_embedded.py")
 HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py", "sampling/test_stops.py")
-HOST_SIDE += ("training/test_batches.py",)
+HOST_SIDE += ("training/test_batches.py", "model/test_as_brought.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

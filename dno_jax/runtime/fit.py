@@ -5,15 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dno_jax.config import RunConfig, SftConfig
+from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf import read_config
+from dno_jax.model.hf import read_config, read_dropout
 from dno_jax.model.text.tokenizer import ChatTokenizer
+from dno_jax.parallel.cluster import is_primary
 
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
     """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike."""
     shape_from = getattr(config.model, "init_config", None) or config.model.path
+    if is_primary() and (dropped := read_dropout(shape_from)):
+        shares = ", ".join(f"{key} {share}" for key, share in dropped.items())
+        say(
+            f"warning: {shape_from} has {shares}: nothing is dropped here, neither in training nor in sampling, since "
+            "the loss compares log-probabilities of the two; an export keeps the setting"
+        )
     return read_config(shape_from, rope_length=longest_text(config))
 
 

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints in and out: safetensors files to and from our parameter tree."""
 
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
-from dno_jax.model.hf.config_json import read_config, read_end_token_ids, read_pad_token_id
+from dno_jax.model.hf.config_json import read_config, read_dropout, read_end_token_ids, read_pad_token_id
 from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
 from dno_jax.model.hf.importer import check, load
 
@@ -13,6 +13,7 @@ __all__ = [
     "check_replaceable",
     "load",
     "read_config",
+    "read_dropout",
     "read_end_token_ids",
     "read_pad_token_id",
     "save",

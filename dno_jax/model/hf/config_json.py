@@ -7,6 +7,7 @@ soft-cap that some converter did not look at.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import Head, ModelConfig
 from dno_jax.model.hf.families import FAMILIES, Family, Meaning
 from dno_jax.model.hf.rope_json import read_ropes
+from dno_jax.model.hf.settings import (
+    DROPOUTS,
+    HARMLESS,
+    HARMLESS_PREFIXES,
+    LABELS,
+    LIMITS,
+    MAX_EXPERTS,
+    MAX_NUMBER,
+    ONLY,
+    is_dropout,
+)
+from dno_jax.model.hf.strangers import missing_config, refuse_pointer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -35,29 +48,9 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 # Understood in every family, with what transformers assumes where a key is absent and the family says nothing else.
 _COMMON = {"head_dim": None, "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
-# They say nothing about the arithmetic of a forward pass.
-_HARMLESS = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "architectures",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "initializer_range",
-    "model_type",
-    "pad_token_id",
-    "torch_dtype",
-    "transformers.js_config",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-# What transformers writes of the labels that a classifier tells apart. A reward model has one.
-_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 _TRANSFORMERS_LABELS = 2  # where config.json names none
-# Understood, but only at these values: anything else changes the arithmetic.
-_ONLY: dict[str, tuple[Any, ...]] = {"attention_dropout": (0, None), "quantization_config": (None,)}
+_MAX_BYTES = 64_000_000  # of a JSON file; an index of 300,000 tensors has half of that
+_MAX_SHOWN = 6  # keys that one message names with their values
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _MEANING: tuple[Meaning, ...] = (
     *((name, name, int, None) for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")),
@@ -129,14 +122,28 @@ def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
         raise DnoError(f"{path}: no such directory; expected a Hugging Face checkpoint with config.json")
     file = path / name
     try:
+        if (size := file.stat().st_size) > _MAX_BYTES:
+            raise DnoError(f"{file}: {size:,} bytes; expected at most {_MAX_BYTES:,}: this is no such file")
+        refuse_pointer(file)
         tree = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DnoError(f"{file}: no such file; expected a Hugging Face checkpoint in {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        said = missing_config(path) if name == "config.json" else f"{file}: no such file"
+        raise DnoError(f"{said}; expected a Hugging Face checkpoint in {path}") from None
+    except OSError as error:
+        raise DnoError(f"{file}: cannot be read ({error.strerror or error})") from None
+    except RecursionError:
+        raise DnoError(f"{file}: not valid JSON: nested too deeply") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise DnoError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
         raise DnoError(f"{file}: expected a JSON object, got {type(tree).__name__}")
     return file, tree
+
+
+def read_dropout(path: str | Path) -> dict[str, float]:
+    """Return the shares above 0 that config.json would have dropped at random in training."""
+    tree = read_json(path, "config.json")[1]
+    return {key: tree[key] for key in DROPOUTS if is_dropout(tree.get(key)) and tree.get(key)}
 
 
 def parse_config(
@@ -149,10 +156,12 @@ def parse_config(
     family = FAMILIES[model_type]
     if head == "reward":
         tree = _one_label(tree, family, place=place)
-    expected = [family.architecture if head == "logits" else family.reward]
-    if tree.get("architectures", expected) not in (expected, None):
+    expected = family.architecture if head == "logits" else family.reward
+    if not _is_class(tree.get("architectures"), str(expected), place=place):
         kind = "" if head == "logits" else "a reward model of "
-        raise DnoError(f"{place}: architectures is {tree['architectures']!r}; {kind}{model_type} supports {expected}")
+        raise DnoError(
+            f"{place}: architectures is {tree['architectures']!r}; {kind}{model_type} supports [{expected!r}]"
+        )
     values = _understood(tree, family, place=place)
     fields: dict[str, Any] = {"family": model_type, "head": head}
     for key, field, kind, convert in (*_MEANING, *family.meaning):
@@ -176,6 +185,16 @@ def parse_config(
         raise DnoError(f"{place}: {error}") from None
 
 
+def _is_class(named: Any, expected: str, *, place: str) -> bool:
+    """Whether `architectures` names a class, maybe one wrapped around it (FSDPLlamaForCausalLM), its body, or none."""
+    if named in (None, []):
+        return True
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise DnoError(f"{place}: architectures is {named!r}; expected a list of names")
+    body = re.sub("For[A-Z].*", "Model", expected)
+    return all(name.lower().endswith((expected.lower(), body.lower())) for name in named)
+
+
 def _one_label(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
     """Return config.json of a classifier without its labels, of which there must be one."""
     if family.reward is None:
@@ -186,28 +205,42 @@ def _one_label(tree: dict[str, Any], family: Family, *, place: str) -> dict[str,
         if type(count) is not int or count != 1:
             why = "" if counts else " (what transformers assumes where neither num_labels nor id2label is given)"
             raise DnoError(f"{place}: num_labels is {count!r}{why}; a reward model has 1, the reward")
-    return {key: value for key, value in tree.items() if key not in _LABELS}
+    return {key: value for key, value in tree.items() if key not in LABELS}
 
 
 def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
     """Return every key that matters, with defaults filled in, once nothing is left that could be misread."""
-    only = _ONLY | dict(family.only)
     defaults = _COMMON | dict(family.keys)
     if "rms_norm_eps" in family.fixed:
         del defaults["rms_norm_eps"]
-    known = {*_REQUIRED, *defaults, *_HARMLESS, *only, *_ROPE, *family.harmless, *family.same}
-    for key in sorted(tree.keys() - known):
-        raise DnoError(
-            f"{place}: key {key!r} (value {tree[key]!r}) is not understood, and may change what the model computes; "
-            "remove it if it is known to do nothing"
-        )
-    for key, allowed in only.items():
-        if key in tree and not any(type(tree[key]) in (type(v), float) and tree[key] == v for v in allowed):
-            raise DnoError(f"{place}: {key} is {tree[key]!r}; supported is only {allowed[0]!r}")
-    for key in _REQUIRED:
-        if key not in tree:
-            raise DnoError(f"{place}: key {key!r} is missing")
+    only = {key: allowed for key, allowed in ONLY.items() if key not in defaults} | dict(family.only)
+    known = {*_REQUIRED, *defaults, *HARMLESS, *only, *DROPOUTS, *_ROPE, *family.harmless, *family.same}
+    unknown = [key for key in sorted(tree.keys() - known) if not key.startswith(HARMLESS_PREFIXES)]
+    wrong = [f"key {key!r} (value {_shown(tree[key])}) is not understood" for key in unknown]
+    wrong += [
+        f"{key} is {_shown(tree[key])}; supported is only {allowed[0]!r}"
+        for key, allowed in only.items()
+        if key in tree and key not in family.harmless and not _is_one_of(tree[key], allowed)
+    ]
+    wrong += [
+        f"{key} is {_shown(tree[key])}; expected a share, at least 0 and below 1"
+        for key in DROPOUTS
+        if key in tree and not is_dropout(tree[key])
+    ]
+    wrong += [f"key {key!r} is missing" for key in _REQUIRED if key not in tree]
+    if wrong:
+        more = [f"and {len(wrong) - _MAX_SHOWN} more"] if len(wrong) > _MAX_SHOWN else []
+        advice = ["what is not understood may change what the model computes; remove it if it is known to do nothing"]
+        raise DnoError(f"{place}: " + "\n  ".join([*wrong[:_MAX_SHOWN], *more, *(advice if unknown else [])]))
     values = {**defaults, **tree}
+    for key, most in LIMITS.items():
+        if type(values.get(key)) is int and values[key] > most:
+            raise DnoError(
+                f"{place}: {key} is {_shown(values[key])}; expected at most {most:,}, which no model exceeds"
+            )
+    layers, experts = values["num_hidden_layers"], values.get("num_experts") or values.get("num_local_experts") or 1
+    if type(layers) is type(experts) is int and layers * experts > MAX_EXPERTS:
+        raise DnoError(f"{place}: {layers} layers of {experts} experts; expected at most {MAX_EXPERTS:,} in all")
     for key, least in (("max_window_layers", 0), ("sliding_window_pattern", 1), ("no_rope_layer_interval", 1)):
         if key in defaults and _number(values, key, int, place=place) < least:
             raise DnoError(f"{place}: {key} is {values[key]!r}; expected at least {least}")
@@ -261,11 +294,23 @@ def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> li
     return sliding
 
 
+def _shown(value: Any) -> str:
+    """A value for a message, cut to a length that can be read."""
+    if type(value) is int and abs(value) >= 1 << 256:
+        return "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(type(value) in (type(v), float) and value == v for v in allowed)
+
+
 def _number(tree: dict[str, Any], key: str, kind: type, *, place: str) -> Any:
     value = tree[key]
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
-        raise DnoError(f"{place}: {key} is {value!r}; expected {kind.__name__}")
-    if kind is float and not 0 < value < float("inf"):
-        raise DnoError(f"{place}: {key} is {value!r}; expected a positive number")
+        raise DnoError(f"{place}: {key} is {_shown(value)}; expected {kind.__name__}")
+    if kind is float and not 0 < value < MAX_NUMBER:
+        raise DnoError(f"{place}: {key} is {_shown(value)}; expected a positive number")
     return kind(value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,21 +16,26 @@ import numpy as np
 
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.config_json import read_json
+from dno_jax.model.hf.strangers import refuse_folder, refuse_pointer, wrapper_of
 from dno_jax.model.hf.tensors import Tensor
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-# Buffers that old checkpoints carry; they follow from config.json.
-_IGNORED_SUFFIXES = (".self_attn.rotary_emb.inv_freq",)
+# Buffers of rotations, by whatever name; they follow from config.json.
+_ROTARY = re.compile(r"(^|\.)rotary|inv_freq$|\.(cos|sin)_cached$")
 _COMPARED_BYTES = 1 << 24
+# Header bytes of one file: 120 for each of 200,000 tensors. The largest mixtures have a tenth of that, over all files.
+_MAX_HEADER_BYTES = 24_000_000
+_MAX_LINES = 8  # of a message that names what is wrong
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a header says of one tensor."""
+    """What a header says of one tensor, and the name that it has there."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -56,9 +63,12 @@ class TensorFiles:
     def check(self, table: list[Tensor], *, tied: bool, place: Path) -> None:
         """Compare names, shapes and dtypes of everything before anything is read; one error names all that is wrong."""
         expected = {name: tensor.hf_shape for tensor in table for name in tensor.names}
+        if tied and HEAD in self.headers:  # stored under this name alone, it is the embedding
+            self.headers.setdefault(EMBED, self.headers[HEAD])
         missing = sorted(expected.keys() - self.headers.keys())
-        extra = [name for name in self.headers.keys() - expected.keys() if not name.endswith(_IGNORED_SUFFIXES)]
-        surplus = sorted(name for name in extra if not (tied and name == HEAD))
+        surplus = sorted(name for name in self.headers.keys() - expected.keys() if not (tied and name == HEAD))
+        if missing and (wrapper := wrapper_of(self.headers)):
+            raise DnoError(f"{place}: {wrapper}")
         wrong = [f"tensor {name} is missing; expected shape {expected[name]}" for name in missing]
         wrong += [f"{self.headers[name].file.name}: unexpected tensor {name}" for name in surplus]
         if surplus:
@@ -72,6 +82,8 @@ class TensorFiles:
                 wrong.append(f"{stored.file.name}: tensor {name} has shape {stored.shape}; config.json says {shape}")
             if stored.dtype not in ITEM_BYTES:
                 wrong.append(f"{stored.file.name}: tensor {name} has dtype {stored.dtype}; expected {_DTYPES}")
+        if len(wrong) > _MAX_LINES:
+            wrong[_MAX_LINES - 1 :] = [f"and {len(wrong) - _MAX_LINES + 1:,} more"]
         if wrong:
             raise DnoError("\n  ".join([f"{place}: files and config.json disagree", *wrong]))
         if tied and HEAD in self.headers:
@@ -100,7 +112,8 @@ class TensorFiles:
         return part.astype(np.float32, copy=False)
 
     def _slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        return self._open[self.headers[name].file].get_slice(name)[index]
+        stored = self.headers[name]
+        return self._open[stored.file].get_slice(stored.name)[index]
 
 
 _DTYPES = ", ".join(ITEM_BYTES)
@@ -109,13 +122,15 @@ _DTYPES = ", ".join(ITEM_BYTES)
 def read_headers(path: Path) -> dict[str, Header]:
     """Return what the headers of all files of a checkpoint say, in the order of the files.
 
+    Tensors go by the names that the whole language model has for them, whichever class saved them.
+
     Raises:
         DnoError: as TensorFiles.
     """
     if (path / SINGLE_FILE).exists():
-        return read_header(path / SINGLE_FILE)
+        return _whole_names(read_header(path / SINGLE_FILE))
     if not (path / INDEX_FILE).exists():
-        raise DnoError(f"{path}: neither {SINGLE_FILE} nor {INDEX_FILE}; only safetensors checkpoints can be read")
+        refuse_folder(path)
     index, shard_of = _weight_map(path)
     found: dict[str, Header] = {}
     for shard in sorted(set(shard_of.values())):
@@ -127,20 +142,33 @@ def read_headers(path: Path) -> dict[str, Header]:
         f"{name} (the index says {shard_of.get(name, 'nothing')}, it is in "
         f"{found[name].file.name if name in found else 'none of its files'})"
         for name in sorted(shard_of.keys() | found.keys())
-        if name not in found or found[name].file.name != shard_of.get(name)
+        if (found[name].file.name != shard_of.get(name) if name in found else not _may_be_absent(name))
     ]
     if misplaced:
+        more = f" and {len(misplaced) - _MAX_LINES:,} more" if len(misplaced) > _MAX_LINES else ""
         raise DnoError(
-            f"{index}: index and files disagree on tensor {', '.join(misplaced)}; fetch the checkpoint again"
+            f"{index}: index and files disagree on tensor {', '.join(misplaced[:_MAX_LINES])}{more}; fetch the "
+            "checkpoint again"
         )
-    return found
+    return _whole_names(found)
+
+
+def _may_be_absent(name: str) -> bool:
+    """Whether an index may name a tensor that no file holds: a tied head, a buffer. A head that is missed is named."""
+    return name == HEAD or _ROTARY.search(name) is not None
+
+
+def _whole_names(found: dict[str, Header]) -> dict[str, Header]:
+    """Drop rotary buffers; give the tensors of a model that was saved without its head the prefix they have with it."""
+    kept = {name: stored for name, stored in found.items() if _ROTARY.search(name) is None}
+    bare = {name for name in kept if name.startswith(("embed_tokens.", "layers.", "norm."))}
+    if not bare or any(name.startswith("model.") for name in kept):
+        return kept
+    return {f"model.{name}" if name in bare else name: stored for name, stored in kept.items()}
 
 
 def _weight_map(path: Path) -> tuple[Path, dict[str, str]]:
-    try:
-        file, tree = read_json(path, INDEX_FILE)
-    except RecursionError:
-        raise DnoError(f"{path / INDEX_FILE}: not valid JSON: nested too deeply") from None
+    file, tree = read_json(path, INDEX_FILE)
     weight_map = tree.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise DnoError(f"{file}: no weight_map")
@@ -155,11 +183,14 @@ def read_header(file: Path) -> dict[str, Header]:
     """Return what a safetensors file says it holds; the library compares that with the file's length.
 
     Raises:
-        DnoError: the file is missing, truncated or corrupt.
+        DnoError: the file is missing, truncated or corrupt, or its header is larger than any real one.
     """
-    with _opened(file) as found:
-        parts = {name: found.get_slice(name) for name in found.keys()}  # noqa: SIM118, it is no mapping
-        return {name: Header(file, part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+    with _opened(file):
+        pass
+    with file.open("rb") as opened:
+        tree = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    tree.pop("__metadata__", None)
+    return {name: Header(file, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tree.items()}
 
 
 def _opened(file: Path) -> Any:
@@ -170,6 +201,14 @@ def _opened(file: Path) -> Any:
         raise DnoError(f"{file}: no such file; the checkpoint is incomplete, fetch it again")
     if not file.is_file():
         raise DnoError(f"{file}: not a regular file; expected a safetensors file")
+    refuse_pointer(file)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if _MAX_HEADER_BYTES < length < file.stat().st_size:
+        raise DnoError(
+            f"{file}: a header of {length:,} bytes; expected at most {_MAX_HEADER_BYTES:,}, which is more than any "
+            "model's. Fetch it again"
+        )
     try:
         return safe_open(str(file), framework="numpy")
     except (SafetensorError, OSError) as error:

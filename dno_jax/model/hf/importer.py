@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from dno_jax.errors import DnoError
 from dno_jax.model.config import Head, ModelConfig
 from dno_jax.model.hf.config_json import read_config
 from dno_jax.model.hf.files import ITEM_BYTES, TensorFiles
@@ -39,6 +40,7 @@ def load(
     shardings: Any = None,
     dtype: Any = np.float32,
     progress: Progress | None = None,
+    finite: bool = True,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a checkpoint.
 
@@ -49,13 +51,14 @@ def load(
             devices alone, piece by piece, so that no host ever holds the model. None returns numpy arrays.
         dtype: of the parameters; or a tree of dtypes like the parameters.
         progress: called with (bytes just read, bytes that this process reads in all).
+        finite: refuse weights that are NaN or infinite.
 
     Returns:
         (config, params), params in the tree of params.abstract_params(config).
 
     Raises:
         DnoError: a file is missing, truncated or corrupt; a tensor is missing, unexpected, or of another shape or dtype
-            than config.json says; or config.json is not understood.
+            than config.json says; one holds NaN or infinity; or config.json is not understood.
     """
     path = Path(path)
     config = read_config(path, head=head)
@@ -73,7 +76,7 @@ def load(
         params: dict[str, Any] = {}
         for leaf in leaves:
             wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
-            put_leaf(params, leaf.tensor.path, leaf.read(Reader(files, pool, np.dtype(wanted))))
+            put_leaf(params, leaf.tensor.path, leaf.read(Reader(files, pool, np.dtype(wanted), finite=finite)))
     return config, params
 
 
@@ -100,6 +103,7 @@ class Reader:
     files: TensorFiles
     pool: ThreadPoolExecutor
     dtype: np.dtype
+    finite: bool = False  # refuse NaN and infinities
 
     def read(self, tensor: Tensor, start: Start, size: Start) -> np.ndarray:
         """Return the part of a parameter that begins at `start`."""
@@ -110,12 +114,23 @@ class Reader:
             rows = slice(begin, min(begin + step, size[axis]))
             index = list(slices(start, size))
             index[axis] = slice(start[axis] + rows.start, start[axis] + rows.stop)
-            out[(slice(None),) * axis + (rows,)] = tensor.read(self.files, tuple(index))
+            part = tensor.read(self.files, tuple(index))
+            if self.finite and not np.all(np.isfinite(part)):
+                self._refuse(tensor, part, first=[s.start for s in index])
+            out[(slice(None),) * axis + (rows,)] = part
 
         axis = _row_axis(tensor)
         step = max(1, _ROWS // math.prod(tensor.shape[a] for a in tensor.groups[0][1:]))
         list(self.pool.map(fill, range(0, size[axis], step)))
         return out
+
+    def _refuse(self, tensor: Tensor, part: np.ndarray, *, first: list[int]) -> None:
+        at = np.argwhere(~np.isfinite(part))[0] + first
+        stored = self.files.headers[tensor.template.format(*at[: len(tensor.stack)])]
+        raise DnoError(
+            f"{stored.file}: tensor {stored.name} holds NaN or infinity, and no model can be trained from that; fetch "
+            "the checkpoint again, or give one of an earlier step of the training that broke"
+        )
 
 
 class _Leaf:

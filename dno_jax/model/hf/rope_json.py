@@ -12,6 +12,7 @@ from typing import Any
 from dno_jax.errors import DnoError
 from dno_jax.model.config import RopeConfig
 from dno_jax.model.hf.families import Family
+from dno_jax.model.hf.settings import MAX_NUMBER
 from dno_jax.model.rope import longrope_attention_factor, yarn_attention_factor
 
 # rope_type -> (keys that must be there, keys that may)
@@ -39,6 +40,8 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 # What Phi-3's first files call longrope.
 _OLD_LONGROPE = ("su", "yarn")
+# What transformers 4 has beside rope_scaling, not in it.
+_BESIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -75,10 +78,10 @@ def read_ropes(values: dict[str, Any], family: Family, *, sliding: list[bool], p
 def _one(values: dict[str, Any], family: Family, *, place: str) -> tuple[RopeConfig, int | None]:
     """Return the rotation of every layer, and how many dimensions it turns."""
     scaling, parameters = (_object(values, key, place=place) for key in ("rope_scaling", "rope_parameters"))
-    if scaling and parameters and scaling != parameters:
-        raise DnoError(f"{place}: rope_scaling and rope_parameters are both given and differ; keep rope_parameters")
-    key = "rope_scaling" if scaling else "rope_parameters"
-    given = dict(scaling or parameters)
+    if scaling and parameters:
+        _check_same(scaling, parameters, place=place)
+    key = "rope_parameters" if parameters or not scaling else "rope_scaling"
+    given = {**scaling, **parameters}
     for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if name not in values:
             continue
@@ -105,9 +108,6 @@ def _two(values: dict[str, Any], family: Family, *, place: str) -> list[RopeConf
     scaling, parameters = (_object(values, key, place=place) for key in ("rope_scaling", "rope_parameters"))
     thetas = {"full_attention": family.theta, "sliding_attention": family.local_theta}
     if parameters:
-        for key in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
-            if values.get(key) is not None:
-                raise DnoError(f"{place}: {key} and rope_parameters are both given; keep rope_parameters")
         for kind in sorted(parameters.keys() - set(_LAYER_KINDS)):
             raise DnoError(
                 f"{place}: rope_parameters has {kind} = {parameters[kind]!r}; expected one object for each of "
@@ -117,6 +117,14 @@ def _two(values: dict[str, Any], family: Family, *, place: str) -> list[RopeConf
         for kind in _LAYER_KINDS:
             if "truncate" in given[kind]:
                 raise DnoError(f"{place}: rope_parameters of {kind} has truncate, which transformers does not read")
+        for key, kind in (("rope_theta", "full_attention"), ("rope_local_base_freq", "sliding_attention")):
+            theta = given[kind].get("rope_theta", thetas[kind])
+            if values.get(key) not in (None, theta):
+                raise DnoError(
+                    f"{place}: rope_parameters of {kind} has rope_theta = {theta!r}, but {key} is {values[key]!r}"
+                )
+        if scaling not in ({}, parameters):
+            _check_same(scaling, given["full_attention"], place=place)
     else:
         # Only layers that see everything are stretched.
         given = {"full_attention": dict(scaling), "sliding_attention": {}}
@@ -133,6 +141,24 @@ def _two(values: dict[str, Any], family: Family, *, place: str) -> list[RopeConf
         _rope(given[kind], values, theta=thetas[kind] or family.theta, place=f"{place}: rope parameters of {kind}")
         for kind in _LAYER_KINDS
     ]
+
+
+def _check_same(scaling: dict[str, Any], parameters: dict[str, Any], *, place: str) -> None:
+    """Raise DnoError where rope_scaling, by which transformers 4 reads, says other things than rope_parameters."""
+
+    def plain(given: dict[str, Any]) -> dict[str, Any]:
+        kind = given.get("rope_type", given.get("type", "default"))
+        return {"rope_type": "longrope" if kind == "su" else kind} | {
+            key: value for key, value in given.items() if value is not None and key not in ("rope_type", "type")
+        }
+
+    mine, other = plain(scaling), plain(parameters)
+    for key in sorted(mine.keys() | other.keys()):
+        if mine.get(key) != other.get(key) and (key in mine or key not in _BESIDE):
+            raise DnoError(
+                f"{place}: rope_scaling and rope_parameters are both given and differ in {key} "
+                f"({mine.get(key)!r:.60} and {other.get(key)!r:.60}); keep rope_parameters"
+            )
 
 
 def _rope(given: dict[str, Any], values: dict[str, Any], *, theta: float, place: str) -> RopeConfig:
@@ -186,15 +212,20 @@ def _object(tree: dict[str, Any], key: str, *, place: str) -> dict[str, Any]:
     return value or {}
 
 
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < MAX_NUMBER
+
+
 def _positive(given: dict[str, Any], name: str, *, place: str) -> float:
     value = given[name]
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
-        raise DnoError(f"{place} has {name} = {value!r}; expected a positive number")
+    if not _is_positive(value):
+        shown = value if type(value) is not int else "a number of many digits"
+        raise DnoError(f"{place} has {name} = {shown!r}; expected a positive number")
     return float(value)
 
 
 def _factors(given: dict[str, Any], name: str, *, place: str) -> tuple[float, ...]:
     values = given[name]
-    if not isinstance(values, list) or not values or not all(type(v) in (int, float) and v > 0 for v in values):
+    if not isinstance(values, list) or not values or not all(map(_is_positive, values)):
         raise DnoError(f"{place} has {name} = {values!r}; expected a list of positive numbers")
     return tuple(float(value) for value in values)

@@ -61,6 +61,9 @@ def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Plann
     A tied head is left out, unless the source has one.
     """
     headers = _source_headers(source)
+    twice = {HEAD, EMBED} <= headers.keys()
+    if config.tie_word_embeddings and HEAD in headers:
+        headers.setdefault(EMBED, headers[HEAD])
     named = _named_dtype(source)
     widest: dict[str, np.dtype] = {}
     for tensor in tensor_table(config):
@@ -72,7 +75,7 @@ def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Plann
     for stored in stored_tensors(config):
         kind = widest[stored.name] if dtype is None else np.dtype(dtype)
         plan.append(Planned(stored.name, stored.shape, kind, stored.parts))
-        if stored.name == EMBED and config.tie_word_embeddings and HEAD in headers:
+        if stored.name == EMBED and config.tie_word_embeddings and twice:
             plan.append(replace(plan[-1], name=HEAD))
     return sorted(plan, key=lambda planned: _natural(planned.name))
 
