@@ -15,6 +15,7 @@ from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
+from dno_jax.model.hf import untrained_rows
 from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message, Prompt
@@ -44,7 +45,7 @@ class TemplateReport:
 def report(section: ModelConfigSection, data_path: str, tokenizer: ChatTokenizer | None = None) -> TemplateReport:
     """Lay out the first row of the data that has a response (or a stand-in) and lint the template."""
     tokenizer = tokenizer or load_tokenizer(section)
-    return TemplateReport(_strip(tokenizer, data_path), lint(tokenizer))
+    return TemplateReport(_strip(tokenizer, data_path), _findings(section, tokenizer))
 
 
 def refuse_template(runtime: Runtime[Any]) -> None:
@@ -53,7 +54,15 @@ def refuse_template(runtime: Runtime[Any]) -> None:
     Raises:
         DnoError: the lint's errors.
     """
-    refuse(lint(runtime.tokenizer), place=str(runtime.tokenizer.template_place))
+    refuse(_findings(runtime.config.model, runtime.tokenizer), place=str(runtime.tokenizer.template_place))
+
+
+def _findings(section: ModelConfigSection, tokenizer: ChatTokenizer) -> tuple[Finding, ...]:
+    untrained: frozenset[int] = frozenset()
+    if tokenizer.template is not None and getattr(section, "init_config", None) is None:  # else no row is trained yet
+        marks = tokenizer.control_ids & tokenizer.written_ids
+        untrained = untrained_rows(section.path, marks, added=tokenizer.added_ids)
+    return lint(tokenizer, untrained=untrained)
 
 
 def refuse(findings: Sequence[Finding], *, place: str) -> None:

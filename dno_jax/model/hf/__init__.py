@@ -4,6 +4,7 @@ from dno_jax.model.hf.card import ExportFacts, HeldOutRate
 from dno_jax.model.hf.config_json import read_config, read_dropout, read_end_token_ids, read_pad_token_id
 from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
 from dno_jax.model.hf.importer import check, load
+from dno_jax.model.hf.rows import untrained_rows
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -17,4 +18,5 @@ __all__ = [
     "read_end_token_ids",
     "read_pad_token_id",
     "save",
+    "untrained_rows",
 ]

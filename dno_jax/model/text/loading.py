@@ -13,7 +13,7 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, read_end_token_ids
-from dno_jax.model.hf.folder import refuse_pointer
+from dno_jax.model.hf.strangers import refuse_pointer
 
 _SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -63,8 +63,6 @@ def _unreadable(file: Path, error: Exception) -> str:
 
 def _without_tokenizer_json(path: Path) -> Any:
     """Let transformers convert the older files: SentencePiece models, or vocab.json and merges.txt."""
-    from transformers import AutoTokenizer
-
     models = [name for name in _SENTENCEPIECE if (path / name).is_file()]
     for name in models:
         refuse_pointer(path / name)
@@ -75,6 +73,8 @@ def _without_tokenizer_json(path: Path) -> Any:
             f"{' and '.join(lacking)} to read: pip install 'dno_jax[sentencepiece]', or save the tokenizer with "
             "transformers' save_pretrained, which writes tokenizer.json"
         )
+    from transformers import AutoTokenizer
+
     try:
         return AutoTokenizer.from_pretrained(
             str(path), local_files_only=True, trust_remote_code=False, mistral_format=False
