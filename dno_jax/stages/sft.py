@@ -141,6 +141,8 @@ def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> tuple[
             f"{place}: the prompt spells the control token {spelt[0]!r}, which would pass for the structure of the "
             "chat; remove it from the data"
         )
+    if held := tokenizer.rowless_tokens(*example.texts):
+        raise DnoError(f"{place}: the prompt holds {held[0]!r}, of which the model has no embedding; remove it")
     try:
         prompt = tokenizer.prompt_ids(example.messages, prefix)
         return prompt, tokenizer.response_ids(

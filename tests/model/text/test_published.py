@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from dno_jax.errors import DnoError
@@ -246,9 +247,42 @@ def test_texts_are_dropped_by_what_they_hold(load):
     chat = load(CHATML, ROLES, plain=("\n", "<image>"), num_rows=263)
     texts = ("plain", "two\nlines", "an <image>", "an </s>", "  <|user|>")
     prompts = [Prompt(prompt_id=str(i), messages=tuple(user(text))) for i, text in enumerate(texts)]
-    tree = {"run_dir": "run", "model": {"path": "base"}, "prompts": {"path": "rows.jsonl", "max_length": 64}}
+    tree = {"run_dir": "run", "model": {"path": "base"}, "pairing": {"rule": "all", "reward": "win_rate"}}
+    tree["prompts"] = {"path": "rows.jsonl", "max_length": 64}
     config = parse_config(RunConfig, tree, place="test")
     kept, dropped = tokenize_prompts(prompts, tokenizer=chat, config=config)
     assert {item.prompt.prompt_id for item in kept} == {"0", "1"}
     assert dropped == {"prompt holds a token without an embedding": 1, "prompt spells a control token": 2}
     assert chat.rowless_tokens(*(message.content for message in turns("a", "b<image>"))) == ["<image>"]
+
+
+@pytest.mark.parametrize("untrained", ["near zero", "all equal", "equal to one that is not written"])
+def test_rows_that_no_training_has_touched(tmp_path, untrained):
+    """A chat template on a base model: its own tokens have rows, and no meaning."""
+    from safetensors.numpy import save_file
+
+    from dno_jax.model.hf import untrained_rows
+
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(264, 16)).astype(np.float32)
+    special = ("<|im_start|>", "<|im_end|>", "<|reserved|>")
+    chat = ChatTokenizer.load(make_tokenizer(tmp_path / "t", template="{{ bos_token }}" + IM, special=special))
+    marks = chat.control_ids & chat.written_ids
+    assert marks == {0, 259, 260}
+    save_file({"model.embed_tokens.weight": embedding}, tmp_path / "t" / "model.safetensors")
+    assert untrained_rows(chat.path, marks, added=chat.added_ids) == frozenset()
+    if untrained == "near zero":
+        embedding[259:262] = 1e-6 * rng.normal(size=(3, 16))
+    elif untrained == "all equal":
+        embedding[259:262] = embedding[5] * 0.3
+    else:
+        embedding[260] = embedding[259] = embedding[261]
+    save_file({"model.embed_tokens.weight": embedding}, tmp_path / "t" / "model.safetensors")
+    assert untrained_rows(chat.path, marks, added=chat.added_ids) == {259, 260}
+    findings = {finding.name: finding for finding in lint(chat, untrained={259, 260})}
+    assert findings["rows"].level == "warning"
+    assert "'<|im_start|>', '<|im_end|>', whose rows of the embedding no training has touched" in findings["rows"].text
+    assert findings["end"].level == "error"
+    assert "eos_token_id" not in findings["end"].text
+    assert "eos_token_id" in found(chat, "error")["end"]
+    assert untrained_rows(tmp_path, marks, added=chat.added_ids) == frozenset()

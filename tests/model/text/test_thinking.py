@@ -128,7 +128,12 @@ def test_options_are_part_of_the_digest_and_must_do_something(load):
 def test_options_decide_what_is_sampled_and_stand_in_the_model_card(tmp_path):
     from dno_jax.model.hf.card import ExportFacts, model_card
 
-    tree = {"run_dir": "run", "model": {"path": "base"}, "prompts": {"path": "rows.jsonl"}}
+    tree = {
+        "run_dir": "run",
+        "model": {"path": "base"},
+        "prompts": {"path": "rows.jsonl"},
+        "pairing": {"rule": "all", "reward": "win_rate"},
+    }
     plain = parse_config(RunConfig, tree, place="test")
     options = {"enable_thinking": False, "reasoning_effort": "low", "thinking_budget": 512}
     told = parse_config(RunConfig, {**tree, "model": {**tree["model"], "template_options": options}}, place="test")
