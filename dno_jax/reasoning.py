@@ -97,6 +97,11 @@ def after_opening(response: str, *, prompt: str) -> str:
     return response[head.end() :].removeprefix(re.sub(_OPEN, "", opened[0]))
 
 
+def without_opening(prompt: str) -> str:
+    """Return a prompt without the tag at its end that opens a thought; as it is where there is none."""
+    return _OPEN_AT_END.sub("", prompt)
+
+
 def without_thought_at_end(prompt: str) -> str:
     """Return a prompt without the empty thought that it ends with; as it is where there is none."""
     return _EMPTY_AT_END.sub("", prompt)

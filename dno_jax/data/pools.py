@@ -13,7 +13,7 @@ from etils import epath
 from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.errors import DnoError
-from dno_jax.reasoning import split_thought
+from dno_jax.reasoning import split_thought, without_opening
 from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
 from dno_jax.stage_dir import StageDir
 
@@ -156,6 +156,11 @@ def shown_text(rollout: Rollout, *, reasoning: bool) -> str:
     return rollout.text if reasoning else found.answer
 
 
+def shown_prefix(prompt: Prompt, *, reasoning: bool) -> str:
+    """Return the words that a judge reads before a response: without the tag of a thought that they open."""
+    return prompt.assistant_prefix if reasoning else without_opening(prompt.assistant_prefix)
+
+
 def pools_of(
     rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str], reasoning: bool = False
 ) -> list[Pool]:
@@ -164,7 +169,7 @@ def pools_of(
     for prompt_id, own in by_prompt(rollouts).items():
         candidates = distinct_candidates(own, dropped=dropped, reasoning=reasoning)
         if len(candidates) >= 2:
-            prefix = prompts[prompt_id].assistant_prefix
+            prefix = shown_prefix(prompts[prompt_id], reasoning=reasoning)
             shown = tuple(replace(candidate, text=prefix + candidate.text) for candidate in candidates)
             pools.append(Pool(prompt=prompts[prompt_id], candidates=shown))
         else:

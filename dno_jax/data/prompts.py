@@ -217,10 +217,10 @@ def tokenize_prompts(
     kept: list[TokenizedPrompt] = []
     dropped: Counter[str] = Counter()
     for prompt in prompts:
-        if tokenizer.control_tokens(*prompt.texts):
-            dropped["prompt spells a control token"] += 1
-        elif tokenizer.rowless_tokens(*prompt.texts):
+        if tokenizer.rowless_tokens(*prompt.texts):
             dropped["prompt holds a token without an embedding"] += 1
+        elif tokenizer.control_tokens(*prompt.texts):
+            dropped["prompt spells a control token"] += 1
         elif found := _tokenized(prompt, tokenizer=tokenizer, config=config):
             kept.append(found)
         else:

@@ -19,7 +19,7 @@ from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
-from dno_jax.data.pools import shown_text
+from dno_jax.data.pools import shown_prefix, shown_text
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
@@ -144,6 +144,7 @@ class _Players:
     prompt: Prompt
     sample: int
     texts: dict[str, str]  # player -> what a judge reads; empty where there is no answer
+    reasoning: bool = False  # whether thoughts are shown
 
     def pool(self) -> Pool | None:
         """What the judge is shown; None where all players that have an answer gave the same words."""
@@ -151,7 +152,7 @@ class _Players:
         if len(distinct) < 2:
             return None
         # The sample is part of the id: a judge that draws its verdicts must draw anew for each.
-        prefix = self.prompt.assistant_prefix
+        prefix = shown_prefix(self.prompt, reasoning=self.reasoning)
         candidates = tuple(Candidate(f"{names[0]}/{self.sample}", prefix + self.texts[names[0]]) for names in distinct)
         return Pool(prompt=self.prompt, candidates=candidates)
 
@@ -214,7 +215,7 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         if config.outer.scheme == "average":
             member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
-        players.append(_Players(by_id[prompt_id], sample, texts))
+        players.append(_Players(by_id[prompt_id], sample, texts, reasoning))
     annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
 
     pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}

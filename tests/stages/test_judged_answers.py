@@ -99,6 +99,16 @@ def test_equal_answers_are_one_candidate_counted_as_often_as_it_was_sampled():
     assert len(made_of(shown, rows, wins=wins).pairs) == 3
 
 
+def test_a_prefix_that_opens_a_thought_is_shown_without_its_tag():
+    prompt = PROMPT.model_copy(update={"assistant_prefix": "Well. <think>\n"})
+    rows = [row for row in ROWS if row.sample in (0, 2)]
+    (pool,) = pools_of(rows, {"q": prompt}, dropped=Counter())
+    assert [candidate.text for candidate in pool.candidates] == ["Well. Blue.", "Well. Red."]
+    (pool,) = pools_of(rows, {"q": prompt}, dropped=Counter(), reasoning=True)
+    assert pool.candidates[0].text == "Well. <think>\n" + rows[0].text
+    assert _Players(prompt, 0, {"0": "Blue.", "1": "Red."}).pool().candidates[0].text == "Well. Blue."
+
+
 def test_points_of_the_data_are_for_all_of_a_text():
     assert make_config(annotation={"kind": "given"}, pairing={"reward": "score"}).annotation.shows_reasoning
 

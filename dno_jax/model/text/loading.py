@@ -45,8 +45,9 @@ def read_tokenizer(path: Path) -> Any:
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DnoError(_unreadable(file, error)) from None
     have = tokenizer.get_vocab()
-    if missing := [token for token in _added_tokens(path, settings) if token["content"] not in have]:
-        tokenizer.add_tokens([AddedToken(**token) for token in missing])
+    for token in _added_tokens(path, settings):
+        if token["content"] not in have:
+            tokenizer.add_tokens([AddedToken(**token)])
     return tokenizer
 
 

@@ -143,7 +143,7 @@ class ChatTokenizer:
         return frozenset(i for i in special if not is_said(self._spelling(i)))
 
     def _spelling(self, token_id: int) -> str:
-        return self._added[token_id].content if token_id in self._added else self.strip([token_id])[0]
+        return self._added[token_id].content if token_id in self._added else self.spelled([token_id])
 
     @cached_property
     def written_ids(self) -> frozenset[int]:
@@ -355,15 +355,15 @@ class ChatTokenizer:
     def _refuse_control(self, response: str) -> None:
         ids = self._plain_ids(response)
         for token in ids:
-            if token in self.control_ids or token in self.end_ids:
-                raise DnoError(
-                    f"the response spells the control token {self._spelling(token)!r}: {_shorten(response)}; it would "
-                    "pass for the structure of the chat; remove it from the data"
-                )
             if token in self.rowless_ids:
                 raise DnoError(
                     f"the response holds {self._spelling(token)!r} (id {token}), for which the model's embedding "
                     f"({self.num_rows} rows) has no row: {_shorten(response)}; remove it from the data"
+                )
+            if token in self.control_ids or token in self.end_ids:
+                raise DnoError(
+                    f"the response spells the control token {self._spelling(token)!r}: {_shorten(response)}; it would "
+                    "pass for the structure of the chat; remove it from the data"
                 )
 
     def _say_where_they_part(self, prompt: tuple[int, ...], whole: tuple[int, ...]) -> None:

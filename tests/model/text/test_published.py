@@ -158,10 +158,10 @@ def _begins_twice(template: str) -> bool:
 
 def test_blanks_are_never_control_tokens(load):
     """Gemma's line breaks and runs of blanks are added tokens, and its template writes the former."""
-    blanks = ("\n", "\n\n", "\u2581\u2581", "\t", "  ")
+    blanks = ("\n", "\n\n", "\u2581\u2581", "\t", "  ", "<0x0A>")
     for places in ({"plain": blanks}, {"special": (*ROLES, *blanks)}):
         chat = load(CHATML, **({"special": ROLES} | places))
-        for text in ("one\ntwo", "a\n\nb", "x  y\tz", "\n"):
+        for text in ("one\ntwo", "a\n\nb", "x  y\tz", "\n", "a <0x0A> b"):
             assert not chat.control_tokens(text)
         ids = chat.response_ids(user("q\n\nr"), "one\ntwo\n\nthree  four", end_id=1)
         assert chat.decode(ids) == "one\ntwo\n\nthree  four"
