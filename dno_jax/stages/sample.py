@@ -237,12 +237,14 @@ class _Counted:
 
 
 def _gold_drops(have: Set[str], prompts: Sequence[TokenizedPrompt]) -> Counter[str]:
-    lost = [item.prompt.gold for item in prompts if item.prompt.gold is not None and item.prompt.prompt_id not in have]
-
-    def reason(gold: str) -> str:
+    def reason(item: TokenizedPrompt, gold: str) -> str:
         if not split_thought(gold).is_answer:
             return "gold response empty"
-        refuses = is_refusal(split_thought(gold).answer)
-        return "gold response refuses" if refuses else "gold response without points or ids"
+        if is_refusal(split_thought(gold).answer):
+            return "gold response refuses"
+        if item.opens_thought and not split_thought(gold, opened=True).is_answer:
+            return "gold response without the thought that its prompt opens"
+        return "gold response without points or ids"
 
-    return Counter(map(reason, lost))
+    lost = [(item, item.prompt.gold) for item in prompts if item.prompt.prompt_id not in have]
+    return Counter(reason(item, gold) for item, gold in lost if gold is not None)

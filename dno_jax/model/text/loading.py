@@ -32,15 +32,15 @@ def read_tokenizer(path: Path) -> Any:
     file = path / "tokenizer.json"
     if not file.is_file():
         return _without_tokenizer_json(path)
-    from tokenizers import AddedToken
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
     refuse_pointer(file)
     settings = _settings(path)
     named, extra = _special_tokens(settings)
+    template = _chat_template(path, settings)
     try:
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(file), chat_template=_chat_template(path, settings), extra_special_tokens=extra, **named
+            tokenizer_file=str(file), chat_template=template, extra_special_tokens=extra, **named
         )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise DnoError(_unreadable(file, error)) from None
@@ -151,10 +151,15 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> Any:
     file = path / "chat_template.jinja"
     if file.is_file():
         refuse_pointer(file)
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DnoError(f"{file}: cannot be read ({error}); expected a Jinja template in UTF-8") from None
     template = settings.get("chat_template") or _json(path / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        return {item["name"]: item["template"] for item in template}
+    if isinstance(template, list):  # several, by name
+        template = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+    if not isinstance(template, str | dict | None):
+        raise DnoError(f"{path / 'tokenizer_config.json'}: chat_template is {template!r:.80}; expected Jinja text")
     return template
 
 

@@ -172,6 +172,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:46650be2e0aa\n
         ("tokenizer_config.json", "{", "not valid JSON"),
         ("tokenizer_config.json", "[" * 100_000, "not valid JSON"),
         ("tokenizer_config.json", "[]", "expected a JSON object"),
+        ("tokenizer_config.json", '{"chat_template": 7}', "chat_template is 7; expected Jinja text"),
+        ("chat_template.jinja", POINTER, "Git LFS pointer"),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_read_are_named(tmp_path, name, content, said):
