@@ -124,7 +124,6 @@ def test_real_templates_on_every_layout(shared_data, tmp_path, name, family, ver
     opener, end = OPENERS[family], ENDS[family]
     special = tuple(dict.fromkeys((opener, end, *FURTHER.get(family, ()))))
     layouts = {
-        "own": {},
         "bos = eos": {"bos_token": end},
         "all one": dict.fromkeys(("bos_token", "unk_token", "pad_token"), end),
         "bos = opener": {"bos_token": opener},
