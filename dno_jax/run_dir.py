@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from etils import epath
 
-from dno_jax.config import RunConfig, Section, dump_config, parse_config
+from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
@@ -151,6 +151,17 @@ class RunDir:
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         self._check_format()
         return parse_config(kind, yaml.safe_load(self.config_path.read_text()), place=str(self.config_path))
+
+    def kind(self) -> type[RunConfig] | type[SftConfig]:
+        """What the directory was made by: a run, or a supervised fine-tuning.
+
+        Raises:
+            DnoError: there is no configuration in it.
+        """
+        if not self.config_path.exists():
+            raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
+        tree = yaml.safe_load(self.config_path.read_text())
+        return SftConfig if isinstance(tree, dict) and "data" in tree and "prompts" not in tree else RunConfig
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""

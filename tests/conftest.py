@@ -44,14 +44,10 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 # What needs programs of XLA is marked `compiles`: whole rooms, but for what is on the host side alone.
 COMPILING = ("end_to_end", "evaluation", "losses", "model", "parallel", "plan", "runtime", "sampling", "stages")
 COMPILING += ("training", "test_logprobs.py", "games/test_sampled_games.py", "annotation/test_embedded.py")
-HOST_SIDE = (
-    "model/text",
-    "model/test_family_configs.py",
-    "stages/test_pair.py",
-    "stages/test_judged_answers.py",
-    "sampling/test_stops.py",
-)
-HOST_SIDE += ("training/test_batches.py", "model/test_as_brought.py")
+HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py", "sampling/test_stops.py")
+HOST_SIDE += ("training/test_batches.py", "model/test_as_brought.py", "model/test_hub.py")
+HOST_SIDE += ("model/test_rewritten.py",)
+HOST_SIDE += ("stages/test_judged_answers.py",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

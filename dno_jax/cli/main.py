@@ -208,36 +208,37 @@ def import_(config: Config, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    run_dir: Annotated[str, typer.Argument(help="a run directory", show_default=False)],
+    run_dir: Annotated[str, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
     path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
     max_shard_size: Annotated[str, typer.Option(help="largest size of one file, such as 500MB")] = "5GB",
     overwrite: Annotated[bool, typer.Option(help="replace an earlier export, or an empty directory")] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="upload it to this repository on the Hub, model card too")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="where the run's base checkpoint lies on this machine, or its id on the Hub")
+    ] = None,
+    public: Annotated[bool, typer.Option(help="a repository that --push makes is for all to see")] = False,
 ) -> None:
-    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits."""
-    from dno_jax.config.base import absolute
-    from dno_jax.console import say
-    from dno_jax.report.summary import best_policy_of
+    """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits.
+
+    RUN_DIR may be a directory of `dno sft` too, and the devices need not be those of the run.
+    """
     from dno_jax.run_dir import RunDir
+    from dno_jax.stages import exports
 
-    folder = RunDir(run_dir)
-    # The directory may have been copied or moved since its config.yaml was written.
-    settings = folder.load_config().model_copy(update={"run_dir": absolute(str(folder.path))})
-    if policy is None:
-        policy = best_policy_of(folder, iterations=settings.iterations)
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages import checkpoints
-
-    checkpoints.export(
-        Runtime.start(settings),
+    wanted = exports.Wanted(
         policy=policy,
-        path=str(path),
+        base=base,
         dtype=dtype,
         max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
+        push=push,
+        public=public,
     )
-    say(f"policy {policy} exported to {path}")
+    exports.run(RunDir(run_dir), str(path), wanted)
 
 
 @app.command()
@@ -273,13 +274,17 @@ def plan(
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)]) -> None:
+def status(run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`")]) -> None:
     """Show which stages are done, with rows and seconds, and what comes next."""
+    from dno_jax.config import SftConfig
     from dno_jax.console import console
-    from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
+    from dno_jax.report.summary import fine_tuning_table, iteration_table, policy_table, stage_statuses, status_table
     from dno_jax.run_dir import RunDir
 
     folder = RunDir(str(run_dir))
+    if folder.kind() is SftConfig:
+        console.print(fine_tuning_table(folder))
+        return
     settings = folder.load_config()
     console.print(status_table(stage_statuses(folder, settings)))
     console.print(policy_table(folder, iterations=settings.iterations))

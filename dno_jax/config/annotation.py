@@ -12,6 +12,7 @@ from dno_jax.config.base import (
     ROUNDS,
     Count,
     Fraction,
+    ModelPath,
     PathStr,
     Section,
     Temperature,
@@ -156,8 +157,9 @@ class TeacherSection(ChatSection):
 class RewardModelSection(Section):
     """A sequence-classification checkpoint with one output, scored on the devices."""
 
-    path: PathStr = Field(
-        description="directory of a Hugging Face checkpoint", json_schema_extra=contents("annotate", "evaluate")
+    path: ModelPath = Field(
+        description="directory of a Hugging Face checkpoint, or an id on the Hub",
+        json_schema_extra=contents("annotate", "evaluate"),
     )
     temperature: float = Field(
         default=1.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -43,6 +44,19 @@ def absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
+_HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
+
+
+def hub_id(path: str) -> tuple[str, str | None] | None:
+    """Return (owner/name, revision or None) of an id on the Hugging Face Hub; None: a path, which comes first."""
+    found = _HUB_ID.fullmatch(path)
+    return None if found is None or Path(path).exists() else (found[1], found[2])
+
+
+def model_place(path: str) -> str:
+    return path if hub_id(path) else absolute(path)
+
+
 def drawable(temperature: float) -> float:
     if 0.0 < temperature < MIN_TEMPERATURE:
         raise ValueError(
@@ -56,6 +70,7 @@ def iso_date(day: Any) -> str:
 
 
 PathStr = Annotated[str, AfterValidator(absolute)]
+ModelPath = Annotated[str, AfterValidator(model_place)]
 DateStr = Annotated[str, BeforeValidator(iso_date)]
 Temperature = Annotated[float, Field(ge=0.0), AfterValidator(drawable)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]

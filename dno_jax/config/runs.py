@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
-from dno_jax.config.base import COSTS, Count, PathStr, Section, contents, decides
+from dno_jax.config.base import COSTS, Count, ModelPath, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
@@ -179,9 +179,9 @@ class RunConfig(Section):
 class SftModelSection(ModelConfigSection):
     """Start from `path`, or, with `init_config`, from random weights and the tokenizer in `path`."""
 
-    init_config: PathStr | None = Field(
+    init_config: ModelPath | None = Field(
         default=None,
-        description="directory with a config.json: start from random weights of that shape",
+        description="directory with a config.json, or an id on the Hub: start from random weights of that shape",
         json_schema_extra=contents("sft"),
     )
 

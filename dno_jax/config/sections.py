@@ -16,6 +16,7 @@ from dno_jax.config.base import (
     Count,
     DateStr,
     Fraction,
+    ModelPath,
     PathStr,
     Section,
     contents,
@@ -27,8 +28,9 @@ from dno_jax.losses.registry import Loss, find_loss, soft_losses
 class ModelConfigSection(Section):
     """Which checkpoint, and how it is computed."""
 
-    path: PathStr = Field(
-        description="directory of a Hugging Face checkpoint", json_schema_extra=contents("sample", "evaluate", "sft")
+    path: ModelPath = Field(
+        description="directory of a Hugging Face checkpoint, or an id on the Hub: owner/name or owner/name@revision",
+        json_schema_extra=contents("sample", "evaluate", "sft"),
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -57,6 +57,22 @@ def status_table(statuses: list[StageStatus]) -> Table:
     return table
 
 
+def fine_tuning_table(run_dir: RunDir) -> Table:
+    """What a directory of `dno sft` holds: how far the training is, and where the model lies when it is done."""
+    steps = [row for row in run_dir.read_metrics() if row.get("stage") == "sft"]
+    done = run_dir.export_path.exists()
+    table = Table(title="supervised fine-tuning", box=SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("state", "done" if done else "begun" if steps else "next: dno sft")
+    if steps:
+        table.add_row("last step", f"{steps[-1]['step']:,}")
+        table.add_row("loss", f"{steps[-1]['loss']:.4f}")
+    if done:
+        table.add_row("checkpoint", str(run_dir.export_path))
+    return table
+
+
 def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
     """One row per policy: win rates with 95 % intervals, and length."""
     evaluated = _evaluated(run_dir, iterations)

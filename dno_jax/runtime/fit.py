@@ -8,14 +8,14 @@ from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf import read_config, read_dropout
+from dno_jax.model.hf import folder, read_config, read_dropout
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.cluster import is_primary
 
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
     """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike."""
-    shape_from = getattr(config.model, "init_config", None) or config.model.path
+    shape_from = folder(getattr(config.model, "init_config", None) or config.model.path)
     if is_primary() and (dropped := read_dropout(shape_from)):
         shares = ", ".join(f"{key} {share}" for key, share in dropped.items())
         say(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic
@@ -13,16 +14,18 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
-from dno_jax.config import ModelConfigSection, RunConfig
+from dno_jax.config import MeshSection, ModelConfigSection, RunConfig
 from dno_jax.data.prompts import PromptSet
+from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf import read_config
+from dno_jax.model.hf import folder, read_config
 from dno_jax.model.params import abstract_params, computing_params, unstack_layers
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, num_row_shards, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape
+from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint
 
@@ -43,11 +46,24 @@ class Runtime(Generic[ConfigT]):
             DnoError: whatever does not fit together, before anything is computed.
         """
         use_compilation_cache()
+        config = pinned(config)
         model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
         programs = Programs(config, model_config, make_mesh(config.mesh))
         _ = programs.attention_backend
         check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(programs.mesh))
         return cls(programs, RunDir(config.run_dir), tokenizer)
+
+    @classmethod
+    def reading(cls, config: ConfigT) -> Runtime[ConfigT]:
+        """Make a runtime that policies are read by, and nothing is computed with, on whatever devices there are.
+
+        Raises:
+            DnoError: the checkpoint at model.path is missing or cannot be read.
+        """
+        use_compilation_cache()
+        config = pinned(config)
+        model_config = read_shape(config)
+        return cls(_on_any_devices(config, model_config), RunDir(config.run_dir), load_tokenizer(config.model))
 
     @property
     def config(self) -> ConfigT:
@@ -79,11 +95,6 @@ class Runtime(Generic[ConfigT]):
         """Ids that end a response: the tokenizer's, which is trained, and all that generation_config.json names."""
         return self.tokenizer.end_ids
 
-    @property
-    def own_template(self) -> str | None:
-        """The chat template that the run was given in a file; None where it is the tokenizer's own, or none at all."""
-        return None if self.config.model.chat_template == "tokenizer" else self.tokenizer.template
-
     def policy_inputs(self, *policies: epath.Path) -> dict[str, str]:
         """Entries of a manifest's `inputs` that name policies by their fingerprints."""
         return {f"policies/{path.name}": policy_fingerprint(path) or "missing" for path in policies}
@@ -108,14 +119,24 @@ class Runtime(Generic[ConfigT]):
         return unstack_layers(own, donate=True)
 
 
+def _on_any_devices(config: ConfigT, model_config: ModelConfig) -> Programs[ConfigT]:
+    """Lay weights out as the run does, where these are its devices; else over all of them, or else on one."""
+    for section in (config.mesh, MeshSection(data=1, fsdp=-1)):
+        with suppress(DnoError):
+            programs = Programs(config, model_config, make_mesh(section))
+            programs.param_shardings(TRAIN)
+            return programs
+    return Programs(config, model_config, make_mesh(MeshSection(), jax.local_devices()[:1]))
+
+
 def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
     """Read the tokenizer and chat template that a configuration names, beside the model's vocabulary."""
     return ChatTokenizer.load(
-        section.path,
+        folder(section.path),
         section.chat_template,
         date=datetime.date.fromisoformat(section.template_date),
         options=section.template_options,
-        num_rows=read_config(getattr(section, "init_config", None) or section.path).vocab_size,
+        num_rows=read_config(folder(getattr(section, "init_config", None) or section.path)).vocab_size,
     )
 
 

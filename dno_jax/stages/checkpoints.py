@@ -38,7 +38,7 @@ def import_initial(runtime: Runtime[RunConfig]) -> str:
     found = policy_fingerprint(path)
     if found is not None:
         if is_primary():
-            _check_source(runtime.run_dir, source)
+            check_source(runtime.run_dir, source)
         return found
     params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
     digest = save_policy(path, params)
@@ -49,7 +49,8 @@ def import_initial(runtime: Runtime[RunConfig]) -> str:
     return digest
 
 
-def _check_source(run_dir: RunDir, source: str) -> None:
+def check_source(run_dir: RunDir, source: str) -> None:
+    """Raise DnoError if a checkpoint is not the one that policy 0 was imported from."""
     if not run_dir.source_path.exists():  # stopped between the weights and the note
         note = {"path": source, "digest": checkpoint_digest(source)}
         write_atomically(run_dir.source_path, json.dumps(note, indent=2) + "\n")
@@ -68,8 +69,9 @@ def checkpoint_digest(path: str) -> str:
     Returns:
         sha256 of config.json and, of each file of weights, its size and 64 evenly spaced blocks of 4 KiB.
     """
-    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
-    for file in sorted(Path(path).glob("*.safetensors")):
+    source = hf.folder(path, weights=True)
+    digest = hashlib.sha256((source / "config.json").read_bytes())
+    for file in hf.weight_files(source):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
@@ -81,13 +83,14 @@ def checkpoint_digest(path: str) -> str:
 
 def read_checkpoint(path: str, *, shardings: Any, head: Head = "logits", dtype: Any = np.float32) -> Any:
     """Read a checkpoint's parameters into sharded arrays; process 0 shows how far it is."""
+    source = hf.folder(path, weights=True)
     with Meter(f"import {Path(path).name}", total=0, unit="GB", scale=10**9, enabled=is_primary()) as meter:
 
         def show(count: int, total: int) -> None:
             meter.expect(total)
             meter.advance(count)
 
-        return hf.load(path, head=head, shardings=shardings, dtype=dtype, progress=show)[1]
+        return hf.load(source, head=head, shardings=shardings, dtype=dtype, progress=show)[1]
 
 
 def export(
@@ -117,8 +120,8 @@ def export(
         path,
         runtime.model_config,
         runtime.load_policy(run_dir.policy(policy), TRAIN),
-        source=config.model.path,
-        chat_template=runtime.own_template,
+        source=hf.folder(config.model.path, weights=True),
+        chat_template=runtime.tokenizer.template,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
         facts=export_facts(config, run_dir, policy=policy),
@@ -129,8 +132,8 @@ def export(
 
 def _check_target(config: RunConfig, run_dir: RunDir, path: str) -> None:
     """Raise DnoError where an export would take the place of what it is made from, or lie among it."""
-    target = _resolved(path)
-    for name, kept in (("the run directory", os.fspath(run_dir.path)), ("model.path", config.model.path)):
+    target, source = _resolved(path), os.fspath(hf.folder(config.model.path))
+    for name, kept in (("the run directory", os.fspath(run_dir.path)), ("model.path", source)):
         if _resolved(kept).is_relative_to(target):
             raise DnoError(f"{path}: an export there would replace {name}, {kept}; give a directory of its own")
     for folder in (run_dir.path / name for name in ("policies", "iterations")):

@@ -59,7 +59,9 @@ def _open(runtime: Runtime[SftConfig], config: SftConfig) -> None:
     now = deciding(config, "sft") | {
         "examples": digest_of(config.data.path),
         "tokenizer": runtime.tokenizer.digest,
-        "weights": digest_of(f"{source}/config.json") if config.model.init_config else checkpoint_digest(source),
+        "weights": digest_of(hf.folder(source) / "config.json")
+        if config.model.init_config
+        else checkpoint_digest(source),
     }
     if place.exists() and (changed := changes(json.loads(place.read_text()), now)):
         lines = "\n  ".join(changed)
@@ -89,9 +91,9 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
         str(target),
         runtime.model_config,
         result.params,
-        source=config.model.init_config or config.model.path,
-        tokenizer=config.model.path,
-        chat_template=runtime.own_template,
+        source=hf.folder(config.model.init_config or config.model.path, weights=config.model.init_config is None),
+        tokenizer=hf.folder(config.model.path),
+        chat_template=runtime.tokenizer.template,
         facts=hf.ExportFacts(
             method="supervised fine-tuning"
             + (" of random weights of its shape" if config.model.init_config is not None else ""),

@@ -15,7 +15,7 @@ from dno_jax.console import say
 from dno_jax.data.prompts import read_rows, with_messages
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.model.hf import untrained_rows
+from dno_jax.model.hf import folder, untrained_rows
 from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message, Prompt
@@ -44,8 +44,9 @@ class TemplateReport:
 
 def report(section: ModelConfigSection, data_path: str, tokenizer: ChatTokenizer | None = None) -> TemplateReport:
     """Lay out the first row of the data that has a response (or a stand-in) and lint the template."""
+    fetch = tokenizer is not None  # a run needs the weights; to look at a template they are not fetched from the Hub
     tokenizer = tokenizer or load_tokenizer(section)
-    return TemplateReport(_strip(tokenizer, data_path), _findings(section, tokenizer))
+    return TemplateReport(_strip(tokenizer, data_path), _findings(section, tokenizer, fetch=fetch))
 
 
 def refuse_template(runtime: Runtime[Any]) -> None:
@@ -54,14 +55,14 @@ def refuse_template(runtime: Runtime[Any]) -> None:
     Raises:
         DnoError: the lint's errors.
     """
-    refuse(_findings(runtime.config.model, runtime.tokenizer), place=str(runtime.tokenizer.template_place))
+    refuse(_findings(runtime.config.model, runtime.tokenizer, fetch=True), place=str(runtime.tokenizer.template_place))
 
 
-def _findings(section: ModelConfigSection, tokenizer: ChatTokenizer) -> tuple[Finding, ...]:
+def _findings(section: ModelConfigSection, tokenizer: ChatTokenizer, *, fetch: bool) -> tuple[Finding, ...]:
     untrained: frozenset[int] = frozenset()
     if tokenizer.template is not None and getattr(section, "init_config", None) is None:  # else no row is trained yet
         marks = tokenizer.control_ids & tokenizer.written_ids
-        untrained = untrained_rows(section.path, marks, added=tokenizer.added_ids)
+        untrained = untrained_rows(folder(section.path, weights=fetch), marks, added=tokenizer.added_ids)
     return lint(tokenizer, untrained=untrained)
 
 

@@ -3,6 +3,8 @@
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
 from dno_jax.model.hf.config_json import read_config, read_dropout, read_end_token_ids, read_pad_token_id
 from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
+from dno_jax.model.hf.files import weight_files
+from dno_jax.model.hf.hub import folder
 from dno_jax.model.hf.importer import check, load
 from dno_jax.model.hf.rows import untrained_rows
 
@@ -12,6 +14,7 @@ __all__ = [
     "HeldOutRate",
     "check",
     "check_replaceable",
+    "folder",
     "load",
     "read_config",
     "read_dropout",
@@ -19,4 +22,5 @@ __all__ = [
     "read_pad_token_id",
     "save",
     "untrained_rows",
+    "weight_files",
 ]

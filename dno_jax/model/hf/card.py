@@ -75,10 +75,11 @@ class ExportFacts:
 
 @dataclass(frozen=True)
 class _Base:
-    """The checkpoint that training started from: its name, its id on the Hub, what it says of its licence."""
+    """The checkpoint that training started from: its name, its id and commit on the Hub, its licence."""
 
     name: str
     hub_id: str | None
+    commit: str | None
     licence: dict[str, str]
 
 
@@ -92,6 +93,7 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
     licence = base.licence.get("license_name") or base.licence.get("license")
     rows: list[tuple[str, str]] = [
         ("base model", code(base.name)),
+        *([("its commit", code(base.commit))] if base.commit else []),
         ("licence", code(licence) if licence else "see the base model"),
     ]
     if facts is not None:
@@ -153,9 +155,12 @@ def _one_line(text: str) -> str:
 
 
 def _read_base(source: Path) -> _Base:
-    cached = [part.removeprefix("models--").split("--") for part in source.parts if part.startswith("models--")]
-    hub_id = "/".join(cached[-1]) if cached and len(cached[-1]) == 2 else None
-    return _Base(name=hub_id or source.resolve().name, hub_id=hub_id, licence=_licence(source))
+    hub_id = commit = None
+    for folder, _, snapshot in zip(source.parts, source.parts[1:], source.parts[2:], strict=False):
+        names = folder.removeprefix("models--").split("--")
+        if folder.startswith("models--") and len(names) == 2:
+            hub_id, commit = "/".join(names), snapshot
+    return _Base(name=hub_id or source.resolve().name, hub_id=hub_id, commit=commit, licence=_licence(source))
 
 
 def _licence(source: Path) -> dict[str, str]:

@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf.card import LICENCE_FILES, ExportFacts, model_card
-from dno_jax.model.hf.config_json import TOKENIZER_FILES, parse_config, read_json
+from dno_jax.model.hf.config_json import TOKENIZER_FILES
 from dno_jax.model.hf.files import INDEX_FILE, TensorFiles
 from dno_jax.model.hf.importer import THREADS, Reader, load, pieces, put_leaf, slices, tree_leaf
+from dno_jax.model.hf.rewritten import config_text, write_tokenizer
 from dno_jax.model.hf.tensors import Tensor, tensor_table
 from dno_jax.model.hf.writer import Planned, ShardFile, plan_shards, plan_tensors
 from dno_jax.model.params import abstract_params
@@ -53,9 +53,9 @@ def save(
 ) -> None:
     """Write a checkpoint that transformers loads, and prove it by reading it back before it gets its name.
 
-    config.json is the source's, except for the entry that names the dtype of the file. The same parameters give the
-    same bytes. Every process calls this; several need a file system that all of them see. What an interrupted call left
-    beside `path` (.NAME.partial) is removed by the next one.
+    config.json is the source's, with the dtype of the file and in words that other programs read alike
+    (rewritten.py). The same parameters give the same bytes. Every process calls this; several need a file system that
+    all of them see. What an interrupted call left beside `path` (.NAME.partial) is removed by the next one.
 
     Args:
         path: directory to create.
@@ -63,7 +63,7 @@ def save(
         params: numpy or jax arrays in our tree, sharded in any way.
         source: the checkpoint directory that training started from.
         tokenizer: directory of the tokenizer and generation files that are copied; None is the source.
-        chat_template: Jinja text that takes the place of the tokenizer's own template; None keeps that.
+        chat_template: Jinja text that the model was trained with; None is the tokenizer's own.
         dtype: of the file, float32 or bfloat16; None keeps what each tensor has in the source (or its config.json
             names, where the source has no weights).
         max_shard_bytes: several files and an index are written where one file would be larger.
@@ -80,10 +80,10 @@ def save(
         raise DnoError(f"dtype of a checkpoint is {np.dtype(dtype)}; expected float32 or bfloat16")
     if max_shard_bytes < 1:
         raise DnoError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
-    text = _config_text(config, source=source, dtype=dtype)
+    text = config_text(config, source=source, dtype=dtype)
     _check_params(config, params)
     plan = plan_tensors(config, source=source, dtype=dtype)
-    temporary = path.parent / f".{path.name}.partial"
+    temporary, beside = path.parent / f".{path.name}.partial", Path(tokenizer or source)
 
     def begin() -> None:
         _recover(path)
@@ -95,11 +95,9 @@ def save(
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(text, encoding="utf-8")
         (temporary / "README.md").write_text(model_card(source, facts=facts), encoding="utf-8")
-        for file in _side_files(Path(tokenizer or source)):
+        for file in _side_files(beside):
             shutil.copyfile(file, temporary / file.name)
-        if chat_template is not None:
-            # transformers prefers this file to what tokenizer_config.json says.
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        write_tokenizer(beside, temporary, chat_template=chat_template)
 
     try:
         _on_primary(begin, path=path)
@@ -123,20 +121,6 @@ def check_replaceable(path: str | Path) -> None:
             f"{path}: not overwritten, as it is neither empty nor an exported checkpoint (config.json and "
             "*.safetensors); give another path, or remove it first"
         )
-
-
-def _config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
-    file, tree = read_json(source, "config.json")
-    theirs = parse_config(tree, place=str(file), rope_length=config.rope_length)
-    for field in fields(ModelConfig):
-        mine, other = getattr(config, field.name), getattr(theirs, field.name)
-        if mine != other:
-            raise DnoError(f"{file}: {field.name} is {other!r}, but the parameters have {mine!r}; wrong source?")
-    named = [key for key in ("dtype", "torch_dtype") if key in tree]
-    if dtype is None or all(tree[key] == np.dtype(dtype).name for key in named):
-        return file.read_text(encoding="utf-8")
-    # transformers loads in the dtype that this entry names, whatever the file holds.
-    return json.dumps({**tree, **dict.fromkeys(named, np.dtype(dtype).name)}, indent=2) + "\n"
 
 
 def _check_params(config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -167,6 +167,13 @@ def _whole_names(found: dict[str, Header]) -> dict[str, Header]:
     return {f"model.{name}" if name in bare else name: stored for name, stored in kept.items()}
 
 
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's weights, by name; [] where it has none."""
+    if (path / SINGLE_FILE).exists():
+        return [path / SINGLE_FILE]
+    return [path / name for name in sorted(set(_weight_map(path)[1].values()))] if (path / INDEX_FILE).exists() else []
+
+
 def _weight_map(path: Path) -> tuple[Path, dict[str, str]]:
     file, tree = read_json(path, INDEX_FILE)
     weight_map = tree.get("weight_map")

@@ -143,6 +143,32 @@ def _two(values: dict[str, Any], family: Family, *, place: str) -> list[RopeConf
     ]
 
 
+def beside_rope_parameters(tree: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return what transformers 4 reads in place of a config.json's rope_parameters: equal entries beside them."""
+    parameters = tree.get("rope_parameters")
+    if not isinstance(parameters, dict):
+        return {}
+    beside: dict[str, Any] = {}
+    if parameters.keys() & set(_LAYER_KINDS):
+        full, local = (dict(parameters.get(kind) or {}) for kind in _LAYER_KINDS)
+        if "rope_local_base_freq" in family.keys:
+            beside["rope_local_base_freq"] = local.get("rope_theta", family.local_theta)
+        elif local.get("rope_theta") != full.get("rope_theta"):
+            return {}  # no words of transformers 4 say this
+        parameters = full
+    given = {key: value for key, value in parameters.items() if value is not None}
+    beside["rope_theta"] = given.pop("rope_theta", family.theta)
+    kind = given.get("rope_type", given.get("type", "default"))
+    for key in ("partial_rotary_factor", "original_max_position_embeddings"):
+        if key in family.keys and key in given:
+            beside[key] = given.pop(key)
+    if "original_max_position_embeddings" in family.keys and kind == "longrope":  # Phi-3's own class wants three words
+        given = {"type": kind} | {key: value for key, value in given.items() if key not in ("rope_type", "type")}
+    if kind != "default":
+        beside["rope_scaling"] = given
+    return beside
+
+
 def _check_same(scaling: dict[str, Any], parameters: dict[str, Any], *, place: str) -> None:
     """Raise DnoError where rope_scaling, by which transformers 4 reads, says other things than rope_parameters."""
 

@@ -111,8 +111,9 @@ class RewardModel:
         """
         section = runtime.config.annotation.reward_model
         assert section is not None  # the configuration's own check
-        files = hf.check(section.path, head="reward")
-        model_config = hf.read_config(section.path, head="reward", rope_length=section.max_length)
+        path = hf.folder(section.path, weights=True)
+        files = hf.check(path, head="reward")
+        model_config = hf.read_config(path, head="reward", rope_length=section.max_length)
         programs = replace(runtime.programs, model_config=model_config)
         own = replace(
             runtime, programs=programs, tokenizer=_tokenizer(section, model_config, date=runtime.tokenizer.date)
@@ -132,7 +133,7 @@ class RewardModel:
                 f"annotation.reward_model.batch_size is {section.batch_size}, which the {shards} row shards of a "
                 "process's submesh do not divide; make it a multiple"
             )
-        return cls(own, section, hf.read_pad_token_id(section.path), _digest(section.path, files))
+        return cls(own, section, hf.read_pad_token_id(path), _digest(path, files))
 
     @property
     def path(self) -> Path:
@@ -284,7 +285,7 @@ def _reward_figures(sums: Counter[str]) -> dict[str, dict[str, float]]:
 
 def _tokenizer(section: RewardModelSection, model_config: ModelConfig, *, date: datetime.date) -> ChatTokenizer:
     try:
-        tokenizer = ChatTokenizer.load(section.path, date=date, num_rows=model_config.vocab_size)
+        tokenizer = ChatTokenizer.load(hf.folder(section.path), date=date, num_rows=model_config.vocab_size)
         tokenizer.chat_ids((Message(role="user", content="q"),), "a")
     except DnoError as error:
         raise DnoError(
@@ -294,11 +295,11 @@ def _tokenizer(section: RewardModelSection, model_config: ModelConfig, *, date: 
     return tokenizer
 
 
-def _digest(path: str, files: Iterable[Path]) -> str:
+def _digest(path: Path, files: Iterable[Path]) -> str:
     """sha256 of config.json and the weights; process 0's, so that one process reads them for it."""
     digest = bytes(32)
     if is_primary():
-        named = [Path(path) / "config.json", *files]
+        named = [path / "config.json", *files]
         digest = _digest_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in named))
     return broadcast_from_primary(np.frombuffer(digest, np.uint8)).tobytes().hex()
 
