@@ -50,21 +50,26 @@ def read_yaml(text: str, *, place: str) -> Any:
     Raises:
         DnoError: it is no YAML, or stands for too much.
     """
-    loader = _Loader(text)
     try:
         if _depth(text) > _DEEPEST:
             raise ValueError(f"brackets in brackets, more than {_DEEPEST} deep")
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if (count := _size(node, {}, ())) > _MAX_NODES:
-            many = f"{count:,}" if count < 10**9 else "billions of"
-            raise ValueError(f"its aliases (*name) stand for {many} values; expected at most {_MAX_NODES:,}")
-        return loader.construct_document(node)
+        loader = _Loader(text)
+        try:
+            return _whole(loader)
+        finally:
+            loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # what looks like a date is made one: 2024-13-01
         raise DnoError(f"{place}: not valid YAML: {_short(error)}") from None
-    finally:
-        loader.dispose()
+
+
+def _whole(loader: _Loader) -> Any:
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    if (count := _size(node, {}, ())) > _MAX_NODES:
+        many = f"{count:,}" if count < 10**9 else "billions of"
+        raise ValueError(f"its aliases (*name) stand for {many} values; expected at most {_MAX_NODES:,}")
+    return loader.construct_document(node)
 
 
 def _short(error: Exception) -> str:

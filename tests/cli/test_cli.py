@@ -230,7 +230,7 @@ cli.main()
 
 
 def test_an_interrupt_before_the_command_has_begun_is_quiet(monkeypatch, capsys):
-    def interrupted():
+    def interrupted(*, standalone_mode):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "app", interrupted)

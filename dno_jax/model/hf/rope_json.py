@@ -245,8 +245,8 @@ def _is_positive(value: Any) -> bool:
 def _positive(given: dict[str, Any], name: str, *, place: str) -> float:
     value = given[name]
     if not _is_positive(value):
-        shown = value if type(value) is not int else "a number of many digits"
-        raise DnoError(f"{place} has {name} = {shown!r}; expected a positive number")
+        shown = "a number of many digits" if type(value) is int and value >= MAX_NUMBER else repr(value)
+        raise DnoError(f"{place} has {name} = {shown}; expected a positive number")
     return float(value)
 
 
