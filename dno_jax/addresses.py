@@ -27,6 +27,7 @@ class Purpose(StrEnum):
     TOURNAMENT = "tournament"  # who meets whom first: (seed, 0, prompt id)
     SHOWN_FIRST = "shown first"  # of two that are shown in one order: (seed, prompt id, both ids)
     JUDGE = "judge"  # a request's seed: (seed, messages, repeat)
+    ANOTHER_TRY = "another try"  # a request's seed after a reply that could not be read: (the seed before)
     REPEATED = "repeated"  # which pools are judged twice: (seed, prompt id)
     CALIBRATION = "calibration"  # which labelled pairs are asked about: (seed)
     TABLE = "table"  # verdicts of a table of probabilities: (seed, prompt id, both ids)

@@ -1,17 +1,40 @@
-"""Progress on the console: bars with rate and time left on a terminal, an occasional line in a log."""
+"""Progress on the console: bars with rate and time left on a terminal, an occasional line in a log.
+
+Whatever is printed here may quote what a model, a server or a file says: nothing of it acts on the terminal.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 import time
+from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False)
+from dno_jax.display import printable
+
+
+class PlainConsole(Console):
+    """A console on which no text acts: control sequences are spelt out, and there is neither markup nor emoji code."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+console = PlainConsole(stderr=True)
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_REMINDERS = 600.0
 
@@ -46,7 +69,7 @@ class _Board:
         with self._lock:
             if self._progress is None:
                 columns = (
-                    TextColumn("{task.description}"),
+                    TextColumn("{task.description}", markup=False),
                     BarColumn(),
                     _Count(),
                     _Rate(),
@@ -128,7 +151,6 @@ class Meter:
         console.print(
             f"{self._description}{note}: {_amount(self._done, self._scale)}/{_amount(self._total, self._scale)} "
             f"{self._unit} ({_amount(rate, self._scale, digits=1)}/s{ending})",
-            markup=False,
             soft_wrap=True,
         )
 
@@ -147,4 +169,4 @@ class Reminder:
 
 def say(message: str) -> None:
     """Print one line for a person."""
-    console.print(message, markup=False, soft_wrap=True)
+    console.print(message, soft_wrap=True)

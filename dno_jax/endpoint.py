@@ -10,21 +10,21 @@ exception, which holds the request's headers, as their context.
 from __future__ import annotations
 
 import asyncio
-import email.utils
+import contextvars
 import logging
 import math
-import os
 import random
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from dno_jax.errors import DnoError
+from dno_jax.display import hide_keys, printable
+from dno_jax.faults import EndpointError, Fault, Then, Trouble, parse_retry_after
+from dno_jax.keys import Secrets, checked_url, read_headers, read_key
 
 if TYPE_CHECKING:
+    import httpx2
     import openai
 
 _LOG = logging.getLogger(__name__)
@@ -38,18 +38,10 @@ MAX_RETRY_AFTER_SECONDS = 300.0
 # How long an idle connection is kept: less than the 5 s after which many servers close it, maybe below a request.
 _KEPT_SECONDS = 4.0
 _RETRIED = {408, 409, 425, 429}
-# What stands for a key at servers without any (in lower case): to scrub these would garble words.
-_PLACEHOLDERS = {"none", "null", "empty", "dummy", "x", "xxx", "ollama", "lm-studio", "no-key", "not-needed"}
-_SHORTEST_KEY = 4  # a shorter one stands in every other word
-_KEY_LIKE = re.compile(r"\b(sk-|Bearer )[\w*.-]{6,}")
+MAX_REPLY_BYTES = 16 * 2**20  # decompressed; the longest completions with log-probabilities are some megabytes
+_SHOWN = 20_000  # characters of what others wrote, of which 300 are shown: they may have written megabytes
 
-
-class EndpointError(DnoError):
-    """No request of this configuration can succeed: the key, the model, the path or the account is refused."""
-
-    def __init__(self, message: str, *, status: int):
-        super().__init__(message)
-        self.status = status
+_LIMIT: contextvars.ContextVar[int] = contextvars.ContextVar("bytes of a response")
 
 
 @dataclass(frozen=True)
@@ -58,33 +50,6 @@ class Response:
 
     text: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # as they came: they may hold a key
-
-
-@dataclass(frozen=True)
-class Trouble:
-    """A try without a reply, and what follows from it: another try, none for this request, or none for any.
-
-    Attributes:
-        detail: one line for people, free of keys.
-        unreachable: nothing was sent, for there was no connection.
-        retry_after: seconds the endpoint asks to be left alone; a try before that is wasted.
-        status: of the HTTP response, None if none came.
-        parameter: the request's field that the endpoint names as the culprit.
-        headers: of the response, as they came: they may hold a key.
-    """
-
-    detail: str
-    then: Literal["retry", "give up", "refused", "raise"] = "retry"
-    unreachable: bool = False
-    retry_after: float | None = None
-    status: int | None = None
-    parameter: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def asks_for_a_pause(self) -> bool:
-        """Whether it speaks of the endpoint's limits, and not of the request."""
-        return self.status == 429 or (self.retry_after is not None and (self.status or 0) >= 500)
 
 
 @dataclass(frozen=True)
@@ -110,6 +75,7 @@ async def retried(
     min_tries: int = 1,
     max_outage: float = math.inf,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    is_free: Callable[[Trouble], bool] = lambda trouble: False,
 ) -> T | GaveUp:
     """Try until it succeeds, no further try would help, or enough were made; pauses between tries grow.
 
@@ -120,13 +86,15 @@ async def retried(
         min_tries: so many are made, whatever the time.
         max_outage: seconds after which no further one is made; a pause ends by then, whatever Retry-After says.
         pause: waits, or raises what it likes where nothing more is to be sent.
+        is_free: whether a try does not count as one of `max_tries`.
     """
-    began, tries = time.monotonic(), 0
+    began, tries, free = time.monotonic(), 0, 0
     while isinstance(result := await attempt(), Trouble):
+        free += is_free(result)
         tries += 1
         seconds = time.monotonic() - began
         left = max_outage - seconds
-        if result.then != "retry" or tries >= max_tries or (tries >= min_tries and left <= 0.0):
+        if result.then != "retry" or tries - free >= max_tries or (tries >= min_tries and left <= 0.0):
             return GaveUp(result, tries, seconds)
         limit = f" of {max_tries}" if max_tries < math.inf else ""
         _LOG.info("%s: try %d%s: %s", who, tries, limit, result.detail)
@@ -147,23 +115,36 @@ class Endpoint:
         api_key_env: environment variable of the key; None for no key.
         timeout: seconds a request may take, all of it.
 
+        headers, query: that are sent with every request; $NAME in a header is what that variable holds.
+
     Raises:
         DnoError: a missing key, an unusable URL.
     """
 
     def __init__(
-        self, *, who: str, place: str, url: str, api_key_env: str | None, timeout: float, address: str | None = None
+        self,
+        *,
+        who: str,
+        place: str,
+        url: str,
+        api_key_env: str | None,
+        timeout: float,
+        address: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
     ):
         self.who = who
         self.place = place
         self.address = address or place
-        self.url = _checked_url(url, place=self.address)
+        self.url, own_query = checked_url(url, place=self.address)
         self._api_key_env = api_key_env
         self._timeout = timeout
-        self._key = _read_key(api_key_env, url=self.url, place=self.address)
-        is_secret = api_key_env is not None and self._key.lower() not in _PLACEHOLDERS
-        self._spelt = _spellings(self._key) if is_secret else None
-        self._client = self._open()
+        self._secrets = Secrets()
+        self._key = read_key(api_key_env, url=self.url, place=self.address)
+        if api_key_env is not None:
+            self._secrets.add(self._key)
+        own_headers = read_headers(headers or {}, url=self.url, place=self.address, secrets=self._secrets)
+        self._client = self._open(own_headers, {**own_query, **(query or {})})
 
     async def post(
         self, path: str, body: Mapping[str, Any], *, file: tuple[str, bytes] | None = None, timeout: float | None = None
@@ -184,19 +165,35 @@ class Endpoint:
         return await self._answer(self._client.post, path, timeout=timeout, options=options, body=body, files=files)
 
     async def get(
-        self, path: str, *, query: Mapping[str, str] | None = None, timeout: float | None = None
+        self,
+        path: str,
+        *,
+        query: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+        limit: int = MAX_REPLY_BYTES,
     ) -> Response | Trouble:
-        """Fetch what lies at a path; `timeout` and errors as in `post`."""
-        return await self._answer(self._client.get, path, timeout=timeout, options={"params": dict(query or {})})
+        """Fetch what lies at a path, of so many bytes at most; `timeout` and errors as in `post`."""
+        options = {"params": dict(query)} if query else {}
+        return await self._answer(self._client.get, path, timeout=timeout, options=options, limit=limit)
 
     async def _answer(
-        self, send: Callable[..., Awaitable[Any]], path: str, *, timeout: float | None, options: Any, **sent: Any
+        self,
+        send: Callable[..., Awaitable[Any]],
+        path: str,
+        *,
+        timeout: float | None,
+        options: Any,
+        limit: int = MAX_REPLY_BYTES,
+        **sent: Any,
     ) -> Response | Trouble:
         import openai
+
+        from dno_jax.bodies import BadBody
 
         if timeout is not None:
             options = options | {"timeout": timeout}
         timeout = timeout or self._timeout
+        _LIMIT.set(limit)
         try:
             # The client's own timeout counts silence only; a server that trickles would hold the slot for ever.
             async with asyncio.timeout(timeout):
@@ -209,10 +206,18 @@ class Endpoint:
             trouble = _broken_connection(error, timeout=timeout)
         except TimeoutError:
             trouble = Trouble(f"no answer within {timeout:g} s")
+        except BadBody as error:
+            trouble = Trouble(self.words(str(error)))
         except Exception as error:  # the client's own, and what it makes of a body that is not what its headers say
             trouble = Trouble(f"the client failed: {type(error).__name__}")
+        return self.raised(trouble)
+
+    @staticmethod
+    def raised(trouble: Trouble) -> Trouble:
+        """Return what says something of this request, and raise what says it of all."""
         if trouble.then == "raise":
-            raise EndpointError(trouble.detail, status=trouble.status or 0)
+            said, doubtful = trouble.said or trouble.detail, trouble.is_doubtful
+            raise EndpointError(trouble.detail, status=trouble.status or 0, said=said, is_doubtful=doubtful)
         return trouble
 
     async def close(self) -> None:
@@ -220,12 +225,9 @@ class Endpoint:
 
     def without_key(self, text: str) -> str:
         """Take the key out of a text that is to be kept as it is."""
-        if self._spelt is None:
-            return text
-        text = text.replace(self._key, "[key]")
-        return self._spelt.sub("[key]", text) if "\\" in text or "%" in text else text
+        return self._secrets.without(text)
 
-    def _open(self) -> openai.AsyncOpenAI:
+    def _open(self, headers: Mapping[str, str], query: Mapping[str, str]) -> openai.AsyncOpenAI:
         """Make the client. It sends by aiohttp: httpx's own pool looks at all its connections for each request.
 
         With 64 in flight a judgement took 1.9 ms of CPU with it and 2.6 with httpcore2 (docs/benchmarks.md).
@@ -233,24 +235,35 @@ class Endpoint:
         import httpx2
         import openai
 
+        from dno_jax.bodies import ENCODINGS
+
         timeout = openai.Timeout(self._timeout, connect=min(10.0, self._timeout / 2))
         # Zero is no limit: how many are in flight is counted by who sends.
         limits = httpx2.Limits(max_connections=0, keepalive_expiry=_KEPT_SECONDS)
-        http = openai.DefaultAioHttpClient(limits=limits, timeout=timeout)
-        return openai.AsyncOpenAI(
-            api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout, http_client=http
+        # A redirect would send prompts and keys wherever a server likes.
+        http = openai.DefaultAioHttpClient(
+            limits=limits, timeout=timeout, follow_redirects=False, event_hooks={"response": [_bound]}
         )
+        sent: dict[str, Any] = {"Accept-Encoding": ENCODINGS, **headers}
+        if self._api_key_env is None and headers:
+            sent.setdefault("Authorization", openai.Omit())  # else "none", beside a key in a header of its own
+        return openai.AsyncOpenAI(
+            api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout, http_client=http,
+            default_headers=sent, default_query=dict(query) or None,
+        )  # fmt: skip
 
     def scrub(self, text: str) -> str:
         """Take the key, and what looks like one, out of a text that others wrote; halves of characters, too.
 
         JSON may spell a lone surrogate, which no file and no database takes.
         """
-        return _KEY_LIKE.sub("[key]", self.without_key(text.encode(errors="replace").decode()))
+        return hide_keys(self.without_key(text.encode(errors="replace").decode()))
 
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
-        line = " ".join(self.scrub(text).split())
+        if len(text) > _SHOWN:
+            text = text[:_SHOWN].rsplit(None, 1)[0]  # whole words, of which none is half a key
+        line = printable(" ".join(self.scrub(text).split()))
         return line if len(line) <= 300 else line[:297] + "..."
 
     def trouble(self, status: int, body: object, *, headers: Mapping[str, str]) -> Trouble:
@@ -260,38 +273,52 @@ class Endpoint:
             status: of HTTP.
             body: of the response, as JSON or as it came; an "error" object's contents or the whole.
         """
-        fault = body if isinstance(body, dict) else {}
-        if isinstance(fault.get("error"), dict):
-            fault = fault["error"]
-        said = f"HTTP {status}: {self.words(str(fault.get('message') or body))}"
+        fault = Fault(body)
+        said = f"HTTP {status}: {self.words(fault.message)}"
         where = f"{self.who} at {self.url} answered {said}"
-        code, parameter = fault.get("code"), fault.get("param")
 
-        def found(detail: str, then: Literal["retry", "give up", "refused", "raise"]) -> Trouble:
-            named = self.words(parameter) if isinstance(parameter, str) else None
+        def found(detail: str, then: Then, *, is_doubtful: bool = False) -> Trouble:
+            named = self.words(fault.parameter) if isinstance(fault.parameter, str) else None
             pause = parse_retry_after(headers, now=time.time())
-            return Trouble(detail, then, status=status, parameter=named, headers=headers, retry_after=pause)
+            if pause is None and status in (429, 503, 529):
+                pause = fault.pause
+            return Trouble(detail, then, status=status, parameter=named, headers=headers, retry_after=pause,
+                           said=said, is_doubtful=is_doubtful)  # fmt: skip
 
-        if status == 403 and _was_flagged(fault.get("metadata")):
+        if 400 <= status < 500 and status not in (401, 402, 429) and fault.is_refusal:
             return found(said, "refused")
-        if status in (401, 403):
+        if status in (401, 403) or (status == 400 and fault.is_about_the_key):
             remedy = f"name the environment variable of its key in {self.address}.api_key_env"
             if self._api_key_env is not None:
                 remedy = f"put a key that may use this model into the environment variable {self._api_key_env}"
-            return found(f"{where}; {remedy}", "raise")
-        if status == 404:
-            return found(f"{where}; fix {self.place}.model, or base_url (it usually ends in /v1)", "raise")
-        if status == 402 or code == "insufficient_quota":
+            return found(f"{where}; {remedy}", "raise", is_doubtful=status == 403 and not fault.is_about_the_key)
+        if status == 402 or (status < 500 and fault.is_about_money):
             remedy = "the account is used up: fill it, then start again; what is already paid for is kept"
             return found(f"{where}; {remedy}", "raise")
-        if status == 400 and code in ("content_filter", "content_policy_violation"):
-            return found(said, "refused")
+        if status == 404:
+            remedy = f"fix {self.place}.model, or base_url (it usually ends in /v1)"
+            return found(f"{where}; {remedy}", "raise", is_doubtful=True)
+        if status < 400:
+            to = f" to {self.words(headers.get('location') or 'nowhere').partition('?')[0]}"
+            remedy = f"a redirect{to} is not followed, for it would take prompts there; fix {self.address}.base_url"
+            return found(f"{where}; {remedy}", "raise", is_doubtful=True)
         if status < 500 and status not in _RETRIED:
             return found(said, "give up")
         trouble = found(said, "retry")
         if trouble.retry_after is not None and trouble.retry_after > MAX_RETRY_AFTER_SECONDS:
             return found(f"{said} (asks to come back in {trouble.retry_after:.0f} s)", "give up")
         return trouble
+
+
+async def _bound(response: httpx2.Response) -> None:
+    """Have the body of a response read to a limit: called by the client before it reads it."""
+    import httpx2
+
+    from dno_jax.bodies import BoundedBody
+
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    encoding = response.headers.pop("content-encoding", "")
+    response.stream = BoundedBody(response.stream, encoding=encoding, limit=_LIMIT.get(MAX_REPLY_BYTES))
 
 
 def wait_seconds(failures: int, *, retry_after: float | None, jitter: float) -> float:
@@ -306,19 +333,6 @@ def wait_seconds(failures: int, *, retry_after: float | None, jitter: float) -> 
     if retry_after is None:
         return step * (0.5 + 0.5 * jitter)
     return retry_after + BACKOFF_SECONDS * jitter  # never before the time asked for, nor all at that very time
-
-
-def parse_retry_after(headers: Mapping[str, str], *, now: float) -> float | None:
-    """Read Retry-After (seconds or an HTTP date) or retry-after-ms; None if absent or senseless."""
-    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
-        return milliseconds / 1000.0
-    value = headers.get("retry-after")
-    if value is None or (seconds := _number(value)) is not None:
-        return seconds if value is not None else None
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
-        return None
 
 
 def _broken_connection(error: BaseException, *, timeout: float) -> Trouble:
@@ -337,63 +351,3 @@ def _broken_connection(error: BaseException, *, timeout: float) -> Trouble:
         return Trouble(f"no connection ({name})", unreachable=True)
     silent = isinstance(cause, aiohttp.ServerTimeoutError)
     return Trouble(f"no answer within {timeout:g} s" if silent else f"the connection broke ({name})")
-
-
-def _spellings(key: str) -> re.Pattern[str]:
-    """Match a key with any of its characters as JSON or a URL may spell them: \\/, \\u002f, %2F."""
-    return re.compile("".join(
-        rf"(?:{re.escape(char)}|\\{re.escape(char)}|\\u(?i:{ord(char):04x})|%(?i:{ord(char):02x}))" for char in key
-    ))  # fmt: skip
-
-
-def _was_flagged(metadata: object) -> bool:
-    """Whether this is what OpenRouter says of an input that the moderation of a model's provider objects to."""
-    return isinstance(metadata, dict) and bool(metadata.get("reasons") or metadata.get("flagged_input"))
-
-
-def _number(text: str | None) -> float | None:
-    return float(text) if text is not None and re.fullmatch(r"\s*\d{1,9}(\.\d{0,9})?\s*", text) else None
-
-
-def _read_key(api_key_env: str | None, *, url: str, place: str) -> str:
-    if api_key_env is None:
-        return "none"
-    # A trailing newline, usual in mounted secrets, makes an illegal header, and the error would quote the key.
-    key = os.environ.get(api_key_env, "").strip()
-    if not key:
-        raise DnoError(
-            f"{place}: the environment variable {api_key_env} is not set; put the key of "
-            f"{url} there, or set {place}.api_key_env=null for a server without keys"
-        )
-    if len(key) < _SHORTEST_KEY and key.lower() not in _PLACEHOLDERS:
-        raise DnoError(
-            f"{place}: the variable {api_key_env} holds {len(key)} characters, too few to be kept out of logs; set "
-            f"{place}.api_key_env=null for a server without keys, or a key of {_SHORTEST_KEY} characters or more"
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise DnoError(f"{place}: the variable {api_key_env} holds no key: it has odd characters")
-    return key
-
-
-def _checked_url(url: str, *, place: str) -> str:
-    """Return the URL if it can be used and shown: it stands in config.yaml, in messages and in logs."""
-    try:
-        parts = urlsplit(url)
-        shown = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-    except ValueError:
-        raise DnoError(f"{place}.base_url: not a URL; expected http(s)://host[:port]/path") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        bare = shown if parts.scheme and parts.hostname else _without_secrets(url)
-        raise DnoError(f"{place}.base_url: {bare!r}: expected http(s)://host[:port]/path")
-    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise DnoError(
-            f"{place}.base_url: {shown} with a user, a query or a fragment; give the bare URL, and the key "
-            f"in the environment variable that {place}.api_key_env names"
-        )
-    return url
-
-
-def _without_secrets(text: str) -> str:
-    """Leave out what may be a user, a password or a query of a text that is no URL, whichever parts it has."""
-    user, _, rest = text.rpartition("@")
-    return "..." if re.search(r"[?#]", user) else re.split(r"[?#]", rest)[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
+from dno_jax.display import hide_keys
 from dno_jax.errors import DnoError
 
 Role = Literal["system", "user", "assistant"]
@@ -274,5 +275,7 @@ def explain(error: ValidationError) -> str:
 def _shown(item: Any) -> str:
     if item["type"] in ("missing", "extra_forbidden", "value_error", "json_invalid") or item["input"] is None:
         return ""
-    text = repr(item["input"])
+    text = hide_keys(repr(item["input"]))
+    if "key" in f"{item['loc']}{text}".lower():  # of a section in which a key may stand for its variable's name
+        return ""
     return f" (got {text if len(text) <= 80 else text[:77] + '...'})"

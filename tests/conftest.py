@@ -69,6 +69,13 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _short_pause_before_asking_once_more() -> None:
+    from dno_jax.annotation import late
+
+    late.PAUSE_SECONDS = 0.05
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests leave the user's cache alone but share one among themselves, all workers and their child processes."""
     run = tmp_path_factory.getbasetemp()

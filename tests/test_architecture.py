@@ -13,11 +13,15 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
+        "display",
         "records",
         "files",
         "addresses",
         "statistics",
         "console",
+        "faults",
+        "keys",
+        "bodies",
         "endpoint",
         "reasoning",
         "logprobs",
@@ -35,7 +39,21 @@ LEVELS = [
 ORDER = [room for level in LEVELS for room in level]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 HOST_ROOMS = ("annotation", "config", "preferences", "fake_judge", "evaluation")
-HOST_FILES = ("endpoint", "records", "run_dir", "stage_dir", "files", "statistics", "console", "addresses", "reasoning")
+HOST_FILES = (
+    "endpoint",
+    "faults",
+    "keys",
+    "bodies",
+    "display",
+    "records",
+    "run_dir",
+    "stage_dir",
+    "files",
+    "statistics",
+    "console",
+    "addresses",
+    "reasoning",
+)
 
 
 def dotted(path):

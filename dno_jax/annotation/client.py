@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, contextmanager, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,14 +20,17 @@ from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.question import Question, Reply, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
 from dno_jax.annotation.transport.client import EndpointClient
+from dno_jax.annotation.transport.completion import BROKEN, BROKEN_OFF
 from dno_jax.annotation.transport.probe import Sending
 from dno_jax.annotation.transport.stop import Stop
+from dno_jax.annotation.tries import Tries
 from dno_jax.config import ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, retried
 from dno_jax.errors import DnoError
 
 # Replies, none of which could be read, after which nobody is asked any more: they are paid for in vain.
 _MOST_UNREAD = 100
+_MOST_KEPT = 16_384  # characters of a reply that is not trained on: it is for people to read
 _BYTES_A_TOKEN = 4  # of usual text: for limits of tokens per minute, which endpoints keep by estimates, too
 
 
@@ -49,6 +52,7 @@ class JudgeClient:
         self._stopped = Stop()
         self._unread: Counter[ChatSection] = Counter()  # replies of models of which none was read so far
         self._read_once: set[ChatSection] = set()
+        self._given_up: set[str] = set()  # questions that had all their tries: asked again in this call, they have one
 
     @property
     def width(self) -> int:
@@ -66,15 +70,18 @@ class JudgeClient:
         """Return the answer where it is already paid for, else None."""
         return self._store.get(question.key)
 
-    async def probe(self, question: Question) -> None:
+    async def probe(self, question: Question, *, patient: bool = True) -> None:
         """Ask the model of a question for a sign of life, once, by a small request with the question's parameters.
+
+        Args:
+            patient: wait up to `max_outage` for one that is busy or has failed.
 
         Raises:
             DnoError: saying what is wrong with the endpoint, the key or the model.
         """
         task = self._probes.get(question.asked)
         if task is None:
-            task = self._probes[question.asked] = asyncio.create_task(self._probe(question))
+            task = self._probes[question.asked] = asyncio.create_task(self._probe(question, patient=patient))
         await asyncio.shield(task)
 
     async def ask(self, question: Question) -> Verdict:
@@ -164,27 +171,30 @@ class JudgeClient:
         finally:
             self._store.close()
 
-    async def _probe(self, question: Question) -> None:
+    async def _probe(self, question: Question, *, patient: bool) -> None:
         async with self.budget.room(question) as granted:
             pass  # released: the small requests reserve their own share
         if granted:  # else not even they are sent
             with self._breaking(), suppress(OverBudget):
-                await self._clients[question.asked].probe(question.body, pay=partial(self._pay, question))
+                pay = partial(self._pay, question)
+                client = self._clients[question.asked]
+                await client.probe(question.body, schema=question.schema, pay=pay, patient=patient)
 
     async def _pay(
-        self, question: Question, body: Mapping[str, Any], send: Sending, *, wait: bool = True
+        self, question: Question, body: Mapping[str, Any], send: Sending, *, wait: bool = True, held: bool = False
     ) -> Reply | Trouble:
         """Send a request that finds out what an endpoint offers, within the budget, and commit what it cost.
 
         Args:
             question: that it is sent for.
             wait: for money to be released; a call that holds some itself would keep others from releasing theirs.
+            held: what is set aside for the question itself is enough for it.
 
         Raises:
             OverBudget: it was not sent, for the limit might be passed.
         """
         asked = replace(question, body=body, schema=None)
-        async with self.budget.room(asked, wait=wait) as granted:
+        async with nullcontext(True) if held else self.budget.room(asked, wait=wait) as granted:
             self._stopped.check()
             if not granted:
                 raise OverBudget
@@ -198,6 +208,8 @@ class JudgeClient:
         section, client = question.asked, self._clients[question.asked]
         usage = most_usage(question)
         tokens = usage.tokens_in // _BYTES_A_TOKEN + usage.tokens_out
+        most = 1 if question.key in self._given_up else section.max_tries
+        tries = Tries(question, section, most=most, takes_seed=client.offers is None or client.offers.seed)
         verdict = result = None
 
         async def attempt() -> Verdict | Trouble:
@@ -208,22 +220,31 @@ class JudgeClient:
                     raise OverBudget
                 with self._breaking():
                     pay = partial(self._pay, question, wait=False)
-                    result = await client.send(question.body, schema=question.schema, tokens=tokens, pay=pay)
+                    before = client.answered
+                    result = await client.send(tries.body, schema=question.schema, tokens=tokens, pay=pay)
                     verdict = await self.settle(question, result)
-            if verdict.is_answer or verdict.state == "refused":
-                return verdict
-            # Retry-After is one endpoint's, and its client keeps it.
-            return replace(result, retry_after=None) if isinstance(result, Trouble) else Trouble(verdict.detail)
+                    if verdict.is_answer or verdict.state == "refused":
+                        return verdict
+                    trouble = tries.count(result, verdict, answered=client.answered, before=before)
+                    if not (trouble.is_the_servers and tries.are_used_up):
+                        return trouble
+                    # An endpoint that answers others has failed with this question; else it is waited for.
+                    pay = partial(self._pay, question, held=True)
+                    if tries.others_were_answered or await client.is_there(question.body, pay=pay):
+                        return replace(trouble, then="give up")
+                    return trouble
 
         async def pause(seconds: float) -> None:
-            if isinstance(result, Trouble):  # a reply that does not parse is no reason to wait
+            if tries.pauses:
                 await self._stopped.pause(seconds)
 
         try:
-            await retried(attempt, who=section.model, max_tries=section.max_tries, pause=pause)
+            await retried(attempt, who=section.model, pause=pause)
         except OverBudget:  # before this question, or before another endpoint was got to know for it
             return Verdict("over budget", detail=self.budget.why)
         assert verdict is not None
+        if not verdict.is_answer:
+            self._given_up.add(question.key)
         return verdict
 
     def _read(self, question: Question, reply: Reply) -> Verdict:
@@ -231,15 +252,19 @@ class JudgeClient:
         is_judged = isinstance(question.asked, OpenAISection)
         # The client has taken its keys out of every reply. A teacher's text is trained on: what only looks like a key
         # ("Bearer tokens") stays.
-        said = (reply.text or "").encode(errors="replace").decode()
+        said = ((reply.said if is_judged else reply.text) or "").encode(errors="replace").decode()
         raw = client.scrub(said) if is_judged else said
+        if is_judged:
+            raw = raw[:_MOST_KEPT]
         verdict = Verdict("unparsable", raw=raw, model=client.scrub(reply.model))
         if reply.refusal is not None or reply.finish == "content_filter":
             return replace(verdict, state="refused", detail=client.words(reply.refusal or "content filter"))
+        if reply.finish == BROKEN and is_judged:
+            return replace(verdict, state="failed", detail=BROKEN_OFF)
         try:
             scores = question.read(reply)
         except Unparsable as error:
-            return replace(verdict, detail=client.words(str(error)))
+            return replace(verdict, raw=raw[:_MOST_KEPT], detail=client.words(str(error)))
         is_pair = isinstance(question.asked, OpenAISection) and question.asked.form != "listwise"
         return replace(verdict, state="tie" if is_pair and scores[0] == scores[1] else "ok", scores=scores)
 

@@ -64,7 +64,7 @@ class EndpointAnnotator(Annotator):
             verdicts = [verdict for _, verdict in known if verdict is not None]
         return found
 
-    async def probe(self) -> None:
+    async def probe(self, *, patient: bool = True) -> None:
         """Ask every model that is asked first for a sign of life.
 
         Raises:
@@ -73,7 +73,7 @@ class EndpointAnnotator(Annotator):
         questions = advance(self._function.rounds(_SAMPLE), None)
         assert not isinstance(questions, Judgement)
         for asked in {question.asked: question for question in questions}.values():
-            await self.client.probe(asked)
+            await self.client.probe(asked, patient=patient)
 
     async def judge(self, pool: Pool, *, repeat: int = 0) -> Judgement:
         """Return the judgement of one pool, round by round; all that arrives is in the store before this returns.

@@ -82,7 +82,7 @@ class Annotator(Protocol):
             DnoError: no pool can be judged (a dead endpoint, a refused key): the run had better stop.
         """
 
-    async def probe(self) -> None:
+    async def probe(self, *, patient: bool = True) -> None:
         """Fail early where no verdict could be had; call it once, if `recall` leaves anything to ask.
 
         Raises:

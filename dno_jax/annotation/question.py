@@ -19,7 +19,9 @@ from dno_jax.records import Judgement, VerdictState
 
 
 class Unparsable(Exception):
-    """A reply that is no answer; the text says why."""
+    """A reply that is no answer; the text says why, and after `BEGINS` how the reply begins."""
+
+    BEGINS = "; it begins "
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Reply:
         refusal: the endpoint's own word for a refusal, or None.
         model: as the endpoint names it.
         first_logprobs: token -> log-probability (nats) of the most likely first tokens; None if there are none.
+        reasoning: what a server's parser took for the model's thought (reasoning_content); None if there is none.
         tokens_in, tokens_out: as the endpoint counted them.
     """
 
@@ -40,8 +43,19 @@ class Reply:
     refusal: str | None = None
     model: str = ""
     first_logprobs: Mapping[str, float] | None = None
+    reasoning: str | None = None
     tokens_in: int = 0
     tokens_out: int = 0
+
+    @property
+    def is_in_reasoning(self) -> bool:
+        """Whether all that came stands among the reasoning."""
+        return not (self.text or "").strip() and bool((self.reasoning or "").strip())
+
+    @property
+    def said(self) -> str:
+        """The words that came, wherever they stand."""
+        return (self.reasoning if self.is_in_reasoning else self.text) or ""
 
 
 Reader = Callable[[Reply], tuple[float, ...]]
@@ -79,6 +93,8 @@ class Question:
     def key(self) -> str:
         """sha256 of the canonical JSON of judge, request and repetition: what a verdict is stored under."""
         content: dict[str, Any] = {"judge": self.judge, "request": self.body}
+        if extras := self.asked.extras:
+            content["extras"] = extras
         if self.repeat:
             content["repeat"] = self.repeat
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from dno_jax.annotation.question import Unparsable
 from dno_jax.errors import DnoError
 
 
@@ -21,9 +22,15 @@ def refuse_shortfall(
         max_failed: share of all that may be missing, in [0, 1].
 
     Raises:
-        DnoError: with the three most common reasons.
+        DnoError: with the three most common reasons; of unreadable replies, one is shown for each.
     """
     count = reasons.total()
     if count > max_failed * total:
-        shown = "; ".join(f"{number} x {reason}" for reason, number in reasons.most_common(3))
+        kinds: Counter[str] = Counter()
+        examples: dict[str, str] = {}
+        for reason, number in reasons.items():
+            kind = reason.partition(Unparsable.BEGINS)[0]
+            kinds[kind] += number
+            examples.setdefault(kind, reason)
+        shown = "; ".join(f"{number} x {examples[kind]}" for kind, number in kinds.most_common(3))
         raise DnoError(f"{where}: {count} of {total} {missing} ({shown}). {remedy}")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.game import game
 from dno_jax.cli.rehearsal import fake_judge
@@ -70,7 +65,7 @@ def run(
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
-        console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", markup=False)
+        console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", soft_wrap=True)
 
 
 def _stage_settings(name: str, config: Path, overrides: list[str] | None, iteration: int) -> RunConfig:
@@ -314,13 +309,12 @@ def _inspect_group() -> None:
 @_inspect.command("template")
 def inspect_template(config: Config, overrides: Overrides = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
-    from rich.console import Console
-
+    from dno_jax.console import PlainConsole
     from dno_jax.stages import template as stage
 
     settings = _load(config, overrides)
     found = stage.report(settings.model, settings.prompts.path)
-    Console(highlight=False).print(stage.render(found), end="", soft_wrap=True)
+    PlainConsole().print(stage.render(found), end="", soft_wrap=True)
     stage.refuse(found.findings, place=settings.model.path)
 
 
@@ -351,36 +345,6 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
     initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
 
 
-@contextmanager
-def _no_interrupt_is_lost() -> Iterator[None]:
-    """Send a Ctrl-C again where Python drops it: in a callback of the garbage collector, of which jax has one."""
-    before = sys.unraisablehook
-
-    def hook(dropped: sys.UnraisableHookArgs) -> None:
-        if dropped.exc_type is not KeyboardInterrupt:
-            before(dropped)
-            return
-        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # at once, it would end up in this hook
-        again.daemon = True
-        again.start()
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
 def main() -> None:
     """Run the command line; a DnoError is printed without a traceback, exit status 2, and 130 after a Ctrl-C."""
-    try:
-        from dno_jax.errors import DnoError
-
-        try:
-            with _no_interrupt_is_lost():
-                app()
-        except DnoError as error:
-            typer.echo(f"dno: {error}", err=True)
-            raise SystemExit(2) from None
-    except KeyboardInterrupt:  # before the command has begun, or after it
-        raise SystemExit(130) from None
+    raise SystemExit(process.run(app))

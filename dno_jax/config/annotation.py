@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -16,10 +17,12 @@ from dno_jax.config.base import (
     PathStr,
     Section,
     Temperature,
+    VariableName,
     absolute,
     contents,
     decides,
 )
+from dno_jax.config.extras import AddressExtras, Extras
 
 
 def _rubric(name: str) -> str:
@@ -37,19 +40,19 @@ class PriceSection(Section):
     batch: Fraction = Field(default=0.5, description="the Batch API's share of that price", json_schema_extra=COSTS)
 
 
-class EndpointSection(Section):
+class EndpointSection(AddressExtras):
     """Another address of the same model. The key itself never stands in a file: only the variable's name does."""
 
     base_url: str = Field(min_length=1, json_schema_extra=COSTS)
-    api_key_env: str | None = Field(default=None, json_schema_extra=COSTS)
+    api_key_env: VariableName | None = Field(default=None, json_schema_extra=COSTS)
 
 
-class ChatSection(Section):
+class ChatSection(Extras):
     """A model behind chat.completions endpoints, and how they are asked."""
 
     model: str = Field(default="gpt-4.1-mini", min_length=1, json_schema_extra=JUDGED)
     base_url: str | None = Field(default=None, description="None: the client's default", json_schema_extra=COSTS)
-    api_key_env: str | None = Field(
+    api_key_env: VariableName | None = Field(
         default="OPENAI_API_KEY",
         description="environment variable of the key; None for no key",
         json_schema_extra=COSTS,
@@ -94,6 +97,11 @@ class ChatSection(Section):
         json_schema_extra=COSTS,
     )
 
+    @property
+    def extras(self) -> dict[str, Any]:
+        """What it is sent besides questions that can change an answer; empty where nothing is."""
+        return self.told(self.base_url)
+
 
 class OpenAISection(ChatSection):
     """A judge behind any chat.completions endpoint.
@@ -135,7 +143,8 @@ class OpenAISection(ChatSection):
         """What tells its questions about the same responses from another judge's; no address is part of it."""
         length = None if self.form == "logprob" else self.max_tokens
         told = (self.model, self.form, self.rubric_name)
-        return (*told, self.temperature, length, self.max_tokens_field, self.send_seed)
+        extras = json.dumps(self.extras, sort_keys=True)
+        return (*told, self.temperature, length, self.max_tokens_field, self.send_seed, extras)
 
     @property
     def rubric_name(self) -> str:

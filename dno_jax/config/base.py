@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from dno_jax.display import is_variable_name
+
 Stage = Literal["teach", "sample", "annotate", "pair", "score", "train", "evaluate", "sft"]
 Kind = Literal["decides", "contents", "rounds", "costs"]
 
@@ -65,6 +67,19 @@ def drawable(temperature: float) -> float:
     return temperature
 
 
+def variable_name(name: str) -> str:
+    """
+    Raises:
+        ValueError: it is no name, and is not shown: it may be the key.
+    """
+    if not is_variable_name(name):
+        raise ValueError(
+            "no name of an environment variable, and maybe a key (so it is not shown); expected a name such as "
+            "OPENAI_API_KEY. Put the key into that variable; if the key has been in a file or a command, replace it"
+        )
+    return name
+
+
 def iso_date(day: Any) -> str:
     return str(datetime.date.fromisoformat(str(day)))  # YAML has made a date of it, unless it is in quotes
 
@@ -72,6 +87,7 @@ def iso_date(day: Any) -> str:
 PathStr = Annotated[str, AfterValidator(absolute)]
 ModelPath = Annotated[str, AfterValidator(model_place)]
 DateStr = Annotated[str, BeforeValidator(iso_date)]
+VariableName = Annotated[str, AfterValidator(variable_name)]
 Temperature = Annotated[float, Field(ge=0.0), AfterValidator(drawable)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]

@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from dno_jax.config.base import Section
+from dno_jax.display import hide_keys
 from dno_jax.errors import DnoError
 from dno_jax.records import explain
 
@@ -40,7 +41,7 @@ def _read(path: Path, *, above: tuple[Path, ...]) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise DnoError(f"{path}: cannot be read{named}: {error}; expected a YAML file in UTF-8") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # what looks like a date is made one: 2024-13-01
-        raise DnoError(f"{path}: not valid YAML: {error}") from None
+        raise DnoError(f"{path}: not valid YAML: {hide_keys(str(error))}") from None
     if not isinstance(tree, dict):
         raise DnoError(f"{path}: expected a mapping of sections, got {type(tree).__name__}")
     base = tree.pop("base", None)
@@ -78,18 +79,25 @@ def lay_over(tree: dict[str, Any], override: str) -> None:
     """
     name, separator, text = override.partition("=")
     if not separator or not name:
-        raise DnoError(f"override {override!r}: expected a.b=value")
+        raise DnoError(f"override {hide_keys(override)!r}: expected a.b=value")
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DnoError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        why = "" if "key" in name else f": {hide_keys(str(error))}"
+        raise DnoError(f"override {_shown(override)!r}: the value is not valid YAML{why}") from None
     *parents, leaf = name.split(".")
     for parent in parents:
         below = tree.setdefault(parent, {})
         if not isinstance(below, dict):
-            raise DnoError(f"override {override!r}: {parent} is a value, not a section")
+            raise DnoError(f"override {_shown(override)!r}: {parent} is a value, not a section")
         tree = below
     tree[leaf] = value
+
+
+def _shown(override: str) -> str:
+    """An override as messages show it: what is set of a key may be one."""
+    name, _, _ = override.partition("=")
+    return f"{name}=..." if "key" in name else hide_keys(override)
 
 
 def _known_fields(kind: type[Section], loc: Iterable[Any]) -> str:

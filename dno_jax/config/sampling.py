@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dno_jax.config.base import COSTS, ROUNDS, SAMPLED, Count, Fraction, Section, Temperature, decides
+from dno_jax.config.base import COSTS, ROUNDS, SAMPLED, Count, Fraction, Section, Temperature, VariableName, decides
 
 
 class CompletionServerSection(Section):
@@ -23,7 +23,7 @@ class CompletionServerSection(Section):
         json_schema_extra=COSTS,
     )
     base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=COSTS)
-    api_key_env: str | None = Field(
+    api_key_env: VariableName | None = Field(
         default=None,
         description="environment variable of the key; None for no key",
         json_schema_extra=COSTS,

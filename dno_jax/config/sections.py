@@ -168,6 +168,12 @@ class PairingSection(Section):
         description="a response whose share of repeated n-grams exceeds this is a negative, whatever its reward",
         json_schema_extra=PAIRED,
     )
+    cut: Literal["keep", "negative", "drop"] | None = Field(
+        default=None,
+        description="responses cut at the limit of tokens: like any other; negatives, whatever their reward; in no "
+        "pair. None: negative for the policy's, drop for gold and the data's",
+        json_schema_extra=PAIRED,
+    )
     replay: Fraction = Field(
         default=0.3,
         description="largest share of the pairs that may come from the previous iteration",

@@ -10,6 +10,7 @@ import jinja2
 from dno_jax.config import RunConfig
 from dno_jax.files import write_atomically
 from dno_jax.report.judge import NAMES
+from dno_jax.report.tables import shares_text
 from dno_jax.run_dir import RunDir
 
 _TEMPLATE = """<!doctype html>
@@ -26,7 +27,8 @@ td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px soli
 {% for page in iterations %}
 <h2>Iteration {{ page.iteration }}</h2>
 <p class="judge">{{ page.judge }}</p>
-{% for sentence in page.warnings %}<p class="warning">warning: {{ sentence }}</p>
+{% if page.cut %}<p>Cut at the limit of tokens: {{ page.cut }}.</p>
+{% endif %}{% for sentence in page.warnings %}<p class="warning">warning: {{ sentence }}</p>
 {% endfor %}
 <table>
 <tr><th></th><th>value</th><th>95 % interval</th><th>over</th></tr>
@@ -73,6 +75,7 @@ def _page(run_dir: RunDir, iteration: int) -> dict[str, Any] | None:
     if judged is None or "quality" not in judged.details:
         return None
     evaluated = run_dir.stage("evaluate", iteration).manifest()
+    sampled = run_dir.stage("sample", iteration).manifest()
     figures = judged.details["quality"]
     rates = evaluated.details.get("win_rates", {}) if evaluated is not None else {}
     scores = figures.get("scores", {"mean": {}, "bins": {}})
@@ -80,6 +83,7 @@ def _page(run_dir: RunDir, iteration: int) -> dict[str, Any] | None:
     return {
         "iteration": iteration,
         "judge": judged.details["judge"],
+        "cut": shares_text(sampled.details.get("cut", {})) if sampled is not None else "",
         "warnings": judged.details.get("warnings", ()),
         "figures": named + [(f"points of {source}", mean) for source, mean in scores["mean"].items()],
         "histograms": [(source, _bars(bins)) for source, bins in scores["bins"].items()],

@@ -13,7 +13,7 @@ from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
 from dno_jax.report.judge import quality_lines
-from dno_jax.report.tables import stacked
+from dno_jax.report.tables import shares_text, stacked
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import Manifest, stage_names
 
@@ -110,7 +110,12 @@ def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
     ]
     title = "pairs by kind, seconds by stage (annotate runs beside sample)"
     table = stacked(title, ("", *map(_short, kinds), "replay", *stages), rows)
-    return Group(table, quality_lines(_judge_figures(run_dir, config.iterations), config.annotation.quality))
+    cut = [
+        f"iteration {t}: cut at the limit of tokens: {shares_text(shares)}"
+        for t, done in manifests.items()
+        if (shares := done["pair"].details.get("cut"))
+    ]
+    return Group(table, *cut, quality_lines(_judge_figures(run_dir, config.iterations), config.annotation.quality))
 
 
 def _judge_figures(run_dir: RunDir, iterations: int) -> dict[int, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Group
 from rich.table import Table
@@ -29,3 +29,8 @@ def stacked(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -
             table.add_row(row[0], *(row[index] for index in part))
         tables.append(table)
     return Group(*tables)
+
+
+def shares_text(shares: Mapping[str, float]) -> str:
+    """Write out the shares that are not zero: "31 % of samples, 5 % of gold"."""
+    return ", ".join(f"{100.0 * share:.3g} % of {name}" for name, share in shares.items() if share)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from dno_jax.addresses import Purpose, uniform
+from dno_jax.annotation import late
 from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.pool import Annotator, Pool
@@ -111,7 +112,7 @@ def probe(config: RunConfig, run_dir: RunDir, iteration: int) -> None:
     async def ask() -> None:
         async with closing(annotator, run_dir):
             try:
-                await annotator.probe()
+                await annotator.probe(patient=False)
             except Unreachable as error:
                 say(f"{error}; sampling begins all the same, and the judge is asked again")
 
@@ -140,9 +141,10 @@ class _Work:
         self._pools = Pools(sampled, run_dir.prompts_path(stage.iteration), reasoning=config.annotation.shows_reasoning)
         self._found = Survey()
         self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
+        self._late: dict[str, dict[str, Judgement]] = {}  # shards to judge once more, with what no other try would mend
         self._states: Counter[str] = Counter()  # of pools without a verdict
         self._reasons: Counter[str] = Counter()
-        self._judged = 0
+        self._judged = self._num_late = 0
         self._probing = asyncio.Lock()
         self._probed = False
 
@@ -154,6 +156,7 @@ class _Work:
                     await self._annotator.probe()  # told now, not when the first shard has been waited for
                 await _unless(abandoned, self._judge_labels())
                 await self._follow(meter, seen=closed, abandoned=abandoned)
+                await _unless(abandoned, self._judge_late(meter))
                 meter.expect(self._judged)
             if self._sampled.manifest() is None or (abandoned and abandoned()):
                 raise DnoError(f"{self._sampled.path}: sampling stopped before it was finished; run again to resume")
@@ -251,17 +254,33 @@ class _Work:
             if first and self._is_repeated(pool) and (again := self._annotator.recall(pool, repeat=1)):
                 self._found.quality.add_repeat(first, again)
 
-    async def _judge_shard(self, name: str, shard: PoolShard, meter: Meter) -> None:
-        pools = shard.pools
+    async def _judge_late(self, meter: Meter) -> None:
+        """Judge once more what the judge's server failed with."""
+        if self._late:
+            await late.pause(self._num_late, what="pools")
+        for name, lost in self._late.items():
+            await self._judge_shard(name, self._pools.read(name), meter, lost=lost)
+
+    async def _judge_shard(
+        self, name: str, shard: PoolShard, meter: Meter, *, lost: dict[str, Judgement] | None = None
+    ) -> None:
+        """Judge a shard; at the second time without what was lost at the first."""
+        pools = [pool for pool in shard.pools if pool.prompt.prompt_id not in (lost or {})]
         meter.expect(len(self._pools.prompts))
         await self._probe_once(pools)
         again = [pool for pool in pools if self._is_repeated(pool)]
         judgements, _ = await all_of(
-            judge_pools(self._annotator, pools, meter=meter),
+            judge_pools(self._annotator, pools, meter=meter if lost is None else None),
             judge_pools(self._annotator, again, meter=None, repeat=1),
         )
-        self._judged += len(judgements)
         missing = {row.prompt_id: row for row in judgements if row.state != "ok"}
+        failed = [row.prompt_id for row in missing.values() if late.failed_by_server(row.state, row.detail)]
+        if failed and lost is None:
+            self._num_late += len(failed)
+            self._late[name] = {prompt_id: row for prompt_id, row in missing.items() if prompt_id not in failed}
+            return
+        missing |= lost or {}
+        self._judged += len(judgements) + len(lost or ())
         if not missing:
             self._stage.write_shard(name, judgements)
             self._add(name, shard, judgements)
@@ -332,6 +351,17 @@ async def judge_pools(
         return judgement
 
     return await all_of(*map(one, pools))
+
+
+async def judge_late(annotator: Annotator, pools: Sequence[Pool], judgements: Sequence[Judgement]) -> list[Judgement]:
+    """Judge once more, after a pause, the pools that the judge's server failed with; return all judgements."""
+    failed = [index for index, row in enumerate(judgements) if late.failed_by_server(row.state, row.detail)]
+    if not failed:
+        return list(judgements)
+    await late.pause(len(failed), what="pools")
+    again = await judge_pools(annotator, [pools[index] for index in failed], meter=None)
+    mended = dict(zip(failed, again, strict=True))
+    return [mended.get(index, row) for index, row in enumerate(judgements)]
 
 
 async def all_of(*coroutines: Coroutine[Any, Any, T]) -> list[T]:

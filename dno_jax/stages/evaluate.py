@@ -32,7 +32,7 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import redo
-from dno_jax.stages.annotate import judge_pools
+from dno_jax.stages.annotate import judge_late, judge_pools
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.sample import ResponseLengths
@@ -224,6 +224,7 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         async with closing(annotator, run_dir):
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
                 judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
+                judgements = await judge_late(annotator, list(pools.values()), judgements)
             annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
             return judgements
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,29 +18,27 @@ import pyarrow as pa
 from etils import epath
 
 from dno_jax.addresses import Purpose, rng
-from dno_jax.config import LossSection, PairingSection, RunConfig
+from dno_jax.config import LossSection, RunConfig
 from dno_jax.data.pairs import NEW, REPLAYED, PairFile, Spool, pair_table, write_pairs
 from dno_jax.data.pools import Pools, shown_text
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
     PairChoice,
-    ScoredCandidate,
     all_pairs,
     best_worst_pair,
     count_cycles,
     large_margin_pairs,
     matched_pairs,
-    repeated_ngram_share,
     replay_counts,
-    scores_to_wins,
     soft_target,
     spin_pairs,
     verdict_pairs,
-    win_rates,
 )
 from dno_jax.records import Judgement, Pair, PairKind, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import Manifest, StageDir, is_lookahead
+from dno_jax.stages.cut import CutShares
+from dno_jax.stages.pair_pool import PairPool
 
 
 def run(config: RunConfig, run_dir: RunDir, iteration: int) -> Manifest:
@@ -67,11 +65,14 @@ def run(config: RunConfig, run_dir: RunDir, iteration: int) -> Manifest:
     with Spool(stage.path) as spool:
         if not lookahead:
             made = _pair_shards(spool, run_dir, config, iteration=iteration)
+            rule = config.pairing.cut or "negatives, gold is dropped"
+            made.cut.tell(f"pair {iteration}", limit=config.sampling.max_new_tokens, then=f" (pairing.cut: {rule})")
             if not len(spool):
                 funnel = "; ".join(f"{reason}: {count}" for reason, count in made.dropped.most_common())
                 raise DnoError(
                     f"{stage.path}: no pair passed the rules (dropped: {funnel or 'nothing was judged'}); "
-                    "lower pairing.positive_floor or the margins, or look at the judgements"
+                    "lower pairing.positive_floor or the margins, or look at the judgements; where most responses are "
+                    "cut, raise sampling.max_new_tokens, or set pairing.cut=keep"
                 )
         # In order of prompt, for replay draws by place: not by how shards were cut.
         write_pairs(stage.path / f"{NEW}.parquet", figures.passing(spool.by_prompt()))
@@ -118,17 +119,19 @@ class _Made:
     dropped: Counter[str] = field(default_factory=Counter)
     cycles: int = 0
     errors: list[float] = field(default_factory=list)
+    cut: CutShares = field(default_factory=CutShares)
 
     def add(self, other: _Made) -> None:
         self.pairs += other.pairs
         self.dropped.update(other.dropped)
         self.cycles += other.cycles
         self.errors += other.errors
+        self.cut.merge(other.cut)
 
-    def verdicts(self) -> dict[str, float | int]:
+    def verdicts(self) -> dict[str, Any]:
         known = [error for error in self.errors if not math.isnan(error)]
         error = {"mean_win_rate_error": round(float(np.mean(known)), 4)} if known else {}
-        return {"cyclic_triples": self.cycles, **error}
+        return {"cyclic_triples": self.cycles, **error, **self.cut.figures()}
 
 
 def new_pairs(
@@ -143,6 +146,8 @@ def new_pairs(
     for rollout in rollouts:
         by_prompt.setdefault(rollout.prompt_id, []).append(rollout)
     made = _Made()
+    for own in by_prompt.values():
+        made.cut.add(own)
     answers = {judgement.prompt_id: judgement for judgement in judgements}
     for prompt_id, own in sorted(by_prompt.items()):
         judgement = answers.get(prompt_id)
@@ -154,19 +159,24 @@ def new_pairs(
         if judgement is not None and judgement.state != "ok":
             made.dropped[f"verdict {judgement.state}"] += 1
             continue
-        pool = _Pool(own, shown, judgement, config.pairing)
+        pool = PairPool(own, shown, judgement, config.pairing)
         made.cycles += count_cycles(pool.wins)
         if pool.is_alone:
             made.dropped["no opponents for a win rate"] += 1
             continue
         choices, reasons = _choose(pool, config, iteration=iteration)
         made.dropped.update(reasons)
+        made.dropped.update(pool.left_out)
+        whole = [choice for choice in choices if choice.chosen.candidate_id not in pool.negatives]
+        if lost := len(choices) - len(whole):
+            made.dropped["chosen was cut"] += lost
+        choices = whole
         made.errors += pool.errors
         made.pairs += [_pair(choice, pool, config.loss, iteration=iteration) for choice in choices]
     return made
 
 
-def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[PairChoice], Counter[str]]:
+def _choose(pool: PairPool, config: RunConfig, *, iteration: int) -> tuple[list[PairChoice], Counter[str]]:
     """Apply the configuration's rule to one pool. A tie is information to a soft label, and nothing to a hard one."""
     section, keep_ties = config.pairing, config.loss.target == "soft"
     match section.rule:
@@ -193,7 +203,7 @@ def _choose(pool: _Pool, config: RunConfig, *, iteration: int) -> tuple[list[Pai
             return matched_pairs(pool.own_samples(), rng=drawn)
 
 
-def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int) -> Pair:
+def _pair(choice: PairChoice, pool: PairPool, loss: LossSection, *, iteration: int) -> Pair:
     winner, loser = choice.chosen, choice.rejected
     target = 1.0
     if loss.target == "soft" and choice.preference is not None:
@@ -212,110 +222,6 @@ def _pair(choice: PairChoice, pool: _Pool, loss: LossSection, *, iteration: int)
         kind=cast(PairKind, choice.kind),
         iteration=iteration,
     )
-
-
-class _Pool:
-    """One prompt's candidates with their rewards: each text was judged once, however many samples gave it.
-
-    An empty response, or one cut inside its thought, was shown to no judge: it loses to every text, as section 5.1 has
-    it for degenerate samples. Were it in no pair, nothing would keep its probability down, for a pair's loss sees
-    differences only.
-
-    Args:
-        shown: what a judge reads of each response, by its id; empty where that has no answer.
-    """
-
-    def __init__(
-        self,
-        rollouts: Sequence[Rollout],
-        shown: Mapping[str, str],
-        judgement: Judgement | None,
-        section: PairingSection,
-    ):
-        self.shown = shown
-        self.prompt_id, self.judge, self.section = rollouts[0].prompt_id, judgement and judgement.judge, section
-        self.scores = judgement and judgement.scores
-        if judgement is None:
-            self.judged = [min((row for row in rollouts if shown[row.rollout_id]), key=lambda row: row.sample)]
-            self.wins = np.full((1, 1), 0.5)
-        else:
-            by_id = {rollout.rollout_id: rollout for rollout in rollouts}
-            self.judged = [by_id[name] for name in judgement.candidate_ids]
-            if judgement.wins is not None:
-                self.wins = np.asarray(judgement.wins, np.float64)
-            else:
-                self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
-        empty = [rollout for rollout in rollouts if not shown[rollout.rollout_id] and not rollout.is_gold]
-        if empty:
-            self.judged.append(min(empty, key=lambda row: row.sample))
-            self.wins = np.pad(self.wins, (0, 1), constant_values=0.0)
-            self.wins[:-1, -1], self.wins[-1, -1] = 1.0, 0.5
-            self.scores = self.scores and (*self.scores, min(0.0, *self.scores))
-        self.place = {shown[rollout.rollout_id]: index for index, rollout in enumerate(self.judged)}
-        self.samples = [rollout for rollout in rollouts if shown[rollout.rollout_id] in self.place]
-        sources = {rollout.source for rollout in self.samples}
-        self.whom = sources if section.opponents == "pool" else {section.opponents}
-        # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
-        self.trained = sources - {"mixture"} if "policy" in sources else sources
-        self.errors: list[float] = []  # standard errors of the win rates that were asked for
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether win rates are asked for and an opponent would have nobody but itself to meet."""
-        return self.section.reward == "win_rate" and int(self.count(self.whom).sum()) < 2
-
-    @property
-    def trained_rows(self) -> list[int]:
-        """Places of the judged texts that may be trained on."""
-        return [place for place, rollout in enumerate(self.judged) if rollout.source in self.trained]
-
-    def count(self, sources: Iterable[str]) -> np.ndarray:
-        """[C] how many candidates of these sources gave each judged text."""
-        wanted = set(sources)
-        places = [self.place[self.shown[rollout.rollout_id]] for rollout in self.samples if rollout.source in wanted]
-        return np.bincount(np.asarray(places, int), minlength=len(self.judged))
-
-    def reward(self, rollout: Rollout) -> float:
-        """The reward of a candidate, in the unit of the configuration.
-
-        Raises:
-            DnoError: points are asked for and the judge gave pairwise verdicts.
-        """
-        place = self.place[self.shown[rollout.rollout_id]]
-        if self.section.reward == "score":
-            if self.scores is None:
-                raise DnoError(
-                    f"judgement of prompt {self.prompt_id!r} by {self.judge} has pairwise "
-                    "verdicts, no scores; set pairing.reward=win_rate"
-                )
-            return self.scores[place]
-        own = np.zeros(len(self.judged), int)
-        own[place] = rollout.source in self.whom
-        found = win_rates(self.wins, opponents=self.count(self.whom), own=own)
-        self.errors.append(float(found.standard_error[place]))
-        return float(found.rate[place])
-
-    def texts(self) -> list[ScoredCandidate]:
-        """One candidate per text."""
-        counts = np.maximum(self.count(self.trained - {"gold"}), 1)
-        return [self._candidate(self.judged[place], count=int(counts[place])) for place in self.trained_rows]
-
-    def own_samples(self) -> list[ScoredCandidate]:
-        """One candidate per sample of the policy, equal texts too."""
-        return [
-            self._candidate(sample) for sample in self.samples if sample.source in self.trained & {"policy", "mixture"}
-        ]
-
-    def _candidate(self, rollout: Rollout, *, count: int = 1) -> ScoredCandidate:
-        repetition = repeated_ngram_share(rollout.token_ids, self.section.degenerate_ngram)
-        return ScoredCandidate(
-            candidate_id=rollout.rollout_id,
-            reward=self.reward(rollout),
-            source=rollout.source if rollout.source in ("gold", "data") else "student",
-            degenerate=not rollout.is_gold
-            and (not self.shown[rollout.rollout_id] or repetition > self.section.degenerate_share),
-            count=count,
-        )
 
 
 def _replay(sources: Sequence[StageDir], config: RunConfig, *, iteration: int, num_new: int) -> Iterator[pa.Table]:

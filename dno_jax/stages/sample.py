@@ -26,6 +26,7 @@ from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
+from dno_jax.stages.cut import CutShares
 from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.teach import taught
 
@@ -83,6 +84,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
         if left_out := len(tokenized) - len(answered):
             dropped["no usable response from the server"] = left_out
         truncated = sum(item.truncated for item in tokenized)
+        counted.cut.tell(f"sample {iteration}", limit=config.sampling.max_new_tokens)
         stage.finish(
             config,
             inputs=inputs,
@@ -90,6 +92,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
             dropped=dropped,
             seconds=time.perf_counter() - start,
             details=counted.lengths.figures()
+            | counted.cut.figures()
             | drawn
             | ({"truncated_prompts": truncated} if truncated else {})
             | ({"audit": audited} if audited else {}),
@@ -226,6 +229,7 @@ class _Counted:
     prompts: set[str] = field(default_factory=set)
     gold: set[str] = field(default_factory=set)  # prompts with a teacher's response
     lengths: ResponseLengths = field(default_factory=ResponseLengths)
+    cut: CutShares = field(default_factory=CutShares)
     audited: list[Rollout] = field(default_factory=list)
 
     def add(self, shard: Sequence[Rollout], *, policy: int, audited: int) -> None:
@@ -233,6 +237,7 @@ class _Counted:
             self.rows += 1
             (self.gold if rollout.is_gold else self.prompts).add(rollout.prompt_id)
             self.lengths.add(rollout)
+        self.cut.add(shard)
         self.audited += audit.audited(shard, policy=policy, count=audited)
 
 

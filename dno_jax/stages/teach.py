@@ -9,10 +9,11 @@ import asyncio
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dno_jax.addresses import Purpose, integer
+from dno_jax.annotation import late
 from dno_jax.annotation.build import open_client
 from dno_jax.annotation.client import JudgeClient
 from dno_jax.annotation.question import Question, Reader, Reply, Unparsable
@@ -20,22 +21,25 @@ from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig, TeacherSection
-from dno_jax.console import Meter
+from dno_jax.console import Meter, say
 from dno_jax.data.prompts import PromptSplit, split_prompts
 from dno_jax.errors import DnoError
+from dno_jax.reasoning import opens_thought, split_thought
 from dno_jax.records import Prompt, TaughtResponse
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import Manifest, StageDir
 
 _SHARD_PROMPTS = 256
 _HELD_OUT = "held-out"
+_CUT = "the response was cut at annotation.teacher.max_tokens"
+_CUT_IS_MUCH = 0.2  # share of the responses, above which it is said
 
 
 def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSplit | None = None) -> Manifest:
     """Ask for a response to every prompt of iteration t that has none; in iteration 0 to the held-out prompts, too.
 
-    A refused (by the endpoint or in words), cut or empty response is dropped and counted: its prompt stays without
-    gold.
+    A refused (by the endpoint or in words), empty or unfinished response is dropped and counted: its prompt stays
+    without gold. A thought before it is taken off.
 
     Args:
         split: the run's prompts, where somebody has read them already.
@@ -62,13 +66,19 @@ def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSpli
     asyncio.run(teacher.write_all(wanted, description=f"teach     {iteration}"))
     rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
     states = Counter(row.state for row in rows)
+    cut = sum(row.detail == _CUT for row in rows)
+    if cut > _CUT_IS_MUCH * len(rows):
+        say(
+            f"warning: {cut} of {len(rows)} gold responses were cut at annotation.teacher.max_tokens="
+            f"{section.max_tokens} and are dropped: raise it"
+        )
     return stage.finish(
         config,
         inputs=inputs,
         rows=len(rows),
         dropped={f"gold response {state}": count for state, count in states.items() if state != "ok"},
         seconds=time.perf_counter() - start,
-        details={"teacher": teacher.identity, "states": dict(states)},
+        details={"teacher": teacher.identity, "states": dict(states), "cut": cut},
     )
 
 
@@ -105,6 +115,24 @@ def _held_out(run_dir: RunDir) -> StageDir:
     return run_dir.stage("teach", 0).sub(_HELD_OUT)
 
 
+@dataclass(frozen=True)
+class _Shard:
+    """Prompts that are answered together."""
+
+    folder: StageDir
+    name: str
+    prompts: Sequence[Prompt]
+
+    def is_closed(self, meter: Meter) -> bool:
+        """Whether an earlier call closed it with these prompts: others may have come, and moved all that follow."""
+        if self.name not in self.folder.shard_names():
+            return False
+        rows = self.folder.read_shard(TaughtResponse, self.name)
+        found = [row.prompt_id for row in rows] == [prompt.prompt_id for prompt in self.prompts]
+        meter.advance(len(self.prompts) if found else 0)
+        return found
+
+
 class _Teacher:
     """Asks for responses, shard by shard of prompts."""
 
@@ -127,30 +155,37 @@ class _Teacher:
 
     async def write_all(self, wanted: Mapping[StageDir, Sequence[Prompt]], *, description: str) -> None:
         """Close every shard; those with a failed request last, and only if few enough failed."""
+        shards = [
+            _Shard(folder, f"{first:07d}", prompts[first : first + _SHARD_PROMPTS])
+            for folder, prompts in wanted.items()
+            for first in range(0, len(prompts), _SHARD_PROMPTS)
+        ]
         total = sum(map(len, wanted.values()))
-        open_shards: list[tuple[StageDir, str, Sequence[Prompt]]] = []
         async with closing(self._client, self._run_dir):
             with Meter(description, total=total, unit="prompts") as meter:
-                for folder, prompts in wanted.items():
-                    closed = set(folder.shard_names())
-                    for first in range(0, len(prompts), _SHARD_PROMPTS):
-                        part, name = prompts[first : first + _SHARD_PROMPTS], f"{first:07d}"
-                        is_there = name in closed and _answers(folder.read_shard(TaughtResponse, name), part)
-                        if is_there or await self._close(folder, name, part):
-                            meter.advance(len(part))
-                        else:
-                            open_shards.append((folder, name, part))
+                left = await self._close_all([shard for shard in shards if not shard.is_closed(meter)], meter)
+                failed = [row for row in self._lost.values() if late.failed_by_server(row.state, row.detail)]
+                if failed:
+                    await late.pause(len(failed), what="gold responses")
+                    for row in failed:
+                        del self._lost[row.prompt_id]
+                    left = await self._close_all(left, meter)
             self._refuse_if_too_many(total)
-            for folder, name, part in open_shards:
-                folder.write_shard(name, await self._responses(part))
+            for shard in left:
+                shard.folder.write_shard(shard.name, await self._responses(shard.prompts))
 
-    async def _close(self, folder: StageDir, name: str, prompts: Sequence[Prompt]) -> bool:
-        rows = await self._responses(prompts)
-        self._lost |= {row.prompt_id: row for row in rows if row.state != "ok"}
-        if any(map(_has_failed, rows)):
-            return False
-        folder.write_shard(name, rows)
-        return True
+    async def _close_all(self, shards: Sequence[_Shard], meter: Meter) -> list[_Shard]:
+        """Close those shards of which no request fails, and return the others."""
+        left: list[_Shard] = []
+        for shard in shards:
+            rows = await self._responses(shard.prompts)
+            self._lost |= {row.prompt_id: row for row in rows if row.state != "ok"}
+            if any(map(_has_failed, rows)):
+                left.append(shard)
+                continue
+            shard.folder.write_shard(shard.name, rows)
+            meter.advance(len(rows))
+        return left
 
     async def _responses(self, prompts: Sequence[Prompt]) -> list[TaughtResponse]:
         """The responses to some prompts side by side; after an error the others still come back: they are paid for."""
@@ -188,7 +223,10 @@ class _Teacher:
         verdict = await self._client.ask(question)
         if not verdict.is_answer:
             return TaughtResponse(prompt_id=prompt.prompt_id, state=verdict.state, detail=verdict.detail)
-        text = verdict.raw.strip().removeprefix(prompt.assistant_prefix)
+        try:
+            text = _response(verdict.raw, prefix=prompt.assistant_prefix)
+        except Unparsable as error:  # an answer of a version that read less closely
+            return TaughtResponse(prompt_id=prompt.prompt_id, state="unparsable", detail=str(error))
         if is_refusal(text):
             return TaughtResponse(prompt_id=prompt.prompt_id, state="refused", detail="in words")
         return TaughtResponse(prompt_id=prompt.prompt_id, state="ok", text=text)
@@ -217,11 +255,6 @@ def _messages(prompt: Prompt, *, system: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}, *messages] if system else messages
 
 
-def _answers(rows: Iterable[TaughtResponse], prompts: Sequence[Prompt]) -> bool:
-    """Whether a shard is of these prompts: others may have come since it was closed, and moved all that follow."""
-    return [row.prompt_id for row in rows] == [prompt.prompt_id for prompt in prompts]
-
-
 def _has_failed(row: TaughtResponse) -> bool:
     """Whether no word of the teacher's came back: the next call may have more luck."""
     return row.state in ("failed", "over budget")
@@ -231,13 +264,33 @@ def _reader(prefix: str) -> Reader:
     """Read a response: all of it, or it is none. There are no scores."""
 
     def read(reply: Reply) -> tuple[float, ...]:
-        text = (reply.text or "").strip()
         if reply.finish == "length":
-            raise Unparsable("the response was cut at annotation.teacher.max_tokens")
-        if not text.startswith(prefix):
-            raise Unparsable("the response does not begin with the prompt's assistant_prefix")
-        if not text.removeprefix(prefix).strip():
-            raise Unparsable("the response is empty")
+            raise Unparsable(_CUT)
+        if reply.finish not in ("stop", None):
+            raise Unparsable(f"the response ended by {reply.finish!r}, not by 'stop'")
+        if reply.is_in_reasoning:
+            raise Unparsable("the response is empty: all that came stands in reasoning_content")
+        _response(reply.text or "", prefix=prefix)
         return ()
 
     return read
+
+
+def _response(text: str, *, prefix: str) -> str:
+    """Return a teacher's response without its thought and the words that the turn began with.
+
+    Raises:
+        Unparsable: there is none.
+    """
+    text = text.strip()
+    if not opens_thought(prefix):  # else the gold response is to carry the thought
+        found = split_thought(text)
+        if not found.whole:
+            raise Unparsable("the response ends inside its thought")
+        text = found.answer.strip()
+    if not text.startswith(prefix):
+        raise Unparsable("the response does not begin with the prompt's assistant_prefix")
+    text = text.removeprefix(prefix)
+    if not text.strip():
+        raise Unparsable("the response is empty")
+    return text

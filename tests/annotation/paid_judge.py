@@ -45,7 +45,13 @@ class FakeClient(EndpointClient):
         self.closed = False
         self.stopped: DnoError | None = None
 
-    async def probe(self, body: Mapping[str, Any], *, pay: Pay) -> None:
+    answered = 0
+    offers = None
+
+    async def is_there(self, body: Mapping[str, Any], *, pay: Pay) -> bool:
+        return True
+
+    async def probe(self, body: Mapping[str, Any], *, pay: Pay, **_: Any) -> None:
         async def send() -> Reply:
             self.probes += 1
             await asyncio.sleep(0)

@@ -162,8 +162,8 @@ def test_a_judge_that_quotes_the_attack_says_what_it_says(form, attack, structur
 @each_attack
 def test_among_the_likeliest_tokens_only_the_two_count(attack):
     for question in questions("logprob", pool_of([attack, HONEST])):
-        quoted = {attack: -0.1, f"{attack}m": -0.2, " m": -0.3, "m ": -0.4, "first": -0.5}
-        chances = {"m": math.log(0.03), "M": math.log(0.01)}
+        quoted = {f"{attack}!": -0.1, f"{attack}xm": -0.2, "m.": -0.3, "m ": -0.4, "first": -0.5}
+        chances = {"m": math.log(0.02), " m": math.log(0.01), "M": math.log(0.01)}
         reply = Reply(text=attack, finish="length", first_logprobs=quoted | chances)
         assert question.read(reply) == pytest.approx((0.75, 0.25))
 

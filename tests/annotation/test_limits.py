@@ -7,7 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from dno_jax.annotation.transport.limits import AdaptiveConcurrency, Breaker, Bucket, parse_duration
+from dno_jax.annotation.transport.limits import AdaptiveConcurrency, Breaker, Bucket
+from dno_jax.faults import parse_duration
 
 
 class Clock:

@@ -17,11 +17,11 @@ from tests.pairs import read_pairs
 from tests.running import run_stage
 
 
-def make_config(run_dir="run", *, kind="oracle", **sections):
+def make_config(run_dir="run", *, kind="oracle", iterations=2, **sections):
     """As Algorithm 1 has it unless a section says otherwise."""
     tree = {
         "run_dir": str(run_dir),
-        "iterations": 2,
+        "iterations": iterations,
         "model": {"path": "m"},
         "prompts": {"path": "p.jsonl"},
         "annotation": {"kind": kind},
@@ -468,3 +468,72 @@ def test_point_wise_judges_leave_no_win_rate_error(tmp_path):
     details = run_stage(pair, config, 0).details
     assert details["cyclic_triples"] == 0
     assert "mean_win_rate_error" not in details
+
+
+# Responses that were cut at the limit of tokens
+
+
+def cut(row):
+    return row.model_copy(update={"finish": "length"})
+
+
+def cut_pool(*, gold=False, samples=()):
+    """Gold and three samples, of which those named are cut; the judge likes "a" best, then gold, "b", "c"."""
+    rows = [rollout("gold", -1, source="gold"), *samples_of(["a", "b", "c"])]
+    return [cut(row) if row.text in samples or (gold and row.is_gold) else row for row in rows]
+
+
+LIKED = {"a": 6, "gold": 5, "b": 4, "c": 1}
+BEATS = {("a", "gold"): 1.0, ("a", "b"): 1.0, ("a", "c"): 1.0, ("gold", "b"): 1.0, ("gold", "c"): 1.0, ("b", "c"): 1.0}
+BY_POINTS = {"reward": "score", "positive_floor": 1.0, "margin": 0.5, "student_margin": 0.5}
+
+
+@pytest.mark.parametrize("rule", ["all", "large_margin", "restrictive", "best_worst", "verdict", "spin", "matching"])
+@pytest.mark.parametrize("kind", ["wins", "scores"])
+@pytest.mark.parametrize("target", ["hard", "soft"])
+def test_a_cut_sample_is_never_chosen_and_cut_gold_is_in_no_pair(rule, kind, target):
+    rollouts = cut_pool(gold=True, samples=("a",))
+    pairing = {"rule": rule, **(BY_POINTS if kind == "scores" else {"positive_floor": 0.1, "margin": 0.1})}
+    if kind == "wins":
+        pairing |= {"opponents": "pool", "student_margin": 0.1}
+    config = make_config(kind="oracle" if kind == "wins" else "openai", pairing=pairing, loss={"target": target})
+    made = made_of(config, rollouts, **({"scores": LIKED} if kind == "scores" else {"wins": BEATS}))
+    found = texts_of(made, rollouts)
+    assert not [names for names in found if names[0] == "a" or "gold" in names]
+    assert made.dropped["gold cut at the limit"] == 1
+    if rule in ("all", "large_margin", "verdict"):
+        assert set(found) == {("b", "a"), ("c", "a"), ("b", "c")}
+    assert made.verdicts()["cut"] == {"gold": 1.0, "samples": 0.3333}
+
+
+@pytest.mark.parametrize(
+    ("fate", "expected"),
+    [
+        ("keep", {("a", "gold"), ("a", "b"), ("a", "c"), ("gold", "b"), ("gold", "c"), ("b", "c")}),
+        ("negative", {("b", "a"), ("c", "a"), ("b", "gold"), ("c", "gold"), ("b", "c")}),
+        ("drop", {("b", "c")}),
+        (None, {("b", "a"), ("c", "a"), ("b", "c")}),
+    ],
+)
+def test_what_becomes_of_cut_responses_is_a_setting(fate, expected):
+    rollouts = cut_pool(gold=True, samples=("a",))
+    made = made_of(make_config(kind="openai", pairing={"cut": fate, **BY_POINTS}), rollouts, scores=LIKED)
+    assert set(texts_of(made, rollouts)) == expected
+
+
+def test_where_all_is_cut_nothing_is_trained_on_and_the_way_on_is_named(tmp_path, capsys):
+    config = make_config(tmp_path / "run", sampling={"max_new_tokens": 8}, iterations=1)
+    rollouts = [cut(row) for row in samples_of(["a", "b", "c"])]
+    run_dir = RunDir(config.run_dir)
+    write_lines_atomically(
+        run_dir.prompts_path(0),
+        [Prompt(prompt_id="q", messages=(Message(role="user", content="?"),)).model_dump_json()],
+    )
+    for name, rows in (("sample", rollouts), ("annotate", [judged(rollouts, scores={"a": 6, "b": 4, "c": 1})])):
+        stage = run_dir.stage(name, 0)
+        stage.write_shard("0000000", rows)
+        stage.finish(config, inputs={}, rows=len(rows), seconds=0.0)
+    with pytest.raises(DnoError, match=r"no pair passed .* raise sampling\.max_new_tokens, or set pairing\.cut=keep"):
+        run_stage(pair, config, 0)
+    said = capsys.readouterr()
+    assert "warning: pair 0: cut at sampling.max_new_tokens=8: 100 % of samples" in said.out + said.err

@@ -9,6 +9,7 @@ from typing import Any
 
 from dno_jax.addresses import Purpose, integer
 from dno_jax.annotation.judges.forms import LISTWISE, ONE_TOKEN, PAIRWISE, load_rubric
+from dno_jax.annotation.judges.replies import TOP_LOGPROBS
 from dno_jax.annotation.pool import Pool
 from dno_jax.annotation.question import Question, Rounds, Verdict
 from dno_jax.config import OpenAISection
@@ -19,7 +20,6 @@ Asked = Sequence[tuple[Question, Verdict]]
 # Of the reasons why there is no judgement, the first of these that occurs is told: the least of the judge's making.
 _WORST_FIRST: tuple[JudgementState, ...] = ("failed", "over budget", "unparsable", "refused")
 _FORMS = {"listwise": LISTWISE, "pairwise": PAIRWISE, "logprob": ONE_TOKEN}
-_TOP_LOGPROBS = 5  # AlpacaEval's: what is less likely has probability 0
 
 
 class ChatJudge(ABC):
@@ -103,7 +103,7 @@ class ChatJudge(ABC):
         if section.send_seed:
             body["seed"] = integer(Purpose.JUDGE, self.seed, messages, repeat, below=2**31)
         if section.form == "logprob":
-            body |= {"logprobs": True, "top_logprobs": _TOP_LOGPROBS}
+            body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
         return body
 
 

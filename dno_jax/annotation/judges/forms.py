@@ -157,7 +157,7 @@ def _pointwise(file: PointsFile, digest: str) -> Rubric:
         **_told(file, digest),
         titles=lambda count: ["RESPONSE"],
         reply_shape=lambda count: "Score: <points>",
-        read=lambda reply, shown: (replies.read_score(reply.text or "", scale=file.scale),),
+        read=lambda reply, shown: (replies.read_whole_score(reply, scale=file.scale),),
         schema=lambda count: None,
         optional=lambda count: {"min_score": file.min_score, "max_score": file.max_score},
         shown="response",

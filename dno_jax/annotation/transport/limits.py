@@ -7,14 +7,13 @@ per minute (configured, or learnt from its headers), and whether it is there at 
 from __future__ import annotations
 
 import math
-import re
+import time
 from collections.abc import Callable, Mapping
+
+from dno_jax.faults import amount, parse_reset
 
 Clock = Callable[[], float]
 """Seconds, from any origin, never going back."""
-
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
-_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class AdaptiveConcurrency:
@@ -71,12 +70,14 @@ class Bucket:
     Args:
         per_minute: the configured rate, None for what the headers say.
         kind: "requests" or "tokens": whose headers are read.
+        wall: seconds since 1970, in which some headers name the time of their reset.
     """
 
-    def __init__(self, per_minute: int | None, *, kind: str, clock: Clock):
+    def __init__(self, per_minute: int | None, *, kind: str, clock: Clock, wall: Clock = time.time):
         self._configured = None if per_minute is None else per_minute / 60.0
         self._kind = kind
         self._clock = clock
+        self._wall = wall
         self._at = clock()
         self._rate = self._configured or math.inf
         self._capacity = max(1.0, self._rate)
@@ -98,13 +99,13 @@ class Bucket:
         name = headers.get(f"x-ratelimit-limit-{self._kind}")
         if name is None:  # most servers of one's own
             return
-        limit = _amount(name)
-        remaining = _amount(headers.get(f"x-ratelimit-remaining-{self._kind}"))
+        limit = amount(name)
+        remaining = amount(headers.get(f"x-ratelimit-remaining-{self._kind}"))
         if limit is None or limit <= 0.0:
             return
         self._refill()
         rate = limit / 60.0
-        reset = parse_duration(headers.get(f"x-ratelimit-reset-{self._kind}"))
+        reset = parse_reset(headers.get(f"x-ratelimit-reset-{self._kind}"), now=self._wall())
         if remaining is not None and reset and remaining < limit / 2.0:
             # Some limits that stand there are a day's. How fast they come back shows once much of them is used.
             rate = min(rate, (limit - remaining) / reset)
@@ -187,20 +188,3 @@ class Breaker:
         """Note that a request ended without news of the endpoint: the next is the trial."""
         if trial:
             self._trial = False
-
-
-def parse_duration(text: str | None) -> float | None:
-    """Read "1s", "6m0s", "20ms", "1h2m3.5s" or bare seconds, in seconds; None if it is none of these."""
-    if text is None or len(text) > 32:
-        return None
-    text = text.strip()
-    if (seconds := _amount(text)) is not None:
-        return seconds
-    parts = _PART.findall(text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
-        return None
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
-
-
-def _amount(text: str | None) -> float | None:
-    return float(text) if text is not None and re.fullmatch(r"\d{1,15}(\.\d{0,9})?", text) else None

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dno_jax.annotation.question import Reply
-from dno_jax.annotation.transport.completion import read_completion, with_schema
+from dno_jax.annotation.transport.completion import read_response, with_schema
 from dno_jax.config import ChatSection, OpenAISection
 from dno_jax.endpoint import Endpoint, EndpointError, GaveUp, Trouble, retried
 
 _LOG = logging.getLogger(__name__)
 
-_MESSAGES = [{"role": "user", "content": "Reply with the one word: ready"}]
+MESSAGES = [{"role": "user", "content": "Reply with the one word: ready"}]
 _SCHEMA = {
     "type": "object",
     "properties": {"word": {"type": "string"}},
@@ -62,6 +62,7 @@ async def probe(
     *,
     section: ChatSection,
     place: str,
+    schema: Mapping[str, Any] | None = None,
     pay: Pay = nobody_pays,
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> Capabilities | Trouble:
@@ -70,13 +71,14 @@ async def probe(
     Args:
         body: of a real request; its messages are replaced by a few words.
         place: the section of the configuration that remedies name.
+        schema: that the real request would be sent with: some take schemas, and not every one.
         pay: sends each request, or raises what it likes where there is no money for it.
         pause: waits between tries, or raises what it likes where none is to follow.
 
     Raises:
         EndpointError: the endpoint does not take a parameter of the real requests, or does not give what they need.
     """
-    body = {**body, "messages": _MESSAGES}
+    body = {**body, "messages": MESSAGES}
     asked = _Asked(endpoint, section, pay=pay, pause=pause)
     plain = await asked.once(body)
     takes_seed = not (isinstance(plain, Trouble) and _culprit(plain, body) == "seed")
@@ -93,7 +95,7 @@ async def probe(
         remedy = _REMEDIES["logprobs"].format(place=place)
         raise EndpointError(f"{endpoint.who} at {endpoint.url} gives no log-probabilities; {remedy}", status=200)
     structured = section.structured if isinstance(section, OpenAISection) else "none"
-    by_schema = with_schema(body, _SCHEMA)
+    by_schema = with_schema(body, schema or _SCHEMA)
     schema = await asked.again(by_schema) if structured != "none" else None
     if isinstance(schema, Trouble) and schema.asks_for_a_pause:
         return schema
@@ -120,8 +122,7 @@ class _Asked:
             response = await self._endpoint.post("/chat/completions", body)
             if isinstance(response, Trouble):
                 return response
-            words = self._endpoint.words(response.text)
-            return read_completion(response.text) or Trouble(f"HTTP 200 without a chat completion: {words}")
+            return read_response(response, endpoint=self._endpoint)
 
         return await self._pay(body, send)
 
@@ -159,5 +160,5 @@ def _culprit(trouble: Trouble, body: Mapping[str, Any]) -> str | None:
 
 
 def _explained(endpoint: Endpoint, trouble: Trouble, body: Mapping[str, Any], *, place: str) -> str:
-    remedy = _REMEDIES.get(_culprit(trouble, body) or "", "fix {place} (model, temperature, max_tokens)")
+    remedy = _REMEDIES.get(_culprit(trouble, body) or "", "fix {place} (model, temperature, max_tokens, extra_body)")
     return f"{endpoint.who} at {endpoint.url} does not take a request: {trouble.detail}; {remedy.format(place=place)}"

@@ -13,7 +13,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from dno_jax.annotation.question import Reply
@@ -29,6 +29,9 @@ _LOG = logging.getLogger(__name__)
 FAILURES_OPEN = 8  # in a row; with a third of all requests failing by chance, one in 10,000 sees so many
 FIRST_PAUSE_SECONDS = 1.0
 MAX_PAUSE_SECONDS = 30.0
+# Different requests in a row that are turned away (403, 404) until an endpoint that has answered others is taken to
+# refuse all. One that has answered none is believed at once, or at the second where others are under way.
+REFUSALS_STOP = 5
 # An endpoint that wants a longer pause is as good as dead, and the next one is asked.
 LONG_PAUSE_SECONDS = 60.0
 LONG_WAIT_SECONDS = 10.0  # that people are told of: the first, and what is twice as long
@@ -54,11 +57,28 @@ class Route:
         self.paused_until = 0.0
         self.told_to_wait = 0
         """Rounds of requests in a row that were answered by asking for a pause."""
+        self.answered = 0
+        """Real requests, so far."""
+        self.turned_away: set[str] = set()
+        """Requests that were turned away since it last answered one."""
+        self.limited_since: float | None = None
+        """When it began to answer nothing but that it is asked too much; put off while nobody had anything to ask."""
         self.last_trouble = ""
         self.refusal: EndpointError | None = None
         """Why it is asked no more: its key, its account, or what it offers will not do."""
         self.introduction: asyncio.Task[None] | None = None
         """Its first use: small requests, during which the other endpoints keep serving."""
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when it has answered nothing of use; None where it has."""
+        return self.breaker.since if self.breaker.is_open else self.limited_since
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is worth waiting for while others could be asked."""
+        limited = self.limited_since is not None and time.monotonic() - self.limited_since > LONG_PAUSE_SECONDS
+        return not (self.breaker.is_open or limited)
 
     def delay(self, tokens: int) -> float:
         """Return the seconds until a request may go, infinity for until something happens."""
@@ -105,12 +125,22 @@ class Routes:
         """Those that no answer has ruled out; there is always one."""
         return [route for route in self.all if route.refusal is None]
 
-    async def turn(self, tokens: int, *, introduce: Callable[[Route], Awaitable[Trouble | None]]) -> Turn:
+    async def turn(
+        self,
+        tokens: int,
+        *,
+        introduce: Callable[[Route], Awaitable[Trouble | None]],
+        but: Collection[Route] = (),
+    ) -> Turn | None:
         """Wait for leave to send a request; what comes of it is to be told to `settle`.
 
         Args:
             tokens: what it is expected to use.
             introduce: probes an endpoint at its first use, and says where it does not answer.
+            but: endpoints that have turned this request away.
+
+        Returns:
+            The turn; None where all endpoints that answer have turned the request away.
 
         Raises:
             Unreachable: no endpoint has answered for `max_outage` seconds.
@@ -122,7 +152,10 @@ class Routes:
                 self._news.clear()
                 wait = math.inf
                 introduced = False
-                for route in self.in_service:
+                others = [route for route in self.in_service if route not in but]
+                if but and all(route.breaker.is_open for route in others):
+                    return None
+                for route in others:
                     introduced = introduced or self._is_being_introduced(route)
                     if introduced and route.offers is None:
                         continue  # those that are known serve meanwhile; one after the other is got to know
@@ -136,8 +169,8 @@ class Routes:
                         introduced = True
                         continue
                     wait = min(wait, delay)
-                    if not route.breaker.is_open:
-                        break  # busy, not dead
+                    if route.is_busy:
+                        break  # not dead
                 await self._wait(wait, patience=self._patience())
 
     def stop(self, error: DnoError) -> None:
@@ -161,6 +194,9 @@ class Routes:
         route = turn.route
         if isinstance(result, Reply):
             route.told_to_wait = 0
+            route.answered += 1
+            route.limited_since = None
+            route.turned_away.clear()
             if used := result.tokens_in + result.tokens_out:
                 route.tokens.take(used - turn.tokens)
             route.slots.succeed()
@@ -180,6 +216,9 @@ class Routes:
                 self._failed(turn, result, pause=pause)
             elif result.status == 429:
                 self._answered(route)
+                route.last_trouble = result.detail
+                if route.limited_since is None:
+                    route.limited_since = time.monotonic()
             else:
                 self._failed(turn, result)
         elif result.status is None or result.status >= 500:
@@ -189,6 +228,20 @@ class Routes:
             route.slots.abandon()
             self._answered(route)
         self._news.set()
+
+    def refused(self, route: Route, refusal: EndpointError, *, request: str) -> None:
+        """Make of a refusal what follows: it may be meant for one request, as a firewall's, or for all.
+
+        Args:
+            request: tells the one that was refused from others.
+
+        Raises:
+            EndpointError: the refusal, where it is of all requests and there is no other endpoint.
+        """
+        route.turned_away.add(request)
+        enough = REFUSALS_STOP if route.answered else min(2, 1 + route.slots.in_flight)
+        if not refusal.is_doubtful or len(route.turned_away) >= enough:
+            self.dismiss(route, refusal)
 
     def dismiss(self, route: Route, refusal: EndpointError) -> None:
         """Ask an endpoint no more, and say so; the others may have another account, model or server.
@@ -208,12 +261,20 @@ class Routes:
     def no_answer(self, how_long: str) -> str:
         """Say that nobody answers, and what to do about it."""
         tried = ", ".join(f"{route.endpoint.url} ({route.last_trouble})" for route in self.all)
+        if all(route.limited_since is not None for route in self.in_service):
+            return (
+                f"{self._who}: its limits let nothing through {how_long}: {tried}; wait until they are reset, raise "
+                f"them, or name another endpoint in {self._place}.more_endpoints, then start again: what is already "
+                "paid for is kept"
+            )
         return (
             f"{self._who}: no endpoint answered {how_long}: {tried}; start it, or fix {self._place}.base_url, or name "
             f"another in {self._place}.more_endpoints, then start again: what is already paid for is kept"
         )
 
     def _take(self, route: Route, tokens: int) -> Turn:
+        if route.limited_since is not None and not route.slots.in_flight:
+            route.limited_since += max(0.0, time.monotonic() - route.paused_until)
         route.requests.take(1)
         route.tokens.take(tokens)
         return Turn(route, slot=route.slots.start(), trial=route.breaker.start(), tokens=tokens)
@@ -271,19 +332,23 @@ class Routes:
         Raises:
             Unreachable: long enough.
         """
-        if not all(route.breaker.is_open for route in self.in_service):
+        away = [route.away_since for route in self.in_service]
+        since = [at for at in away if at is not None]
+        if len(since) < len(away):
             return math.inf
-        waited = time.monotonic() - max(route.breaker.since for route in self.in_service)
+        waited = time.monotonic() - max(since)
         if waited >= self._max_outage:
             raise Unreachable(self.no_answer(f"for {waited:.0f} s, max_outage={self._max_outage:g} s"))
         return self._max_outage - waited
 
     async def _wait(self, seconds: float, *, patience: float) -> None:
         """Wait until something happens, or so long."""
-        if math.isinf(patience) and LONG_WAIT_SECONDS < seconds < math.inf and seconds > 2.0 * self._longest_told:
-            self._longest_told = seconds  # of an endpoint that does not answer, something else was said
-            _LOG.warning("%s: waiting %.0f s, as its limits (requests or tokens per minute, Retry-After) demand",
-                         self._who, seconds)  # fmt: skip
+        is_told = all(route.breaker.is_open for route in self.in_service)  # that nobody answers
+        if not is_told and LONG_WAIT_SECONDS < seconds <= patience and 2.0 * self._longest_told < seconds < math.inf:
+            self._longest_told = seconds
+            limited = [route.last_trouble for route in self.in_service if route.limited_since is not None]
+            _LOG.warning("%s: waiting %.0f s, as its limits (requests or tokens per minute, Retry-After) demand%s",
+                         self._who, seconds, f": {limited[0]}" if limited else "")  # fmt: skip
         seconds = min(seconds, patience)
         if math.isinf(seconds):
             await self._news.wait()

@@ -1,0 +1,80 @@
+"""How often one question is asked: which tries count, what the next one is, and whether a pause comes before it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dno_jax.addresses import Purpose, integer
+from dno_jax.annotation.question import Question, Reply, Verdict
+from dno_jax.annotation.transport.completion import BROKEN
+from dno_jax.config import ChatSection
+from dno_jax.endpoint import Trouble
+
+
+class Tries:
+    """The tries of one question in one call.
+
+    A try that the endpoint turns away for its limits is none: those end with `max_outage`. A reply that could not be
+    read is asked for with another seed; where the same bytes would bring the same words, it is not asked for again.
+
+    Attributes:
+        body: of the next request.
+        pauses: whether a pause comes before it.
+        others_were_answered: whether the endpoint has answered other questions since the first try.
+
+    Args:
+        most: tries that count.
+        takes_seed: whether the endpoint takes seeds.
+    """
+
+    def __init__(self, question: Question, section: ChatSection, *, most: int, takes_seed: bool):
+        self.body: Mapping[str, Any] = question.body
+        self.pauses = False
+        self.others_were_answered = False
+        self._section = section
+        self._most = most
+        self._used = 0
+        self._answered: int | None = None
+        self._limited_since: float | None = None
+        fixed = question.body.get("temperature") == 0.0
+        # The probabilities of a first token depend on no seed.
+        self._has_seed = takes_seed and "seed" in question.body and not question.body.get("logprobs")
+        self._is_fixed = question.body.get("logprobs", False) or (fixed and not self._has_seed)
+
+    @property
+    def are_used_up(self) -> bool:
+        return self._used >= self._most
+
+    def count(self, result: Reply | Trouble, verdict: Verdict, *, before: int, answered: int) -> Trouble:
+        """Count a try that brought no answer, and say what follows.
+
+        Args:
+            before, answered: how many requests the endpoint had answered when it was sent, and when it came back.
+        """
+        self._answered = before if self._answered is None else self._answered
+        self.others_were_answered = answered > self._answered
+        if isinstance(result, Reply):
+            return self._count_reply(result, verdict)
+        self.pauses = not result.asks_for_a_pause  # that one is the endpoint's, and its client keeps it
+        trouble = replace(result, retry_after=None)
+        if not result.asks_for_a_pause:
+            self._used += 1
+            self._limited_since = None
+            is_last = self.are_used_up and not trouble.is_the_servers
+            return replace(trouble, then="give up") if is_last else trouble
+        now = time.monotonic()
+        self._limited_since = now if self._limited_since is None else self._limited_since
+        is_over = now - self._limited_since >= self._section.max_outage
+        return replace(trouble, then="give up") if is_over else trouble
+
+    def _count_reply(self, reply: Reply, verdict: Verdict) -> Trouble:
+        self._used += 1
+        self._limited_since = None
+        self.pauses = reply.finish == BROKEN  # what does not parse is no reason to wait
+        may_differ = reply.finish == BROKEN or not self._is_fixed
+        if self._has_seed and reply.finish != BROKEN:
+            self.body = {**self.body, "seed": integer(Purpose.ANOTHER_TRY, self.body["seed"], below=2**31)}
+        return Trouble(verdict.detail, then="retry" if may_differ and not self.are_used_up else "give up")

@@ -1,0 +1,118 @@
+"""What the command line's process owes its terminal: no raw characters, no lost Ctrl-C, no advice of libraries."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import typer
+
+from dno_jax.display import printable
+
+# Advice of libraries to their own users, such as that PyTorch is absent. What is set already stays as it is.
+_QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def run(app: Callable[..., Any]) -> int:
+    """Run a typer application; return its exit status.
+
+    Status 2 and one message for a DnoError or a wrong command, 130 after a Ctrl-C. All else keeps its traceback.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        from dno_jax.errors import DnoError
+
+        with _no_interrupt_is_lost(), _printable_tracebacks(), _printable_logs():
+            try:
+                status = app(standalone_mode=False)
+            except DnoError as error:
+                typer.echo(printable(f"dno: {error}"), err=True)
+                return 2
+            except typer.Abort:
+                return 1
+            except Exception as error:
+                if not hasattr(error, "show"):
+                    raise
+                return _show_usage(error)
+    except KeyboardInterrupt:  # before the command has begun, or after it
+        return 130
+    return status if isinstance(status, int) else 0
+
+
+def _show_usage(error: Any) -> int:
+    """Print what the parser says of a command that is none; it quotes arguments as they came."""
+    text = io.StringIO()
+    error.show(file=text)
+    typer.echo(printable(text.getvalue()), err=True, nl=False)
+    return error.exit_code
+
+
+@contextmanager
+def _printable_tracebacks() -> Iterator[None]:
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr.write(printable("".join(traceback.format_exception(kind, value, trace))))
+
+    sys.excepthook = hook  # it stays where an exception leaves: that is printed when all is unwound
+    yield
+    sys.excepthook = before
+
+
+@contextmanager
+def _printable_logs() -> Iterator[None]:
+    """Print warnings of our modules and of libraries as lines of the console; others' handlers are left alone."""
+    logger = logging.getLogger()
+    if logger.handlers:
+        yield
+        return
+    handler = _LazyLines(logging.WARNING)
+    logger.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logger.removeHandler(handler)
+
+
+class _LazyLines(logging.Handler):
+    """Imports the console when there is something to say."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from dno_jax.console import say
+
+        try:
+            say(f"{record.levelname.lower()}: {record.getMessage()}")
+        except Exception:  # as every handler: what cannot be told stops nobody
+            self.handleError(record)
+
+
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Send a Ctrl-C again where Python drops it: in a callback of the garbage collector, of which jax has one."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:
+            before(dropped)
+            return
+        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # at once, it would end up in this hook
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
