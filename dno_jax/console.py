@@ -12,19 +12,34 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from dno_jax.display import printable
 
 
 class PlainConsole(Console):
-    """A console on which no text acts: control sequences are spelt out, and there is neither markup nor emoji code."""
+    """A console on which no text acts: control sequences are spelt out, and there is neither markup nor emoji code.
+
+    Tables are as wide as their numbers need, wider than the terminal if need be: a number that is cut is another one.
+    """
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        needed = max((_needed(self, item) for item in objects), default=0)
+        before = self._width
+        if needed > self.width:
+            self._width = needed
+        try:
+            super().print(*objects, **options)
+        finally:
+            self._width = before
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
@@ -34,7 +49,24 @@ class PlainConsole(Console):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
+def _needed(console: Console, item: Any) -> int:
+    """Columns without which a number of a table would be cut: columns that may wrap are words, and are folded."""
+    if isinstance(item, Group):
+        return max((_needed(console, part) for part in item.renderables), default=0)
+    if not isinstance(item, Table):
+        return 0
+    options = console.options.update(width=_WIDEST)
+    folded = 0
+    for column in item.columns:
+        if not column.no_wrap:
+            cells = [Measurement.get(console, options, cell).maximum for cell in (column.header, *column.cells)]
+            folded += max(0, max(cells, default=0) - _LEAST_FOLDED)
+    return Measurement.get(console, options, item).maximum - folded
+
+
 console = PlainConsole(stderr=True)
+_WIDEST = 1000
+_LEAST_FOLDED = 12
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_REMINDERS = 600.0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from etils import epath
 
@@ -70,6 +71,19 @@ def explained(path: epath.Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}); see to the disk (full, or failing), then start "
             "again: what is finished is kept"
         ) from None
+
+
+def read_note(path: epath.Path) -> Any:
+    """Read a small JSON file that this program wrote and can write again.
+
+    Raises:
+        DnoError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        found = "empty" if not path.stat().length else str(error)[:200]
+        raise DnoError(f"{path}: damaged ({found}); remove it and start again: it is written anew") from None
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

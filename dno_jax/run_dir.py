@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import yaml
 from etils import epath
 
-from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config
+from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config, read_yaml
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
@@ -145,12 +145,21 @@ class RunDir:
         """The configuration with which the directory was last used.
 
         Raises:
-            DnoError: there is none, or it is another version's.
+            DnoError: there is none, it is damaged, or another version's.
         """
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         self._check_format()
-        return parse_config(kind, yaml.safe_load(self.config_path.read_text()), place=str(self.config_path))
+        try:
+            tree = read_yaml(self.config_path.read_text(), place="it")
+        except (DnoError, UnicodeDecodeError) as error:
+            tree = str(error).split("\n")[0]
+        if not isinstance(tree, dict):
+            raise DnoError(
+                f"{self.config_path}: damaged ({str(tree)[:80] if tree else 'empty'}); restore it from a copy, or "
+                "remove it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
+            )
+        return parse_config(kind, tree, place=str(self.config_path))
 
     def kind(self) -> type[RunConfig] | type[SftConfig]:
         """What the directory was made by: a run, or a supervised fine-tuning.
@@ -160,13 +169,13 @@ class RunDir:
         """
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
-        tree = yaml.safe_load(self.config_path.read_text())
+        tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))
         return SftConfig if isinstance(tree, dict) and "data" in tree and "prompts" not in tree else RunConfig
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl; what is no number (NaN, infinity) is null there, as in JSON."""
         with explained(self.metrics_path), self.metrics_path.open("a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+            file.write(_line(row))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_path.exists():
@@ -188,4 +197,11 @@ class RunDir:
             if (row.get("iteration"), row.get("stage")) != (iteration, stage) or row.get("step", -1) < from_step
         ]
         if len(kept) != len(rows):
-            write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(self.metrics_path, "".join(map(_line, kept)))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(finite, allow_nan=False) + "\n"

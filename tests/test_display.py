@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -183,3 +186,50 @@ def _written(folder, tree):
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def test_numbers_are_never_cut_in_tables():
+    """Eight wide numbers beside long names, on 40 columns: the names fold, the numbers stay whole, on one line each."""
+    numbers = [f"{10**12 + step:,}" for step in range(8)]
+    table = Table(title="what was served")
+    table.add_column("name", overflow="fold")
+    for step in range(8):
+        table.add_column(f"figure {step}", justify="right", no_wrap=True)
+    table.add_row("a judge with a long name " * 5, *numbers)
+    out = io.StringIO()
+    console = PlainConsole(file=out, width=40)
+    for item in (table, Group(Text("before"), table)):
+        out.truncate(out.seek(0))
+        console.print(item)
+        assert all(number in out.getvalue() for number in numbers)
+        assert "\u2026" not in out.getvalue()
+        assert "a judge with" in out.getvalue()
+    assert console.width == 40
+    narrow = Table("name", "text")
+    narrow.add_row("words " * 20, "more words " * 20)
+    out.truncate(out.seek(0))
+    console.print(narrow)
+    assert max(map(len, out.getvalue().splitlines())) <= 40
+
+
+def test_columns_of_numbers_do_not_wrap():
+    """`PlainConsole` folds what may wrap: no table of ours lets a column of numbers."""
+    package = Path(__file__).parents[1] / "dno_jax"
+    for path in package.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_column":
+                options = {keyword.arg for keyword in call.keywords}
+                assert "justify" not in options or "no_wrap" in options, f"{path}:{call.lineno}"
+
+
+def test_whatever_is_written_to_a_terminal_is_made_fit_for_it():
+    """All goes through the console, which sees to it, or through `printable`; JSON for another process is ASCII."""
+    for path in (Path(__file__).parents[1] / "dno_jax").rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call):
+                continue
+            name = ast.unparse(call.func)
+            assert name not in ("Console", "rich.print") or path.name == "console.py", f"{path}:{call.lineno}: {name}"
+            if name in ("print", "typer.echo", "click.echo", "sys.stdout.write", "sys.stderr.write"):
+                said = ast.unparse(call.args[0]) if call.args else "printable()"
+                assert said.startswith(("printable(", "json.dumps(")), f"{path}:{call.lineno}: {name}({said})"

@@ -11,6 +11,7 @@ from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.ledger.budget import Budget
 from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.annotation.pool import Annotator
+from dno_jax.annotation.python_function import PythonAnnotator
 from dno_jax.annotation.transport.client import EndpointClient
 from dno_jax.config import AnnotationSection, ChatSection
 from dno_jax.errors import DnoError
@@ -25,14 +26,16 @@ def build_annotator(config: AnnotationSection, *, store_path: str | os.PathLike[
         seed: decides the order in which a list-wise judge sees the candidates, and a table's draws.
 
     Raises:
-        DnoError: an unknown criterion, a table that is none, a missing key, an unreadable rubric, a store that cannot
-            be opened, a bad URL; a kind that is no annotator of the host's.
+        DnoError: an unknown criterion, a table that is none, a function that cannot be imported, a missing key, an
+            unreadable rubric, a store that cannot be opened, a bad URL; a kind that is no annotator of the host's.
     """
     match config.kind:
         case "oracle":
             return OracleAnnotator(config.oracle)
         case "table" if config.table is not None:
             return TableAnnotator(config.table, seed=seed)
+        case "python" if config.python is not None:
+            return PythonAnnotator(config.python)
         case "gold":
             return GoldAnnotator()
         case "given":

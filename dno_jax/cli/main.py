@@ -11,8 +11,12 @@ from typer.core import TyperGroup
 
 from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
+from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.prompts import prompts
 from dno_jax.cli.rehearsal import fake_judge
+from dno_jax.cli.settings import config as list_settings
+from dno_jax.cli.version import show_version
 
 if TYPE_CHECKING:
     from dno_jax.config import RunConfig
@@ -25,9 +29,26 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Config = Annotated[Path, typer.Argument(help="a YAML file (see configs/)", show_default=False)]
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    """What holds for every command."""
+
+
+Config = Annotated[
+    Path,
+    typer.Argument(help="a YAML file (see configs/); relative paths in it start at its folder", show_default=False),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
+]
+With = Annotated[
+    list[Path] | None,
+    typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
 ]
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
 Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
@@ -39,6 +60,7 @@ ProcessId = Annotated[int | None, typer.Option(help="index of this process, from
 def run(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     redo_from: Annotated[
         str | None,
         typer.Option(
@@ -52,23 +74,29 @@ def run(
     process_id: ProcessId = None,
 ) -> None:
     """Run all iterations, or resume where an earlier run stopped; export the best policy."""
+    settings = _load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
-    from dno_jax.report.summary import iteration_table, policy_table
+    from dno_jax.report.answers import answers_text, shown_answers
+    from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    settings = _load(config, overrides)
     _join(coordinator, num_processes, process_id)
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
-        console.print(f"best on held-out prompts: policy {result.best}, exported to {result.export}", soft_wrap=True)
+        if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
+            console.print(answers_text(shown))
+        policy = told_policy(folder, iteration=settings.iterations - 1)
+        console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
 
 
-def _stage_settings(name: str, config: Path, overrides: list[str] | None, iteration: int) -> RunConfig:
+def _stage_settings(
+    name: str, config: Path, overrides: list[str] | None, variants: list[Path] | None, iteration: int
+) -> RunConfig:
     """Read the configuration of a command that runs one stage.
 
     Raises:
@@ -77,7 +105,7 @@ def _stage_settings(name: str, config: Path, overrides: list[str] | None, iterat
     from dno_jax.errors import DnoError
     from dno_jax.stage_dir import stage_names
 
-    settings = _load(config, overrides)
+    settings = _load(config, overrides, variants)
     if not 0 <= iteration < settings.iterations:
         raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
     if name not in stage_names(settings, iteration):
@@ -91,8 +119,8 @@ def _stage_settings(name: str, config: Path, overrides: list[str] | None, iterat
 def _host_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs no device: any machine with the run directory will do."""
 
-    def command(config: Config, overrides: Overrides = None, iteration: Iteration = 0) -> None:
-        _run_on_host(name, _stage_settings(name, config, overrides, iteration), iteration)
+    def command(config: Config, overrides: Overrides = None, variants: With = None, iteration: Iteration = 0) -> None:
+        _run_on_host(name, _stage_settings(name, config, overrides, variants, iteration), iteration)
 
     command.__doc__ = summary
     app.command(name)(command)
@@ -116,12 +144,13 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
     def command(
         config: Config,
         overrides: Overrides = None,
+        variants: With = None,
         iteration: Iteration = 0,
         coordinator: Coordinator = None,
         num_processes: NumProcesses = None,
         process_id: ProcessId = None,
     ) -> None:
-        settings = _stage_settings(name, config, overrides, iteration)
+        settings = _stage_settings(name, config, overrides, variants, iteration)
         _join(coordinator, num_processes, process_id)
         options = {"stage_name": name} if module in ("score", "train") else {}
         _run_on_devices(name, module or name, settings, iteration, **options)
@@ -149,13 +178,14 @@ _device_stage("sample", "Sample K responses per prompt from policy t.")
 def annotate(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     iteration: Iteration = 0,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
 ) -> None:
     """Judge the candidates; any machine with the run directory will do, unless the judge is a model on the devices."""
-    settings = _stage_settings("annotate", config, overrides, iteration)
+    settings = _stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
         _join(coordinator, num_processes, process_id)
@@ -176,6 +206,7 @@ _device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
 def sft(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -183,7 +214,7 @@ def sft(
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
     from dno_jax.config import SftConfig, load_config
 
-    settings = load_config(SftConfig, config, overrides or [])
+    settings = load_config(SftConfig, config, overrides or [], variants=variants or [])
     _join(coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
@@ -192,12 +223,13 @@ def sft(
 
 
 @app.command("import")
-def import_(config: Config, overrides: Overrides = None) -> None:
+def import_(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
+    settings = _load(config, overrides, variants)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
-    with prepared(Runtime.start(_load(config, overrides))):
+    with prepared(Runtime.start(settings)):
         pass
 
 
@@ -240,6 +272,7 @@ def export(
 def plan(
     config: Config,
     overrides: Overrides = None,
+    variants: With = None,
     memory: Annotated[
         str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
     ] = None,
@@ -259,7 +292,7 @@ def plan(
 
     capacity = None if memory is None else _bytes(memory, option="--memory")
     found = planning.plan_run(
-        _load(config, overrides),
+        _load(config, overrides, variants),
         memory=capacity,
         num_devices=devices,
         response_tokens=response_tokens,
@@ -269,7 +302,12 @@ def plan(
 
 
 @app.command()
-def status(run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`")]) -> None:
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
+    ] = False,
+) -> None:
     """Show which stages are done, with rows and seconds, and what comes next."""
     from dno_jax.config import SftConfig
     from dno_jax.console import console
@@ -281,6 +319,10 @@ def status(run_dir: Annotated[Path, typer.Argument(help="a run directory, or one
         console.print(fine_tuning_table(folder))
         return
     settings = folder.load_config()
+    if verify:
+        from dno_jax.report import verify as verification
+
+        verification.check(folder, settings)
     console.print(status_table(stage_statuses(folder, settings)))
     console.print(policy_table(folder, iterations=settings.iterations))
     console.print(iteration_table(folder, settings))
@@ -296,6 +338,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(_inspect, name="inspect", help="Look at what a run would do; `inspect CONFIG` is `inspect template`.")
@@ -307,25 +350,28 @@ def _inspect_group() -> None:
 
 
 @_inspect.command("template")
-def inspect_template(config: Config, overrides: Overrides = None) -> None:
+def inspect_template(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
+    settings = _load(config, overrides, variants)
     from dno_jax.console import PlainConsole
     from dno_jax.stages import template as stage
 
-    settings = _load(config, overrides)
     found = stage.report(settings.model, settings.prompts.path)
     PlainConsole().print(stage.render(found), end="", soft_wrap=True)
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(chat)
+app.command()(generate)
+app.command("config")(list_settings)
 app.command()(game)
 app.command()(fake_judge)
 
 
-def _load(path: Path, overrides: list[str] | None) -> RunConfig:
+def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None) -> RunConfig:
     from dno_jax.config import RunConfig, load_config
 
-    return load_config(RunConfig, path, overrides or [])
+    return load_config(RunConfig, path, overrides or [], variants=variants or [])
 
 
 def _bytes(text: str, *, option: str) -> int:

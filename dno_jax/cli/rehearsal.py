@@ -20,6 +20,7 @@ def fake_judge(
     import threading
 
     from dno_jax.console import console
+    from dno_jax.display import printable
     from dno_jax.fake_judge import FakeJudge, counts_table, read_settings, settings_table
 
     behaviour = read_settings(settings or [])
@@ -30,6 +31,6 @@ def fake_judge(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked_to_stop.set())
     with FakeJudge(behaviour, host=host, port=port, record=False) as server:
-        typer.echo(server.url)  # on standard output, for scripts
+        typer.echo(printable(server.url))  # on standard output, for scripts
         asked_to_stop.wait()
     console.print(counts_table(server.counts))

@@ -1,7 +1,7 @@
 """The whole configuration: frozen pydantic models, read from YAML, overridden by `a.b=value`.
 
-num_x counts, max_x is an inclusive bound, x_id identifies. A relative path is relative to the directory the command
-runs in. Nothing here imports jax.
+num_x counts, max_x is an inclusive bound, x_id identifies. A relative path in a file is relative to the file's folder,
+one in an override to the directory the command runs in. Nothing here imports jax.
 """
 
 from dno_jax.config.annotation import (
@@ -9,33 +9,39 @@ from dno_jax.config.annotation import (
     ChatSection,
     EndpointSection,
     OpenAISection,
-    OracleSection,
     PriceSection,
-    QualitySection,
-    RewardModelSection,
-    SelfSection,
-    TableSection,
     TeacherSection,
 )
 from dno_jax.config.base import MIN_TEMPERATURE, Section, Stage
 from dno_jax.config.identity import changes, deciding, stage_digest
+from dno_jax.config.judges import (
+    OracleSection,
+    PythonSection,
+    QualitySection,
+    RewardModelSection,
+    SelfSection,
+    TableSection,
+)
 from dno_jax.config.loading import dump_config, load_config, parse_config
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    LossName,
-    LossSection,
     MeshSection,
     ModelConfigSection,
-    OptimizerSection,
-    OuterSection,
     PairingSection,
     PromptsSection,
-    ReferenceSection,
     ReportSection,
+)
+from dno_jax.config.training import (
+    LossName,
+    LossSection,
+    OptimizerSection,
+    OuterSection,
+    ReferenceSection,
     TrainingSection,
 )
+from dno_jax.config.yaml_reader import read_yaml
 
 __all__ = [
     "MIN_TEMPERATURE",
@@ -55,6 +61,7 @@ __all__ = [
     "PairingSection",
     "PriceSection",
     "PromptsSection",
+    "PythonSection",
     "QualitySection",
     "ReferenceSection",
     "ReportSection",
@@ -75,5 +82,6 @@ __all__ = [
     "dump_config",
     "load_config",
     "parse_config",
+    "read_yaml",
     "stage_digest",
 ]

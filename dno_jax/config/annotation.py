@@ -3,54 +3,56 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from dno_jax.config.base import (
     COSTS,
     JUDGED,
-    ROUNDS,
     Count,
     Fraction,
-    ModelPath,
     PathStr,
     Section,
-    Temperature,
     VariableName,
-    absolute,
     contents,
     decides,
 )
 from dno_jax.config.extras import AddressExtras, Extras
-
-
-def _rubric(name: str) -> str:
-    return absolute(name) if name.endswith((".yaml", ".yml")) else name
-
-
-Rubric = Annotated[str, AfterValidator(_rubric)]
+from dno_jax.config.judges import (
+    OracleSection,
+    PythonSection,
+    QualitySection,
+    RewardModelSection,
+    Rubric,
+    SelfSection,
+    TableSection,
+)
 
 
 class PriceSection(Section):
     """What a model's tokens cost, in US dollars per million."""
 
-    input: float = Field(ge=0.0, json_schema_extra=COSTS)
-    output: float = Field(ge=0.0, json_schema_extra=COSTS)
+    input: float = Field(ge=0.0, description="of prompts", json_schema_extra=COSTS)
+    output: float = Field(ge=0.0, description="of replies", json_schema_extra=COSTS)
     batch: Fraction = Field(default=0.5, description="the Batch API's share of that price", json_schema_extra=COSTS)
 
 
 class EndpointSection(AddressExtras):
     """Another address of the same model. The key itself never stands in a file: only the variable's name does."""
 
-    base_url: str = Field(min_length=1, json_schema_extra=COSTS)
-    api_key_env: VariableName | None = Field(default=None, json_schema_extra=COSTS)
+    base_url: str = Field(min_length=1, description="of its API; it usually ends in /v1", json_schema_extra=COSTS)
+    api_key_env: VariableName | None = Field(
+        default=None, description="environment variable of its key; None for no key", json_schema_extra=COSTS
+    )
 
 
 class ChatSection(Extras):
     """A model behind chat.completions endpoints, and how they are asked."""
 
-    model: str = Field(default="gpt-4.1-mini", min_length=1, json_schema_extra=JUDGED)
+    model: str = Field(
+        default="gpt-4.1-mini", min_length=1, description="as the endpoint names it", json_schema_extra=JUDGED
+    )
     base_url: str | None = Field(default=None, description="None: the client's default", json_schema_extra=COSTS)
     api_key_env: VariableName | None = Field(
         default="OPENAI_API_KEY",
@@ -110,7 +112,9 @@ class OpenAISection(ChatSection):
     probabilities of a one-token verdict (AlpacaEval's m / M). Pairs come by `schedule`.
     """
 
-    form: Literal["listwise", "pairwise", "logprob"] = Field(default="listwise", json_schema_extra=JUDGED)
+    form: Literal["listwise", "pairwise", "logprob"] = Field(
+        default="listwise", description="how it is asked; see docs/annotation.md", json_schema_extra=JUDGED
+    )
     rubric: Rubric | None = Field(
         default=None,
         description="built in, or a YAML file; None: the form's own",
@@ -156,127 +160,33 @@ class OpenAISection(ChatSection):
 class TeacherSection(ChatSection):
     """Who writes the gold responses that the data lacks."""
 
-    temperature: float | None = Field(default=0.7, ge=0.0, json_schema_extra=decides("teach"))
-    top_p: float | None = Field(default=None, gt=0.0, le=1.0, json_schema_extra=decides("teach"))
+    temperature: float | None = Field(
+        default=0.7, ge=0.0, description="None sends none", json_schema_extra=decides("teach")
+    )
+    top_p: float | None = Field(
+        default=None, gt=0.0, le=1.0, description="None sends none", json_schema_extra=decides("teach")
+    )
     system: str = Field(
         default="", description="a system message for prompts that have none", json_schema_extra=decides("teach")
     )
 
 
-class RewardModelSection(Section):
-    """A sequence-classification checkpoint with one output, scored on the devices."""
-
-    path: ModelPath = Field(
-        description="directory of a Hugging Face checkpoint, or an id on the Hub",
-        json_schema_extra=contents("annotate", "evaluate"),
-    )
-    temperature: float = Field(
-        default=1.0,
-        gt=0.0,
-        description="P(y > y') is sigma of the rewards' difference over this (Bradley-Terry)",
-        json_schema_extra=JUDGED,
-    )
-    max_length: Count = Field(
-        default=2048, description="tokens of the longest conversation with its response", json_schema_extra=JUDGED
-    )
-    batch_size: Count = Field(default=16, description="rows of one forward pass", json_schema_extra=ROUNDS)
-
-
-class QualitySection(Section):
-    """What is measured of a judge, and the limits beyond which the run warns (None never does)."""
-
-    repeat: Fraction = Field(
-        default=0.0, description="share of pools that are judged a second time, in full", json_schema_extra=COSTS
-    )
-    calibration: PathStr | None = Field(
-        default=None,
-        description="JSONL of {prompt, first, second, preference}: people's P(first beats second)",
-        json_schema_extra=COSTS,
-    )
-    calibration_pairs: Count = Field(
-        default=300,
-        description="labelled pairs used, drawn by seed, the same in each iteration",
-        json_schema_extra=COSTS,
-    )
-    max_flip_rate: Fraction | None = Field(default=0.25, json_schema_extra=COSTS)
-    max_tie_rate: Fraction | None = Field(default=0.5, json_schema_extra=COSTS)
-    max_first_rate_error: Fraction | None = Field(
-        default=0.05, description="of P(first shown wins) from 1/2", json_schema_extra=COSTS
-    )
-    max_longer_wins: Fraction | None = Field(default=0.75, json_schema_extra=COSTS)
-    min_repeat_agreement: Fraction | None = Field(default=0.8, json_schema_extra=COSTS)
-    min_calibration_agreement: Fraction | None = Field(default=0.6, json_schema_extra=COSTS)
-    max_cyclic_share: Fraction | None = Field(
-        default=0.2, description="of triples of candidates", json_schema_extra=COSTS
-    )
-
-
-class OracleSection(Section):
-    """The embedded preference: a majority over criteria, hence general (cycles exist) and deterministic."""
-
-    criteria: tuple[str, ...] = Field(default=("relevance", "variety", "brevity"), json_schema_extra=JUDGED)
-    target_words: Count = Field(
-        default=30, description="the length that 'brevity' likes best, in words", json_schema_extra=JUDGED
-    )
-
-    @model_validator(mode="after")
-    def _odd(self) -> OracleSection:
-        if len(self.criteria) < 3 or len(self.criteria) % 2 == 0 or len(set(self.criteria)) != len(self.criteria):
-            raise ValueError(f"criteria {self.criteria}: expected an odd number, at least three, none twice")
-        return self
-
-
-class TableSection(Section):
-    """A preference over a few answers, known exactly: for games that a language model plays."""
-
-    answers: tuple[str, ...] = Field(
-        min_length=2, description="a response counts as the answer it begins with", json_schema_extra=JUDGED
-    )
-    preferences: tuple[tuple[float, ...], ...] = Field(
-        description="P(row beats column) in [0, 1], as many rows and columns as answers; P + P^T = 1",
-        json_schema_extra=JUDGED,
-    )
-    draws: bool = Field(
-        default=True,
-        description="each verdict is one draw, as a judge's is; false states the probability",
-        json_schema_extra=JUDGED,
-    )
-
-
-class SelfSection(Section):
-    """The policy judges its own responses (Self-Rewarding, arXiv 2401.10020: points averaged over 3 readings)."""
-
-    rubric: Rubric = Field(
-        default="additive_5point",
-        description="built in, or a YAML file",
-        json_schema_extra=contents("annotate", "evaluate"),
-    )
-    num_judgements: Count = Field(
-        default=3, description="readings of a response, whose points are averaged", json_schema_extra=JUDGED
-    )
-    max_prompt_length: Count = Field(
-        default=2048, description="tokens of the longest judge prompt, template included", json_schema_extra=JUDGED
-    )
-    max_new_tokens: Count = Field(default=256, description="tokens of the longest reading", json_schema_extra=JUDGED)
-    temperature: Temperature = Field(default=0.7, json_schema_extra=JUDGED)
-    top_p: float = Field(default=0.9, gt=0.0, le=1.0, json_schema_extra=JUDGED)
-
-
 class AnnotationSection(Section):
     """Who is asked for preferences.
 
-    oracle, table: embedded. openai: any chat.completions endpoint. ensemble: several of those. self: the policy through
-    its own sampler. reward_model: a scalar reward model on the devices. given: the points that come with the data.
-    gold: nobody, the teacher's response wins by definition (SPIN).
+    oracle, table: embedded. python: a function of yours. openai: any chat.completions endpoint. ensemble: several of
+    those. self: the policy through its own sampler. reward_model: a scalar reward model on the devices. given: the
+    points that come with the data. gold: nobody, the teacher's response wins by definition (SPIN).
     """
 
-    kind: Literal["oracle", "openai", "ensemble", "table", "self", "reward_model", "given", "gold"] = Field(
-        default="oracle", json_schema_extra=JUDGED
+    kind: Literal["oracle", "openai", "ensemble", "table", "python", "self", "reward_model", "given", "gold"] = Field(
+        default="oracle", description="who is asked; see docs/annotation.md", json_schema_extra=JUDGED
     )
     oracle: OracleSection = OracleSection()
     openai: OpenAISection = OpenAISection()
     ensemble: tuple[OpenAISection, ...] = Field(default=(), description="their preferences are averaged")
     table: TableSection | None = None
+    python: PythonSection | None = None
     self_judge: SelfSection = SelfSection()
     reward_model: RewardModelSection | None = None
     teacher: TeacherSection | None = Field(
@@ -318,6 +228,8 @@ class AnnotationSection(Section):
     def _what_the_kind_needs_is_there(self) -> AnnotationSection:
         if self.kind == "table" and self.table is None:
             raise ValueError("kind=table needs annotation.table with its answers and preferences")
+        if self.kind == "python" and self.python is None:
+            raise ValueError("kind=python needs annotation.python.function, such as my_judge:points")
         if self.kind == "reward_model" and self.reward_model is None:
             raise ValueError("kind=reward_model needs annotation.reward_model.path")
         if self.kind == "ensemble" and len(self.ensemble) < 2:
@@ -336,7 +248,7 @@ class AnnotationSection(Section):
 
     @model_validator(mode="after")
     def _who_is_measured_can_be_asked(self) -> AnnotationSection:
-        if self.kind in ("given", "gold"):  # nobody judges
+        if self.nobody_judges:
             return self
         for name, value in (("repeat", self.quality.repeat), ("calibration", self.quality.calibration)):
             if value and self.kind not in ("openai", "ensemble"):
@@ -365,7 +277,7 @@ class AnnotationSection(Section):
 
     def unread(self) -> set[str]:
         own = {"self": "self_judge"}.get(self.kind, self.kind)
-        return {"oracle", "openai", "ensemble", "table", "self_judge", "reward_model"} - {own}
+        return {"oracle", "openai", "ensemble", "table", "python", "self_judge", "reward_model"} - {own}
 
     @property
     def judges(self) -> tuple[OpenAISection, ...]:
@@ -383,6 +295,11 @@ class AnnotationSection(Section):
         return self.show_reasoning or self.kind == "given"
 
     @property
+    def nobody_judges(self) -> bool:
+        """Whether preferences come with the data, or by definition."""
+        return self.kind in ("given", "gold")
+
+    @property
     def on_devices(self) -> bool:
         """Whether it judges with the run's own devices, after sampling: no annotator of the host's."""
         return self.kind in ("self", "reward_model")
@@ -392,6 +309,8 @@ class AnnotationSection(Section):
         """Whether verdicts are points per response, not wins per pair."""
         if self.kind == "openai":
             return self.openai.form == "listwise"
+        if self.python is not None and self.kind == "python":
+            return self.python.returns == "points"
         return self.kind in ("self", "given")
 
     @property
@@ -402,4 +321,4 @@ class AnnotationSection(Section):
     @property
     def is_judge(self) -> bool:
         """Whether it can compare any responses, of held-out prompts too."""
-        return self.kind in ("oracle", "openai", "ensemble", "table")
+        return self.kind in ("oracle", "openai", "ensemble", "table", "python")

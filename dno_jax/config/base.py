@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -40,10 +41,43 @@ TRAINED = decides("train", "sft")
 MIN_TEMPERATURE = 1e-6
 
 
-def absolute(path: str) -> str:
+# An id of the Hub, as opposed to a file: owner/name@revision:split, or with a subset owner/name:subset:split.
+_DATASET_ID = re.compile(
+    r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?((:(?P<subset>[\w.-]+))?:(?P<split>[\w.-]+))?"
+)
+_FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".bz2", ".xz", ".zip")
+_FILES += (".arrow", ".yaml", ".yml", ".jinja", ".safetensors", ".sqlite")
+
+
+def hub_parts(text: str) -> dict[str, str | None] | None:
+    """Return name, revision, subset and split of an id of the Hub; None where the text is a path."""
+    found = _DATASET_ID.fullmatch(text)
+    if found is None or text.startswith(".") or text.endswith(_FILES) or Path(text).exists():
+        return None
+    return found.groupdict()
+
+
+def expanded(path: str) -> str:
+    """Put in the home directory for ~, and the environment's variables for $NAME and ${NAME}.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
     if not path:
         raise ValueError("an empty path")
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    path = os.path.expandvars(path)
+    if missing := re.search(r"\$(\w+|\{\w+\})", path):
+        raise ValueError(f"{path!r} names the environment variable {missing[0]}, which is not set")
+    return path if "://" in path else os.path.expanduser(path)
+
+
+def absolute(path: str) -> str:
+    path = expanded(path)
+    return path if "://" in path else str(Path(path).absolute())
+
+
+def data_place(path: str) -> str:
+    return path if hub_parts(path) else absolute(path)
 
 
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
@@ -86,6 +120,8 @@ def iso_date(day: Any) -> str:
 
 PathStr = Annotated[str, AfterValidator(absolute)]
 ModelPath = Annotated[str, AfterValidator(model_place)]
+DataPath = Annotated[str, AfterValidator(data_place)]
+DataPaths = DataPath | Annotated[tuple[DataPath, ...], Field(min_length=1)]
 DateStr = Annotated[str, BeforeValidator(iso_date)]
 VariableName = Annotated[str, AfterValidator(variable_name)]
 Temperature = Annotated[float, Field(ge=0.0), AfterValidator(drawable)]

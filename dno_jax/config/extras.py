@@ -74,7 +74,9 @@ class AddressExtras(Section):
     extra_headers: ExtraStrings = Field(
         default=JsonObject(), description="$NAME in a value is read from the environment", json_schema_extra=COSTS
     )
-    extra_query: ExtraStrings = Field(default=JsonObject(), json_schema_extra=COSTS)
+    extra_query: ExtraStrings = Field(
+        default=JsonObject(), description="further fields of each URL", json_schema_extra=COSTS
+    )
 
 
 class Extras(Section):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
-from dno_jax.config.base import COSTS, Count, ModelPath, PathStr, Section, contents, decides
+from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    LossSection,
     MeshSection,
     ModelConfigSection,
-    OptimizerSection,
-    OuterSection,
     PairingSection,
     PromptsSection,
-    ReferenceSection,
     ReportSection,
+)
+from dno_jax.config.training import (
+    LossSection,
+    OptimizerSection,
+    OuterSection,
+    ReferenceSection,
     TrainingSection,
 )
 
@@ -27,9 +31,13 @@ _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the w
 class RunConfig(Section):
     """One run: T iterations from a checkpoint to a better checkpoint. As it stands, Algorithm 2 (DNO-Prct)."""
 
-    run_dir: PathStr = Field(json_schema_extra=COSTS)
+    run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
     seed: int = Field(
-        default=0, ge=0, lt=2**31, json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate")
+        default=0,
+        ge=0,
+        lt=2**31,
+        description="of every draw",
+        json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate"),
     )
     iterations: Count = Field(default=3, description="T", json_schema_extra=COSTS)
     model: ModelConfigSection
@@ -187,12 +195,22 @@ class SftModelSection(ModelConfigSection):
 
 
 class SftDataSection(Section):
-    path: PathStr = Field(
-        description="JSONL of {messages, response} or {prompt, response} rows", json_schema_extra=contents("sft")
+    path: DataPaths = Field(
+        description="examples in any form of docs/data.md: a file, a pattern, a dataset's id, or a list of them",
+        json_schema_extra=contents("sft"),
+    )
+    turns: Literal["last", "all"] = Field(
+        default="last",
+        description="which of the assistant's turns are trained: the last one, or each after the chat before it",
+        json_schema_extra=decides("sft"),
     )
     max_length: Count = Field(
-        default=512,
-        description="tokens of the longest example; longer ones are an error",
+        default=512, description="tokens of the longest example", json_schema_extra=decides("sft")
+    )
+    too_long: Literal["error", "drop", "truncate"] = Field(
+        default="error",
+        description="what happens to a longer example; drops are counted. truncate cuts the prompt as "
+        "prompts.too_long does, never the response",
         json_schema_extra=decides("sft"),
     )
 
@@ -200,8 +218,8 @@ class SftDataSection(Section):
 class SftConfig(Section):
     """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
 
-    run_dir: PathStr = Field(json_schema_extra=COSTS)
-    seed: int = Field(default=0, ge=0, lt=2**31, json_schema_extra=decides("sft"))
+    run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft"))
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection

@@ -22,7 +22,12 @@ class CompletionServerSection(Section):
         "server that still serves an older policy passes for the current one",
         json_schema_extra=COSTS,
     )
-    base_url: str = Field(default="http://127.0.0.1:8000/v1", min_length=1, json_schema_extra=COSTS)
+    base_url: str = Field(
+        default="http://127.0.0.1:8000/v1",
+        min_length=1,
+        description="of its API; it usually ends in /v1",
+        json_schema_extra=COSTS,
+    )
     api_key_env: VariableName | None = Field(
         default=None,
         description="environment variable of the key; None for no key",
@@ -69,13 +74,25 @@ class SamplingSection(Section):
         json_schema_extra=decides("sample"),
     )
     num_samples: int = Field(default=5, description="K", json_schema_extra=decides("sample"))
-    max_new_tokens: Count = Field(default=512, json_schema_extra=SAMPLED)
+    max_new_tokens: Count = Field(default=512, description="tokens of the longest response", json_schema_extra=SAMPLED)
     temperature: Temperature = Field(
         default=0.7, description="0 is greedy; otherwise at least 1e-6", json_schema_extra=SAMPLED
     )
     top_k: int = Field(default=0, ge=0, description="0 keeps all", json_schema_extra=SAMPLED)
-    top_p: float = Field(default=0.95, gt=0.0, le=1.0, json_schema_extra=SAMPLED)
-    min_p: float = Field(default=0.0, ge=0.0, lt=1.0, json_schema_extra=SAMPLED)
+    top_p: float = Field(
+        default=0.95,
+        gt=0.0,
+        le=1.0,
+        description="draw from the likeliest tokens of this mass; 1.0: all",
+        json_schema_extra=SAMPLED,
+    )
+    min_p: float = Field(
+        default=0.0,
+        ge=0.0,
+        lt=1.0,
+        description="leave out tokens less likely than this share of the likeliest's",
+        json_schema_extra=SAMPLED,
+    )
     slots: Count | None = Field(
         default=None,
         description="rows decoded at once on each row shard of the mesh; None: as many as fit, see `dno plan`",

@@ -59,10 +59,10 @@ class PairTable:
         """Read what a pair stage wrote, a row group at a time.
 
         Raises:
-            DnoError: a file is missing or is not one of pairs.
+            DnoError: a file is missing, not as it was written, or not one of pairs.
         """
         with ExitStack() as stack:
-            files = [stack.enter_context(PairFile(stage.path / f"{name}.parquet")) for name in (NEW, REPLAYED)]
+            files = [stack.enter_context(PairFile(stage.table_path(name))) for name in (NEW, REPLAYED)]
             size = sum(map(len, files))
             tokens = [np.empty(sum(file.num_values(name) for file in files), np.int32) for name in _TOKENS]
             count, numbers = np.empty((size, 3), np.int32), np.empty((size, len(_NUMBERS)))
@@ -188,6 +188,7 @@ class PairRows(Sequence[TrainingRow]):
             reward=_two(table.reward, index),
             target=float(table.target[index]),
             weight=float(table.weight[index]),
+            name=table.pair_ids[index].as_py(),
         )
 
     def __iter__(self) -> Iterator[TrainingRow]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,17 +25,30 @@ class PromptFile:
 
     Args:
         path: JSONL of Prompt rows, complete.
+        digest: sha256 that it must have; None takes any.
+
+    Raises:
+        DnoError: it is missing, malformed, or another than was sampled from.
     """
 
-    def __init__(self, path: epath.Path):
+    def __init__(self, path: epath.Path, *, digest: str | None = None):
         self.path = path
         self._places: dict[str, tuple[int, int]] = {}  # prompt id -> first byte, length
-        place = 0
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    self._places[json.loads(line)["prompt_id"]] = place, len(line)
-                place += len(line)
+        place, hashed = 0, hashlib.sha256()
+        remedy = "restore it from a copy, or remove it and run again: the same prompts are written anew"
+        try:
+            with path.open("rb") as file:
+                for line in file:
+                    hashed.update(line)
+                    if line.strip():
+                        self._places[json.loads(line)["prompt_id"]] = place, len(line)
+                    place += len(line)
+        except FileNotFoundError:
+            raise DnoError(f"{path}: missing; {remedy}") from None
+        except (ValueError, KeyError, TypeError):
+            raise DnoError(f"{path}: not a row of a prompt at byte {place}; {remedy}") from None
+        if digest is not None and digest != hashed.hexdigest():
+            raise DnoError(f"{path}: not the prompts that were sampled from (another sha256); {remedy}")
 
     def __len__(self) -> int:
         return len(self._places)
@@ -74,7 +89,10 @@ class Pools:
 
     @cached_property
     def prompts(self) -> PromptFile:
-        return PromptFile(self._prompts_path)
+        manifest = self.sampled.manifest()
+        noted = {} if manifest is None else manifest.inputs
+        name = os.path.relpath(os.fspath(self._prompts_path), os.fspath(self.sampled.root))
+        return PromptFile(self._prompts_path, digest=noted.get(name))
 
     def read(self, shard: str) -> PoolShard:
         """Parse one shard."""

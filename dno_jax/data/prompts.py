@@ -1,118 +1,59 @@
-"""Prompts from the user's file: read, checked, split over iterations, tokenised."""
+"""Prompts from the user's files: read, checked, split over iterations, tokenised."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-from etils import epath
-from pydantic import ValidationError
 
 from dno_jax.addresses import Purpose, name_bits, rng
 from dno_jax.config import PromptsSection, RunConfig
+from dno_jax.data.reading import Reading, prompts_of, words_of
+from dno_jax.data.sources import named, read_rows
 from dno_jax.errors import DnoError
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.model.text.truncation import shorten_chat
-from dno_jax.records import Message, Prompt, explain
+from dno_jax.records import Message, Prompt
 from dno_jax.stage_dir import is_lookahead
 
-_HALF = re.compile(r"[\ud800-\udfff]")  # half of a character, as JSON's \ud800 may spell one
-_DEEPEST = 20  # levels of a row: the fields that a row may have need three
 
-
-def load_prompts(path: str) -> list[Prompt]:
-    """Read a JSONL file of Prompt rows, or of {"prompt": text, "gold": text?, "prompt_id"?: text} rows.
+def load_prompts(paths: str | Sequence[str]) -> list[Prompt]:
+    """Read the prompts of files in any form of docs/data.md.
 
     Raises:
         DnoError: no such file, no prompts, a malformed row (file and line named), or an id that comes twice.
     """
-    prompts = [_prompt(row, place=place) for row, place in read_rows(path)]
-    if not prompts:
-        raise DnoError(f"{path}: holds no prompts; expected one JSON object per line")
-    counts = Counter(prompt.prompt_id for prompt in prompts)
-    most, count = counts.most_common(1)[0]
-    if count > 1:
-        raise DnoError(f"{path}: prompt_id {most!r} comes {count} times; ids must be unique")
-    return prompts
+    return read_prompts(paths)[0]
 
 
-def read_rows(path: str) -> list[tuple[dict[str, Any], str]]:
-    """Read JSON objects with their places ("file:line").
+def read_prompts(paths: str | Sequence[str], *, candidates: bool = True) -> tuple[list[Prompt], str]:
+    """Read prompts, and say in one line what they were taken for; raises as `load_prompts` does.
 
-    Raises:
-        DnoError: no such file, one that cannot be read, or a line that is no JSON object of whole characters.
+    Args:
+        candidates: bring the responses that come with forms of others.
     """
-    file = epath.Path(path)
-    try:
-        if not file.exists():
-            raise DnoError(f"{path}: no such file")
-        lines = file.read_text(encoding="utf-8").split("\n")  # texts may have U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DnoError(f"{path}: cannot be read ({error}); expected UTF-8 JSON lines") from None
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError
-            raise DnoError(f"{place}: not valid JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise DnoError(f"{place}: expected a JSON object, got {type(row).__name__}")
-        _check_texts(row, place=place)
-        rows.append((row, place))
-    return rows
-
-
-def with_messages(row: dict[str, Any]) -> dict[str, Any]:
-    """Turn the short form {"prompt": text, ...} into {"messages": [...], ...}, with an id made of the text."""
-    if "prompt" in row and "messages" not in row:
-        row = {**row, "messages": [{"role": "user", "content": row["prompt"]}]}
-        del row["prompt"]
-    if "prompt_id" not in row and "messages" in row:
-        parts = [row["messages"], *([row["assistant_prefix"]] if row.get("assistant_prefix") else [])]
-        identity = ", ".join(json.dumps(part, sort_keys=True) for part in parts)
-        row = {**row, "prompt_id": hashlib.sha256(identity.encode()).hexdigest()[:16]}
-    return row
-
-
-def _check_texts(value: Any, *, place: str, field: str = "", depth: int = 0) -> None:
-    """Refuse halves of characters, which no tokenizer takes, and nesting that is too deep to be written again."""
-    if isinstance(value, str) and (half := _HALF.search(value)):
-        shown = value[max(0, half.start() - 20) : half.end() + 20]
-        raise DnoError(
-            f"{place}: {field}: {shown!r} holds {half[0]!r}, half of a surrogate pair; expected whole characters: "
-            "write both halves, or remove this one"
-        )
-    if depth > _DEEPEST:
-        raise DnoError(f"{place}: {field}: nested more than {_DEEPEST} deep; expected a prompt or an example")
-    if isinstance(value, dict):
-        for name, item in value.items():
-            _check_texts(name, place=place, field="a name")
-            _check_texts(item, place=place, field=field or name, depth=depth + 1)
-    elif isinstance(value, list):
-        for item in value:
-            _check_texts(item, place=place, field=field, depth=depth + 1)
-
-
-def _prompt(row: dict[str, Any], *, place: str) -> Prompt:
-    try:
-        return Prompt.model_validate(with_messages(row))
-    except ValidationError as error:
-        raise DnoError(f"{place}: not a valid prompt: {explain(error)}") from None
+    reading = Reading(paths)
+    prompts = [prompt for prompt, _ in prompts_of(read_rows(paths), reading, candidates=candidates)]
+    if not prompts:
+        why = "".join(f"; {count} x {reason}" for reason, count in reading.left_out.items())
+        raise DnoError(f"{named(paths)}: holds no prompts; expected one JSON object per line, or Parquet{why}")
+    gold = sum(prompt.gold is not None for prompt in prompts)
+    return prompts, reading.line(f"{len(prompts):,} prompts ({gold:,} with gold)")
 
 
 @dataclass(frozen=True)
 class PromptSplit:
-    training: tuple[tuple[Prompt, ...], ...]  # one part per iteration
+    """A run's prompts.
+
+    Attributes:
+        training: one part per iteration.
+        lines: what the files were taken for.
+    """
+
+    training: tuple[tuple[Prompt, ...], ...]
     held_out: tuple[Prompt, ...]
+    lines: tuple[str, ...] = ()
 
 
 def split_prompts(config: RunConfig) -> PromptSplit:
@@ -122,25 +63,55 @@ def split_prompts(config: RunConfig) -> PromptSplit:
         DnoError: too few prompts, or a held-out prompt that is also trained on.
     """
     section: PromptsSection = config.prompts
-    prompts = load_prompts(section.path)
+    offline = config.sampling.source == "data" or config.annotation.kind == "given"
+    prompts, line = read_prompts(section.path, candidates=offline)
+    lines = [line]
     shuffled = [prompts[i] for i in rng(Purpose.PROMPT_SPLIT, config.seed).permutation(len(prompts))]
     if section.held_out_path:
-        held_out = load_prompts(section.held_out_path)
-        common = {p.prompt_id for p in prompts} & {p.prompt_id for p in held_out}
-        if common:
-            raise DnoError(f"{section.held_out_path}: prompt {min(common)!r} is also in {section.path}")
+        held_out, line = read_prompts(section.held_out_path, candidates=offline)
+        lines.append(line)
     else:
         held_out, shuffled = shuffled[: section.held_out], shuffled[section.held_out :]
+    refuse_leaks(held_out, shuffled, place=named(section.held_out_path or section.path), trained=named(section.path))
     # DNO-Lookahead's last iteration samples nothing: no prompt is set aside for it.
     sampling = sum(not is_lookahead(config, iteration) for iteration in range(config.iterations))
     parts = sampling if section.split == "disjoint" else 1
     if len(shuffled) < parts:
         raise DnoError(
-            f"{section.path}: {len(prompts)} prompts leave {len(shuffled)} to train on after {len(held_out)} held out; "
-            f"{sampling} iterations with split={section.split} need at least {parts}"
+            f"{named(section.path)}: {len(prompts)} prompts leave {len(shuffled)} to train on after {len(held_out)} "
+            f"held out; {sampling} iterations with split={section.split} need at least {parts}"
         )
     training = [tuple(shuffled[part::parts]) for part in range(parts)] * (sampling // parts)
-    return PromptSplit(training=tuple(training), held_out=tuple(held_out))
+    return PromptSplit(training=tuple(training), held_out=tuple(held_out), lines=tuple(lines))
+
+
+def leaks(held_out: Sequence[Prompt], trained: Sequence[Prompt]) -> list[tuple[Prompt, Prompt]]:
+    """Return held-out prompts with the first trained one of the same words, or of the same id."""
+    words, ids = [words_of(prompt) for prompt in held_out], [prompt.prompt_id for prompt in held_out]
+    wanted: set[bytes | str] = {*words, *ids}
+    found: dict[bytes | str, Prompt] = {}
+    for other in trained if wanted else ():
+        for name in {words_of(other), other.prompt_id} & wanted:
+            found.setdefault(name, other)
+    matches = (found.get(word) or found.get(name) for word, name in zip(words, ids, strict=True))
+    return [(prompt, other) for prompt, other in zip(held_out, matches, strict=True) if other is not None]
+
+
+def refuse_leaks(held_out: Sequence[Prompt], prompts: Sequence[Prompt], *, place: str, trained: str) -> None:
+    """Refuse prompts that are held out and trained on.
+
+    Raises:
+        DnoError: there are some, by their words or ids.
+    """
+    if found := leaks(held_out, prompts):
+        prompt, other = found[0]
+        text = prompt.messages[-1].content
+        others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise DnoError(
+            f"{place}: held-out prompt {prompt.prompt_id!r}{others}, {text[:60]!r}, is also in {trained}, as "
+            f"{other.prompt_id!r}: a policy would be measured on what it was trained on; remove it from one of them "
+            "(dno prompts check --held-out lists all)"
+        )
 
 
 @dataclass(frozen=True)

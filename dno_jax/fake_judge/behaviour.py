@@ -114,7 +114,7 @@ def read_settings(settings: Sequence[str]) -> Behaviour:
     """
     tree: dict[str, Any] = {}
     for setting in settings:
-        lay_over(tree, setting)
+        lay_over(tree, setting, kind=Behaviour)
     return parse_config(Behaviour, tree, place="dno fake-judge")
 
 

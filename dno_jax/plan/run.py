@@ -179,7 +179,7 @@ def render(plan: RunPlan) -> RenderableType:
 def _count_table(counts: dict[str, PromptCount]) -> Table:
     table = _table("prompts, and at most so many response tokens")
     for column in ("prompts", "dropped", "prompt tokens", "responses", "response tokens", "shards"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for name, count in counts.items():
         numbers = (count.prompts, count.dropped, count.prompt_tokens, count.responses, count.response_tokens)
         table.add_row(name, *(f"{number:,}" for number in numbers), f"{count.shards:,}")

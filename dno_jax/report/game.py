@@ -222,7 +222,7 @@ def game_table(played: Sequence[Played], P: np.ndarray) -> Table:
     table = Table(title="duality gaps", caption=caption, box=SIMPLE_HEAD)
     table.add_column("algorithm", no_wrap=True)
     for column in ("eta", "tau", "gap of pi_T", "gap of average", "KL to pi_tau", "gap of pi_tau"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for run in played:
         aim = ("", "")
         if run.regularised is not None:

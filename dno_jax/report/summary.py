@@ -34,7 +34,7 @@ def stage_statuses(run_dir: RunDir, config: RunConfig) -> list[StageStatus]:
     for iteration in range(config.iterations):
         for name in stage_names(config, iteration):
             stage = run_dir.stage(name, iteration)
-            statuses.append(StageStatus(iteration, name, stage.manifest(), len(stage.shard_names())))
+            statuses.append(StageStatus(iteration, name, stage.manifest(), len(stage.shard_paths())))
     return statuses
 
 
@@ -42,7 +42,7 @@ def status_table(statuses: list[StageStatus]) -> Table:
     """Stages done with rows, drops and seconds; the first unfinished one is what comes next."""
     table = Table(title="stages", box=SIMPLE_HEAD)
     for column in ("iteration", "stage", "state", "rows", "dropped", "seconds"):
-        table.add_column(column, justify="left" if column in ("stage", "state") else "right")
+        table.add_column(column, justify="left" if column in ("stage", "state") else "right", no_wrap=True)
     is_next = True
     for status in statuses:
         manifest = status.manifest
@@ -76,8 +76,10 @@ def fine_tuning_table(run_dir: RunDir) -> Table:
 def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
     """One row per policy: win rates with 95 % intervals, and length."""
     evaluated = _evaluated(run_dir, iterations)
-    best = best_policy_of(run_dir, iterations=iterations) if evaluated else None
-    table = Table(title="policies on held-out prompts (* best)", box=SIMPLE_HEAD)
+    was_measured = bool(evaluated) and is_measured(run_dir, evaluated[-1])
+    best = best_policy_of(run_dir, iterations=iterations) if was_measured else None
+    title = "policies on held-out prompts (* best)" if was_measured or not evaluated else "policies, not measured"
+    table = Table(title=title, box=SIMPLE_HEAD)
     for column in ("policy", "beats policy 0", "beats previous", "beats gold", "words"):
         table.add_column(column, justify="right", no_wrap=True)
     for iteration in evaluated:
@@ -129,6 +131,19 @@ def _short(kind: str) -> str:
 
 def _evaluated(run_dir: RunDir, iterations: int) -> list[int]:
     return [t for t in range(iterations) if run_dir.stage("evaluate", t).manifest_path.exists()]
+
+
+def is_measured(run_dir: RunDir, iteration: int) -> bool:
+    """Whether an iteration's evaluation compared policies: without held-out prompts the newest only stands in."""
+    return "matrix" in run_dir.stage("evaluate", iteration).require().details
+
+
+def told_policy(run_dir: RunDir, *, iteration: int) -> str:
+    """Say which policy a run returns, and why it is that one."""
+    details = run_dir.stage("evaluate", iteration).require().details
+    if is_measured(run_dir, iteration):
+        return f"best on held-out prompts: policy {details['best']}"
+    return f"policy {details['best']} ({details['why']})"
 
 
 def best_policy_of(run_dir: RunDir, *, iterations: int) -> int:

@@ -15,6 +15,7 @@ from dno_jax.config import RunConfig
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Source
+from dno_jax.runtime.exhausted import explained, sampling_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.completion import Codec, Task
@@ -78,7 +79,8 @@ class Sampler:
             counts: Counter[str] = Counter()
             return [self._from_server(spec, counts) for spec in self.specs]
         shape = self._shapes()  # before weights take the memory that is asked about
-        params = {name: self.runtime.load_for_decoding(path) for name, path in policies.items()}
+        with explained("sampling", sampling_settings(self.runtime.programs, shape[0].slots)):
+            params = {name: self.runtime.load_for_decoding(path) for name, path in policies.items()}
         return [self._from_devices(spec, size, params) for spec, size in zip(self.specs, shape, strict=True)]
 
     def _from_devices(self, spec: SampleSpec, shape: EngineShape, params: Mapping[str, Any]) -> Stream:
@@ -86,15 +88,16 @@ class Sampler:
         runtime, section = self.runtime, self.runtime.config.sampling
         statistics, mesh = Statistics(), runtime.submesh.mesh
         model, sampling_params = runtime.programs.model(DECODE, mesh=mesh), self._sampling_params(spec)
-        yield from generate(
-            params["policy"],
-            self._requests(),
-            CompiledPrograms(model, sampling_params, shape, mesh, record_drawn=section.record_drawn_logprob),
-            iteration=self.policy,
-            mixture=None if spec.weight is None else Mixture(params["initial"], jnp.float32(spec.weight)),
-            stop=self._stop if section.stop else None,
-            statistics=statistics,
-        )
+        with explained("sampling", sampling_settings(runtime.programs, shape.slots)):
+            yield from generate(
+                params["policy"],
+                self._requests(),
+                CompiledPrograms(model, sampling_params, shape, mesh, record_drawn=section.record_drawn_logprob),
+                iteration=self.policy,
+                mixture=None if spec.weight is None else Mixture(params["initial"], jnp.float32(spec.weight)),
+                stop=self._stop if section.stop else None,
+                statistics=statistics,
+            )
         self.details[f"slots {spec.source}" if len(self.specs) > 1 else "slots"] = {
             "slots": shape.slots,
             "utilisation": round(statistics.utilisation, 4),

@@ -15,12 +15,14 @@ from dno_jax.addresses import Purpose, integer
 from dno_jax.config import AnnotationSection, RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.errors import DnoError
-from dno_jax.files import write_atomically
+from dno_jax.files import read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.config import Head
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
+from dno_jax.report.answers import shown_answers
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.exhausted import explained, weight_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import is_lookahead
 from dno_jax.training.checkpoint import policy_fingerprint, save_policy
@@ -40,8 +42,9 @@ def import_initial(runtime: Runtime[RunConfig]) -> str:
         if is_primary():
             check_source(runtime.run_dir, source)
         return found
-    params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
-    digest = save_policy(path, params)
+    with explained("import of policy 0", weight_settings(runtime.programs)):
+        params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
+        digest = save_policy(path, params)
     if is_primary():
         note = {"path": source, "digest": checkpoint_digest(source)}
         write_atomically(runtime.run_dir.source_path, json.dumps(note, indent=2) + "\n")
@@ -55,7 +58,7 @@ def check_source(run_dir: RunDir, source: str) -> None:
         note = {"path": source, "digest": checkpoint_digest(source)}
         write_atomically(run_dir.source_path, json.dumps(note, indent=2) + "\n")
         return
-    noted = json.loads(run_dir.source_path.read_text())
+    noted = read_note(run_dir.source_path)
     if noted["digest"] != checkpoint_digest(source):
         raise DnoError(
             f"model.path {source}: not the checkpoint that policy 0 of {run_dir.path} was imported from "
@@ -116,17 +119,18 @@ def export(
         hf.check_replaceable(path)
     if dtype not in (None, "float32", "bfloat16"):
         raise DnoError(f"dtype of an export is {dtype!r}; expected float32 or bfloat16, or nothing for the base's own")
-    hf.save(
-        path,
-        runtime.model_config,
-        runtime.load_policy(run_dir.policy(policy), TRAIN),
-        source=hf.folder(config.model.path, weights=True),
-        chat_template=runtime.tokenizer.template,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        facts=export_facts(config, run_dir, policy=policy),
-        overwrite=overwrite,
-    )
+    with explained(f"export of policy {policy}", weight_settings(runtime.programs)):
+        hf.save(
+            path,
+            runtime.model_config,
+            runtime.load_policy(run_dir.policy(policy), TRAIN),
+            source=hf.folder(config.model.path, weights=True),
+            chat_template=runtime.tokenizer.template,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            facts=export_facts(config, run_dir, policy=policy),
+            overwrite=overwrite,
+        )
     barrier(f"export {policy}")
 
 
@@ -151,7 +155,7 @@ def export_best(runtime: Runtime[RunConfig], *, policy: int) -> None:
     run_dir = runtime.run_dir
     what = {"policy": policy, "fingerprint": policy_fingerprint(run_dir.policy(policy))}
     exists = run_dir.export_path.exists()
-    if exists and run_dir.exported_path.exists() and json.loads(run_dir.exported_path.read_text()) == what:
+    if exists and run_dir.exported_path.exists() and read_note(run_dir.exported_path) == what:
         return
     export(runtime, policy=policy, path=os.fspath(run_dir.export_path), overwrite=exists)
     if is_primary():
@@ -164,6 +168,7 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
     paired = [run_dir.stage("pair", iteration).manifest() for iteration in trained]
     evaluated = run_dir.stage("evaluate", policy - 1).manifest() if policy else None
     rates = evaluated.details["win_rates"] if evaluated is not None else {}
+    shown = shown_answers(run_dir, iterations=config.iterations, policy=policy)
     dno = config.loss.name == "dno"
     return hf.ExportFacts(
         method=("Direct Nash Optimization" if dno else "iterated preference optimization") + " (arXiv 2404.03715)",
@@ -179,6 +184,8 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
             for opponent, found in rates.items()
         ),
         template_options=config.model.template_options,
+        messages=shown.messages if shown else (),
+        answers=tuple((f"policy {number}", text) for number, text in shown.answers) if shown else (),
     )
 
 
@@ -191,6 +198,7 @@ def annotator_name(section: AnnotationSection) -> str:
     if section.kind == "self":
         return f"the policy itself, rubric {Path(section.self_judge.rubric).name}"
     names = {
+        "python": f"the function {section.python.function}" if section.python else "",
         "oracle": f"embedded oracle ({', '.join(section.oracle.criteria)})",
         "table": "embedded table of preferences",
         "given": "points that came with the data",
@@ -207,7 +215,7 @@ def export_pool(runtime: Runtime[RunConfig], *, path: str) -> None:
     size = runtime.config.iterations
     names = [f"policy-{policy:03d}" for policy in range(size)]
     whole = epath.Path(path) / "mixture.json"
-    if whole.exists() and json.loads(whole.read_text())["policies"] == names:
+    if whole.exists() and read_note(whole)["policies"] == names:
         return
     for policy, name in enumerate(names):
         if not (epath.Path(path) / name).exists():

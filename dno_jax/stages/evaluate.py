@@ -39,6 +39,7 @@ from dno_jax.stages.sample import ResponseLengths
 from dno_jax.stages.teach import taught
 
 GOLD = "gold"
+_SHOWN_CHARACTERS = 2000  # of a message or an answer
 AVERAGE = "average"  # the mixture of all policies before the newest
 
 
@@ -135,6 +136,7 @@ class _Judged:
     preferences: list[tuple[str, str, str, float]]  # prompt id, player, opponent, P(player preferred)
     dropped: Counter[str]
     lengths: dict[str, dict[str, Any]]  # of each policy's responses
+    shown: dict[str, Any] | None = None  # one prompt and all policies' answers, for people to read
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,10 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
         players.append(_Players(by_id[prompt_id], sample, texts, reasoning))
-    annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
-
     pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
 
     async def judge_all() -> list[Judgement]:
+        annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
         async with closing(annotator, run_dir):
             with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
                 judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
@@ -228,7 +229,8 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
             return judgements
 
-    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True))
+    # A policy that judges itself is no judge of held-out responses, and is not asked for one where there are none.
+    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True)) if pools else {}
     verdicts = [judgements.get(index) for index in range(len(players))]
     answered = [verdict for verdict in verdicts if verdict is not None]
     missing = [verdict for verdict in answered if verdict.state != "ok"]
@@ -252,7 +254,23 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
         "no usable response from the server": len(left_out),
         "held-out response without an answer": unanswered,
     }
-    return _Judged(preferences, +Counter(dropped), lengths)
+    return _Judged(preferences, +Counter(dropped), lengths, _shown(players, newest=newest))
+
+
+def _shown(players: Sequence[_Players], *, newest: int) -> dict[str, Any] | None:
+    """One prompt with the first answer of every policy: the first whose answers differ, as report.answers shows it."""
+    first = [group for group in players if group.sample == 0]
+    found = next((group for group in first if group.texts["0"] != group.texts[str(newest)]), next(iter(first), None))
+    if found is None:
+        return None
+    asked = [{"role": message.role, "content": _cut(message.content)} for message in found.prompt.messages]
+    prefix = found.prompt.assistant_prefix
+    answers = {str(policy): _cut(prefix + found.texts[str(policy)]) for policy in range(newest + 1)}
+    return {"prompt_id": found.prompt.prompt_id, "messages": asked, "answers": answers}
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
 
 
 def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
@@ -285,6 +303,7 @@ def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
         **({AVERAGE: average} if average else {}),
         "matrix": np.round(matrix, 4).tolist(),
         "lengths": lengths,
+        **({"shown": judged.shown} if judged.shown else {}),
         "best": best_policy(matrix),
         "why": "highest mean win rate over the other policies on held-out prompts",
     }

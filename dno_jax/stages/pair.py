@@ -248,7 +248,7 @@ def _all_of(sources: Sequence[StageDir]) -> Iterator[pa.Table]:
 
 
 def _new_pairs_of(source: StageDir) -> epath.Path:
-    return source.path / f"{NEW}.parquet"
+    return source.table_path(NEW)
 
 
 class _Figures:

@@ -12,6 +12,7 @@ from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.config import RunConfig
 from dno_jax.console import say
+from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
@@ -76,6 +77,8 @@ def _check_prompts(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None)
     """Read and tokenise the prompts, say what is dropped, and see that as many rows as are wanted fit."""
     config, prompts = runtime.config, runtime.prompts
     split = prompts.split
+    for line in split.lines if is_primary() else ():
+        say(line)
     parts = [*split.training, split.held_out]
     if only is not None:
         parts = [split.training[only[1]] if only[0] == "sample" else split.held_out]
@@ -83,7 +86,7 @@ def _check_prompts(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None)
         found = prompts.tokenized(part)
         reasons = ", ".join(f"{count} x {reason}" for reason, count in found.dropped.most_common())
         if part and not found.kept:
-            raise DnoError(f"{config.prompts.path}: all {len(part)} prompts of a part are dropped: {reasons}")
+            raise DnoError(f"{named(config.prompts.path)}: all {len(part)} prompts of a part are dropped: {reasons}")
         if reasons and is_primary():
             say(f"of {len(part)} prompts some are dropped: {reasons}")
     largest, held_out = max(map(len, split.training)), len(split.held_out)

@@ -14,9 +14,11 @@ from dno_jax.run_dir import RunDir
 
 def tell_quality(run_dir: RunDir, quality: Quality, section: AnnotationSection, *, iteration: int) -> dict[str, Any]:
     """Say how good a judge is, leave its figures in the metrics, and return the manifest's details of it."""
+    if section.nobody_judges:  # what a table says by definition has no quality
+        return {"quality": {}, "warnings": []}
     figures = quality.figures()
     found = warnings(figures, section.quality)
-    if section.judges or section.on_devices:  # what is embedded need not be watched
+    if section.judges or section.on_devices or section.kind == "python":  # what is embedded need not be watched
         console.print(quality_table(figures, section.quality, iteration=iteration))
         run_dir.forget_metrics(iteration=iteration, stage="annotate", from_step=0)
         row = {"iteration": iteration, "stage": "annotate", "step": 0, **scalars(figures)}

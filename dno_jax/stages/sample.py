@@ -16,11 +16,13 @@ from etils import epath
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
 from dno_jax.data.prompts import TokenizedPrompt
+from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.reasoning import split_thought
 from dno_jax.records import Prompt, Rollout, Source
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.runtime.scheme import initial_policy, mixture_weight
@@ -77,7 +79,8 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
     counted = _Counted()
     for shard in stage.shard_names() if is_primary() or config.sampling.audit_prompts else ():
         counted.add(stage.read_shard(Rollout, shard), policy=iteration, audited=config.sampling.audit_prompts)
-    audited = audit.run(runtime, counted.audited, policy=iteration, place=stage.path)
+    with explained(f"audit of iteration {iteration}'s samples", training_settings(runtime.programs)):
+        audited = audit.run(runtime, counted.audited, policy=iteration, place=stage.path)
     if is_primary():
         answered = [item for item in tokenized if item.prompt.prompt_id in counted.prompts]
         dropped.update(_gold_drops(counted.gold, answered))  # without responses it has no rows at all
@@ -118,7 +121,8 @@ def _keep_prompts(path: epath.Path, prompts: Sequence[Prompt]) -> None:
         write_atomically(path, text)
     elif path.read_text() != text:
         raise DnoError(
-            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir"
+            f"{path}: the prompt file has changed since this iteration began; restore it, or start another run_dir (or "
+            "remove this copy, where it is the one that has changed)"
         )
 
 
@@ -135,8 +139,9 @@ def _data_to_shards(
         rollouts: list[Rollout] = []
         for item in prompts[first : first + size]:
             if not item.prompt.candidates:
+                place = named(runtime.config.prompts.path)
                 raise DnoError(
-                    f"prompt {item.prompt.prompt_id!r} of {runtime.config.prompts.path} has no candidates, which "
+                    f"prompt {item.prompt.prompt_id!r} of {place} has no candidates, which "
                     'sampling.source=data trains on: give {"candidates": [{"text": ..., "score": ...}, ...]}'
                 )
             name = f"{iteration:03d}/{item.prompt.prompt_id}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from etils import epath
@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float, Int
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pair_table import PairRows, PairTable
+from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.parallel.sharding import owned_rows
 from dno_jax.records import ReferenceScore
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import Update, update_of
 from dno_jax.runtime.scoring import batches_by_length, frozen_logprobs
@@ -62,16 +64,17 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
     if is_primary() and taken.any():
         rows = np.flatnonzero(taken)
         stage.write_shard(SAMPLED, _scores(pairs, rows, pairs.sampler_logprob[rows]))
-    for policy, out in zip(policies, (stage, stage.sub(INITIAL)), strict=False):
-        _score(
-            runtime,
-            policy,
-            pairs,
-            np.flatnonzero(~taken) if out is stage else np.arange(len(pairs)),
-            out=out,
-            prefix=f"{SAMPLED}-others-" if out is stage and source == SAMPLED else "",
-            description=f"{stage_name:<9} {iteration}",
-        )
+    with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+        for policy, out in zip(policies, (stage, stage.sub(INITIAL)), strict=False):
+            _score(
+                runtime,
+                policy,
+                pairs,
+                np.flatnonzero(~taken) if out is stage else np.arange(len(pairs)),
+                out=out,
+                prefix=f"{SAMPLED}-others-" if out is stage and source == SAMPLED else "",
+                description=f"{stage_name:<9} {iteration}",
+            )
     if is_primary():
         stage.finish(
             config,
@@ -109,10 +112,10 @@ def _scores(
 def _discard_others(stage: StageDir, *, keep: str) -> None:
     """Remove the manifest, and shards of log pi_t that came the other way: batches, and so shards, were others."""
     if is_primary():
-        for name in stage.shard_names():
-            if name.startswith(SAMPLED) != (keep == SAMPLED):
-                (stage.path / f"{name}.jsonl").unlink()
         stage.manifest_path.unlink(missing_ok=True)
+        for name, path in stage.shard_paths().items():
+            if name.startswith(SAMPLED) != (keep == SAMPLED):
+                path.unlink()
     barrier(f"reference {stage.path}")
 
 
@@ -151,9 +154,21 @@ def _score(
             if mine:
                 own = sorted(mine)
                 values = np.asarray([mine[row] for row in own], np.float64)
+                _check_finite(values, [pairs.pair_ids[int(row)].as_py() for row in batch[own]], policy=policy)
                 out.write_shard(f"{prefix}{index * size + own[0]:07d}", _scores(pairs, batch[own], values))
             meter.advance(batch.size)
     barrier(f"scored {out.path}")
+
+
+def _check_finite(values: Float[np.ndarray, "rows 2"], pair_ids: Sequence[str], *, policy: epath.Path) -> None:
+    """Raise DnoError where a log-probability is no number: nothing could be trained on it."""
+    wrong = [name for name, own in zip(pair_ids, np.isfinite(values).all(axis=1), strict=True) if not own]
+    if wrong:
+        raise DnoError(
+            f"{policy}: log-probabilities of {len(wrong)} pairs are NaN or infinite, such as that of {wrong[0]!r}: the "
+            "policy's weights overflow. Nothing of that batch is kept. Try model.dtype=float32, or train the policy "
+            "anew with a smaller optimizer.learning_rate"
+        )
 
 
 def reference_identity(runtime: Runtime[RunConfig], update: Update) -> dict[str, str | int]:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from pydantic import ValidationError
 
 from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
-from dno_jax.data.prompts import read_rows, with_messages
+from dno_jax.data.reading import Reading, examples_of
+from dno_jax.data.sources import named, read_rows
 from dno_jax.errors import DnoError
-from dno_jax.files import digest_of, write_atomically
+from dno_jax.files import digest_of, read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
+from dno_jax.model.text.truncation import shorten_chat
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
-from dno_jax.records import Example, explain
+from dno_jax.records import Example, Message
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages.checkpoints import checkpoint_digest, read_checkpoint
 from dno_jax.stages.template import refuse_template, save_template
@@ -38,55 +43,62 @@ _STARTED = "SFT.json"
 def run(runtime: Runtime[SftConfig]) -> epath.Path:
     """Fine-tune (or train from random weights) and export a Hugging Face checkpoint; return where it lies.
 
+    Everything that may be refused is looked at before anything is written.
+
     Raises:
         DnoError: the directory was made by another configuration, or from other examples or weights.
     """
     start = time.perf_counter()
-    config = runtime.config
+    config, target = runtime.config, runtime.run_dir.export_path
     refuse_template(runtime)
+    examples = supervised_examples(runtime, config)
+    if is_primary():
+        say(examples.line)
+    started = _started(runtime, config, examples)
+    if target.exists():
+        if is_primary():
+            say(f"{target} is there already: nothing to do")
+        return target
+    params = _initial(runtime, config)
     with runtime.run_dir.held() if is_primary() else nullcontext():
         if is_primary():
-            _open(runtime, config)
+            runtime.run_dir.create(config)
+            write_atomically(runtime.run_dir.path / _STARTED, json.dumps(started, indent=2) + "\n")
             save_template(runtime)
         barrier("sft config")
-        return _fine_tune(runtime, config, start=start)
+        return _fine_tune(runtime, examples.rows, params, start=start)
 
 
-def _open(runtime: Runtime[SftConfig], config: SftConfig) -> None:
-    """Make the run directory, or check that states in it are of this configuration, these examples and weights."""
+def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples) -> dict[str, Any]:
+    """Return what decides the result, after a check that states in the run directory are of the same."""
     place = runtime.run_dir.path / _STARTED
     source = config.model.init_config or config.model.path
     now = deciding(config, "sft") | {
-        "examples": digest_of(config.data.path),
+        "examples": examples.digest,
         "tokenizer": runtime.tokenizer.digest,
         "weights": digest_of(hf.folder(source) / "config.json")
         if config.model.init_config
         else checkpoint_digest(source),
     }
-    if place.exists() and (changed := changes(json.loads(place.read_text()), now)):
+    if place.exists() and (changed := changes(read_note(place), now)):
         lines = "\n  ".join(changed)
         raise DnoError(
             f"run_dir {runtime.run_dir.path} was made by another configuration:\n  {lines}\nset these back, or give "
             "another run_dir"
         )
-    runtime.run_dir.create(config)
-    write_atomically(place, json.dumps(now, indent=2) + "\n")
+    return now
 
 
-def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) -> epath.Path:
-    target = runtime.run_dir.export_path
-    if target.exists():
-        if is_primary():
-            say(f"{target} is there already: nothing to do")
-        return target
-    rows = supervised_rows(runtime, config)
-    result = train(
-        runtime,
-        _initial(runtime, config),
-        rows,
-        runtime.programs.step_config(supervised_loss),
-        Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, guard=False),
-    )
+def _fine_tune(runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any, *, start: float) -> epath.Path:
+    config, target = runtime.config, runtime.run_dir.export_path
+    with explained("sft", training_settings(runtime.programs)):
+        result = train(
+            runtime,
+            params,
+            rows,
+            runtime.programs.step_config(supervised_loss),
+            Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length),
+        )
     hf.save(
         str(target),
         runtime.model_config,
@@ -110,33 +122,61 @@ def _fine_tune(runtime: Runtime[SftConfig], config: SftConfig, *, start: float) 
     return target
 
 
+@dataclass(frozen=True)
+class Examples:
+    """What is trained on.
+
+    Attributes:
+        digest: sha256 of the examples' texts, wherever and in whatever form they lie.
+        line: what the files were taken for.
+    """
+
+    rows: list[TrainingRow]
+    digest: str
+    line: str
+
+
 def supervised_rows(runtime: Runtime[SftConfig], config: SftConfig) -> list[TrainingRow]:
+    """Read and tokenise the examples; raises as `supervised_examples` does."""
+    return supervised_examples(runtime, config).rows
+
+
+def supervised_examples(runtime: Runtime[SftConfig], config: SftConfig) -> Examples:
     """Read and tokenise the examples.
 
     Raises:
-        DnoError: a malformed row, no rows, or an example longer than data.max_length (its place is named).
+        DnoError: a malformed row, no rows, or, unless data.too_long says otherwise, an example longer than
+            data.max_length (its place is named).
     """
-    rows = []
-    for row, place in read_rows(config.data.path):
-        try:
-            example = Example.model_validate(with_messages(row))
-        except ValidationError as error:
-            raise DnoError(f"{place}: not a valid example: {explain(error)}") from None
-        prompt, response = _ids(runtime, example, place=place)
-        if len(prompt) + len(response) > config.data.max_length:
-            raise DnoError(
-                f"{place}: {len(prompt) + len(response)} tokens exceed data.max_length {config.data.max_length}; "
-                "raise it or remove the example"
-            )
-        ids = (np.asarray(prompt, np.int32),), (np.asarray(response, np.int32),)
-        rows.append(TrainingRow(*ids, previous_logprob=(0.0,), weight=float(len(response))))
+    section = config.data
+    digest, reading, rows = hashlib.sha256(), Reading(section.path), []
+    for example, place in examples_of(read_rows(section.path), reading, turns=section.turns):
+        digest.update(example.model_dump_json().encode() + b"\n")
+        ids = _ids(runtime, example, place=place)
+        if len(ids[0]) + len(ids[1]) > section.max_length:
+            if section.too_long == "error":
+                raise DnoError(
+                    f"{place}: {len(ids[0]) + len(ids[1])} tokens exceed data.max_length {section.max_length}; raise "
+                    "it, remove the example, or set data.too_long=drop (or truncate)"
+                )
+            cut = None if section.too_long == "drop" else _shortened(runtime, example, section.max_length, place=place)
+            reading.left_out["too long" if cut is None else "prompt cut (kept)"] += 1
+            if cut is None:
+                continue
+            ids = cut
+        prompt, response = (np.asarray(part, np.int32) for part in ids)
+        weight = float(len(response))
+        rows.append(TrainingRow((prompt,), (response,), previous_logprob=(0.0,), weight=weight, name=place))
+    line = reading.line(f"{len(rows):,} examples")
     if not rows:
-        raise DnoError(f"{config.data.path}: holds no examples")
-    return rows
+        raise DnoError(f"{named(section.path)}: holds no examples: {line}")
+    return Examples(rows, digest.hexdigest(), line)
 
 
-def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return prompt and response ids."""
+Ids = tuple[tuple[int, ...], tuple[int, ...]]  # of prompt and response
+
+
+def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> Ids:
     tokenizer, prefix = runtime.tokenizer, example.assistant_prefix
     if spelt := tokenizer.control_tokens(*example.texts):
         raise DnoError(
@@ -152,6 +192,16 @@ def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> tuple[
         )
     except DnoError as error:
         raise DnoError(f"{place}: {error}") from None
+
+
+def _shortened(runtime: Runtime[SftConfig], example: Example, longest: int, *, place: str) -> Ids | None:
+    """Cut the prompt until prompt and response fit; None where they cannot."""
+
+    def ids(messages: Sequence[Message]) -> Ids:
+        return _ids(runtime, example.model_copy(update={"messages": tuple(messages)}), place=place)
+
+    left = shorten_chat(example.messages, max_length=longest, count=lambda chat: sum(map(len, ids(chat))))
+    return None if left is None else ids(left)
 
 
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:

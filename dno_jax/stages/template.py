@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
 from rich.text import Text
 
 from dno_jax.config import ModelConfigSection, RunConfig
 from dno_jax.console import say
-from dno_jax.data.prompts import read_rows, with_messages
+from dno_jax.data.reading import Reading, examples_of, prompts_of
+from dno_jax.data.sources import read_rows
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.model.hf import folder, untrained_rows
 from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.text.tokenizer import ChatTokenizer
-from dno_jax.records import Message, Prompt
+from dno_jax.records import Message
 from dno_jax.runtime.runtime import Runtime, load_tokenizer
 
 _STAND_IN = "A response."
@@ -42,7 +43,9 @@ class TemplateReport:
         return tuple(finding for finding in self.findings if finding.level == level)
 
 
-def report(section: ModelConfigSection, data_path: str, tokenizer: ChatTokenizer | None = None) -> TemplateReport:
+def report(
+    section: ModelConfigSection, data_path: str | Sequence[str], tokenizer: ChatTokenizer | None = None
+) -> TemplateReport:
     """Lay out the first row of the data that has a response (or a stand-in) and lint the template."""
     fetch = tokenizer is not None  # a run needs the weights; to look at a template they are not fetched from the Hub
     tokenizer = tokenizer or load_tokenizer(section)
@@ -109,18 +112,16 @@ def _render_strip(text: Text, strip: TemplateStrip) -> None:
         text.append("  end" * ends + "\n", style="magenta")
 
 
-def _strip(tokenizer: ChatTokenizer, data_path: str) -> TemplateStrip | None:
+def _strip(tokenizer: ChatTokenizer, data_path: str | Sequence[str]) -> TemplateStrip | None:
     """The first row with a response that can be laid out; else the lint's own question; else nothing."""
-    for row, _ in itertools.islice(read_rows(data_path), _TRIED):
-        row = with_messages(row)
-        response = row.pop("response", None) or row.get("gold") or _STAND_IN
-        try:
-            prompt = Prompt.model_validate(row)
-            if not tokenizer.control_tokens(*prompt.texts):
-                return template_strip(tokenizer, prompt.messages, response, prompt.assistant_prefix)
-        except (DnoError, ValidationError):  # said where the data are read; here any row will do
-            continue
-    try:
+    with suppress(DnoError):  # said where the data are read; here any row will do
+        rows = list(itertools.islice(read_rows(data_path), _TRIED))
+        answered = [(example, example.response) for example, _ in examples_of(rows, Reading(data_path, errors=[]))]
+        asked = [(prompt, _STAND_IN) for prompt, _ in prompts_of(rows, Reading(data_path, errors=[]))]
+        for chat, response in (*answered, *asked):
+            with suppress(DnoError):
+                if not tokenizer.control_tokens(*chat.texts):
+                    return template_strip(tokenizer, chat.messages, response, chat.assistant_prefix)
+    with suppress(DnoError):
         return template_strip(tokenizer, [Message(role="user", content=QUESTION)], _STAND_IN)
-    except DnoError:
-        return None
+    return None

@@ -10,21 +10,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from dno_jax.config import RunConfig
+from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
+from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.runtime.scheme import update_of
-from dno_jax.stage_dir import Manifest
+from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
-from dno_jax.training.metrics import MetricsWriter
+from dno_jax.training.metrics import MetricsWriter, NotFinite
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import learning_rate_schedule
 from dno_jax.training.state import init_state, state_shardings
@@ -51,9 +52,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     expected = reference_identity(runtime, update)
     differing = [name for name, value in expected.items() if reference.details.get(name) != value]
     if differing:
-        raise DnoError(
-            f"{scored.path}: reference scores of another {', '.join(differing)}; remove the folder to score again"
-        )
+        raise DnoError(f"{scored.path}: reference scores of another {', '.join(differing)}; score again: {scored.redo}")
 
     if is_primary():
         stage.start(config)
@@ -62,14 +61,15 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
     rows = PairRows(pairs, previous, initial)
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
-    result = train(
-        runtime,
-        runtime.load_policy(update.previous, TRAIN),
-        rows,
-        runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
-        Training(stage_name, iteration, states_path=stage.path / "states", max_length=config.max_length),
-    )
-    digest = save_policy(update.result, result.params)
+    with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+        result = train(
+            runtime,
+            runtime.load_policy(update.previous, TRAIN),
+            rows,
+            runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
+            Training(stage_name, iteration, stage.path / "states", max_length=config.max_length, scored=scored),
+        )
+        digest = save_policy(update.result, result.params)
     barrier(f"trained {stage.path}")
     if is_primary():
         remove_states(stage.path / "states")
@@ -97,14 +97,14 @@ class Training:
         stage, iteration: what its figures are filed under, and which batches it takes.
         states_path: where its states lie until it is done.
         max_length: tokens of the longest sequence.
-        guard: check that step 0's implicit rewards are zero.
+        scored: whose reference step 0 must show to be of its own policy; None where there is no reference.
     """
 
     stage: str
     iteration: int
     states_path: Any
     max_length: int
-    guard: bool = True
+    scored: StageDir | None = None
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,21 @@ def train(
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
                 learning_rate = float(np.asarray(rate(index)))
                 state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
-                if training.guard and index == 0:
-                    check_step_zero(jax.device_get(metrics), dtype=config.model.dtype)
                 tokens = sum(
                     len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
                 )
-                writer.write(index, metrics, learning_rate=learning_rate, tokens=float(tokens))
-                if index + 1 < steps:
+                names = [row.name for row in chosen]
+                writer.write(index, metrics, names=names, learning_rate=learning_rate, tokens=float(tokens))
+                saved = index + 1 < steps and checkpoints.is_due(index + 1)
+                if saved or index == 0 or index + 1 == steps:  # what is kept is looked at before
+                    writer.flush()
+                if training.scored is not None and index == 0:
+                    check_step_zero(writer.last, dtype=config.model.dtype, scored=training.scored)
+                if saved:
                     checkpoints.save(state, step=index + 1)
                 meter.advance(1, note=f"loss {writer.last['loss']:.4f}" if writer.last else "")
+    except NotFinite as error:
+        raise DnoError(_not_finite(error, training, checkpoints.last_step, config)) from None
     finally:
         # Also after an error: what is still being written, states and metrics, is worth keeping.
         checkpoints.close()
@@ -178,7 +184,28 @@ def train(
     return TrainResult(params=state.params, num_steps=steps, metrics=last)
 
 
-def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
+def _not_finite(error: NotFinite, training: Training, saved: int | None, config: RunConfig | SftConfig) -> str:
+    """Say which step failed, on what, and what can be done."""
+    names = ", ".join(error.names[:16]) + (f" and {len(error.names) - 16} more" if len(error.names) > 16 else "")
+    rate, dtype = config.optimizer.learning_rate, config.model.dtype
+    here = f"--from {training.stage.replace('_', '-')}:{training.iteration}"
+    anew = f"dno run CONFIG optimizer.learning_rate={rate / 10:g} {here}"
+    if training.scored is None:
+        anew = f"optimizer.learning_rate={rate / 10:g} and another run_dir"
+    wider = "" if dtype == "float32" else f"; or model.dtype=float32 in place of {dtype}, whose range or rounding it is"
+    return (
+        f"{training.stage} of iteration {training.iteration}, step {error.step}: the loss is {error.loss:g} and the "
+        f"gradient's norm {error.grad_norm:g}; training stops, and nothing of this step is kept ("
+        + ("no state was saved before" if saved is None else f"the last saved state is that after step {saved}")
+        + ").\n"
+        f"The batch's rows: {names}.\n"
+        "The same command takes the same step again. A smaller learning rate is what mostly helps "
+        f"(it is {rate:g}, with optimizer.max_grad_norm={config.optimizer.max_grad_norm:g}): {anew}{wider}. Where the "
+        "losses before it in metrics.jsonl were small and steady, look at these rows' texts."
+    )
+
+
+def check_step_zero(metrics: dict[str, Any], *, dtype: str, scored: StageDir) -> None:
     """Refuse to train when the first step shows a policy that is not pi_t of its own loss.
 
     With pi_t as the reference that is also to say that the loss is log 2 and every implicit reward 0.
@@ -188,10 +215,17 @@ def check_step_zero(metrics: dict[str, Any], *, dtype: str) -> None:
     """
     tolerance = STEP_ZERO_TOLERANCE[dtype]
     ratio = float(metrics["max_abs_log_ratio"])
-    if not ratio <= tolerance:
-        raise DnoError(
-            f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most "
-            f"{tolerance:g} is rounding in {dtype}), loss {float(metrics['loss']):.4f}: the reference is not of this "
-            "policy, tokenizer or mask; remove the reference folder and score again (with sampling.as_reference=false "
-            "where it was the sampler's)"
-        )
+    if ratio <= tolerance:
+        return
+    # Weights that have rotted and scores that were edited were refused when they were read: it is none of those.
+    then, now = scored.require().versions, versions()
+    changed = [f"{name} {then.get(name)} -> {found}" for name, found in now.items() if then.get(name) != found]
+    raise DnoError(
+        f"step 0: a response's log-probability differs from its reference by {ratio:.4g} nats (at most {tolerance:g} "
+        f"is rounding in {dtype}), loss {float(metrics['loss']):.4f}.\n"
+        "Weights and scores are as they were written (both were checked now), so they are computed otherwise than when "
+        f"{scored.path} was made: other software ({', '.join(changed) or 'none has changed'}), other devices, or a "
+        "device or its memory that fails.\n"
+        "Find out which before scoring again, which hides it. Where software or devices are meant to be others: "
+        f"{scored.redo} (with sampling.as_reference=false where the scores were the sampler's)"
+    )

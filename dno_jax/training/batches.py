@@ -24,6 +24,7 @@ class TrainingRow:
         reward: of each response, points or a win rate; zeros where nothing reads it.
         target: P(chosen preferred).
         weight: 1 for a pair; the number of response tokens for an example, so that its loss is a mean over tokens.
+        name: the pair's id or the example's place, for messages.
     """
 
     prompt_ids: tuple[Ids, ...]
@@ -33,6 +34,7 @@ class TrainingRow:
     reward: tuple[float, ...] = (0.0, 0.0)
     target: float = 1.0
     weight: float = 1.0
+    name: str = ""
 
     @property
     def length(self) -> int:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import Any, cast
+import re
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +16,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.parallel.cluster import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, gather_from_processes, is_primary
 from dno_jax.training.state import TrainState
 
-_FINGERPRINT = "FINGERPRINT"
+T = TypeVar("T")
+_FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
+WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
 def save_policy(path: epath.Path, params: Any) -> str:
@@ -26,13 +33,11 @@ def save_policy(path: epath.Path, params: Any) -> str:
     Every process calls this: each writes its own shards.
     """
     digest = fingerprint(params)
-    if policy_fingerprint(path) == digest:
-        return digest
     if is_primary() and (path / _FINGERPRINT).exists():  # it would mark half-written weights as whole
         (path / _FINGERPRINT).unlink()
     barrier(f"policy {path} open")
     checkpointer = ocp.StandardCheckpointer()
-    checkpointer.save(path / "params", params, force=True)
+    checkpointer.save(path / _PARAMS, params, force=True)
     checkpointer.wait_until_finished()
     checkpointer.close()
     if is_primary():
@@ -42,55 +47,214 @@ def save_policy(path: epath.Path, params: Any) -> str:
 
 
 def policy_fingerprint(path: epath.Path) -> str | None:
-    """The fingerprint of a whole policy on disk, or None."""
+    """The fingerprint that a whole policy was written with, or None.
+
+    Raises:
+        DnoError: the file that holds it is damaged.
+    """
     file = path / _FINGERPRINT
-    return file.read_text().strip() if file.exists() else None
+    if not file.exists():
+        return None
+    text = file.read_bytes().strip()
+    if not re.fullmatch(rb"[0-9a-f]{64}", text):
+        raise DnoError(f"{file}: holds {text[:80]!r}, expected 64 hex digits; {policy_remedy(path)}")
+    return text.decode()
 
 
 def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
-    """Read a policy straight into sharded arrays; each process reads what its devices hold.
+    """Read a policy straight into sharded arrays, and hold it to its fingerprint; each process reads what it holds.
+
+    Arrays that are wanted in another dtype are read one at a time: as they were written, for the fingerprint is of
+    those bits, and cast at once, so that no device holds more than one of them besides what is wanted.
 
     Args:
         shapes: tree of ShapeDtypeStructs (model.params.abstract_params).
         shardings: the same tree of shardings, of any mesh.
 
     Raises:
-        DnoError: there is no whole policy at `path`.
+        DnoError: there is no whole policy at `path`, or it is not the one that was written.
     """
-    if policy_fingerprint(path) is None:
+    noted = policy_fingerprint(path)
+    if noted is None:
         raise DnoError(
             f"{path}: no whole policy there (it has no {_FINGERPRINT} file); run the stage that writes it first"
         )
-    target = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings
-    )
-    checkpointer = ocp.StandardCheckpointer()
+    wanted = dict(jax.tree.leaves_with_path(shapes))
+    places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
+    written = {name: jax.ShapeDtypeStruct(leaf.shape, WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
+    as_written = all(leaf.dtype == WRITTEN for leaf in wanted.values())
+    sums: dict[Any, np.ndarray] = {}
+    found: dict[Any, jax.Array] = {}
+    for group in [list(wanted)] if as_written else [[name] for name in wanted]:
+        read = _undamaged(path, partial(_read_arrays, path / _PARAMS, {name: written[name] for name in group}))
+        sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
+        found |= {name: read.pop(name).astype(wanted[name].dtype) for name in group}
+    check_fingerprint(path, noted, _digest(written, sums))
+    return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted])
+
+
+def check_fingerprint(path: epath.Path, noted: str, found: str) -> None:
+    """Raise DnoError where a policy's weights are not those that it was written with."""
+    if noted != found:
+        raise DnoError(
+            f"{path}: not the weights that were written there: their fingerprint is {found[:12]}, and {_FINGERPRINT} "
+            f"says {noted[:12]}. Bits have changed on disk, or a file was replaced; {policy_remedy(path)}"
+        )
+
+
+def policy_remedy(path: epath.Path) -> str:
+    """Say how a policy on disk that is damaged can be had again."""
+    number, _, auxiliary = path.name.partition("-")
+    if not number.isdecimal():
+        return "restore it from a copy"
+    if not int(number):
+        return f"restore it from a copy, or remove {path} and run again: the same one is imported from model.path"
+    stage = "train-auxiliary" if auxiliary else "train"
+    return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
+
+
+def _undamaged(path: epath.Path, read: Callable[[], T]) -> T:
+    """Read a policy's files; what they are refused with is a DnoError."""
+    found, damage = _tried(read)
+    if damage is not None:
+        raise DnoError(f"{path}: {damage}; {policy_remedy(path)}")
+    return cast(T, found)
+
+
+def _tried(read: Callable[[], T]) -> tuple[T | None, str | None]:
+    """Return what is read, or what Orbax and TensorStore say of damaged or missing files, which may be any exception.
+
+    Raises:
+        Exception: what is of no file: a device or the host may be full.
+    """
     try:
-        return checkpointer.restore(path / "params", target)
-    finally:
-        checkpointer.close()
+        return read(), None
+    except Exception as error:
+        inmost: BaseException = error
+        while inmost.__cause__ is not None:
+            inmost = inmost.__cause__
+        if isinstance(inmost, (jax.errors.JaxRuntimeError, MemoryError)):
+            raise
+        first = str(inmost).strip().split("\n")[0]
+        damage = f"cannot be read ({type(inmost).__name__}: {first[:200]})"
+    _hush_unfinished_reads()
+    return None, damage
+
+
+def _hush_unfinished_reads() -> None:
+    """Where one read fails Orbax leaves the others hanging; each complains at length whenever it ends."""
+    before = sys.unraisablehook
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        said = str(dropped.exc_value)
+        if "Event loop is closed" not in said and "while reading array index" not in said:
+            before(dropped)
+
+    if getattr(before, "__qualname__", "") != hook.__qualname__:
+        sys.unraisablehook = hook
+
+
+def _read_arrays(path: epath.Path, wanted: Mapping[Any, jax.ShapeDtypeStruct]) -> dict[Any, jax.Array]:
+    """Read some arrays of a tree of dicts, by their paths."""
+    tree: dict[str, Any] = {}
+    for name, leaf in wanted.items():
+        inner = tree
+        for key in name[:-1]:
+            inner = inner.setdefault(key.key, {})
+        inner[name[-1].key] = leaf
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
+        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
+        return dict(jax.tree.leaves_with_path(checkpointer.restore(path, args=args)))
+
+
+def stored_fingerprint(path: epath.Path) -> str:
+    """Return the fingerprint of the weights that lie at `path`, read one array at a time onto one device.
+
+    Raises:
+        DnoError: they cannot be read.
+    """
+    stored = _undamaged(path, partial(_stored_arrays, path / _PARAMS))
+    sums = {}
+    for name, leaf in stored.items():
+        (read,) = _undamaged(path, partial(_read_arrays, path / _PARAMS, {name: leaf})).values()
+        sums[name] = jax.device_get(_all_bit_sums([read])[0])
+    return _digest(stored, sums)
+
+
+def _stored_arrays(path: epath.Path) -> dict[Any, jax.ShapeDtypeStruct]:
+    """The arrays of a checkpoint by their paths, to be laid on one device."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree: Any = checkpointer.metadata(path).item_metadata.tree
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    leaves = jax.tree.leaves_with_path(tree)
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in leaves}
 
 
 class StateCheckpoints:
-    """The last train states of one iteration, saved while training runs."""
+    """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays."""
 
     def __init__(self, path: epath.Path, *, save_every: int):
         options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)
+        self.path = path
         self._manager = ocp.CheckpointManager(path, options=options)
 
+    @property
+    def last_step(self) -> int | None:
+        """The step after which the newest saved state is; None where there is none."""
+        return self._manager.latest_step()
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after so many steps is to be saved: `save_every` divides them."""
+        return self._manager.should_save(step)
+
     def save(self, state: TrainState, *, step: int) -> None:
-        """Start writing the state after `step` optimiser steps, if `save_every` divides it."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        """Start writing the state after `step` optimiser steps, if it is due."""
+        if self.is_due(step):
+            noted = {_FINGERPRINT: fingerprint(state)}
+            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState | None:
-        """Return the last whole state, or None where there is none."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        """Return the last whole state, or None where there is none.
+
+        A state that cannot be read, or is not the one that was written, is put aside with a word, and the one before it
+        taken: what it held is computed again.
+        """
         target = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), like, shardings
         )
-        return cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(target)))
+        while (step := self._manager.latest_step()) is not None:
+            state, damage = self._read(step, target)
+            # Every process takes the same one, also where the damage is in what one of them reads.
+            if not gather_from_processes(np.asarray(damage is not None)).any():
+                return state
+            if is_primary():
+                before = max((found for found in self._manager.all_steps() if found < step), default=None)
+                kept = self.path / f"{step}.damaged"
+                (self.path / str(step)).rename(kept)
+                say(
+                    f"warning: {self.path}/{step}: {damage or 'another process cannot read its part'}; it is kept as "
+                    f"{kept.name}, and training goes on from "
+                    + ("its beginning" if before is None else f"the state before it, after step {before}")
+                )
+            barrier(f"damaged state {self.path} {step}")
+            self._manager.reload()
+        return None
+
+    def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
+        """Return a state, or what is wrong with it."""
+        found, damage = _tried(
+            lambda: (
+                (self._manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT),
+                cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(target))),
+            )
+        )
+        if found is None:
+            return None, damage
+        noted, state = found
+        if noted is not None and noted != fingerprint(state):  # earlier versions noted none
+            return None, "not the state that was written: its fingerprint is another"
+        return state, None
 
     def close(self) -> None:
         """Wait for what is still being written."""
@@ -104,16 +268,26 @@ def fingerprint(params: Any) -> str:
     Two weighted sums of each array's bits modulo 2^32, made on the devices, then sha256 over names, shapes and sums:
     cheap at any size, equal for equal arrays. It finds mix-ups and corruption, not forgeries.
     """
-    sums = jax.jit(lambda tree: jax.tree.map(_bit_sums, tree))(params)
+    leaves = dict(jax.tree.leaves_with_path(params))
+    return _digest(leaves, dict(zip(leaves, jax.device_get(_all_bit_sums(list(leaves.values()))), strict=True)))
+
+
+def _digest(leaves: Mapping[Any, Any], sums: Mapping[Any, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}\n".encode())
-    for leaf in jax.tree.leaves(sums):
-        digest.update(np.asarray(leaf).tobytes())
+    for name, leaf in leaves.items():
+        digest.update(f"{jax.tree_util.keystr(name)} {leaf.shape} {leaf.dtype}\n".encode())
+    for name in leaves:
+        digest.update(sums[name].tobytes())
     return digest.hexdigest()
 
 
+@jax.jit
+def _all_bit_sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [_bit_sums(array) for array in arrays]
+
+
 def _bit_sums(array: jax.Array) -> jax.Array:
+    """Sum an array's bits, each mixed with its place: every device adds up what it holds, and eight bytes are moved."""
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[array.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
     index = jnp.zeros(array.shape, jnp.uint32)

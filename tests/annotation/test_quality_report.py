@@ -6,12 +6,13 @@ import pytest
 from rich.console import Console
 
 from dno_jax.annotation.quality.figures import Quality, Response, scalars
-from dno_jax.config import QualitySection, RunConfig
+from dno_jax.config import AnnotationSection, QualitySection, RunConfig
 from dno_jax.records import Answer, Judgement
 from dno_jax.report.judge import quality_lines, quality_table
 from dno_jax.report.page import write_report
 from dno_jax.report.summary import iteration_table
 from dno_jax.run_dir import RunDir
+from dno_jax.stages.quality import tell_quality
 
 
 def shown(what, *, width=110):
@@ -128,3 +129,19 @@ def test_scalars_for_metrics(figures):
     assert (found["score_gold"], found["score_student"]) == (2.5, 4.25)
     assert all(isinstance(number, float) for number in found.values())
     assert scalars({}) == {}
+
+
+@pytest.mark.parametrize("kind", ["gold", "given"])
+def test_where_nobody_judges_there_are_no_figures_and_no_warnings(kind, figures, tmp_path, capsys):
+    """What wins by definition always wins: that says nothing of a judge."""
+
+    class Skewed(Quality):
+        def figures(self):
+            return figures
+
+    run_dir = RunDir(str(tmp_path / "run"))
+    details = tell_quality(run_dir, Skewed(), AnnotationSection(kind=kind), iteration=0)
+    assert details == {"quality": {}, "warnings": []}
+    assert capsys.readouterr().err == ""
+    assert not run_dir.metrics_path.exists()
+    assert tell_quality(run_dir, Skewed(), AnnotationSection(kind="oracle"), iteration=0)["warnings"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -328,3 +329,14 @@ def test_a_copied_verdict_in_an_unusual_spelling_is_still_a_copy():
         assert read(Reply(text=reply), ["a", "b"]) == (1.0, 0.0)
         with pytest.raises(Unparsable, match="word for word"):
             read(Reply(text=reply), ["a", f"Reply with {copied}!"])
+
+
+def test_the_tests_that_the_documents_name_are_there():
+    """The tables of reply forms and of servers' behaviours name the test of each row."""
+    root = Path(__file__).parents[2]
+    named = set(re.findall(r"`(test_\w+)`", (root / "docs" / "annotation.md").read_text()))
+    written = {
+        name for path in (root / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    assert len(named) > 8
+    assert named <= written

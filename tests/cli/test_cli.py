@@ -1,9 +1,11 @@
 """Commands that other tests do not run: sft, inspect, import, export, status, single stages."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,3 +249,30 @@ def test_help_names_every_command(capsys, monkeypatch):
     said = capsys.readouterr().out
     for name in ("run", "sft", "import", "export", "status", "inspect", "game", *STAGES):
         assert f"  {name.replace('_', '-')} " in said
+
+
+def test_the_demo_starts_without_a_warning(monkeypatch):
+    from dno_jax.config import RunConfig, load_config
+    from dno_jax.stages import template
+
+    monkeypatch.chdir(Path(__file__).parents[2])
+    config = load_config(RunConfig, "configs/demo.yaml")
+    found = template.report(config.model, config.prompts.path)
+    assert {finding.level for finding in found.findings} == {"note"}
+    assert any("comes back as" in finding.text for finding in found.findings)  # its 512 tokens know no asterisk
+
+
+def test_libraries_give_no_advice_at_the_start():
+    """transformers tells everybody without torch so, at every import."""
+    code = """
+from dno_jax.cli import process
+def start(standalone_mode):
+    import transformers
+    from transformers.utils import logging
+    logging.get_logger("transformers").warning_advice("PyTorch was not found")
+process.run(start)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS_")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"USE_TORCH": "0"}, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

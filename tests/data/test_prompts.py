@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from dno_jax.data.prompts import TokenizedPrompt, load_prompts, read_rows, split_prompts, tokenize_prompts
+from dno_jax.data.prompts import TokenizedPrompt, load_prompts, split_prompts, tokenize_prompts
+from dno_jax.data.sources import read_rows
 from dno_jax.errors import DnoError
 from dno_jax.runtime.runtime import load_tokenizer
 
@@ -107,7 +108,7 @@ def test_half_of_a_character_is_named_in_every_text(tmp_path, row, field):
     path = tmp_path / "p.jsonl"
     path.write_text(r'{"prompt": "\ud83d\ude00"}' + "\n" + row)
     with pytest.raises(DnoError, match=rf"p\.jsonl:2: {field}: '.*' holds '\\ud[89a-f].*', half of a surrogate pair"):
-        read_rows(str(path))
+        list(read_rows(str(path)))
     path.write_text(r'{"prompt": "\ud83d\ude00"}')
     assert load_prompts(str(path))[0].messages[0].content == "\U0001f600"
 

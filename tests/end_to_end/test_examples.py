@@ -101,3 +101,60 @@ def test_takes_only_losses_and_logprobs_from_the_package(name):
             found |= {alias.name for alias in node.names}
     assert {module for module in found if module.startswith("dno_jax")} == {"dno_jax.losses", "dno_jax.logprobs"}
     assert f"[{name}.py]({name}.py)" in (FOLDER / "README.md").read_text()
+
+
+LIGHT = """
+import re, sys
+import jax, jaxtyping, numpy as np
+rng = np.random.default_rng(0)
+table, head = rng.normal(size=(7, 4)), rng.normal(size=(4, 7))
+model = lambda token: jax.numpy.asarray(table[token])
+tokens = rng.integers(0, 7, size=(4, 6))
+response_mask = np.arange(6) >= np.array([[2], [3], [2], [4]])
+logits = table[tokens] @ head  # what stands at t predicts t + 1: summed by hand, token by token
+logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+reference = np.array([sum(logp[b, t - 1, tokens[b, t]] for t in range(6) if response_mask[b, t]) for b in range(4)])
+loaded = lambda: {name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names
+before = loaded()
+exec(re.search("```python\\n(.*?)```", open("README.md").read(), re.DOTALL)[1])
+print(float(loss), *(loaded() - before))
+"""
+
+
+def test_the_snippet_of_the_readme_runs_in_a_light_installation():
+    """Shifted by one as it says: with a reference summed by hand it begins at log 2."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], cwd=FOLDER.parent, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, *loaded = done.stdout.split()
+    assert float(loss) == pytest.approx(math.log(2), abs=1e-5)
+    assert loaded == ["dno_jax"]
+
+
+@pytest.mark.soak
+def test_self_rewarding_learns_what_it_likes(tmp_path):
+    """From every second answer with a thank to nearly all, graded by nobody but itself."""
+    history = runpy.run_path(str(FOLDER / "self_rewarding.py"))["main"](tmp_path, iterations=2)
+    first, last = history
+    assert 0.3 < first["thanks"] < 0.6
+    assert last["thanks"] > first["thanks"] + 0.2
+    assert last["own_points"] > first["own_points"] + 0.5
+    assert first["judged"] > 0.9
+
+
+def test_self_rewarding_is_the_recipe_on_another_base(tmp_path):
+    example = runpy.run_path(str(FOLDER / "self_rewarding.py"))
+    (tmp_path / "rubric.yaml").write_text(example["RUBRIC"])
+    config = example["configuration"](tmp_path, iterations=2)
+    assert (config.annotation.kind, config.pairing.rule, config.sampling.num_samples) == ("self", "best_worst", 4)
+    assert config.annotation.self_judge.rubric == str(tmp_path / "rubric.yaml")
+    answers, grades = (
+        example["lessons"](tmp_path / "rubric.yaml")[::2],
+        example["lessons"](tmp_path / "rubric.yaml")[1::2],
+    )
+    for answer, grade in zip(answers, grades, strict=True):
+        points = int(grade["response"].removeprefix("Score: "))
+        assert (points >= 4) == ("thanks" in answer["response"].split())
+        assert answer["response"] in grade["messages"][-1]["content"]

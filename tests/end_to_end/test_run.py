@@ -1,6 +1,5 @@
 """The whole loop on a small model, in this process, on 8 virtual devices."""
 
-import json
 import math
 from pathlib import Path
 
@@ -13,10 +12,12 @@ from dno_jax.console import console
 from dno_jax.data.pair_table import PairTable
 from dno_jax.errors import DnoError
 from dno_jax.records import Judgement, ReferenceScore, Rollout
-from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
+from dno_jax.report.answers import answers_text, shown_answers
+from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table, told_policy
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
 from dno_jax.stages import pair, sample, score, train
+from dno_jax.stages.evaluate import read_responses
 from dno_jax.training.checkpoint import policy_fingerprint
 from tests.configured import deep_merge
 from tests.pairs import read_pairs
@@ -156,6 +157,20 @@ def test_tables_show_what_the_manifests_say(finished):
     assert "next" not in text
 
 
+def test_policy_0_and_the_best_are_read_side_by_side(finished):
+    config, run_dir, result = finished
+    found = shown_answers(run_dir, iterations=2, policy=result.best)
+    assert found is not None
+    card = (Path(result.export) / "README.md").read_text()
+    with console.capture() as captured:
+        console.print(answers_text(found))
+    for policy, text in found.answers:
+        rows = read_responses(run_dir, policy, num_samples=config.evaluation.num_samples)
+        assert text in {row.text for row in rows if row.sample == 0}
+        assert f"`policy {policy}`:\n\n```text\n{text.strip()}\n```" in card
+        assert f"policy {policy}: {text.strip()[:40]}" in captured.get()
+
+
 def test_evaluation_is_antisymmetric_and_knows_the_teacher(finished):
     _, run_dir, result = finished
     details = run_dir.stage("evaluate", 1).require().details
@@ -210,12 +225,13 @@ def test_step_zero_refuses_a_foreign_reference(make_config):
     for name in stage.shard_names():
         rows = stage.read_shard(ReferenceScore, name)
         stage.write_shard(name, [row.model_copy(update={"chosen_logprob": row.chosen_logprob - 3.0}) for row in rows])
-    with pytest.raises(DnoError, match=r"step 0: .* differs from its reference by 3"):
+    with pytest.raises(DnoError, match=r"not as the stage wrote it"):
         run_stage(train, config, 0)
-    path = stage.manifest_path
-    tree = json.loads(path.read_text())
-    tree["details"]["tokenizer"] = "another"
-    path.write_text(json.dumps(tree))
+    made = {"inputs": manifest.inputs, "rows": manifest.rows, "seconds": 0.0}
+    stage.finish(config, **made, details=manifest.details)  # as a device that computes otherwise would have
+    with pytest.raises(DnoError, match=r"(?s)step 0: .* differs from its reference by 3.*before scoring again"):
+        run_stage(train, config, 0)
+    stage.finish(config, **made, details=manifest.details | {"tokenizer": "another"})
     with pytest.raises(DnoError, match="reference scores of another tokenizer"):
         run_stage(train, config, 0)
     assert manifest.rows == len(list(stage.read(ReferenceScore)))
@@ -241,11 +257,19 @@ def test_no_pair_is_an_error_with_the_funnel(finished, make_config):
     assert target.stage("pair", 0).manifest() is None
 
 
-def test_without_held_out_prompts_the_last_policy_is_returned(make_config):
+def test_without_held_out_prompts_the_last_policy_is_returned_and_not_called_the_best(make_config, capsys):
     config = make_config(iterations=1, prompts={"held_out_path": None})
     result = iteration.run(config)
     assert result.best == 1
-    assert RunDir(config.run_dir).stage("evaluate", 0).require().details["why"] == "the newest: no held-out prompts"
+    run_dir = RunDir(config.run_dir)
+    assert run_dir.stage("evaluate", 0).require().details["why"] == "the newest: no held-out prompts"
+    assert told_policy(run_dir, iteration=0) == "policy 1 (the newest: no held-out prompts)"
+    capsys.readouterr()
+    console.print(policy_table(run_dir, iterations=1))
+    said = capsys.readouterr().err
+    assert "not measured" in said
+    assert "best" not in said
+    assert "*" not in said
 
 
 def test_bfloat16_compute_runs_the_loop_within_the_guard(make_config):

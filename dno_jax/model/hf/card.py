@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from dno_jax.display import printable
+
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _MAX_CHARACTERS = 200
 _MAX_FRONT_MATTER = 1 << 16
@@ -58,6 +60,8 @@ class ExportFacts:
         num_examples: examples of supervised fine-tuning.
         win_rates: on held-out prompts.
         template_options: variables that the chat template was given, as apply_chat_template takes them.
+        messages: of a held-out prompt, as (role, text).
+        answers: to it, as (who, text).
     """
 
     method: str
@@ -71,6 +75,8 @@ class ExportFacts:
     num_examples: int | None = None
     win_rates: tuple[HeldOutRate, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[tuple[str, str], ...] = ()
+    answers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,10 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
     ]
     if facts is not None and facts.win_rates:
         parts += ["## Win rates on held-out prompts", _rate_table(facts.win_rates)]
+    if facts is not None and facts.answers:
+        parts.append("## A held-out prompt, and the first answers to it")
+        for who, text in (*facts.messages, *facts.answers):
+            parts += [f"{code(who)}:", _fenced(text)]
     parts += ["## Citation", f"```bibtex\n{_CITATION}\n```"]
     return "\n\n".join(parts) + "\n"
 
@@ -135,6 +145,13 @@ def _rate_table(rates: tuple[HeldOutRate, ...]) -> str:
         for rate in rates
     ]
     return "\n".join(rows)
+
+
+def _fenced(text: str) -> str:
+    """Return text of several lines as a Markdown code block, which nothing in it can close."""
+    plain = printable(text.strip())
+    fence = "`" * (1 + max(2, *(len(run) for run in re.findall("`+", plain)), 0))
+    return f"{fence}text\n{plain}\n{fence}"
 
 
 def code(text: str) -> str:

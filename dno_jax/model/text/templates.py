@@ -351,7 +351,11 @@ def _round_trip(tokenizer: ChatTokenizer) -> Iterator[Finding]:
         except DnoError:  # said by _concatenation
             continue
         if said.strip() != answer or again != ids:
-            yield Finding("warning", "round trip", f"{answer!r} comes back as {said!r}")
+            # What a vocabulary has no character for is lost whatever the template does.
+            unknown = set(answer) - set(said)
+            kept = "".join(char for char in answer if char not in unknown)
+            level: Level = "note" if unknown and said.strip() == kept else "warning"
+            yield Finding(level, "round trip", f"{answer!r} comes back as {said!r}")
             return
     yield Finding("note", "round trip", "ids -> text -> ids gives the same ids")
 

@@ -14,6 +14,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.text.control import STAND_IN, between_messages, is_blank, is_mark, is_said
 from dno_jax.model.text.dates import TEMPLATE_DATE, pinned
 from dno_jax.model.text.loading import check_options, choose_template, digest_of_files, find_end_ids, read_tokenizer
+from dno_jax.model.text.template_limits import apply_template
 from dno_jax.reasoning import after_opening, opens_thought, split_thought, without_thought_at_end
 from dno_jax.records import Message
 
@@ -310,18 +311,13 @@ class ChatTokenizer:
         return text in self._vocabulary
 
     def _apply(self, messages: Sequence[Message], *, tokenize: bool = True, **options: Any) -> Any:
-        """Render a chat: ids or, with tokenize=False, text. Transformers does so in Jinja's immutable sandbox."""
+        """Render a chat: ids or, with tokenize=False, text; in Jinja's immutable sandbox, within limits."""
         chat = [{"role": message.role, "content": message.content} for message in messages]
         template, dated = pinned(self.template or "", self.date)
         try:
             # Ids directly, never text that is tokenised again: that doubles the BOS which the template wrote.
-            made = self._tokenizer.apply_chat_template(
-                chat,
-                chat_template=template,
-                tokenize=tokenize,
-                return_dict=False,
-                **{**dated, **self.options, **options},
-            )
+            told = {**dated, **self.options, **options}
+            made = apply_template(self._tokenizer, chat, chat_template=template, tokenize=tokenize, **told)
         except Exception as error:  # the template is a program of somebody else's: it may raise anything
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "

@@ -30,6 +30,7 @@ from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import DECODE
 from dno_jax.reasoning import split_thought
 from dno_jax.records import Judgement, Message
+from dno_jax.runtime.exhausted import explained, sampling_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.engine import generate
@@ -261,7 +262,8 @@ def _judge_shards(
     # At most so many readings are asked for, of all shards, whoever judges them: processes that share a model must
     # decode as many rows.
     shape = judge.shape(num_requests=pools.sampled.require().rows)
-    params = judge.runtime.load_for_decoding(policy)
+    with explained(f"annotate of iteration {iteration}", sampling_settings(judge.runtime.programs, shape.slots)):
+        params = judge.runtime.load_for_decoding(policy)
     asked: dict[int, tuple[_Sheet, _Request]] = {}  # by the number of the request
 
     def coming() -> Iterator[_Request]:
@@ -286,6 +288,7 @@ def _judge_shards(
     at_most = min(len(pools.prompts), len(own) * judge.runtime.config.sampling.shard_prompts)
     stream = judge.generate(params, coming(), shape=shape, iteration=iteration)
     with (
+        explained(f"annotate of iteration {iteration}", sampling_settings(judge.runtime.programs, shape.slots)),
         contextlib.closing(stream),
         Meter(f"judge     {iteration}", total=at_most, unit="pools", enabled=is_primary()) as meter,
     ):

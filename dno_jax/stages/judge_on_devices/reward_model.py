@@ -39,6 +39,7 @@ from dno_jax.parallel.cluster import broadcast_from_primary, is_primary
 from dno_jax.parallel.sharding import DECODE, num_row_shards, replicated, row_sharding, to_device
 from dno_jax.preferences import scores_to_wins
 from dno_jax.records import Judgement, Message
+from dno_jax.runtime.exhausted import explained, reward_settings
 from dno_jax.runtime.fit import check_ids
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
@@ -254,9 +255,12 @@ def _judge_shards(judge: RewardModel, pools: Pools, shards: Sequence[str], *, cl
     """Judge and close shards; each submesh takes every n-th and runs by itself."""
     submesh = judge.runtime.submesh
     own = shards[submesh.index :: submesh.count]
-    params = judge.load()
-    description = f"judge     {pools.sampled.iteration}"
-    with Meter(description, total=len(own), unit="shards", enabled=is_primary()) as meter:
+    description, what = f"judge     {pools.sampled.iteration}", f"annotate of iteration {pools.sampled.iteration}"
+    with (
+        explained(what, reward_settings(judge.runtime.programs, judge.section.batch_size)),
+        Meter(description, total=len(own), unit="shards", enabled=is_primary()) as meter,
+    ):
+        params = judge.load()
         for name in own:
             shard = pools.read(name)
             close(name, shard, judge.judge(params, shard.pools))

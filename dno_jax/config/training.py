@@ -1,0 +1,209 @@
+"""How a policy is trained on pairs: the loss, its reference, the sequence of policies, the optimiser and its steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from dno_jax.config.base import (
+    COSTS,
+    PAIRED,
+    ROUNDS,
+    TRAINED,
+    Count,
+    Fraction,
+    Section,
+    decides,
+)
+from dno_jax.losses.registry import Loss, find_loss, soft_losses
+
+
+def _is_known(name: str) -> str:
+    find_loss(name)
+    return name
+
+
+LossName = Annotated[str, AfterValidator(_is_known)]  # of losses/registry.py
+
+
+class LossSection(Section):
+    name: LossName = Field(default="dno", description="see docs/algorithms.md", json_schema_extra=TRAINED)
+    beta: float = Field(
+        default=0.1,
+        gt=0.0,
+        description="the KL coefficient: the paper's eta (Eq. 8), eta-tilde (Eq. 13)",
+        json_schema_extra=TRAINED,
+    )
+    beta_schedule: Literal["constant", "nash_md"] = Field(
+        default="constant",
+        description="nash_md: tau (t + 2) / 2 in iteration t, `beta` is not read",
+        json_schema_extra=TRAINED,
+    )
+    target: Literal["hard", "soft"] = Field(
+        default="hard",
+        description="1 (Eq. 13, DPO), or sigma((r(y+) - r(y-)) / target_temperature) (Eq. 8)",
+        json_schema_extra=decides("pair", "train"),
+    )
+    target_temperature: float = Field(
+        default=1.0, gt=0.0, description="softness of soft targets", json_schema_extra=PAIRED
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0.0, lt=0.5, description="probability that a label is flipped", json_schema_extra=TRAINED
+    )
+    smoothing: Literal["conservative", "robust"] = Field(
+        default="conservative",
+        description="expect flipped labels, or correct for them (robust DPO)",
+        json_schema_extra=TRAINED,
+    )
+    nll_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of the chosen response's likelihood; perhaps the paper's alpha, 0.005",
+        json_schema_extra=TRAINED,
+    )
+    length_normalised: bool = Field(
+        default=False, description="average log-probabilities per token; needs a larger beta", json_schema_extra=TRAINED
+    )
+    length_penalty: float = Field(
+        default=0.0, ge=0.0, description="reward subtracted per token (R-DPO's alpha)", json_schema_extra=TRAINED
+    )
+    clip_range: float = Field(
+        default=0.2,
+        gt=0.0,
+        lt=1.0,
+        description="clip range of spo's and nash_md_pg's importance ratio",
+        json_schema_extra=TRAINED,
+    )
+    max_reward: float = Field(
+        default=10.0, gt=0.0, description="chi_po clips margins to twice this", json_schema_extra=TRAINED
+    )
+    load_balance_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of the load-balance loss of a mixture of experts; 0 reports it only: a pull on the router "
+        "that no preference asked for would move the policy away from its reference",
+        json_schema_extra=TRAINED,
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> LossSection:
+        if self.target == "soft" and not self.kind.soft_target:
+            raise ValueError(f"name={self.name} takes no target; target=soft is for {soft_losses()}")
+        if self.label_smoothing and not self.kind.soft_target:
+            raise ValueError(f"name={self.name} takes no label_smoothing; it is for {soft_losses()}")
+        if self.length_penalty and not self.kind.has_reference:
+            raise ValueError(f"name={self.name} has no reference that length_penalty could lower")
+        return self
+
+    @property
+    def kind(self) -> Loss:
+        """What the loss of this name needs."""
+        return find_loss(self.name)
+
+    if TYPE_CHECKING:  # pydantic gives frozen models one at run time, which type checkers do not see
+
+        def __hash__(self) -> int: ...
+
+
+class ReferenceSection(Section):
+    """The reference that log-ratios are taken against, and the strength of the pull towards the initial policy."""
+
+    kind: Literal["previous", "initial", "mixture"] = Field(
+        default="previous",
+        description="pi_t; pi_ref, the initial policy (or the proximal scheme's centre); or "
+        "pi_t^(1 - tau/beta) pi_ref^(tau/beta) (Algorithms 3 and 4)",
+        json_schema_extra=decides("score", "train"),
+    )
+    tau: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="regularisation strength of the mixture; at most beta",
+        json_schema_extra=decides("score", "train"),
+    )
+
+    @model_validator(mode="after")
+    def _tau_is_the_mixtures(self) -> ReferenceSection:
+        if (self.kind == "mixture") != (self.tau > 0.0):
+            raise ValueError(f"kind={self.kind} with tau={self.tau}; tau > 0 goes with kind=mixture, and only with it")
+        return self
+
+    if TYPE_CHECKING:
+
+        def __hash__(self) -> int: ...
+
+
+class OuterSection(Section):
+    """What is done with the sequence of policies.
+
+    last: policy t+1 is trained from policy t; the best on held-out prompts is returned (Algorithm 2).
+    average: the same, and the mixture that draws one of pi_0 .. pi_{T-1} per prompt is returned too (Algorithm 1).
+    proximal: the initial reference pi_ref moves to the current policy every `every` iterations (COMAL).
+    optimistic: each iteration's pairs serve twice, to move pi'_t and as the guess of the next ones (ONPO).
+    lookahead: the last iteration restarts from policy 0 on the pairs of all iterations before it (DNO-Lookahead).
+    """
+
+    scheme: Literal["last", "average", "proximal", "optimistic", "lookahead"] = Field(
+        default="last",
+        description="which policies there are, and which are returned",
+        json_schema_extra=decides("pair", "score", "train", "evaluate"),
+    )
+    every: Count | None = Field(
+        default=None,
+        description="iterations between two moves of the initial reference (proximal)",
+        json_schema_extra=decides("score", "train"),
+    )
+
+    @model_validator(mode="after")
+    def _every_is_proximal(self) -> OuterSection:
+        if (self.scheme == "proximal") != (self.every is not None):
+            raise ValueError(f"scheme={self.scheme} with every={self.every}; `every` goes with scheme=proximal")
+        return self
+
+
+class OptimizerSection(Section):
+    """AdamW. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B: sweep it."""
+
+    learning_rate: float = Field(default=5e-7, gt=0.0, description="at the schedule's top", json_schema_extra=TRAINED)
+    learning_rate_decay: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="learning rate factor per iteration ('lower at later iterations')",
+        json_schema_extra=TRAINED,
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="linear", description="after the warmup", json_schema_extra=TRAINED
+    )
+    warmup_ratio: Fraction = Field(default=0.1, description="share of the steps", json_schema_extra=TRAINED)
+    weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW's", json_schema_extra=TRAINED)
+    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment", json_schema_extra=TRAINED)
+    b2: float = Field(default=0.95, ge=0.0, lt=1.0, description="decay of the second moment", json_schema_extra=TRAINED)
+    eps: float = Field(default=1e-8, gt=0.0, description="AdamW's", json_schema_extra=TRAINED)
+    max_grad_norm: float = Field(
+        default=1.0, gt=0.0, description="longer gradients are scaled down to it", json_schema_extra=TRAINED
+    )
+
+    if TYPE_CHECKING:  # as in LossSection
+
+        def __hash__(self) -> int: ...
+
+
+class TrainingSection(Section):
+    batch_size: Count = Field(
+        default=64, description="rows per optimiser step: pairs, or examples for sft", json_schema_extra=TRAINED
+    )
+    micro_batch_size: Count | None = Field(
+        default=None, description="rows per forward pass; None: batch_size", json_schema_extra=ROUNDS
+    )
+    num_epochs: Count = Field(default=1, description="the paper: at most 1", json_schema_extra=TRAINED)
+    logprob_chunk: Count = Field(
+        default=512, description="tokens per slice of the output head", json_schema_extra=ROUNDS
+    )
+    save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
+
+    @model_validator(mode="after")
+    def _whole(self) -> TrainingSection:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self

@@ -1,0 +1,247 @@
+"""A whole run directory held to what was written down of it: every byte is read once, and nothing is changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import jax
+from etils import epath
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dno_jax.config import RunConfig
+from dno_jax.console import console
+from dno_jax.errors import DnoError
+from dno_jax.files import digest_of
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import MANIFEST, STAGES, Manifest, StageDir, stage_names
+from dno_jax.training.checkpoint import check_fingerprint, policy_fingerprint, stored_fingerprint
+
+_ORDER = list(STAGES)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not as it was written.
+
+    Attributes:
+        place: relative to the run directory.
+        redo: iteration and stage from which work is redone; None where something else helps, as `text` says.
+    """
+
+    place: str
+    text: str
+    redo: tuple[int, str] | None = None
+
+
+@dataclass
+class Verified:
+    """What was found.
+
+    Attributes:
+        files, nbytes: that were read.
+    """
+
+    faults: list[Fault] = field(default_factory=list)
+    files: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def redo(self) -> str | None:
+        """The first place to redo from: all that follows is redone too."""
+        places = [fault.redo for fault in self.faults if fault.redo is not None]
+        if not places:
+            return None
+        iteration, stage = min(places, key=lambda place: (place[0], _ORDER.index(place[1])))
+        return f"{stage.replace('_', '-')}:{iteration}"
+
+
+def check(run_dir: RunDir, config: RunConfig) -> None:
+    """Check a run directory and show what was found; on the processors, for its run may be at work on the accelerator.
+
+    Raises:
+        DnoError: something is not as it was written; it says from where to redo.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    found = verify(run_dir, config)
+    console.print(render(found))
+    if found.faults:
+        count = f"{len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"
+        redo = f", or redo from the first stage concerned: dno run CONFIG --from {found.redo}" if found.redo else ""
+        raise DnoError(f"{run_dir.path}: {count} found; restore what is named above from a copy{redo}")
+
+
+def verify(run_dir: RunDir, config: RunConfig) -> Verified:
+    """Read everything that a run directory has a digest of, on the host's processors alone."""
+    start, found = time.perf_counter(), Verified()
+    for folder in sorted((run_dir.path / "policies").iterdir()) if (run_dir.path / "policies").exists() else ():
+        if folder.name.split("-")[0].isdecimal():
+            _policy(found, run_dir, folder)
+    for iteration in run_dir.begun():
+        for name in stage_names(config, iteration) if iteration < config.iterations else ():
+            _stage(found, run_dir, run_dir.stage(name, iteration), config)
+    _lines(found, run_dir.path, run_dir.metrics_path)
+    _database(found, run_dir)
+    for path in (run_dir.source_path, run_dir.exported_path):
+        _json(found, run_dir.path, path)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def _policy(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
+    """Hold a policy's weights to the fingerprint beside them, and that to what its training noted."""
+    number, _, auxiliary = folder.name.partition("-")
+    trained = int(number) - 1
+    stage = "train_auxiliary" if auxiliary else "train"
+    with _caught(found, run_dir, folder, redo=(trained, stage) if trained >= 0 else None):
+        noted = policy_fingerprint(folder)
+        manifest = run_dir.stage(stage, trained).manifest() if trained >= 0 else None
+        if noted is None:
+            if manifest is not None:
+                raise DnoError(f"{folder}: has lost its FINGERPRINT, which marks it whole")
+            return  # being written, or left by a crash: the run writes it again
+        _count(found, *_files_below(folder))
+        check_fingerprint(folder, noted, stored_fingerprint(folder))
+        if manifest is not None:
+            check_fingerprint(folder, manifest.details["fingerprint"], noted)
+
+
+def _stage(found: Verified, run_dir: RunDir, stage: StageDir, config: RunConfig) -> None:
+    redo = (stage.iteration, stage.stage)
+    manifest: Manifest | None = None
+    with _caught(found, run_dir, stage.path, redo=redo):
+        stage.changed(config)
+        manifest = stage.manifest()
+    shards = stage.all_shards()
+    if manifest is None:
+        if not stage.manifest_path.exists():
+            for path in shards.values():
+                if path.suffix == ".jsonl":
+                    _lines(found, run_dir.path, path, remedy="remove it, and the stage writes it again")
+        return
+    folders = {name.rpartition("/")[0] for name in manifest.outputs} | {""}
+    for name in sorted({*shards, *manifest.outputs}):
+        noted, path = manifest.outputs.get(name), shards.get(name)
+        if path is None:
+            file = stage.path / f"{name}{'.parquet' if stage.stage == 'pair' else '.jsonl'}"
+            found.faults.append(Fault(_relative(run_dir.path, file), "missing", redo))
+        elif noted is not None:
+            _count(found, path)
+            if digest_of(path) != noted:
+                found.faults.append(Fault(_relative(run_dir.path, path), f"not as {stage.stage} wrote it", redo))
+        elif name.rpartition("/")[0] in folders:
+            found.faults.append(Fault(_relative(run_dir.path, path), f"not in {MANIFEST}", redo))
+    _inputs(found, run_dir, stage, manifest)
+
+
+def _inputs(found: Verified, run_dir: RunDir, stage: StageDir, manifest: Manifest) -> None:
+    """See that what a stage was made from is still what lies there; what names no file is checked when it runs."""
+    for name, noted in manifest.inputs.items():
+        path = run_dir.path / name
+        if name.startswith("policies/"):
+            try:
+                now = policy_fingerprint(path)
+            except DnoError:
+                continue  # said of the policy
+        elif name.startswith("iterations/"):
+            now = digest_of(path) if path.exists() else None
+        else:
+            continue
+        if now != noted:
+            text = f"{stage.stage} was made from another one" if now else f"missing; {stage.stage} was made from it"
+            found.faults.append(Fault(name, text, (stage.iteration, stage.stage)))
+
+
+def _lines(found: Verified, root: epath.Path, path: epath.Path, *, remedy: str = "that line is skipped") -> None:
+    """See that every line of a file is JSON, but for the last, which a crash may have cut short."""
+    if not path.exists():
+        return
+    _count(found, path)
+    *lines, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not _is_json(line):
+            found.faults.append(Fault(_relative(root, path), f"line {number} is no JSON; {remedy}"))
+            return
+
+
+def _json(found: Verified, root: epath.Path, path: epath.Path) -> None:
+    if path.exists():
+        _count(found, path)
+        if not _is_json(path.read_bytes()):
+            found.faults.append(Fault(_relative(root, path), "no JSON; remove it: it is written again"))
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _database(found: Verified, run_dir: RunDir) -> None:
+    path = run_dir.annotations_path
+    if "://" in os.fspath(path) or not path.exists():
+        return
+    _count(found, path)
+    try:
+        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            said = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+        finally:
+            database.close()
+    except sqlite3.Error as error:
+        said = str(error)
+    if said not in ("ok", "database is locked"):
+        text = f"{said.splitlines()[0]}; restore it, or move it away: judgements stay, what is asked anew is paid anew"
+        found.faults.append(Fault(_relative(run_dir.path, path), text))
+
+
+@contextmanager
+def _caught(found: Verified, run_dir: RunDir, path: epath.Path, *, redo: tuple[int, str] | None) -> Iterator[None]:
+    """Take a DnoError of the work inside as a fault."""
+    try:
+        yield
+    except DnoError as error:
+        said = str(error).replace(f"{os.fspath(run_dir.path)}/", "").split("; `dno status")[0]
+        found.faults.append(Fault(_relative(run_dir.path, path), " ".join(said.split()), redo))
+
+
+def _files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files_below(path)
+        else:
+            yield path
+
+
+def _count(found: Verified, *paths: epath.Path) -> None:
+    found.files += len(paths)
+    found.nbytes += sum(path.stat().length for path in paths)
+
+
+def _relative(root: epath.Path, path: epath.Path) -> str:
+    return os.path.relpath(os.fspath(path), os.fspath(root))
+
+
+def render(found: Verified) -> RenderableType:
+    """The faults as a table, and what the check took."""
+    took = f"read {found.files} files, {found.nbytes / 1e9:.3g} GB, in {found.seconds:.1f} s"
+    if not found.faults:
+        return Text(f"verified: everything is as it was written ({took})")
+    table = Table(title=f"not as it was written ({took})", box=SIMPLE_HEAD)
+    for column in ("place", "what", "redo from"):
+        table.add_column(column, overflow="fold")
+    for fault in found.faults:
+        redo = "" if fault.redo is None else f"{fault.redo[1].replace('_', '-')}:{fault.redo[0]}"
+        table.add_row(Text(fault.place), Text(fault.text), redo)
+    return table

@@ -1,0 +1,41 @@
+"""A training whose numbers run away stops where they do."""
+
+import json
+
+import pytest
+
+from dno_jax.config import LossSection
+from dno_jax.errors import DnoError
+from dno_jax.parallel.sharding import TRAIN
+from dno_jax.run_dir import RunDir
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.stages.checkpoints import read_checkpoint
+from dno_jax.stages.train import Training, train
+from dno_jax.training.batches import TrainingRow
+from dno_jax.training.objectives import preference_loss
+
+
+def test_a_loss_that_is_no_number_stops_training_before_a_state_is_saved(make_config):
+    config = make_config(
+        optimizer={"learning_rate": 1e37, "schedule": "constant", "warmup_ratio": 0.0},
+        training={"batch_size": 8, "save_every": 1, "num_epochs": 6},
+    )
+    runtime = Runtime.start(config)
+    states = RunDir(config.run_dir).path / "states"
+    states.parent.mkdir(parents=True)
+    rows = [TrainingRow(((5, 6), (5, 6)), ((7 + n, 2), (20 + n, 2)), name=f"pair-{n}") for n in range(8)]
+    step = runtime.programs.step_config(preference_loss(LossSection(), config.reference))
+    params = read_checkpoint(config.model.path, shardings=runtime.programs.param_shardings(TRAIN))
+    with pytest.raises(DnoError, match="training stops, and nothing of this step is kept") as told:
+        train(runtime, params, rows, step, Training("train", 0, states, max_length=config.max_length))
+    said = str(told.value)
+    assert said.count("\n") < 10
+    assert all(row.name in said for row in rows)
+    lines = runtime.run_dir.metrics_path.read_text().splitlines()
+    logged = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    failed = logged[-1]["step"]
+    assert f"train of iteration 0, step {failed}: the loss is" in said
+    assert None in (logged[-1]["loss"], logged[-1]["grad_norm"])
+    kept = [int(path.name) for path in states.iterdir() if path.name.isdecimal()]
+    assert max(kept, default=0) <= failed  # the state after step n - 1 is called n
+    assert "optimizer.learning_rate=1e+36" in said
