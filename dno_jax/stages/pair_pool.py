@@ -22,7 +22,7 @@ class PairPool:
     differences only.
 
     Args:
-        shown: what a judge reads of each response, stripped, by its id; empty where that has no answer.
+        shown: what a judge reads of each response, by its id; empty where that has no answer.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PairPool:
         self.prompt_id, self.judge, self.section = rollouts[0].prompt_id, judgement and judgement.judge, section
         self.scores = judgement and judgement.scores
         if judgement is None:
-            self.judged = [min((row for row in rollouts if shown[row.rollout_id]), key=lambda row: row.sample)]
+            self.judged = [min((row for row in rollouts if self.shown[row.rollout_id]), key=lambda row: row.sample)]
             self.wins = np.full((1, 1), 0.5)
         else:
             by_id = {rollout.rollout_id: rollout for rollout in rollouts}
@@ -45,15 +45,15 @@ class PairPool:
                 self.wins = np.asarray(judgement.wins, np.float64)
             else:
                 self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
-        empty = [rollout for rollout in rollouts if not shown[rollout.rollout_id] and not rollout.is_gold]
+        empty = [rollout for rollout in rollouts if not self.shown[rollout.rollout_id] and not rollout.is_gold]
         if empty:
             self.judged.append(min(empty, key=lambda row: row.sample))
             self.wins = np.pad(self.wins, (0, 1), constant_values=0.0)
             self.wins[:-1, -1], self.wins[-1, -1] = 1.0, 0.5
             self.scores = self.scores and (*self.scores, min(0.0, *self.scores))
         self._settle_cut(rollouts, section)
-        self.place = {shown[rollout.rollout_id]: index for index, rollout in enumerate(self.judged)}
-        self.samples = [rollout for rollout in rollouts if shown[rollout.rollout_id] in self.place]
+        self.place = {self.shown[rollout.rollout_id]: index for index, rollout in enumerate(self.judged)}
+        self.samples = [rollout for rollout in rollouts if self.shown[rollout.rollout_id] in self.place]
         sources = {rollout.source for rollout in self.samples}
         self.whom = sources if section.opponents == "pool" else {section.opponents}
         # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
@@ -65,7 +65,7 @@ class PairPool:
 
         It lacks its end: chosen, it teaches to go on for ever.
         """
-        fates = [fate(rollout, section) for rollout in self.judged]
+        fates = [fate(rollout, self.shown[rollout.rollout_id], section) for rollout in self.judged]
         texts = {
             own: {self.shown[row.rollout_id] for row, found in zip(self.judged, fates, strict=True) if found == own}
             for own in ("negative", "drop")
@@ -146,6 +146,9 @@ class PairPool:
             reward=self.reward(rollout),
             source=rollout.source if rollout.source in ("gold", "data") else "student",
             degenerate=rollout.rollout_id in self.negatives
-            or (not rollout.is_gold and (silent or repetition > self.section.degenerate_share)),
+            or (
+                not rollout.is_gold
+                and (not self.shown[rollout.rollout_id] or repetition > self.section.degenerate_share)
+            ),
             count=count,
         )
