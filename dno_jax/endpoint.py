@@ -14,6 +14,7 @@ import contextvars
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -265,7 +266,7 @@ class Endpoint:
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
         if len(text) > _SHOWN:
-            text = text[:_SHOWN].rsplit(None, 1)[0]  # whole words, of which none is half a key
+            text = re.sub(r"\s\S*\Z", "", text[:_SHOWN])  # whole words, of which none is half a key
         line = printable(" ".join(self.scrub(text).split()))
         return line if len(line) <= 300 else line[:297] + "..."
 
