@@ -156,7 +156,8 @@ def test_tokenizers_and_templates_are_read_the_same(tmp_path, python_4):
         ids = [plain.encode(text, add_special_tokens=False).ids for text in texts]
         assert found[name]["ids"] == ids == [five(text, add_special_tokens=False)["input_ids"] for text in texts], name
         assert found[name]["chat"] == five.apply_chat_template(chat, tokenize=False) == "Hi</s>yes</s>", name
-        assert found[name]["names"] == ["attention_mask", "input_ids"], name
+        if name in ("named", "written by transformers 5"):
+            assert found[name]["names"] == ["attention_mask", "input_ids"], name
         converted = found[name]["gguf"]
         if isinstance(converted, list):
             converted = next(one["template"] for one in converted if one["name"] == "default")

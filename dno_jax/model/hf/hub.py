@@ -19,7 +19,7 @@ from typing import Any
 from dno_jax.config.base import hub_id
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.card import LICENCE_FILES
-from dno_jax.model.hf.config_json import TOKENIZER_FILES
+from dno_jax.model.hf.config_json import PROCESSOR_FILES, TOKENIZER_FILES
 from dno_jax.model.hf.files import INDEX_FILE, SINGLE_FILE, weight_files
 
 _SMALL_FILES = (
@@ -27,8 +27,7 @@ _SMALL_FILES = (
     "generation_config.json",
     "README.md",
     INDEX_FILE,
-    "preprocessor_config.json",
-    "processor_config.json",
+    *PROCESSOR_FILES,
     *LICENCE_FILES,
     *TOKENIZER_FILES,
 )
