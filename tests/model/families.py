@@ -149,13 +149,13 @@ CASES = {
     "ministral3": Case(
         "ministral3",
         {
-            "head_dim": 12,
+            "head_dim": 16,
             "sliding_window": None,
             **rope(
                 "yarn",
                 type="yarn",
                 factor=4.0,
-                original_max_position_embeddings=40,
+                original_max_position_embeddings=ORIGINAL,
                 max_position_embeddings=320,
                 beta_fast=4.0,
                 beta_slow=0.25,
@@ -181,19 +181,6 @@ CASES = {
             "mamba_n_heads": 4,
             "mamba_d_head": 48,
             "tie_word_embeddings": True,
-        },
-    ),
-    "granite4_nope": Case(
-        "granitemoehybrid",
-        {
-            "num_local_experts": 0,
-            "shared_intermediate_size": 56,
-            "layer_types": ["full_attention"] * 4,
-            "position_embedding_type": "nope",
-            "attention_multiplier": 0.2,
-            "attention_bias": True,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 48,
         },
     ),
     "granite": Case(

@@ -20,7 +20,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "n
 VISION |= {"image_size": 28, "patch_size": 14}
 TOWERS = {
     "gemma3": {
-        "text_config": CASES["gemma3"].config_json,
+        "text_config": CASES["gemma3"].config_json | {"final_logit_softcapping": None},
         "vision_config": {"model_type": "siglip_vision_model", **VISION},
         "mm_tokens_per_image": 4,
     },
@@ -80,7 +80,7 @@ def test_text_is_computed_and_the_tower_is_carried(tmp_path, name):
 def test_other_layouts_of_names_and_dtypes_keep_theirs(tmp_path, params, config):
     """As transformers 4.5x saved them, the tower in two dtypes of its own; --dtype is for the language model."""
     del params, config
-    tree = {"model_type": "gemma3", "text_config": CASES["gemma3"].config_json}
+    tree = {"model_type": "gemma3", "text_config": TOWERS["gemma3"]["text_config"]}
     write_json(tmp_path / "config.json", tree)
     shape = hf.read_config(tmp_path)
     from dno_jax.model.hf.tensors import stored_tensors
@@ -108,11 +108,12 @@ def test_other_layouts_of_names_and_dtypes_keep_theirs(tmp_path, params, config)
         ({"text_config": None}, "text_config is None; expected the object of a gemma3_text"),
         ({"architectures": ["Gemma3ForCausalLM"]}, "gemma3 supports .'Gemma3ForConditionalGeneration'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"text_config": CASES["gemma3"].config_json}, "final_logit_softcapping = 1.5; .* does not apply it"),
         ({"audio_config": {}}, "'audio_config' is not understood in a gemma3"),
         ({"text_config": {"model_type": "llama"}}, "text_config has model_type 'llama'; a gemma3 supports gemma3_text"),
         ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, "the opposite; make them equal"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_what_is_not_understood_around_a_text_is_refused(changes, words):
     with pytest.raises(DnoError, match=words):

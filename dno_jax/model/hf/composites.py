@@ -18,11 +18,13 @@ class Composite:
         architecture: the only class of its checkpoints that is supported.
         texts: model_types that text_config may have; where it names none, the first.
         keys: what else its config.json holds: nothing that a text's logits depend on.
+        unread: keys of text_config that its class does not apply, as that of the text alone does.
     """
 
     architecture: str
     texts: tuple[str, ...]
     keys: frozenset[str]
+    unread: tuple[str, ...] = ()
 
 
 _TOWER = frozenset({"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"})
@@ -31,6 +33,7 @@ COMPOSITES: dict[str, Composite] = {
         "Gemma3ForConditionalGeneration",
         ("gemma3_text",),
         _TOWER | {"boi_token_index", "eoi_token_index", "mm_tokens_per_image"},
+        unread=("final_logit_softcapping",),
     ),
     "mistral3": Composite(
         "Mistral3ForConditionalGeneration",
@@ -62,6 +65,12 @@ def text_part(tree: dict[str, Any], *, head: Head, place: str) -> dict[str, Any]
             f"{place}: text_config has model_type {inner['model_type']!r}; a {model_type} supports "
             f"{', '.join(composite.texts)}"
         )
+    for key in composite.unread:
+        if inner.get(key) is not None:
+            raise DnoError(
+                f"{place}: text_config has {key} = {shown(inner[key])}; supported is only None: transformers' "
+                f"{composite.architecture} does not apply it"
+            )
     tied = tree.get("tie_word_embeddings")
     if tied is not None and inner.setdefault("tie_word_embeddings", tied) != tied:
         raise DnoError(f"{place}: tie_word_embeddings is {tied!r}, in text_config the opposite; make them equal")
