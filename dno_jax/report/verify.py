@@ -91,8 +91,9 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
             _stage(found, run_dir, run_dir.stage(name, iteration), config)
     _lines(found, run_dir.path, run_dir.metrics_path)
     _database(found, run_dir)
-    for path in (run_dir.source_path, run_dir.exported_path):
-        _json(found, run_dir.path, path)
+    _json(found, run_dir.path, run_dir.source_path)
+    if _json(found, run_dir.path, run_dir.exported_path):
+        _export(found, run_dir)
     found.seconds = time.perf_counter() - start
     return found
 
@@ -173,11 +174,25 @@ def _lines(found: Verified, root: epath.Path, path: epath.Path, *, remedy: str =
             return
 
 
-def _json(found: Verified, root: epath.Path, path: epath.Path) -> None:
-    if path.exists():
-        _count(found, path)
-        if not _is_json(path.read_bytes()):
-            found.faults.append(Fault(_relative(root, path), "no JSON; remove it: it is written again"))
+def _json(found: Verified, root: epath.Path, path: epath.Path) -> bool:
+    """Whether a note is there and whole."""
+    if not path.exists():
+        return False
+    _count(found, path)
+    whole = _is_json(path.read_bytes())
+    if not whole:
+        found.faults.append(Fault(_relative(root, path), "no JSON; remove it: it is written again"))
+    return whole
+
+
+def _export(found: Verified, run_dir: RunDir) -> None:
+    for name, noted in json.loads(run_dir.exported_path.read_text()).get("files", {}).items():
+        path = run_dir.export_path / name
+        if path.exists():
+            _count(found, path)
+        if not path.exists() or digest_of(path) != noted:
+            text = "not as it was exported; remove the folder, and `dno run` exports the policy again"
+            found.faults.append(Fault(_relative(run_dir.path, path), text))
 
 
 def _is_json(text: bytes) -> bool:

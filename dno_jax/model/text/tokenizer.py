@@ -14,7 +14,7 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.config_json import TOKENIZER_FILES, read_end_token_ids
-from dno_jax.model.text.template_limits import apply_template
+from dno_jax.model.text.template_limits import apply_template, refuse_giants
 from dno_jax.records import Message
 
 # The day that templates take for today. Any would do, so long as it stays: this is the one that Llama 3's fall back on.
@@ -73,6 +73,7 @@ class ChatTokenizer:
         path = Path(path)
         if not path.is_dir():
             raise DnoError(f"{path}: no such directory; expected a Hugging Face checkpoint with tokenizer files")
+        refuse_giants(path / "chat_template.jinja", Path(chat_template))
         from transformers import AutoTokenizer
 
         try:
