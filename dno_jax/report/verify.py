@@ -23,7 +23,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import digest_of
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import MANIFEST, STAGES, Manifest, StageDir, stage_names
-from dno_jax.training.checkpoint import check_fingerprint, policy_fingerprint, stored_fingerprint
+from dno_jax.training.checkpoint import check_fingerprint, damaged_states, policy_fingerprint, stored_fingerprint
 
 _ORDER = list(STAGES)
 
@@ -124,6 +124,8 @@ def _stage(found: Verified, run_dir: RunDir, stage: StageDir, config: RunConfig)
         manifest = stage.manifest()
     shards = stage.all_shards()
     if manifest is None:
+        if (stage.path / "states").exists():
+            _states(found, run_dir, stage.path / "states")
         if not stage.manifest_path.exists():
             for path in shards.values():
                 if path.suffix == ".jsonl":
@@ -142,6 +144,14 @@ def _stage(found: Verified, run_dir: RunDir, stage: StageDir, config: RunConfig)
         elif name.rpartition("/")[0] in folders:
             found.faults.append(Fault(_relative(run_dir.path, path), f"not in {MANIFEST}", redo))
     _inputs(found, run_dir, stage, manifest)
+
+
+def _states(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
+    """See whether the train states of a training under way are whole; a damaged one is passed over by itself."""
+    _count(found, *_files_below(folder))
+    for step, damage in damaged_states(folder).items():
+        text = f"{damage}; training goes on from the state before it by itself"
+        found.faults.append(Fault(_relative(run_dir.path, folder / str(step)), text))
 
 
 def _inputs(found: Verified, run_dir: RunDir, stage: StageDir, manifest: Manifest) -> None:

@@ -125,7 +125,9 @@ def restored(path):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_state_gives_way_to_the_one_before(states, damage, capsys):
+    assert checkpoint.damaged_states(states) == {}
     DAMAGES[damage](weights_file(states / "6"))
+    assert list(checkpoint.damaged_states(states)) == [6]
     kept, found = restored(states)
     assert int(found.step) == 4
     jax.tree.map(np.testing.assert_array_equal, found.params, params(4))
