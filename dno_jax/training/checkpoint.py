@@ -25,7 +25,7 @@ from dno_jax.training.state import TrainState
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
 _FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
-WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
+_WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
 def save_policy(path: epath.Path, params: Any) -> str:
@@ -82,8 +82,8 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
         )
     wanted = dict(jax.tree.leaves_with_path(shapes))
     places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
-    written = {name: jax.ShapeDtypeStruct(leaf.shape, WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
-    as_written = all(leaf.dtype == WRITTEN for leaf in wanted.values())
+    written = {name: jax.ShapeDtypeStruct(leaf.shape, _WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
+    as_written = all(leaf.dtype == _WRITTEN for leaf in wanted.values())
     sums: dict[Any, np.ndarray] = {}
     found: dict[Any, jax.Array] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
@@ -179,10 +179,9 @@ def damaged_states(path: epath.Path) -> dict[int, str]:
     options = ocp.CheckpointManagerOptions(create=False, read_only=True)
     with ocp.CheckpointManager(path, options=options) as manager:
         for step in manager.all_steps():
-            noted = (manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT)
-            digest, damage = _tried(partial(_stored_digest, path / str(step) / "default", _by_name))
-            if damage is None and noted not in (None, digest):
-                damage = _ANOTHER
+            noted, damage = _tried(partial(_noted_of, manager, step))
+            digest, unread = _tried(partial(_stored_digest, path / str(step) / "default", _by_name))
+            damage = damage or unread or (_ANOTHER if noted not in (None, digest) else None)
             if damage is not None and (path / str(step)).exists():  # a training under way removes old ones
                 found[step] = damage
     return found
@@ -202,6 +201,11 @@ def _stored_digest(path: epath.Path, named: Callable[[Sequence[tuple[Any, Any]]]
         (read,) = _read_arrays(path, tree, {place: leaf}).values()
         sums[place] = jax.device_get(_all_bit_sums([read])[0])
     return _digest(named(list(stored.items())), list(named(list(sums.items())).values()))
+
+
+def _noted_of(manager: ocp.CheckpointManager, step: int) -> str | None:
+    """The fingerprint that a train state was written with; earlier versions noted none."""
+    return (manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT)
 
 
 class StateCheckpoints:
@@ -244,6 +248,8 @@ class StateCheckpoints:
             if is_primary():
                 before = max((found for found in self._manager.all_steps() if found < step), default=None)
                 kept = self.path / f"{step}.damaged"
+                if kept.exists():
+                    kept.rmtree()
                 (self.path / str(step)).rename(kept)
                 say(
                     f"warning: {self.path}/{step}: {damage or 'another process cannot read its part'}; it is kept as "
@@ -256,16 +262,12 @@ class StateCheckpoints:
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
         """Return a state, or what is wrong with it."""
-        found, damage = _tried(
-            lambda: (
-                (self._manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT),
-                cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(target))),
-            )
-        )
+        restore = partial(self._manager.restore, step, args=ocp.args.StandardRestore(target))
+        found, damage = _tried(lambda: (_noted_of(self._manager, step), cast(TrainState, restore())))
         if found is None:
             return None, damage
         noted, state = found
-        if noted is not None and noted != _state_digest(state):  # earlier versions noted none
+        if noted is not None and noted != _state_digest(state):
             return None, _ANOTHER
         return state, None
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.text import template_child
-from dno_jax.model.text.template_child import CPU_SECONDS, MEMORY_BYTES
+from dno_jax.model.text.template_child import MEMORY_BYTES
 
+CPU_SECONDS = 1.0  # of one chat; real templates take about a thousandth
 MAX_TEMPLATE = 1_000_000  # characters; the longest that models are published with have some 30,000
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where the last message ends while it is rendered
 
@@ -108,7 +109,7 @@ class _Child:
     def _start(self) -> None:
         self._template = None
         # Not as a module: that would import the package, and with it jax. -P: its folder is no place for imports.
-        command = [sys.executable, "-P", str(Path(template_child.__file__))]
+        command = [sys.executable, "-P", str(Path(template_child.__file__)), str(CPU_SECONDS)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def _exchange(self, line: bytes) -> bytes:

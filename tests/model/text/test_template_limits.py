@@ -22,6 +22,16 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """A process that gives a chat less time than users' does: what never ends is tried often here."""
+    template_limits._CHILD.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_limits, "CPU_SECONDS", 0.3)
+        yield
+        template_limits._CHILD.close()
+
+
 def nested(body, depth=3):
     for index in range(depth):
         body = f"{{% for i{index} in range(99999) %}}{body}{{% endfor %}}"
