@@ -7,10 +7,11 @@ import sys
 import typer
 
 
-def show_version(asked: bool) -> None:
-    """Print the versions of this package, of jax and of Python, and end."""
+def show_version(asked: bool) -> bool:
+    """Print the versions of this package, of jax and of Python, and end, if that is asked."""
     if asked:
         from importlib.metadata import version
 
         typer.echo(f"dno_jax {version('dno_jax')}, jax {version('jax')}, Python {sys.version.split()[0]}")
         raise typer.Exit
+    return asked
