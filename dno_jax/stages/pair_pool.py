@@ -139,7 +139,6 @@ class PairPool:
         return rollout.source in sources and rollout.rollout_id not in self.out
 
     def _candidate(self, rollout: Rollout, *, count: int = 1) -> ScoredCandidate:
-        silent = not self.shown[rollout.rollout_id]
         repetition = repeated_ngram_share(rollout.token_ids, self.section.degenerate_ngram)
         return ScoredCandidate(
             candidate_id=rollout.rollout_id,
