@@ -20,7 +20,7 @@ from dno_jax.data.formats import COLUMNS
 from dno_jax.errors import DnoError
 
 MAX_ROW = 8 << 20  # characters of one row: several times the longest context that any model reads
-_MAX_BLANK = 1 << 20  # characters between two lines with something in them
+_MAX_BLANK = 1 << 16  # characters between two lines with something in them
 _CHUNK = 1 << 16
 _BATCH_BYTES = 16 << 20  # of a Parquet file, uncompressed, that are held at once
 _DEEPEST = 20  # levels of a row: the forms that are read need six

@@ -54,7 +54,7 @@ def test_every_bad_row_is_named_and_control_characters_stay_off_the_terminal(che
     code, said = check(rows)
     assert code == 2
     assert said.count("WRONG") == 2
-    assert "rows.jsonl:2: not a valid prompt: columns 'x'" in said
+    assert "rows.jsonl:2: not a valid prompt: columns 'x'" in " ".join(said.split())
     assert not [character for character in said if not character.isprintable() and character != "\n"]
     code, said = check([{"prompt": "a"}, '{"prompt": "cut'])
     assert (code, "prompts         1" in said, "rows.jsonl:2: not valid JSON" in " ".join(said.split())) == (

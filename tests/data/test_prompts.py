@@ -132,7 +132,7 @@ def test_held_out_prompts_that_are_trained_on_are_refused(make_config, tmp_path,
     (tmp_path / "p.jsonl").write_text(rows)
     (tmp_path / "h.jsonl").write_text(held_out)
     paths = {"path": str(tmp_path / "p.jsonl"), "held_out_path": str(tmp_path / "h.jsonl")}
-    with pytest.raises(DnoError, match=r"h\.jsonl: held-out prompt '.*' is also in .*p\.jsonl, as '"):
+    with pytest.raises(DnoError, match=r"h\.jsonl: held-out prompt '.*', is also in .*p\.jsonl, as '"):
         split_prompts(make_config(prompts=paths))
 
 
