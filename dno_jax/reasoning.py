@@ -29,6 +29,7 @@ def _any_of(texts: tuple[str, ...]) -> re.Pattern[str]:
 
 _OPEN, _CLOSE = _any_of(tuple(_CLOSING)), _any_of(tuple(_CLOSING.values()))
 _OPEN_AT_END = re.compile(rf"(?:{_OPEN.pattern})\s*\Z", re.IGNORECASE)
+_EMPTY_AT_END = re.compile(rf"(?:{_OPEN.pattern})\s*(?:{_CLOSE.pattern})\s*\Z", re.IGNORECASE)
 _BLANKS = re.compile(r"\s*")
 THOUGHT_TAGS = frozenset(tag for pair in _TAGS for tag in pair)
 """The tags in lower case."""
@@ -83,6 +84,27 @@ def split_thought(text: str, opened: bool = False) -> SplitThought:
 def opens_thought(prompt: str) -> bool:
     """Return whether a prompt ends with a tag that opens a thought, so that the response begins inside one."""
     return _OPEN_AT_END.search(prompt[-200:]) is not None
+
+
+def after_opening(response: str, *, prompt: str) -> str:
+    """Return what of a response is left to say after a prompt that has opened its thought.
+
+    Where the response opens it again, with a tag of its own, that is in the prompt already, with the blanks after it.
+    """
+    head, opened = _OPEN.match(response, _skip_blanks(response, 0)), _OPEN_AT_END.search(prompt)
+    if head is None or opened is None:
+        return response
+    return response[head.end() :].removeprefix(re.sub(_OPEN, "", opened[0]))
+
+
+def without_opening(prompt: str) -> str:
+    """Return a prompt without the tag at its end that opens a thought; as it is where there is none."""
+    return _OPEN_AT_END.sub("", prompt)
+
+
+def without_thought_at_end(prompt: str) -> str:
+    """Return a prompt without the empty thought that it ends with; as it is where there is none."""
+    return _EMPTY_AT_END.sub("", prompt)
 
 
 def _skip_blanks(text: str, at: int) -> int:

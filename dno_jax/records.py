@@ -120,6 +120,7 @@ class Rollout(Record):
         logprob: sum of log pi_t(token | prefix) over `token_ids` at temperature 1, nats; None for the teacher's
             response and for the data's.
         drawn_logprob: the same under the distribution that the tokens were drawn from; None unless asked for.
+        in_thought: whether the prompt ends inside a thought, so that the response begins in it.
         finish: "stop" (an end id or a stop string was emitted) or "length" (cut at the maximum).
     """
 
@@ -134,6 +135,7 @@ class Rollout(Record):
     logprob: float | None
     finish: Finish
     drawn_logprob: float | None = None
+    in_thought: bool = False
 
     @property
     def is_gold(self) -> bool:

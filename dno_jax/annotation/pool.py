@@ -17,7 +17,7 @@ class Candidate:
 
     Attributes:
         candidate_id: the rollout's id.
-        text: the rollout's text, unaltered.
+        text: the rollout's text, unaltered, or its answer alone where thoughts are not shown.
     """
 
     candidate_id: str

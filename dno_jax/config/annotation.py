@@ -213,6 +213,11 @@ class AnnotationSection(Section):
         description="`dno annotate` runs separately, on any machine with the same run directory; this run waits",
         json_schema_extra=COSTS,
     )
+    show_reasoning: bool = Field(
+        default=False,
+        description="show a judge the thought (<think>) before an answer too",
+        json_schema_extra=decides("annotate", "pair", "evaluate"),
+    )
     max_failed: Fraction = Field(
         default=0.0,
         description="share of pools that may stay without a verdict (dropped and counted)",
@@ -288,6 +293,11 @@ class AnnotationSection(Section):
     def nobody_judges(self) -> bool:
         """Whether preferences come with the data, or by definition."""
         return self.kind in ("given", "gold")
+
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether thoughts are part of what is judged: points that come with the data are for all of a text."""
+        return self.show_reasoning or self.kind == "given"
 
     @property
     def on_devices(self) -> bool:

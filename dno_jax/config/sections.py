@@ -56,6 +56,11 @@ class ModelConfigSection(Section):
         description="the date given to templates that write today's, the same in every iteration and after a restart",
         json_schema_extra=decides("sample", "evaluate", "sft"),
     )
+    template_options: dict[str, bool | int | float | str] = Field(
+        default={},
+        description="further variables of the chat template, such as {enable_thinking: false}",
+        json_schema_extra=decides("sample", "evaluate", "sft"),
+    )
 
 
 class MeshSection(Section):

@@ -15,6 +15,7 @@ from etils import epath
 from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.errors import DnoError
+from dno_jax.reasoning import split_thought, without_opening
 from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
 from dno_jax.stage_dir import StageDir
 
@@ -78,10 +79,12 @@ class Pools:
     Args:
         sampled: the stage that writes the rollouts; it may still be at work.
         prompts_path: the iteration's prompts; there when the first shard is.
+        reasoning: whether the thought before an answer is shown.
     """
 
-    def __init__(self, sampled: StageDir, prompts_path: epath.Path):
+    def __init__(self, sampled: StageDir, prompts_path: epath.Path, *, reasoning: bool = False):
         self.sampled = sampled
+        self._reasoning = reasoning
         self._prompts_path = prompts_path
 
     @cached_property
@@ -96,8 +99,9 @@ class Pools:
         rollouts = self.sampled.read_shard(Rollout, shard)
         prompts = self.prompts.read(list(dict.fromkeys(rollout.prompt_id for rollout in rollouts)))
         dropped: Counter[str] = Counter()
-        pools = pools_of(rollouts, prompts, dropped=dropped)
-        responses = {row.rollout_id: Response(len(row.text.split()), row.source) for row in rollouts}
+        pools = pools_of(rollouts, prompts, dropped=dropped, reasoning=self._reasoning)
+        shown = {row.rollout_id: shown_text(row, reasoning=self._reasoning) for row in rollouts}
+        responses = {row.rollout_id: Response(len(shown[row.rollout_id].split()), row.source) for row in rollouts}
         return PoolShard(tuple(pools), responses, dropped)
 
 
@@ -158,13 +162,32 @@ def by_prompt(rollouts: Sequence[Rollout]) -> dict[str, list[Rollout]]:
     return found
 
 
-def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str]) -> list[Pool]:
+def shown_text(rollout: Rollout, *, reasoning: bool) -> str:
+    """Return what a judge reads of a response: its answer, or all of it; nothing where it has no answer.
+
+    Args:
+        reasoning: whether the thought before an answer is shown.
+    """
+    found = split_thought(rollout.text, rollout.in_thought)
+    if not found.is_answer:
+        return ""
+    return rollout.text if reasoning else found.answer
+
+
+def shown_prefix(prompt: Prompt, *, reasoning: bool) -> str:
+    """Return the words that a judge reads before a response: without the tag of a thought that they open."""
+    return prompt.assistant_prefix if reasoning else without_opening(prompt.assistant_prefix)
+
+
+def pools_of(
+    rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, dropped: Counter[str], reasoning: bool = False
+) -> list[Pool]:
     """Return one pool per prompt, each candidate with the prefix it continues; what is in none is counted by reason."""
     pools = []
     for prompt_id, own in by_prompt(rollouts).items():
-        candidates = distinct_candidates(own, dropped=dropped)
+        candidates = distinct_candidates(own, dropped=dropped, reasoning=reasoning)
         if len(candidates) >= 2:
-            prefix = prompts[prompt_id].assistant_prefix
+            prefix = shown_prefix(prompts[prompt_id], reasoning=reasoning)
             shown = tuple(replace(candidate, text=prefix + candidate.text) for candidate in candidates)
             pools.append(Pool(prompt=prompts[prompt_id], candidates=shown))
         else:
@@ -172,17 +195,21 @@ def pools_of(rollouts: Sequence[Rollout], prompts: Mapping[str, Prompt], *, drop
     return pools
 
 
-def distinct_candidates(rollouts: Sequence[Rollout], *, dropped: Counter[str]) -> tuple[Candidate, ...]:
+def distinct_candidates(
+    rollouts: Sequence[Rollout], *, dropped: Counter[str], reasoning: bool = False
+) -> tuple[Candidate, ...]:
     """Return the candidates a judge is shown: no empty text, none twice (the first stays, the teacher's before all)."""
     seen: set[str] = set()
-    kept: list[Rollout] = []
+    kept: list[Candidate] = []
     for rollout in sorted(rollouts, key=lambda row: row.sample):
-        text = rollout.text.strip()
+        shown = shown_text(rollout, reasoning=reasoning)
+        text = shown.strip()
         if not text:
-            dropped["empty response"] += 1
+            cut = not split_thought(rollout.text, rollout.in_thought).whole
+            dropped["response cut inside its thought" if cut and rollout.text.strip() else "empty response"] += 1
         elif text in seen:
             dropped["duplicate response"] += 1
         else:
             seen.add(text)
-            kept.append(rollout)
-    return tuple(Candidate(rollout.rollout_id, rollout.text) for rollout in kept)
+            kept.append(Candidate(rollout.rollout_id, shown))
+    return tuple(kept)

@@ -116,11 +116,16 @@ def refuse_leaks(held_out: Sequence[Prompt], prompts: Sequence[Prompt], *, place
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt with its ids; where it was truncated, `prompt` holds the messages that are left."""
+    """A prompt with its ids; where it was truncated, `prompt` holds the messages that are left.
+
+    Attributes:
+        opens_thought: whether the ids end inside a thought, in which a response then begins.
+    """
 
     prompt: Prompt
     token_ids: tuple[int, ...]
     truncated: bool = False
+    opens_thought: bool = False
 
     @property
     def name(self) -> int:
@@ -173,7 +178,8 @@ def tokenize_prompts(
 ) -> tuple[list[TokenizedPrompt], Counter[str]]:
     """Tokenise, and sort by length (then id) so that a batch holds prompts of like length.
 
-    A prompt that spells a control token is dropped: tokenised, its words would end turns and begin others.
+    A prompt that spells a control token is dropped: tokenised, its words would end turns and begin others. So is one
+    that holds a token which the model has no embedding of.
 
     Raises:
         DnoError: a prompt is longer than prompts.max_length, or leaves no token of sampling.max_total_tokens to a
@@ -182,7 +188,9 @@ def tokenize_prompts(
     kept: list[TokenizedPrompt] = []
     dropped: Counter[str] = Counter()
     for prompt in prompts:
-        if tokenizer.control_tokens(*prompt.texts):
+        if tokenizer.rowless_tokens(*prompt.texts):
+            dropped["prompt holds a token without an embedding"] += 1
+        elif tokenizer.control_tokens(*prompt.texts):
             dropped["prompt spells a control token"] += 1
         elif found := _tokenized(prompt, tokenizer=tokenizer, config=config):
             kept.append(found)
@@ -204,7 +212,7 @@ def _tokenized(prompt: Prompt, *, tokenizer: ChatTokenizer, config: RunConfig) -
 
     ids = encode(prompt.messages)
     if len(ids) <= longest:
-        return TokenizedPrompt(prompt, ids)
+        return TokenizedPrompt(prompt, ids, opens_thought=tokenizer.opens_thought(ids))
     if section.too_long == "error":
         limit = f"prompts.max_length is {section.max_length}"
         if longest < section.max_length:
@@ -218,4 +226,6 @@ def _tokenized(prompt: Prompt, *, tokenizer: ChatTokenizer, config: RunConfig) -
     left = shorten_chat(prompt.messages, max_length=longest, count=lambda chat: len(encode(chat)))
     if left is None:
         return None
-    return TokenizedPrompt(prompt.model_copy(update={"messages": left}), encode(left), truncated=True)
+    ids = encode(left)
+    shortened = prompt.model_copy(update={"messages": left})
+    return TokenizedPrompt(shortened, ids, truncated=True, opens_thought=tokenizer.opens_thought(ids))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
@@ -60,10 +62,13 @@ def check_fit(
 
 
 def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
-    """Raise DnoError if a tokenizer makes ids for which a model has no embedding."""
+    """Raise DnoError if words, an end or the template have ids for which a model has no embedding.
+
+    Other tokens may lack one, such as an image's: texts that hold one are dropped.
+    """
     ids, embeddings = tokenizer.vocab_size, model_config.vocab_size
-    place = tokenizer.path
-    if ids > embeddings:
+    tokenizer, place = replace(tokenizer, num_rows=embeddings), tokenizer.path
+    if tokenizer.rowless_ids - tokenizer.added_ids:
         raise DnoError(
             f"{place}: the tokenizer has {ids} ids, the model's embedding {embeddings} rows (vocab_size of its "
             "config.json); give the tokenizer that the model was trained with, or a model with a larger embedding"
@@ -72,6 +77,11 @@ def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
         raise DnoError(
             f"{place}: eos_token_id names {max(tokenizer.end_ids)}, the model's embedding has {embeddings} rows; "
             "correct generation_config.json"
+        )
+    if needed := sorted(tokenizer.rowless_ids & tokenizer.written_ids):
+        raise DnoError(
+            f"{tokenizer.template_place}: the chat template writes {tokenizer.strip(needed)[0]!r} (id {needed[0]}), "
+            f"the model's embedding has {embeddings} rows; give the template that the model was trained with"
         )
 
 

@@ -138,7 +138,7 @@ class _Work:
         self._by_batch = any(judge.batch for judge in config.annotation.judges)
         self._labels: list[tuple[Judgement, float]] = []
         self._run_dir = run_dir
-        self._pools = Pools(sampled, run_dir.prompts_path(stage.iteration))
+        self._pools = Pools(sampled, run_dir.prompts_path(stage.iteration), reasoning=config.annotation.shows_reasoning)
         self._found = Survey()
         self._missing: dict[str, dict[str, Judgement]] = {}  # shard -> prompt id -> why there is no verdict
         self._late: dict[str, dict[str, Judgement]] = {}  # shards to judge once more, with what no other try would mend

@@ -185,6 +185,7 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
         ),
         messages=shown.messages if shown else (),
         answers=tuple((f"policy {number}", text) for number, text in shown.answers) if shown else (),
+        template_options=config.model.template_options,
     )
 
 

@@ -181,4 +181,5 @@ def _rollouts(
                 logprob=None if response.logprobs is None else float(np.sum(response.logprobs)),
                 finish=response.finish,
                 drawn_logprob=None if drawn is None else float(np.sum(drawn)),
+                in_thought=item.opens_thought,
             )

@@ -19,11 +19,13 @@ from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
+from dno_jax.data.pools import shown_prefix, shown_text
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.win_rates import best_policy, win_rate
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.preferences import win_matrix
+from dno_jax.reasoning import split_thought
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
@@ -139,19 +141,20 @@ class _Judged:
 
 @dataclass(frozen=True)
 class _Players:
-    """One sample of every player on one prompt."""
+    """One sample of every player on one prompt. Who has no answer is shown to no judge and loses to whoever has one."""
 
     prompt: Prompt
     sample: int
-    texts: dict[str, str]  # player -> text
+    texts: dict[str, str]  # player -> what a judge reads; empty where there is no answer
+    reasoning: bool = False  # whether thoughts are shown
 
     def pool(self) -> Pool | None:
-        """What the judge is shown; None where all players gave the same words."""
+        """What the judge is shown; None where all players that have an answer gave the same words."""
         distinct = self._distinct()
         if len(distinct) < 2:
             return None
         # The sample is part of the id: a judge that draws its verdicts must draw anew for each.
-        prefix = self.prompt.assistant_prefix
+        prefix = shown_prefix(self.prompt, reasoning=self.reasoning)
         candidates = tuple(Candidate(f"{names[0]}/{self.sample}", prefix + self.texts[names[0]]) for names in distinct)
         return Pool(prompt=self.prompt, candidates=candidates)
 
@@ -159,7 +162,8 @@ class _Players:
         """The players by their words: the same words are shown to the judge once."""
         distinct: dict[str, list[str]] = {}
         for name, text in self.texts.items():
-            distinct.setdefault(text.strip(), []).append(name)
+            if text.strip():
+                distinct.setdefault(text.strip(), []).append(name)
         return list(distinct.values())
 
     def preferences(self, verdict: Judgement | None) -> list[tuple[str, str, str, float]]:
@@ -169,8 +173,14 @@ class _Players:
             position = verdict.candidate_ids.index(f"{names[0]}/{self.sample}") if verdict else 0
             place |= dict.fromkeys(names, position)
         wins = np.full((1, 1), 0.5) if verdict is None else win_matrix(wins=verdict.wins, scores=verdict.scores)
+
+        def preference(first: str, second: str) -> float:
+            if first in place and second in place:
+                return float(wins[place[first], place[second]])
+            return 0.5 * (1 + (first in place) - (second in place))
+
         return [
-            (self.prompt.prompt_id, first, second, float(wins[place[first], place[second]]))
+            (self.prompt.prompt_id, first, second, preference(first, second))
             for first, second in itertools.permutations(self.texts, 2)
         ]
 
@@ -179,10 +189,14 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
     """Judge one pool per prompt and sample: that sample of every policy, and the teacher's response."""
     responses: dict[tuple[str, int], dict[str, str]] = {}
     lengths: dict[str, dict[str, Any]] = {}
+    reasoning, unanswered = config.evaluation_judge.shows_reasoning, 0
     for policy in range(newest + 1):
         own = ResponseLengths()
         for rollout in read_responses(run_dir, policy, num_samples=config.evaluation.num_samples):
-            responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = rollout.text
+            responses.setdefault((rollout.prompt_id, rollout.sample), {})[str(policy)] = shown_text(
+                rollout, reasoning=reasoning
+            )
+            unanswered += not split_thought(rollout.text, rollout.in_thought).is_answer
             own.add(rollout)
         lengths[str(policy)] = own.figures()
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
@@ -198,12 +212,12 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
                 f"(prompt {prompt_id!r}); restore the file, or remove the evaluation folders of all iterations"
             )
         gold = by_id[prompt_id].gold
-        if gold and gold.strip():
-            texts = texts | {GOLD: gold}
+        if gold and split_thought(gold).is_answer:
+            texts = texts | {GOLD: gold if reasoning else split_thought(gold).answer}
         if config.outer.scheme == "average":
             member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
-        players.append(_Players(by_id[prompt_id], sample, texts))
+        players.append(_Players(by_id[prompt_id], sample, texts, reasoning))
     pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
 
     async def judge_all() -> list[Judgement]:
@@ -235,7 +249,11 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
     for group, verdict in zip(players, verdicts, strict=True):
         if verdict is None or verdict.state == "ok":
             preferences += group.preferences(verdict)
-    dropped = {"held-out pool without verdict": len(missing), "no usable response from the server": len(left_out)}
+    dropped = {
+        "held-out pool without verdict": len(missing),
+        "no usable response from the server": len(left_out),
+        "held-out response without an answer": unanswered,
+    }
     return _Judged(preferences, +Counter(dropped), lengths, _shown(players, newest=newest))
 
 

@@ -20,7 +20,7 @@ from etils import epath
 from dno_jax.addresses import Purpose, rng
 from dno_jax.config import LossSection, RunConfig
 from dno_jax.data.pairs import NEW, REPLAYED, PairFile, Spool, pair_table, write_pairs
-from dno_jax.data.pools import Pools
+from dno_jax.data.pools import Pools, shown_text
 from dno_jax.errors import DnoError
 from dno_jax.preferences import (
     PairChoice,
@@ -151,12 +151,15 @@ def new_pairs(
     answers = {judgement.prompt_id: judgement for judgement in judgements}
     for prompt_id, own in sorted(by_prompt.items()):
         judgement = answers.get(prompt_id)
-        if judgement is None and (config.pairing.reward == "score" or not _says_something_and_nothing(own)):
+        shown = {row.rollout_id: shown_text(row, reasoning=config.annotation.shows_reasoning).strip() for row in own}
+        # Even one answer alone, which no judge is shown, beats a response without any.
+        beaten = set(map(bool, shown.values())) == {True, False}
+        if judgement is None and (config.pairing.reward == "score" or not beaten):
             continue  # no judge was shown it, and there is no pair in it
         if judgement is not None and judgement.state != "ok":
             made.dropped[f"verdict {judgement.state}"] += 1
             continue
-        pool = PairPool(own, judgement, config.pairing)
+        pool = PairPool(own, shown, judgement, config.pairing)
         made.cycles += count_cycles(pool.wins)
         if pool.is_alone:
             made.dropped["no opponents for a win rate"] += 1
@@ -171,11 +174,6 @@ def new_pairs(
         made.errors += pool.errors
         made.pairs += [_pair(choice, pool, config.loss, iteration=iteration) for choice in choices]
     return made
-
-
-def _says_something_and_nothing(rollouts: Sequence[Rollout]) -> bool:
-    """Whether there are both texts and empty responses: even one text alone, which no judge is shown, beats those."""
-    return {bool(rollout.text.strip()) for rollout in rollouts} == {True, False}
 
 
 def _choose(pool: PairPool, config: RunConfig, *, iteration: int) -> tuple[list[PairChoice], Counter[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -17,15 +17,26 @@ from dno_jax.stages.cut import fate
 class PairPool:
     """One prompt's candidates with their rewards: each text was judged once, however many samples gave it.
 
-    An empty response was shown to no judge: it loses to every text, as section 5.1 has it for degenerate samples. Were
-    it in no pair, nothing would keep its probability down, for a pair's loss sees differences only.
+    An empty response, or one cut inside its thought, was shown to no judge: it loses to every text, as section 5.1 has
+    it for degenerate samples. Were it in no pair, nothing would keep its probability down, for a pair's loss sees
+    differences only.
+
+    Args:
+        shown: what a judge reads of each response, by its id; empty where that has no answer.
     """
 
-    def __init__(self, rollouts: Sequence[Rollout], judgement: Judgement | None, section: PairingSection):
+    def __init__(
+        self,
+        rollouts: Sequence[Rollout],
+        shown: Mapping[str, str],
+        judgement: Judgement | None,
+        section: PairingSection,
+    ):
+        self.shown = shown
         self.prompt_id, self.judge, self.section = rollouts[0].prompt_id, judgement and judgement.judge, section
         self.scores = judgement and judgement.scores
         if judgement is None:
-            self.judged = [min((row for row in rollouts if row.text.strip()), key=lambda row: row.sample)]
+            self.judged = [min((row for row in rollouts if self.shown[row.rollout_id]), key=lambda row: row.sample)]
             self.wins = np.full((1, 1), 0.5)
         else:
             by_id = {rollout.rollout_id: rollout for rollout in rollouts}
@@ -34,15 +45,15 @@ class PairPool:
                 self.wins = np.asarray(judgement.wins, np.float64)
             else:
                 self.wins = scores_to_wins(judgement.scores or (), temperature=section.score_temperature)
-        empty = [rollout for rollout in rollouts if not rollout.text.strip() and not rollout.is_gold]
+        empty = [rollout for rollout in rollouts if not self.shown[rollout.rollout_id] and not rollout.is_gold]
         if empty:
             self.judged.append(min(empty, key=lambda row: row.sample))
             self.wins = np.pad(self.wins, (0, 1), constant_values=0.0)
             self.wins[:-1, -1], self.wins[-1, -1] = 1.0, 0.5
             self.scores = self.scores and (*self.scores, min(0.0, *self.scores))
         self._settle_cut(rollouts, section)
-        self.place = {rollout.text.strip(): index for index, rollout in enumerate(self.judged)}
-        self.samples = [rollout for rollout in rollouts if rollout.text.strip() in self.place]
+        self.place = {self.shown[rollout.rollout_id]: index for index, rollout in enumerate(self.judged)}
+        self.samples = [rollout for rollout in rollouts if self.shown[rollout.rollout_id] in self.place]
         sources = {rollout.source for rollout in self.samples}
         self.whom = sources if section.opponents == "pool" else {section.opponents}
         # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
@@ -56,19 +67,19 @@ class PairPool:
         """
         fates = [fate(rollout, section) for rollout in self.judged]
         texts = {
-            own: {row.text.strip() for row, found in zip(self.judged, fates, strict=True) if found == own}
+            own: {self.shown[row.rollout_id] for row, found in zip(self.judged, fates, strict=True) if found == own}
             for own in ("negative", "drop")
         }
         self.left_out = Counter(
             f"{'gold' if row.is_gold else 'response'} cut at the limit"
             for row in self.judged
-            if row.text.strip() in texts["drop"]
+            if self.shown[row.rollout_id] in texts["drop"]
         )
-        self.negatives = {row.rollout_id for row in rollouts if row.text.strip() in texts["negative"]}
-        self.out = {row.rollout_id for row in rollouts if row.text.strip() in texts["drop"]}
+        self.negatives = {row.rollout_id for row in rollouts if self.shown[row.rollout_id] in texts["negative"]}
+        self.out = {row.rollout_id for row in rollouts if self.shown[row.rollout_id] in texts["drop"]}
         if not self.negatives:
             return
-        lost = np.array([row.rollout_id in self.negatives or not row.text.strip() for row in self.judged])
+        lost = np.array([row.rollout_id in self.negatives or not self.shown[row.rollout_id] for row in self.judged])
         beats = np.where(lost[:, None] == lost, self.wins, lost[None, :].astype(np.float64))
         self.wins = np.where(lost[:, None] & lost, 0.5, beats)
         if self.scores:
@@ -88,7 +99,7 @@ class PairPool:
     def count(self, sources: Iterable[str]) -> np.ndarray:
         """[C] how many candidates of these sources gave each judged text."""
         wanted = set(sources)
-        places = [self.place[rollout.text.strip()] for rollout in self.samples if rollout.source in wanted]
+        places = [self.place[self.shown[rollout.rollout_id]] for rollout in self.samples if rollout.source in wanted]
         return np.bincount(np.asarray(places, int), minlength=len(self.judged))
 
     def reward(self, rollout: Rollout) -> float:
@@ -97,7 +108,7 @@ class PairPool:
         Raises:
             DnoError: points are asked for and the judge gave pairwise verdicts.
         """
-        place = self.place[rollout.text.strip()]
+        place = self.place[self.shown[rollout.rollout_id]]
         if self.section.reward == "score":
             if self.scores is None:
                 raise DnoError(
@@ -134,6 +145,9 @@ class PairPool:
             reward=self.reward(rollout),
             source=rollout.source if rollout.source in ("gold", "data") else "student",
             degenerate=rollout.rollout_id in self.negatives
-            or (not rollout.is_gold and (not rollout.text.strip() or repetition > self.section.degenerate_share)),
+            or (
+                not rollout.is_gold
+                and (not self.shown[rollout.rollout_id] or repetition > self.section.degenerate_share)
+            ),
             count=count,
         )

@@ -20,6 +20,7 @@ from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
+from dno_jax.reasoning import split_thought
 from dno_jax.records import Prompt, Rollout, Source
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
@@ -157,7 +158,7 @@ def _data_to_shards(
 def _gold(runtime: Runtime[RunConfig], item: TokenizedPrompt, *, iteration: int) -> list[Rollout]:
     """The teacher's response as a candidate like any other, where there is one that can be ranked and tokenised."""
     gold = item.prompt.gold
-    if not gold or not gold.strip() or is_refusal(gold):
+    if not gold or not split_thought(gold).is_answer or is_refusal(split_thought(gold).answer):
         return []
     texts = {given.text.strip() for given in item.prompt.candidates}
     if runtime.config.annotation.kind == "given" and gold.strip() not in texts:
@@ -246,11 +247,14 @@ class _Counted:
 
 
 def _gold_drops(have: Set[str], prompts: Sequence[TokenizedPrompt]) -> Counter[str]:
-    lost = [item.prompt.gold for item in prompts if item.prompt.gold is not None and item.prompt.prompt_id not in have]
-
-    def reason(gold: str) -> str:
-        if not gold.strip():
+    def reason(item: TokenizedPrompt, gold: str) -> str:
+        if not split_thought(gold).is_answer:
             return "gold response empty"
-        return "gold response refuses" if is_refusal(gold) else "gold response without points or ids"
+        if is_refusal(split_thought(gold).answer):
+            return "gold response refuses"
+        if item.opens_thought and not split_thought(gold, opened=True).is_answer:
+            return "gold response without the thought that its prompt opens"
+        return "gold response without points or ids"
 
-    return Counter(map(reason, lost))
+    lost = [(item, item.prompt.gold) for item in prompts if item.prompt.prompt_id not in have]
+    return Counter(reason(item, gold) for item, gold in lost if gold is not None)

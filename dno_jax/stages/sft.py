@@ -111,6 +111,7 @@ def _fine_tune(runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any
             + (" of random weights of its shape" if config.model.init_config is not None else ""),
             loss="cross-entropy of the responses",
             num_examples=len(rows),
+            template_options=config.model.template_options,
         ),
     )
     if is_primary():
@@ -182,6 +183,8 @@ def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> Ids:
             f"{place}: the prompt spells the control token {spelt[0]!r}, which would pass for the structure of the "
             "chat; remove it from the data"
         )
+    if held := tokenizer.rowless_tokens(*example.texts):
+        raise DnoError(f"{place}: the prompt holds {held[0]!r}, of which the model has no embedding; remove it")
     try:
         prompt = tokenizer.prompt_ids(example.messages, prefix)
         return prompt, tokenizer.response_ids(

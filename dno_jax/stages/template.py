@@ -16,7 +16,7 @@ from dno_jax.data.reading import Reading, examples_of, prompts_of
 from dno_jax.data.sources import read_rows
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.model.hf import folder, read_config
+from dno_jax.model.hf import folder, untrained_rows
 from dno_jax.model.text.templates import QUESTION, Finding, TemplateStrip, lint, template_strip
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Message
@@ -47,9 +47,9 @@ def report(
     section: ModelConfigSection, data_path: str | Sequence[str], tokenizer: ChatTokenizer | None = None
 ) -> TemplateReport:
     """Lay out the first row of the data that has a response (or a stand-in) and lint the template."""
+    fetch = tokenizer is not None  # a run needs the weights; to look at a template they are not fetched from the Hub
     tokenizer = tokenizer or load_tokenizer(section)
-    findings = (*lint(tokenizer), *_vocabulary(section, tokenizer))
-    return TemplateReport(_strip(tokenizer, data_path), findings)
+    return TemplateReport(_strip(tokenizer, data_path), _findings(section, tokenizer, fetch=fetch))
 
 
 def refuse_template(runtime: Runtime[Any]) -> None:
@@ -58,7 +58,15 @@ def refuse_template(runtime: Runtime[Any]) -> None:
     Raises:
         DnoError: the lint's errors.
     """
-    refuse(lint(runtime.tokenizer), place=str(runtime.tokenizer.template_place))
+    refuse(_findings(runtime.config.model, runtime.tokenizer, fetch=True), place=str(runtime.tokenizer.template_place))
+
+
+def _findings(section: ModelConfigSection, tokenizer: ChatTokenizer, *, fetch: bool) -> tuple[Finding, ...]:
+    untrained: frozenset[int] = frozenset()
+    if tokenizer.template is not None and getattr(section, "init_config", None) is None:  # else no row is trained yet
+        marks = tokenizer.control_ids & tokenizer.written_ids
+        untrained = untrained_rows(folder(section.path, weights=fetch), marks, added=tokenizer.added_ids)
+    return lint(tokenizer, untrained=untrained)
 
 
 def refuse(findings: Sequence[Finding], *, place: str) -> None:
@@ -117,12 +125,3 @@ def _strip(tokenizer: ChatTokenizer, data_path: str | Sequence[str]) -> Template
     with suppress(DnoError):
         return template_strip(tokenizer, [Message(role="user", content=QUESTION)], _STAND_IN)
     return None
-
-
-def _vocabulary(section: ModelConfigSection, tokenizer: ChatTokenizer) -> tuple[Finding, ...]:
-    model = folder(getattr(section, "init_config", None) or section.path)
-    rows, ids = read_config(model).vocab_size, tokenizer.vocab_size
-    if ids > rows:
-        return (Finding("error", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding"),)
-    padding = f"; the {rows - ids} rows above are padding and never sampled" if ids < rows else ""
-    return (Finding("note", "vocabulary", f"{ids} ids of the tokenizer, {rows} rows of the embedding{padding}"),)

@@ -89,6 +89,8 @@ def changed_stages(**changes):
         ({"evaluation": {"num_samples": 3}}, {"evaluate"}),
         ({"evaluation": {"annotation": {"kind": "oracle", "oracle": {"target_words": 3}}}}, {"evaluate"}),
         ({"annotation": {"oracle": {"target_words": 3}}}, {"annotate", "evaluate"}),
+        ({"annotation": {"show_reasoning": True}}, {"annotate", "pair", "evaluate"}),
+        ({"model": {"path": "model", "template_options": {"enable_thinking": False}}}, {"sample", "evaluate"}),
         ({"sampling": {"temperature": 0.1}}, {"sample", "evaluate"}),
         ({"sampling": {"num_samples": 3}}, {"sample"}),
         ({"annotation": {"teacher": {"model": "t"}}}, {"teach"}),

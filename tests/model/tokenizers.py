@@ -36,15 +36,18 @@ def make_tokenizer(
     path: Path,
     *,
     template: str | None,
+    begins: bool = True,
     eos_after: bool = False,
     special: tuple[str, ...] = (),
     plain: tuple[str, ...] = (),
+    **settings: str | None,
 ) -> Path:
     """Write a tokenizer in the form of a checkpoint.
 
     Args:
-        eos_after: whether it ends texts of its own accord.
+        begins, eos_after: whether it begins and ends texts of its own accord.
         special, plain: added tokens, special or not, with ids from 259 on.
+        settings: of tokenizer_config.json, such as bos_token.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -56,11 +59,11 @@ def make_tokenizer(
     tokenizer.add_tokens([AddedToken(text, special=False) for text in plain])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    single = "<s> $A </s>" if eos_after else "<s> $A"
+    single = "<s> " * begins + "$A" + " </s>" * eos_after
     tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     path.mkdir()
     tokenizer.save(str(path / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", **settings}
     if template is not None:
         config["chat_template"] = template
     (path / "tokenizer_config.json").write_text(json.dumps(config))

@@ -6,6 +6,7 @@ from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
 from dno_jax.model.hf.files import weight_files
 from dno_jax.model.hf.hub import folder
 from dno_jax.model.hf.importer import check, load
+from dno_jax.model.hf.rows import untrained_rows
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -20,5 +21,6 @@ __all__ = [
     "read_end_token_ids",
     "read_pad_token_id",
     "save",
+    "untrained_rows",
     "weight_files",
 ]

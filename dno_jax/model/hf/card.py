@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class ExportFacts:
         win_rates: on held-out prompts.
         messages: of a held-out prompt, as (role, text).
         answers: to it, as (who, text).
+        template_options: variables that the chat template was given, as apply_chat_template takes them.
     """
 
     method: str
@@ -74,6 +76,7 @@ class ExportFacts:
     win_rates: tuple[HeldOutRate, ...] = ()
     messages: tuple[tuple[str, str], ...] = ()
     answers: tuple[tuple[str, str], ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,7 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
 
 
 def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
+    options = ", ".join(f"{name}={value!r}" for name, value in facts.template_options.items()) or None
     values = [
         ("loss", facts.loss and code(facts.loss)),
         ("scheme", facts.scheme and code(facts.scheme)),
@@ -128,6 +132,7 @@ def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
         ("judge of held-out prompts", facts.held_out_judge and code(facts.held_out_judge)),
         ("training pairs", facts.num_pairs),
         ("training examples", facts.num_examples),
+        ("chats rendered with", options and code(f"apply_chat_template(..., {options})")),
     ]
     return [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in values if value is not None]
 

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from dno_jax.errors import DnoError
-from dno_jax.model.hf.config_json import TOKENIZER_FILES, read_end_token_ids
+from dno_jax.model.text.control import is_blank, is_mark, is_said
+from dno_jax.model.text.dates import TEMPLATE_DATE, pinned
+from dno_jax.model.text.loading import check_options, choose_template, digest_of_files, find_end_ids, read_tokenizer
 from dno_jax.model.text.template_limits import apply_template
+from dno_jax.reasoning import after_opening, opens_thought, split_thought, without_thought_at_end
 from dno_jax.records import Message
 
-# The day that templates take for today. Any would do, so long as it stays: this is the one that Llama 3's fall back on.
-TEMPLATE_DATE = datetime.date(2024, 7, 26)
-
-# Templates ask `strftime_now` for today. A macro of the same name hides it and answers with the pinned day.
-# Its line break is eaten (trim_blocks), so that the template itself still begins at the start of a line.
-_PINNED_NOW = (
-    "{%- macro strftime_now(format) -%}{%- set found = namespace(text=format) -%}"
-    "{%- for code, value in pinned_date.items() -%}{%- set found.text = found.text.replace(code, value) -%}"
-    "{%- endfor -%}{{- found.text -}}{%- endmacro %}\n"
-)
-_DATE_CODES = ("%-d", "%-m", "%d", "%e", "%b", "%B", "%m", "%y", "%Y", "%a", "%A", "%j", "%H", "%I", "%M", "%S", "%p")
+# A word that no template writes, in whose place a response, or a begin token, is looked for.
+_STAND_IN = "0d1e2f3a4b"
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,9 @@ class ChatTokenizer:
         end_ids: ids that end a response: the tokenizer's own first, then those of the checkpoint's eos_token_id.
         bos_id: id that begins a text, or None.
         vocab_size: one more than the largest id, added tokens included.
-        digest: sha256 (hex) of the tokenizer's files, the template and the date: equal digests give equal ids.
+        digest: sha256 (hex) of the tokenizer's files, the template, its date and options: equal digests give equal ids.
+        num_rows: rows of the model's embedding; None where no model is known, so that every id has one.
+        options: what the template is told besides, such as enable_thinking.
     """
 
     path: Path
@@ -54,10 +48,18 @@ class ChatTokenizer:
     vocab_size: int
     digest: str
     _tokenizer: Any = field(repr=False, compare=False)
+    num_rows: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
-        cls, path: str | Path, chat_template: str = "tokenizer", *, date: datetime.date = TEMPLATE_DATE
+        cls,
+        path: str | Path,
+        chat_template: str = "tokenizer",
+        *,
+        date: datetime.date = TEMPLATE_DATE,
+        options: Mapping[str, Any] | None = None,
+        num_rows: int | None = None,
     ) -> ChatTokenizer:
         """Read a tokenizer from a directory; nothing is fetched and no code of the checkpoint is run.
 
@@ -65,6 +67,8 @@ class ChatTokenizer:
             path: directory with tokenizer files.
             chat_template: "tokenizer" (the template it brings), "raw" (none), or the path of a Jinja file.
             date: the date given to a template that writes today's.
+            options: further variables of the template.
+            num_rows: rows of the model's embedding, where it is known.
 
         Raises:
             DnoError: the directory holds no tokenizer, it brings no template, the template's file is missing, or no end
@@ -73,14 +77,10 @@ class ChatTokenizer:
         path = Path(path)
         if not path.is_dir():
             raise DnoError(f"{path}: no such directory; expected a Hugging Face checkpoint with tokenizer files")
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise DnoError(f"{path}: cannot read a tokenizer: {error}") from None
-        template = _template(tokenizer, chat_template, path=path)
-        end_ids = _end_ids(tokenizer, path)
+        tokenizer = read_tokenizer(path)
+        template = choose_template(tokenizer, chat_template, path=path)
+        check_options(options or {}, template)
+        end_ids = find_end_ids(tokenizer, path)
         return cls(
             path=path,
             template=template,
@@ -89,28 +89,90 @@ class ChatTokenizer:
             end_ids=end_ids,
             bos_id=tokenizer.bos_token_id,
             vocab_size=1 + max(tokenizer.get_vocab().values()),
-            digest=_digest(path, template, date),
+            digest=digest_of_files(path, template, date, options or {}),
             _tokenizer=tokenizer,
+            num_rows=num_rows,
+            options=dict(options or {}),
         )
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids that structure a text and that no message may spell.
 
-        They are the tokens that the tokenizer marks as special (but not "unknown", which any word may be), begin and
-        end ids, and the added tokens that the template writes around a question. Other added tokens, such as <think>,
-        are words that a model may say.
+        They are the tokens that the tokenizer marks as special, begin and end ids, and the added tokens by which the
+        template could end or open a turn. Left out are blanks, what a model may say (<think>, plain words), and the
+        unknown token, which any word may be, unless it begins, ends or pads too.
         """
-        added = self._tokenizer.added_tokens_decoder
-        control = {i for i, token in added.items() if token.special}
-        control |= {*self._tokenizer.all_special_ids, *self.end_ids, self.bos_id}
-        with contextlib.suppress(DnoError):  # a template that refuses a question: whoever asks one is told
-            control |= {i for i in self.prompt_ids([Message(role="user", content="x")]) if i in added}
-        return frozenset(control - {None, self._tokenizer.unk_token_id})
+        written = {i for i in self.written_ids if i in self._added and is_mark(self._spelling(i))}
+        needed = {i for i in (self.bos_id, *self.end_ids) if i is not None and not is_blank(self._spelling(i))}
+        unknown = {self._tokenizer.unk_token_id} - needed - {self._tokenizer.pad_token_id}
+        return frozenset((self._special_ids | written | needed) - unknown)
+
+    @cached_property
+    def rowless_ids(self) -> frozenset[int]:
+        """Ids of the tokenizer for which the model's embedding has no row."""
+        rows = self.vocab_size if self.num_rows is None else self.num_rows
+        return frozenset(i for i in self._vocabulary.values() if i >= rows)
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that were added to the vocabulary of words."""
+        return frozenset(self._added)
 
     def control_tokens(self, *texts: str) -> list[str]:
         """Return the control tokens that the tokenizer would make of these texts, which would pass for structure."""
         return self.strip([i for text in texts for i in self._plain_ids(text) if i in self.control_ids])
+
+    def rowless_tokens(self, *texts: str) -> list[str]:
+        """Return the tokens in these texts that the model has no embedding of."""
+        if not self.rowless_ids:
+            return []
+        return self.strip([i for text in texts for i in self._plain_ids(text) if i in self.rowless_ids])
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab()
+
+    @cached_property
+    def _added(self) -> dict[int, Any]:
+        return self._tokenizer.added_tokens_decoder
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that the tokenizer calls special, but for what a model may say: they are no part of a text."""
+        special = {i for i, token in self._added.items() if token.special} | {*self._tokenizer.all_special_ids}
+        return frozenset(i for i in special if not is_said(self._spelling(i)))
+
+    def _spelling(self, token_id: int) -> str:
+        return self._added[token_id].content if token_id in self._added else self.spelled([token_id])
+
+    @cached_property
+    def written_ids(self) -> frozenset[int]:
+        """Ids that the template writes around a question, a system message and an answer."""
+        question, system = Message(role="user", content="x"), Message(role="system", content="x")
+        found: set[int] = set()
+        for chat in ([question], [system, question], [question, _assistant("x"), question]):
+            with contextlib.suppress(DnoError):  # a template that refuses it: whoever asks is told
+                found.update(self.prompt_ids(chat))
+        with contextlib.suppress(DnoError):
+            found.update(self.chat_ids([question], "x"))
+        return frozenset(found)
+
+    def opens_thought(self, prompt_ids: Sequence[int]) -> bool:
+        """Return whether a prompt ends inside a thought, in which the response then begins."""
+        return opens_thought(self.spelled(prompt_ids[-32:]))
+
+    @property
+    def bos_only_begins(self) -> bool:
+        """Whether the begin token is that and nothing else: no end, padding or unknown token too."""
+        others = (*self.end_ids, self._tokenizer.pad_token_id, self._tokenizer.unk_token_id)
+        return self.bos_id is not None and self.bos_id not in others
+
+    def around_begins(self, messages: Sequence[Message]) -> list[str]:
+        """Return a prompt's text cut wherever the template asks for `bos_token`, which a turn's opener does not."""
+        if self.template is None:
+            return [_raw_text(messages)]
+        return self._apply(messages, tokenize=False, add_generation_prompt=True, bos_token=_STAND_IN).split(_STAND_IN)
 
     def prompt_ids(self, messages: Sequence[Message], assistant_prefix: str = "") -> tuple[int, ...]:
         """Return the ids after which a response begins: the chat so far, and the header of the assistant's turn.
@@ -162,28 +224,61 @@ class ChatTokenizer:
         Prompt and response together are the ids of the whole chat, so the ids are those that a model would have had to
         sample. What a template writes after the end id, such as a newline, is cut.
 
+        A prompt that opens a thought is continued by a response that carries it: templates take thoughts out of
+        answers, so prompt, response and what the template writes after one are then tokenised as they follow.
+
         Args:
             end_id: closes the response where the template writes no end id of its own.
 
         Raises:
-            DnoError: the response spells a control token, or the whole chat does not begin with the prompt's ids.
+            DnoError: the response spells a control token, the whole chat does not begin with the prompt's ids, or the
+                prompt opens a thought that the response does not have.
         """
         self._refuse_control(response)
         prompt = self.prompt_ids(messages, assistant_prefix)
-        whole = self.chat_ids(messages, assistant_prefix + response)
-        if whole[: len(prompt)] != prompt:
-            if self.template is not None:
-                self._say_where_they_part(prompt, whole)
-            # The last token of the prompt merges with the response's first: a model would never have sampled that.
-            return (*self._following_ids(response), end_id)
-        tail = whole[len(prompt) :]
+        if self.template is not None and self.opens_thought(prompt):
+            if not split_thought(response, opened=True).is_answer:
+                raise DnoError(
+                    f"the prompt opens a thought, and the response has none before its answer: {_shorten(response)}; "
+                    "give responses with their thoughts, or have the template open none (for many models: "
+                    "model.template_options: {enable_thinking: false})"
+                )
+            tail = self.continued_ids(messages, assistant_prefix, response)
+        else:
+            whole = self.chat_ids(messages, assistant_prefix + response)
+            tail = whole[len(prompt) :]
+            if whole[: len(prompt)] != prompt:
+                if self.template is None:
+                    # The last token of the prompt merges with the response's first: a model would never sample that.
+                    return (*self._following_ids(response), end_id)
+                if not self._differs_by_empty_thought(messages, assistant_prefix, response):
+                    self._say_where_they_part(prompt, whole)
+                tail = self.continued_ids(messages, assistant_prefix, response)
         for index, token in enumerate(tail):
             if token in self.end_ids:
                 return tail[: index + 1]
         return (*tail, end_id)
 
+    def continued_ids(self, messages: Sequence[Message], assistant_prefix: str, response: str) -> tuple[int, ...]:
+        """Return the ids of a response, and of what the template writes after one, as they follow the prompt's text."""
+        prompt = self.prompt_ids(messages, assistant_prefix)
+        text = self.prompt_text(messages, assistant_prefix)
+        closing = self.chat_text(messages, assistant_prefix + _STAND_IN).rpartition(_STAND_IN)[2]
+        whole = self._plain_ids(text + after_opening(response, prompt=text) + closing)
+        if whole[: len(prompt)] != prompt:
+            self._say_where_they_part(prompt, whole)
+        return whole[len(prompt) :]
+
+    def _differs_by_empty_thought(self, messages: Sequence[Message], assistant_prefix: str, response: str) -> bool:
+        """Whether the prompt ends with an empty thought, and is otherwise how the whole chat begins."""
+        text = self.prompt_text(messages, assistant_prefix)
+        head = without_thought_at_end(text)
+        if head == text or split_thought(response) != ("", response, True):
+            return False
+        return self.chat_text(messages, assistant_prefix + response).startswith(head)
+
     def decode(self, ids: Sequence[int], *, after: Sequence[int] = ()) -> str:
-        """Return text without special tokens.
+        """Return text without special tokens, but with what a model may say (<think> is special to some tokenizers).
 
         Args:
             after: ids that the text continues: a blank between them belongs to it, which SentencePiece would swallow
@@ -191,11 +286,15 @@ class ChatTokenizer:
         """
 
         def text(ids: Sequence[int]) -> str:
-            return self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return self.spelled([i for i in ids if i not in self._special_ids])
 
         head = text(after) if after else ""
         whole = text([*after, *ids])
         return whole[len(head) :] if whole.startswith(head) else text(ids)
+
+    def spelled(self, ids: Sequence[int]) -> str:
+        """Return text with special tokens as they are spelt."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def strip(self, ids: Sequence[int]) -> list[str]:
         """Return each id's token as the vocabulary spells it, for inspection."""
@@ -211,24 +310,24 @@ class ChatTokenizer:
 
     def has_token(self, text: str) -> bool:
         """Return whether the vocabulary holds a text as one token."""
-        return self._tokenizer.convert_tokens_to_ids(text) not in (None, self._tokenizer.unk_token_id)
+        return text in self._vocabulary
 
-    def _apply(self, messages: Sequence[Message], *, tokenize: bool = True, **options: bool) -> Any:
+    def _apply(self, messages: Sequence[Message], *, tokenize: bool = True, **options: Any) -> Any:
         """Render a chat: ids or, with tokenize=False, text; in Jinja's immutable sandbox, within limits."""
         chat = [{"role": message.role, "content": message.content} for message in messages]
-        dated: dict[str, Any] = {"date_string": self.date.strftime("%d %b %Y")}
-        template = self.template or ""
-        if "strftime_now" in template:
-            template = _PINNED_NOW + template
-            dated["pinned_date"] = {code: self.date.strftime(code) for code in _DATE_CODES}
+        template, dated = pinned(self.template or "", self.date)
         try:
             # Ids directly, never text that is tokenised again: that doubles the BOS which the template wrote.
-            made = apply_template(self._tokenizer, chat, chat_template=template, tokenize=tokenize, **options, **dated)
+            given = {**dated, **self.options, **options}
+            made = apply_template(self._tokenizer, chat, chat_template=template, tokenize=tokenize, **given)
         except Exception as error:  # the template is a program of somebody else's: it may raise anything
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+            hint = ""
+            if self.bos_id is None and "'bos_token' is undefined" in str(error):
+                hint = "; the tokenizer has no begin token: name one in tokenizer_config.json, or give another template"
             raise DnoError(
-                f"{self.template_place}: the chat template refuses a chat of roles ({roles}): {kind}{error}"
+                f"{self.template_place}: the chat template refuses a chat of roles ({roles}): {kind}{error}{hint}"
             ) from None
         return tuple(made) if tokenize else made
 
@@ -250,11 +349,18 @@ class ChatTokenizer:
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._plain_ids(text)
 
     def _refuse_control(self, response: str) -> None:
-        for name in self.control_tokens(response):
-            raise DnoError(
-                f"the response spells the control token {name!r}: {_shorten(response)}; it would pass for the "
-                "structure of the chat; remove it from the data"
-            )
+        ids = self._plain_ids(response)
+        for token in ids:
+            if token in self.rowless_ids:
+                raise DnoError(
+                    f"the response holds {self._spelling(token)!r} (id {token}), for which the model's embedding "
+                    f"({self.num_rows} rows) has no row: {_shorten(response)}; remove it from the data"
+                )
+            if token in self.control_ids or token in self.end_ids:
+                raise DnoError(
+                    f"the response spells the control token {self._spelling(token)!r}: {_shorten(response)}; it would "
+                    "pass for the structure of the chat; remove it from the data"
+                )
 
     def _say_where_they_part(self, prompt: tuple[int, ...], whole: tuple[int, ...]) -> None:
         at = next(
@@ -268,48 +374,8 @@ class ChatTokenizer:
         )
 
 
-def _template(tokenizer: Any, chat_template: str, *, path: Path) -> str | None:
-    if chat_template == "raw":
-        return None
-    if chat_template == "tokenizer":
-        if not tokenizer.chat_template:
-            raise DnoError(
-                f"{path}: the tokenizer brings no chat template; set chat_template to 'raw' (a base model) or to the "
-                "path of a Jinja file"
-            )
-        try:
-            return tokenizer.get_chat_template()
-        except ValueError as error:  # several templates, none of them the default
-            raise DnoError(f"{path}: {error}; set chat_template to the path of a Jinja file") from None
-    try:
-        return Path(chat_template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise DnoError(
-            f"chat_template {chat_template!r}: expected 'tokenizer', 'raw' or a readable Jinja file ({why})"
-        ) from None
-
-
-def _end_ids(tokenizer: Any, path: Path) -> tuple[int, ...]:
-    own = tokenizer.eos_token_id
-    ids: tuple[int, ...] = () if own is None else (own,)
-    # Without either file this is a bare tokenizer, and its own end token is all there is.
-    if own is None or any((path / name).exists() for name in ("generation_config.json", "config.json")):
-        ids += read_end_token_ids(path)
-    return tuple(dict.fromkeys(ids))
-
-
 def _assistant(content: str) -> Message:
     return Message(role="assistant", content=content)
-
-
-def _digest(path: Path, template: str | None, date: datetime.date) -> str:
-    digest = hashlib.sha256()
-    contents = [(name, (path / name).read_bytes()) for name in TOKENIZER_FILES if (path / name).is_file()]
-    contents.append(("template", json.dumps([template, None if template is None else date.isoformat()]).encode()))
-    for name, content in contents:
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
 
 
 def _raw_text(messages: Sequence[Message]) -> str:

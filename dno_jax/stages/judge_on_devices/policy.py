@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from etils import epath
@@ -28,6 +28,7 @@ from dno_jax.data.pools import Pools, PoolShard
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import DECODE
+from dno_jax.reasoning import split_thought
 from dno_jax.records import Judgement, Message
 from dno_jax.runtime.exhausted import explained, sampling_settings
 from dno_jax.runtime.runtime import Runtime
@@ -174,13 +175,19 @@ class _Judge:
         return self._parse(self.runtime.tokenizer.decode(response.token_ids), whole=response.finish == "stop")
 
     def _parse(self, text: str, *, whole: bool) -> _Reading:
+        found = split_thought(text, self._opens_thought)
         if not whole:
             limit = self.runtime.config.annotation.self_judge.max_new_tokens
             return _Reading(text, None, f"the reading was cut at annotation.self_judge.max_new_tokens={limit}")
         try:
-            return _Reading(text, int(self.rubric.read(Reply(text=text), ())[0]))
+            return _Reading(text, int(self.rubric.read(Reply(text=found.answer), ())[0]))
         except Unparsable as error:
             return _Reading(text, None, str(error))
+
+    @cached_property
+    def _opens_thought(self) -> bool:
+        """Whether the policy's template has its readings begin inside a thought."""
+        return self.runtime.tokenizer.opens_thought(self._ids((Message(role="user", content="q"),), "a"))
 
     def _ids(self, conversation: Sequence[Message], text: str) -> tuple[int, ...]:
         messages = self.rubric.messages(conversation, (text,))

@@ -116,7 +116,9 @@ class RewardModel:
         files = hf.check(path, head="reward")
         model_config = hf.read_config(path, head="reward", rope_length=section.max_length)
         programs = replace(runtime.programs, model_config=model_config)
-        own = replace(runtime, programs=programs, tokenizer=_tokenizer(section, date=runtime.tokenizer.date))
+        own = replace(
+            runtime, programs=programs, tokenizer=_tokenizer(section, model_config, date=runtime.tokenizer.date)
+        )
         check_ids(own.tokenizer, model_config)
         try:
             _ = programs.param_shardings(DECODE), programs.attention_backend
@@ -159,9 +161,12 @@ class RewardModel:
         """Return the ids of each candidate's chat up to the token that is read off, or why there are none."""
         tokenizer, limit = self.runtime.tokenizer, self.section.max_length
         conversation, texts = pool.prompt.messages, [candidate.text for candidate in pool.candidates]
-        if spelt := tokenizer.control_tokens(*(message.content for message in conversation), *texts):
+        everything = [*(message.content for message in conversation), *texts]
+        if spelt := tokenizer.control_tokens(*everything):
             # The tokenizer would make an id of it, and the model would read a chat that nobody held.
             return f"the text to judge spells the control token {spelt[0]!r}"
+        if held := tokenizer.rowless_tokens(*everything):
+            return f"the text to judge holds {held[0]!r}, of which the reward model has no embedding"
         try:
             asked = [tokenizer.chat_ids(conversation, text) for text in texts]
         except DnoError as error:
@@ -282,9 +287,9 @@ def _reward_figures(sums: Counter[str]) -> dict[str, dict[str, float]]:
     return {"rewards": {"mean": mean, "deviation": spread**0.5, "within_pools": (sums["within"] / count) ** 0.5}}
 
 
-def _tokenizer(section: RewardModelSection, *, date: datetime.date) -> ChatTokenizer:
+def _tokenizer(section: RewardModelSection, model_config: ModelConfig, *, date: datetime.date) -> ChatTokenizer:
     try:
-        tokenizer = ChatTokenizer.load(hf.folder(section.path), date=date)
+        tokenizer = ChatTokenizer.load(hf.folder(section.path), date=date, num_rows=model_config.vocab_size)
         tokenizer.chat_ids((Message(role="user", content="q"),), "a")
     except DnoError as error:
         raise DnoError(

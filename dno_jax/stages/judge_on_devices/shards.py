@@ -75,7 +75,8 @@ def judge_on_devices(runtime: Runtime[RunConfig], iteration: int, judge: DeviceJ
         return manifest
     if is_primary():
         stage.start(runtime.config)
-    pools = Pools(sampled, run_dir.prompts_path(iteration))
+    reasoning = runtime.config.annotation.shows_reasoning
+    pools = Pools(sampled, run_dir.prompts_path(iteration), reasoning=reasoning)
     found = Survey()
     sums: dict[str, Counter[str]] = {}
 

@@ -68,7 +68,7 @@ def test_a_good_template_has_neither_errors_nor_warnings(load, template):
         ("{{ bos_token }}" + CHATML, "error", "BOS", "2 begin tokens '<s>'"),
         ("x" + CHATML, "error", "BOS", "stands at token 1, not 0"),
         (CHATML.replace("{{ bos_token }}", ""), "warning", "BOS", "the template does not"),
-        (CHATML.replace(HEADER, HEADER.replace("\n{%", "\n<think>{%")), "error", "concatenation", "they part at token"),
+        (CHATML.replace(HEADER, HEADER.replace("\n{%", "\nWell{%")), "error", "concatenation", "they part at token"),
         (CHATML.replace("{{ eos_token }}", "<|stop|>"), "error", "end", "'<|stop|>' (id 259), which ends nothing"),
         (CHATML.replace("{{ eos_token }}", ""), "warning", "end", "'</s>' is put there"),
         (REFUSES_SYSTEM, "warning", "system", "No system role"),
@@ -261,6 +261,7 @@ def test_one_end_token_is_trained_where_padding_is_the_end_token(load):
 
 # The real templates, each with a tokenizer that has the tokens it writes: (name, tokenizer, what comes of it).
 #   fits: prompt and response ids concatenate to the whole chat's.    parts: they do not, and the tool says where.
+#   thinks: they do where the response carries the thought that the prompt opens; without it, it is refused.
 #   late BOS: they do, but stray line breaks stand before BOS: the lint refuses.    refuses: wants tools.
 REAL = [
     ("NousResearch-Hermes-3-Llama-3.1-8B-tool_use", "hermes", "refuses"),
@@ -270,7 +271,7 @@ REAL = [
     ("chujiezheng-mistral-instruct", "mistral", "late BOS"),
     ("chujiezheng-vicuna", "mistral", "parts"),
     ("chujiezheng-zephyr", "zephyr", "parts"),
-    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "r1", "parts"),
+    ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "r1", "thinks"),
     ("google-gemma-2-2b-it", "gemma", "fits"),
     ("meta-llama-Llama-3.1-8B-Instruct", "llama3", "fits"),
     ("meta-llama-Llama-3.2-3B-Instruct", "llama3", "fits"),
@@ -359,7 +360,7 @@ def test_all_19_templates_are_in_the_table(shared_data):
 def test_real_templates(load_real, name, family, verdict):
     chat = load_real(name, family)
     errors = {finding.name: finding.text for finding in lint(chat) if finding.level == "error"}
-    assert bool(errors) == (verdict != "fits"), errors
+    assert bool(errors) == (verdict not in ("fits", "thinks")), errors
     if verdict == "refuses":
         assert "refuses a chat of roles (user)" in errors["question"]
         return
@@ -377,6 +378,14 @@ def test_real_templates(load_real, name, family, verdict):
             if verdict == "parts":
                 with pytest.raises(DnoError, match=r"they part at token \d+: the prompt has .*, the chat "):
                     chat.response_ids(messages, answer, end_id=chat.end_ids[0])
+                continue
+            if verdict == "thinks":
+                with pytest.raises(DnoError, match="the prompt opens a thought, and the response has none"):
+                    chat.response_ids(messages, answer, end_id=chat.end_ids[0])
+                thought = f"Hm.\n</think>\n\n{answer}"
+                response = chat.response_ids(messages, thought, end_id=chat.end_ids[0])
+                assert response == chat.response_ids(messages, f"<think>\n{thought}", end_id=chat.end_ids[0])
+                assert chat.spelled(prompt + response) == chat.prompt_text(messages) + thought + _R1[1]
                 continue
             response = chat.response_ids(messages, answer, end_id=chat.end_ids[0])
             whole = chat._tokenizer.apply_chat_template([*dicts, {"role": "assistant", "content": answer}], **options)
@@ -423,7 +432,8 @@ def test_what_the_lint_says_of_real_templates(load_real):
     assert "with a system message" in found("mistralai-Mistral-Nemo-Instruct-2407")["warning", "concatenation"]
     assert "reasoning (<think>) of earlier turns" in found("trl-qwen3")["note", "turns"]
     assert "<think>" in found("trl-qwen3")["warning", "round trip"]
-    assert "of given responses" in found("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B")["warning", "contents"]
+    assert "must carry theirs" in found("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B")["note", "thinking"]
+    assert "with an empty thought before them" in found("trl-qwen3")["warning", "thinking"]
     assert "A line break before" in found("Qwen-Qwen2.5-7B-Instruct")["warning", "concatenation"]
 
 

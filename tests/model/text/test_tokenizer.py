@@ -85,8 +85,8 @@ def test_control_tokens_in_a_response_are_refused(chat):
 
 
 def test_a_chat_that_does_not_begin_with_its_prompt_is_refused(tmp_path):
-    thinking = CHATML.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
-    chat = ChatTokenizer.load(make_tokenizer(tmp_path / "t", template=thinking))
+    begun = CHATML.replace("<|assistant|>\n{% endif %}", "<|assistant|>\nWell{% endif %}")
+    chat = ChatTokenizer.load(make_tokenizer(tmp_path / "t", template=begun))
     with pytest.raises(DnoError, match=r"they part at token \d+"):
         chat.response_ids(user("hi"), "yes", end_id=1)
 
