@@ -14,6 +14,7 @@ import contextvars
 import logging
 import math
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ class Endpoint:
         self._api_key_env = api_key_env
         self._timeout = timeout
         self._secrets = Secrets()
+        self._omitted: dict[str, Any] = {}
         self._key = read_key(api_key_env, url=self.url, place=self.address)
         if api_key_env is not None:
             self._secrets.add(self._key)
@@ -190,6 +192,8 @@ class Endpoint:
 
         from dno_jax.bodies import BadBody
 
+        if self._omitted:
+            options = options | {"headers": {**options.get("headers", {}), **self._omitted}}
         if timeout is not None:
             options = options | {"timeout": timeout}
         timeout = timeout or self._timeout
@@ -244,9 +248,9 @@ class Endpoint:
         http = openai.DefaultAioHttpClient(
             limits=limits, timeout=timeout, follow_redirects=False, event_hooks={"response": [_bound]}
         )
-        sent: dict[str, Any] = {"Accept-Encoding": ENCODINGS, **headers}
-        if self._api_key_env is None and headers:
-            sent.setdefault("Authorization", openai.Omit())  # else "none", beside a key in a header of its own
+        sent = {"Accept-Encoding": ENCODINGS, **headers}
+        if self._api_key_env is None and headers:  # else "none" would be sent, beside a key in a header of its own
+            self._omitted = {} if "authorization" in map(str.lower, headers) else {"Authorization": openai.Omit()}
         return openai.AsyncOpenAI(
             api_key=self._key, base_url=self.url, max_retries=0, timeout=timeout, http_client=http,
             default_headers=sent, default_query=dict(query) or None,
@@ -262,7 +266,7 @@ class Endpoint:
     def words(self, text: str) -> str:
         """Make others' words fit for one line; scrubbed first, since a key cut in two would not be found."""
         if len(text) > _SHOWN:
-            text = text[:_SHOWN].rsplit(None, 1)[0]  # whole words, of which none is half a key
+            text = re.sub(r"\s\S*\Z", "", text[:_SHOWN])  # whole words, of which none is half a key
         line = printable(" ".join(self.scrub(text).split()))
         return line if len(line) <= 300 else line[:297] + "..."
 

@@ -225,14 +225,12 @@ class JudgeClient:
                     verdict = await self.settle(question, result)
                     if verdict.is_answer or verdict.state == "refused":
                         return verdict
-                    trouble = tries.count(result, verdict, answered=client.answered, before=before)
-                    if not (trouble.is_the_servers and tries.are_used_up):
-                        return trouble
-                    # An endpoint that answers others has failed with this question; else it is waited for.
-                    pay = partial(self._pay, question, held=True)
-                    if tries.others_were_answered or await client.is_there(question.body, pay=pay):
-                        return replace(trouble, then="give up")
-                    return trouble
+                    trouble = tries.count(result, verdict, answered=before)
+                    if trouble.is_the_servers and tries.needs_a_sign:
+                        pay = partial(self._pay, question, held=True)
+                        if await client.is_there(question.body, pay=pay):
+                            return tries.signed(trouble)
+            return trouble
 
         async def pause(seconds: float) -> None:
             if tries.pauses:

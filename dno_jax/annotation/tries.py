@@ -17,13 +17,13 @@ from dno_jax.endpoint import Trouble
 class Tries:
     """The tries of one question in one call.
 
-    A try that the endpoint turns away for its limits is none: those end with `max_outage`. A reply that could not be
-    read is asked for with another seed; where the same bytes would bring the same words, it is not asked for again.
+    A try that the endpoint turns away for its limits is none: those end with `max_outage`. So do failures of the server
+    (5xx) until there is a sign that it is alive, and that the question is to blame. A reply that could not be read is
+    asked for with another seed; where the same bytes would bring the same words, it is not asked for again.
 
     Attributes:
         body: of the next request.
-        pauses: whether a pause comes before it.
-        others_were_answered: whether the endpoint has answered other questions since the first try.
+        pauses: whether a pause comes before it; after the last try that counts, the endpoint's client sees to those.
 
     Args:
         most: tries that count.
@@ -33,11 +33,11 @@ class Tries:
     def __init__(self, question: Question, section: ChatSection, *, most: int, takes_seed: bool):
         self.body: Mapping[str, Any] = question.body
         self.pauses = False
-        self.others_were_answered = False
+        self.is_alive = False
         self._section = section
         self._most = most
         self._used = 0
-        self._answered: int | None = None
+        self._first: int | None = None
         self._limited_since: float | None = None
         fixed = question.body.get("temperature") == 0.0
         # The probabilities of a first token depend on no seed.
@@ -45,30 +45,37 @@ class Tries:
         self._is_fixed = question.body.get("logprobs", False) or (fixed and not self._has_seed)
 
     @property
-    def are_used_up(self) -> bool:
-        return self._used >= self._most
+    def needs_a_sign(self) -> bool:
+        """Whether a small request should find out, before the last try, if the endpoint is there at all."""
+        return not self.is_alive and self._used >= max(1, self._most - 1)
 
-    def count(self, result: Reply | Trouble, verdict: Verdict, *, before: int, answered: int) -> Trouble:
+    def count(self, result: Reply | Trouble, verdict: Verdict, *, answered: int) -> Trouble:
         """Count a try that brought no answer, and say what follows.
 
         Args:
-            before, answered: how many requests the endpoint had answered when it was sent, and when it came back.
+            answered: how many requests the endpoint had answered when it was sent.
         """
-        self._answered = before if self._answered is None else self._answered
-        self.others_were_answered = answered > self._answered
+        self._first = answered if self._first is None else self._first
+        self.is_alive = self.is_alive or answered > self._first
         if isinstance(result, Reply):
             return self._count_reply(result, verdict)
-        self.pauses = not result.asks_for_a_pause  # that one is the endpoint's, and its client keeps it
         trouble = replace(result, retry_after=None)
         if not result.asks_for_a_pause:
             self._used += 1
             self._limited_since = None
-            is_last = self.are_used_up and not trouble.is_the_servers
+            self.pauses = self._used < self._most
+            is_last = self._used >= self._most and (self.is_alive or not trouble.is_the_servers)
             return replace(trouble, then="give up") if is_last else trouble
+        self.pauses = False  # that one is the endpoint's, and its client keeps it
         now = time.monotonic()
         self._limited_since = now if self._limited_since is None else self._limited_since
         is_over = now - self._limited_since >= self._section.max_outage
         return replace(trouble, then="give up") if is_over else trouble
+
+    def signed(self, trouble: Trouble) -> Trouble:
+        """Note a sign of life, and say what follows of the failure before it."""
+        self.is_alive = True
+        return replace(trouble, then="give up") if self._most == 1 else trouble
 
     def _count_reply(self, reply: Reply, verdict: Verdict) -> Trouble:
         self._used += 1
@@ -77,4 +84,4 @@ class Tries:
         may_differ = reply.finish == BROKEN or not self._is_fixed
         if self._has_seed and reply.finish != BROKEN:
             self.body = {**self.body, "seed": integer(Purpose.ANOTHER_TRY, self.body["seed"], below=2**31)}
-        return Trouble(verdict.detail, then="retry" if may_differ and not self.are_used_up else "give up")
+        return Trouble(verdict.detail, then="retry" if may_differ and self._used < self._most else "give up")

@@ -27,7 +27,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answer:
-    """What to say. `fault`: "reset" sends nothing and resets, "truncated" stops amid the body, "hang" never answers."""
+    """What to say. `fault`: "reset" sends nothing and resets, "truncated" stops amid the body, "hang" never answers,
+    "trickle" sends a byte of the body now and then, "drip" one of the headers."""
 
     status: int = 200
     body: Any = None
@@ -173,6 +174,13 @@ class _Handler(BaseHTTPRequestHandler):
             if answer.fault == "reset":
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 self.connection.close()
+            return
+        if answer.fault in ("trickle", "drip"):
+            self.close_connection = True
+            begun = b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n" + b"\r\n" * (answer.fault == "trickle")
+            while not scripted.stopping.wait(0.02):
+                self.wfile.write(begun or b" ")  # raises when the client has gone
+                begun = b"" if answer.fault == "trickle" else b"X-Slow: 1\r\n"
             return
         payload = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
         self.send_response(answer.status)

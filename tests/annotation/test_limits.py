@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from dno_jax.annotation.transport.limits import AdaptiveConcurrency, Breaker, Bucket
-from dno_jax.faults import parse_duration
+from dno_jax.faults import Fault, parse_duration, parse_reset, parse_retry_after
 
 
 class Clock:
@@ -297,3 +297,71 @@ def test_time_in_which_nobody_asks_is_no_outage(clock):
     clock.now += 30.0  # the trial's own
     it.fail(trial=True)
     assert clock.now - it.since == pytest.approx(33.0)
+
+
+NOW = 1_790_000_000.0
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 30.0),
+        ("6m0s", 360.0),
+        ("1790000030", 30.0),  # Unix times: of seconds, milliseconds, microseconds
+        ("1790000030.5", 30.5),
+        ("1790000030000", 30.0),
+        ("1790000030000000", 30.0),
+        ("1789999000", 0.0),
+        ("2026-09-21T14:13:50Z", 30.0),
+        ("2026-09-21T16:13:50+02:00", 30.0),
+        ("89798972", None),  # nearly three years: no limit of requests
+        ("99999999999999999999", None),
+        ("2026-99-99T00:00:00Z", None),
+        ("soon", None),
+        (None, None),
+    ],
+)
+def test_a_reset_is_a_duration_or_a_time(text, seconds):
+    found = parse_reset(text, now=NOW)
+    assert found == (None if seconds is None else pytest.approx(seconds, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "1790000007"}, 7.0),
+        ({"retry-after": "1790000007000"}, 7.0),
+        ({"retry-after-ms": "70"}, 0.07),
+        ({"retry-after": "Mon, 21 Sep 2026 14:13:27 GMT"}, 7.0),
+        ({"retry-after": "later"}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after_is_read_in_every_spelling(headers, seconds):
+    found = parse_retry_after(headers, now=NOW)
+    assert found == (None if seconds is None else pytest.approx(seconds, abs=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("body", "seconds"),
+    [
+        ({"error": {"details": [{"@type": "RetryInfo", "retryDelay": "3s"}]}}, 3.0),
+        ([{"error": {"details": [{"retryDelay": "3.5s"}]}}], 3.5),
+        ({"error": {"message": "Rate limit reached. Please try again in 6m0s."}}, 360.0),
+        ({"error": {"message": "Please try again in 200ms. Visit ..."}}, 0.2),
+        ({"error": {"message": "Please retry after 20 seconds."}}, 20.0),
+        ({"error": {"message": "Try 3 models in 5 seconds or less"}}, None),
+        ({"error": {"message": "slow down"}}, None),
+        ("<html>", None),
+    ],
+)
+def test_a_pause_is_read_where_only_the_body_names_it(body, seconds):
+    assert Fault(body).pause == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_reset_that_is_a_unix_time_holds_back_for_as_long_as_it_is_away():
+    bucket = Bucket(None, kind="requests", clock=lambda: 0.0, wall=lambda: NOW)
+    told = {"limit": "20", "remaining": "0", "reset": "1790000030"}
+    bucket.learn({f"x-ratelimit-{name}-requests": value for name, value in told.items()})
+    assert bucket.delay(1) == pytest.approx(3.0)  # twenty in a minute

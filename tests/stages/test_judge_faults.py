@@ -1,6 +1,9 @@
 """The annotate and pair stages behind an endpoint that fails in every way it can: later, never other, labels."""
 
 import contextlib
+import json
+import re
+from collections import Counter
 
 import pytest
 
@@ -10,6 +13,7 @@ from dno_jax.fake_judge import OUTCOMES, FakeJudge
 from dno_jax.records import Judgement
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, pair
+from tests.annotation.scripted import Scripted, after_probe, completion, fault
 from tests.pairs import read_pairs
 from tests.running import run_stage
 from tests.stages.judged import sampled_run
@@ -57,3 +61,31 @@ def test_a_third_of_faults_of_every_kind_ends_in_the_labels_of_a_faultless_run(t
         found.append((judgements, read_pairs(run_dir.stage("pair", 0))))
     assert found[0] == found[1]
     assert len(found[0][1]) == 6 * PROMPTS
+
+
+@pytest.mark.parametrize(("failures", "ends"), [(2, True), (3, False)], ids=["mended", "for good"])
+def test_what_a_server_fails_with_is_judged_once_more_at_the_end(failures, ends, tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.001)
+    tries = Counter()
+
+    def script(asked):
+        text = asked.body["messages"][-1]["content"]
+        (number,) = re.findall(r"Question (\d+)\?", text)
+        tries[number] += 1
+        if number == "5" and tries[number] <= failures:
+            return fault(500, "index")
+        names = re.findall(r"<<<CANDIDATE (\d+) ", text)
+        return completion(json.dumps({name: {"justification": "first", "score": int(name)} for name in names}))
+
+    with Scripted(after_probe(script)) as server:
+        config = sampled_run(tmp_path, server.url, prompts=PROMPTS, annotation={"openai": {"max_tries": 2}})
+        if ends:
+            assert run_stage(annotate, config, 0).rows == PROMPTS
+        else:
+            with pytest.raises(DnoError, match=r"1 of 10 pools have no verdict \(1 x failed: HTTP 500: index\)"):
+                run_stage(annotate, config, 0)
+    assert tries.pop("5") == 3  # all its tries, and one more
+    assert set(tries.values()) == {1}
+    rows = list(RunDir(config.run_dir).stage("annotate", 0).read(Judgement))
+    assert {row.state for row in rows} == {"ok"}
+    assert len(rows) == (PROMPTS if ends else PROMPTS - 4)  # a shard of four stays open

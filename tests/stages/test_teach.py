@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections import Counter
 
 import pytest
 
@@ -14,6 +15,7 @@ from dno_jax.records import TaughtResponse
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
 from dno_jax.stages import teach
+from tests.annotation.scripted import Scripted, after_probe, completion, fault
 from tests.running import run_stage
 from tests.stages.judged import judged_tree, paid
 
@@ -183,3 +185,82 @@ def test_an_interrupt_keeps_what_is_in_flight(tmp_path, monkeypatch):
         assert paid(config)["models"]["teacher"]["requests"] == sent + server.counts.forms["probe"]
         assert run_stage(teach, config, 0).rows == 18
         assert server.counts.answered.total() == 18
+
+
+def end(text, finish="stop"):
+    return completion(text, finish_reason=finish)
+
+
+@pytest.mark.parametrize("finish", ["abort", "error", "MAX_TOKENS", "length", "tool_calls", "model_length"])
+def test_what_does_not_end_by_itself_is_tried_again_then_dropped_and_counted(finish, tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.001)
+
+    def script(asked):
+        return end("The sky is", finish) if "Question 1?" in json.dumps(asked.body) else end("It is blue.")
+
+    with Scripted(after_probe(script)) as server:
+        config = taught(tmp_path, server.url, prompts=8, max_tries=3)
+        manifest = run_stage(teach, config, 0)
+        asked = [one.body["seed"] for one in server.chats if "Question 1?" in json.dumps(one.body)]
+    assert manifest.dropped == {"gold response unparsable": 1}
+    assert len(asked) == 3
+    assert gold_of(config)["p01"] is None
+    assert manifest.details["cut"] == (finish in ("MAX_TOKENS", "length", "model_length"))
+
+
+@pytest.mark.parametrize("finish", ["stop", "STOP", None])
+def test_what_ends_by_itself_or_does_not_say_how_is_gold(finish, tmp_path):
+    with Scripted(after_probe(lambda _: end("It is blue.", finish))) as server:
+        config = taught(tmp_path, server.url, prompts=8)
+        assert not run_stage(teach, config, 0).dropped
+    assert gold_of(config)["p01"] == "It is blue."
+
+
+@pytest.mark.parametrize(
+    ("said", "gold"),
+    [
+        ("<think>Rayleigh scattering.</think>\n\nIt is blue.", "It is blue."),
+        ("Rayleigh scattering.\n</think>\n\nIt is blue.", "It is blue."),
+        ("[THINK]hm[/THINK]It is blue.", "It is blue."),
+        ("It is blue; <think> is a tag.", "It is blue; <think> is a tag."),
+        ("<think>Rayleigh scattering, for", None),
+        ("<think>It is blue.</think>", None),
+        ("  ", None),
+    ],
+)
+def test_a_thought_is_no_part_of_the_gold(said, gold):
+    reply = teach.Reply(said, finish="stop")
+    if gold is None:
+        with pytest.raises(teach.Unparsable):
+            teach._reader("")(reply)
+        return
+    assert teach._reader("")(reply) == ()
+    assert teach._response(said, prefix="") == gold
+
+
+def test_a_thought_comes_before_the_prefix_and_stays_where_the_prefix_opens_it():
+    assert teach._response("<think>hm</think>Sure, it is blue.", prefix="Sure, ") == "it is blue."
+    assert teach._response("<think>\nhm</think>It is blue.", prefix="<think>\n") == "hm</think>It is blue."
+
+
+def test_many_cut_responses_are_a_warning(tmp_path, capsys):
+    with Scripted(after_probe(lambda _: end("It is", "length"))) as server:
+        run_stage(teach, taught(tmp_path, server.url, prompts=8, max_tries=1, max_tokens=3), 0)
+    said = capsys.readouterr()
+    assert "6 of 6 gold responses were cut at annotation.teacher.max_tokens=3 and are dropped" in said.out + said.err
+
+
+def test_what_a_server_fails_with_is_asked_once_more_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("dno_jax.endpoint.BACKOFF_SECONDS", 0.001)
+    tries = Counter()
+
+    def script(asked):
+        text = asked.body["messages"][-1]["content"]
+        tries[text] += 1
+        return fault(500, "index") if text == "Question 1?" and tries[text] <= 3 else end(f"About {text}")
+
+    with Scripted(after_probe(script)) as server:
+        config = taught(tmp_path, server.url, prompts=8, max_tries=3)
+        assert not run_stage(teach, config, 0).dropped
+    assert tries["Question 1?"] == 4
+    assert set(tries.values()) == {1, 4}

@@ -137,7 +137,7 @@ def make(folder, tmp_path):
                 "kind": "self",
                 "self_judge": {"rubric": str(folder / "rubric.yaml"), "max_prompt_length": 24, "max_new_tokens": 6},
             },
-            "pairing": {"rule": "best_worst", "margin": 1.0},
+            "pairing": {"rule": "best_worst", "margin": 1.0, "cut": "keep"},
         }
         return parse_config(RunConfig, deep_merge(tree, changes), place="test")
 
