@@ -290,14 +290,14 @@ class AnnotationSection(Section):
         return (*self.judges, *((self.teacher,) if self.teacher else ()))
 
     @property
-    def nobody_judges(self) -> bool:
-        """Whether preferences come with the data, or by definition."""
-        return self.kind in ("given", "gold")
-
-    @property
     def shows_reasoning(self) -> bool:
         """Whether thoughts are part of what is judged: points that come with the data are for all of a text."""
         return self.show_reasoning or self.kind == "given"
+
+    @property
+    def nobody_judges(self) -> bool:
+        """Whether preferences come with the data, or by definition."""
+        return self.kind in ("given", "gold")
 
     @property
     def on_devices(self) -> bool:

@@ -73,7 +73,10 @@ def check(
             dropped["gold: refuses in words"] += is_refusal(prompt.gold)
         if tokenizer is not None:
             dropped["gold: spells a control token"] += bool(prompt.gold and tokenizer.control_tokens(prompt.gold))
-            if tokenizer.control_tokens(*prompt.texts):
+            dropped["gold: holds a token without an embedding"] += bool(tokenizer.rowless_tokens(prompt.gold or ""))
+            if tokenizer.rowless_tokens(*prompt.texts):
+                dropped["prompt: holds a token without an embedding"] += 1
+            elif tokenizer.control_tokens(*prompt.texts):
                 dropped["prompt: spells a control token"] += 1
             elif (count := _num_tokens(prompt, tokenizer, found)) is not None:
                 words["prompt tokens"].append(count)

@@ -183,9 +183,9 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
             hf.HeldOutRate(f"policy {opponent}" if opponent.isdigit() else opponent, **found)
             for opponent, found in rates.items()
         ),
+        template_options=config.model.template_options,
         messages=shown.messages if shown else (),
         answers=tuple((f"policy {number}", text) for number, text in shown.answers) if shown else (),
-        template_options=config.model.template_options,
     )
 
 

@@ -53,8 +53,12 @@ class CutShares:
         say(f"{much}{stage}: cut at sampling.max_new_tokens={limit}: {shares_text(shares)}{then}{remedy}")
 
 
-def fate(rollout: Rollout, section: PairingSection) -> str:
-    """What becomes of a response in pairs: "keep", "negative" or "drop". One without its end teaches to go on."""
-    if rollout.finish != "length" or not rollout.text.strip():
+def fate(rollout: Rollout, shown: str, section: PairingSection) -> str:
+    """What becomes of a response in pairs: "keep", "negative" or "drop". One without its end teaches to go on.
+
+    Args:
+        shown: what a judge reads of it; one that has no answer at all loses without being cut off.
+    """
+    if rollout.finish != "length" or not shown:
         return "keep"
     return section.cut or ("negative" if rollout.source in ("policy", "mixture") else "drop")

@@ -65,7 +65,7 @@ class PairPool:
 
         It lacks its end: chosen, it teaches to go on for ever.
         """
-        fates = [fate(rollout, section) for rollout in self.judged]
+        fates = [fate(rollout, self.shown[rollout.rollout_id], section) for rollout in self.judged]
         texts = {
             own: {self.shown[row.rollout_id] for row, found in zip(self.judged, fates, strict=True) if found == own}
             for own in ("negative", "drop")

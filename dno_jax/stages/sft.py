@@ -152,6 +152,9 @@ def supervised_examples(runtime: Runtime[SftConfig], config: SftConfig) -> Examp
     digest, reading, rows = hashlib.sha256(), Reading(section.path), []
     for example, place in examples_of(read_rows(section.path), reading, turns=section.turns):
         digest.update(example.model_dump_json().encode() + b"\n")
+        if runtime.tokenizer.rowless_tokens(*example.texts, example.response):
+            reading.left_out["a token without an embedding"] += 1
+            continue
         ids = _ids(runtime, example, place=place)
         if len(ids[0]) + len(ids[1]) > section.max_length:
             if section.too_long == "error":
@@ -183,8 +186,6 @@ def _ids(runtime: Runtime[SftConfig], example: Example, *, place: str) -> Ids:
             f"{place}: the prompt spells the control token {spelt[0]!r}, which would pass for the structure of the "
             "chat; remove it from the data"
         )
-    if held := tokenizer.rowless_tokens(*example.texts):
-        raise DnoError(f"{place}: the prompt holds {held[0]!r}, of which the model has no embedding; remove it")
     try:
         prompt = tokenizer.prompt_ids(example.messages, prefix)
         return prompt, tokenizer.response_ids(

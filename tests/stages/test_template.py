@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime, load_tokenizer
 from dno_jax.stages import annotate, pair, sample
-from dno_jax.stages.sft import supervised_rows
+from dno_jax.stages.sft import supervised_examples, supervised_rows
 from dno_jax.training.batches import make_batch
 from tests.pairs import in_order_of_id
 from tests.running import export, prepare, run_stage
@@ -147,6 +148,13 @@ def test_supervised_examples_take_a_prefix_and_name_the_row_that_spells_a_contro
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | bad))
         with pytest.raises(DnoError, match=r"sft\.jsonl:2: .*spells the control token '</s>'"):
             supervised_rows(runtime, runtime.config)
+    held = replace(runtime, tokenizer=replace(runtime.tokenizer, num_rows=75))  # the last word has no row
+    path.write_text(
+        "".join(json.dumps(good | bad) + "\n" for bad in ({}, {"prompt": WORDS[-1]}, {"response": WORDS[-1]}))
+    )
+    found = supervised_examples(held, held.config)
+    assert len(found.rows) == 1
+    assert "2 a token without an embedding" in found.line.replace(" x ", " ")
     path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "bam"}], "response": "dom"}))
     with pytest.raises(DnoError, match="goes into assistant_prefix"):
         supervised_rows(runtime, runtime.config)

@@ -59,9 +59,9 @@ class ExportFacts:
         num_pairs: training pairs (rows) over all those iterations.
         num_examples: examples of supervised fine-tuning.
         win_rates: on held-out prompts.
+        template_options: variables that the chat template was given, as apply_chat_template takes them.
         messages: of a held-out prompt, as (role, text).
         answers: to it, as (who, text).
-        template_options: variables that the chat template was given, as apply_chat_template takes them.
     """
 
     method: str
@@ -74,9 +74,9 @@ class ExportFacts:
     num_pairs: int | None = None
     num_examples: int | None = None
     win_rates: tuple[HeldOutRate, ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[tuple[str, str], ...] = ()
     answers: tuple[tuple[str, str], ...] = ()
-    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable
 
+from dno_jax.errors import DnoError
 from dno_jax.reasoning import THOUGHT_TAGS
+from dno_jax.records import Message
 
+# A word that no template writes, in whose place a message, or a begin token, is looked for.
+STAND_IN = "0d1e2f3a4b"
 _BLANKS = "\u2581 \t\r\n"  # the first is SentencePiece's
 # Letters with something before or after them that is no word: <|user|>, [INST], USER:
 _MARK = re.compile(r"(?=.*[^\W\d_])(?:[^\w\s].*|.*[^\w\s])", re.DOTALL)
@@ -26,3 +32,21 @@ def is_said(token: str) -> bool:
 def is_mark(token: str) -> bool:
     """Whether an added token that a template writes could end or open a turn: it is no word, number or blank."""
     return not is_said(token) and _MARK.fullmatch(token.strip(_BLANKS)) is not None
+
+
+def between_messages(prompt_text: Callable[[list[Message]], str]) -> list[str]:
+    """Return what a template writes between messages, and before a system message; a preamble of its own is words.
+
+    Args:
+        prompt_text: renders a chat, and raises DnoError where the template refuses it.
+    """
+    question, answer = Message(role="user", content=STAND_IN), Message(role="assistant", content=STAND_IN)
+    pieces: list[str] = []
+    try:
+        pieces += prompt_text([question, answer, question]).split(STAND_IN)[1:]
+    except DnoError:  # chats of one question only
+        with contextlib.suppress(DnoError):
+            pieces += prompt_text([question]).split(STAND_IN)
+    with contextlib.suppress(DnoError):
+        pieces += prompt_text([Message(role="system", content=STAND_IN), question]).split(STAND_IN)
+    return pieces

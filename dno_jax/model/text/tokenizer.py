@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from dno_jax.errors import DnoError
-from dno_jax.model.text.control import is_blank, is_mark, is_said
+from dno_jax.model.text.control import STAND_IN, between_messages, is_blank, is_mark, is_said
 from dno_jax.model.text.dates import TEMPLATE_DATE, pinned
 from dno_jax.model.text.loading import check_options, choose_template, digest_of_files, find_end_ids, read_tokenizer
 from dno_jax.model.text.template_limits import apply_template
 from dno_jax.reasoning import after_opening, opens_thought, split_thought, without_thought_at_end
 from dno_jax.records import Message
-
-# A word that no template writes, in whose place a response, or a begin token, is looked for.
-_STAND_IN = "0d1e2f3a4b"
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,8 @@ class ChatTokenizer:
         template could end or open a turn. Left out are blanks, what a model may say (<think>, plain words), and the
         unknown token, which any word may be, unless it begins, ends or pads too.
         """
-        written = {i for i in self.written_ids if i in self._added and is_mark(self._spelling(i))}
+        between = {i for piece in between_messages(self.prompt_text) for i in self._plain_ids(piece)}
+        written = {i for i in between if i in self._added and is_mark(self._spelling(i))}
         needed = {i for i in (self.bos_id, *self.end_ids) if i is not None and not is_blank(self._spelling(i))}
         unknown = {self._tokenizer.unk_token_id} - needed - {self._tokenizer.pad_token_id}
         return frozenset((self._special_ids | written | needed) - unknown)
@@ -172,7 +170,7 @@ class ChatTokenizer:
         """Return a prompt's text cut wherever the template asks for `bos_token`, which a turn's opener does not."""
         if self.template is None:
             return [_raw_text(messages)]
-        return self._apply(messages, tokenize=False, add_generation_prompt=True, bos_token=_STAND_IN).split(_STAND_IN)
+        return self._apply(messages, tokenize=False, add_generation_prompt=True, bos_token=STAND_IN).split(STAND_IN)
 
     def prompt_ids(self, messages: Sequence[Message], assistant_prefix: str = "") -> tuple[int, ...]:
         """Return the ids after which a response begins: the chat so far, and the header of the assistant's turn.
@@ -263,7 +261,7 @@ class ChatTokenizer:
         """Return the ids of a response, and of what the template writes after one, as they follow the prompt's text."""
         prompt = self.prompt_ids(messages, assistant_prefix)
         text = self.prompt_text(messages, assistant_prefix)
-        closing = self.chat_text(messages, assistant_prefix + _STAND_IN).rpartition(_STAND_IN)[2]
+        closing = self.chat_text(messages, assistant_prefix + STAND_IN).rpartition(STAND_IN)[2]
         whole = self._plain_ids(text + after_opening(response, prompt=text) + closing)
         if whole[: len(prompt)] != prompt:
             self._say_where_they_part(prompt, whole)
@@ -318,8 +316,8 @@ class ChatTokenizer:
         template, dated = pinned(self.template or "", self.date)
         try:
             # Ids directly, never text that is tokenised again: that doubles the BOS which the template wrote.
-            given = {**dated, **self.options, **options}
-            made = apply_template(self._tokenizer, chat, chat_template=template, tokenize=tokenize, **given)
+            told = {**dated, **self.options, **options}
+            made = apply_template(self._tokenizer, chat, chat_template=template, tokenize=tokenize, **told)
         except Exception as error:  # the template is a program of somebody else's: it may raise anything
             roles = ", ".join(message.role for message in messages)
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "

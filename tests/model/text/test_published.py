@@ -174,9 +174,16 @@ def test_words_that_the_template_writes_are_no_control_tokens(load):
     chat = load(prompt, ("<|im_end|>",), plain=(*words, "USER:"))
     assert not chat.control_tokens("the user asks an assistant of Chemistry-GPT 4.")
     assert chat.control_tokens("x USER: y <|im_end|>") == ["USER:", "<|im_end|>"]
+    # What a preamble tells the model to say is no mark: a system message takes its place.
+    preamble = "{% if messages[0].role != 'system' %}Think, then write <answer>.\n{% endif %}"
+    chat = load(CHATML.replace("{{ bos_token }}", "{{ bos_token }}" + preamble), ROLES, plain=("<answer>",))
+    assert not chat.control_tokens("<answer>4")
+    assert chat.decode(chat.response_ids(user("q"), "<answer>4", end_id=1)) == "<answer>4"
     # A system turn's mark is one too, though a plain question has none.
     chat = load(CHATML, plain=ROLES)
     assert chat.control_tokens("<|system|><|assistant|>") == ["<|system|>", "<|assistant|>"]
+    one = "{% if messages | length > 2 %}{{ raise_exception('One turn only') }}{% endif %}"
+    assert load(one + CHATML, plain=ROLES).control_tokens("<|user|>") == ["<|user|>"]
 
 
 @pytest.mark.parametrize("special", [True, False])
