@@ -10,7 +10,7 @@ from dno_jax.display import printable
 
 
 def show_version(asked: bool) -> bool:
-    """Print the versions of this package, of jax and of Python, and end."""
+    """Print the versions of this package, of jax and of Python, and end, if that is asked."""
     if asked:
         from importlib.metadata import version
 

@@ -20,6 +20,7 @@ from dno_jax.data.formats import COLUMNS
 from dno_jax.errors import DnoError
 
 MAX_ROW = 8 << 20  # characters of one row: several times the longest context that any model reads
+_MAX_BLANK = 1 << 16  # characters between two lines with something in them
 _CHUNK = 1 << 16
 _BATCH_BYTES = 16 << 20  # of a Parquet file, uncompressed, that are held at once
 _DEEPEST = 20  # levels of a row: the forms that are read need six
@@ -163,7 +164,7 @@ def _json_rows(text: _Text) -> Iterator[tuple[dict[str, Any], str]]:
             return
         if not stripped:
             blank += len(line)
-            if blank > MAX_ROW:
+            if blank > _MAX_BLANK:
                 raise DnoError(f"{place}: {blank:,} blank characters and no row; {_EXPECTED}")
         elif first and (stripped[0] == "[" or _is_begun(stripped)):
             yield from _spread_rows(text, line, number)

@@ -360,3 +360,134 @@ def test_every_command_takes_variants(command, tmp_path, monkeypatch, capsys):
         cli.main()
     assert caught.value.code == 2
     assert "none.yaml: no such configuration file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("run_dir=/runs/a #2", "run_dir", "/runs/a #2"),
+        ("run_dir=/010", "run_dir", "/010"),
+        ("model.chat_template=010", "model.chat_template", "010"),
+        ("model.chat_template=no", "model.chat_template", "no"),
+        ("model.chat_template=2024-07-26", "model.chat_template", "2024-07-26"),
+        ("model.chat_template=1.10", "model.chat_template", "1.10"),
+        ("model.chat_template='#1'", "model.chat_template", "#1"),
+        ("prompts.path=/data/*.jsonl", "prompts.path", "/data/*.jsonl"),
+        ("prompts.path=[/a.jsonl, /b.jsonl]", "prompts.path", ("/a.jsonl", "/b.jsonl")),
+        ("prompts.path=/my #1.jsonl", "prompts.path", "/my #1.jsonl"),
+        ("prompts.path=/a: b.jsonl", "prompts.path", "/a: b.jsonl"),
+        ("prompts.path=owner/name@main:train", "prompts.path", "owner/name@main:train"),
+        ("prompts.held_out_path=null", "prompts.held_out_path", None),
+        ("seed=010", "seed", 10),
+        ("iterations=08", "iterations", 8),
+    ],
+)
+def test_a_text_is_taken_as_it_stands(tmp_path, override, field, value):
+    config = load_config(RunConfig, write(tmp_path), [override])
+    for name in field.split("."):
+        config = getattr(config, name)
+    assert config == value
+
+
+@pytest.mark.parametrize("override", ["seed=3 # more", "seed=1:30", "iterations=2 #", "loss.beta=0.1 # eta"])
+def test_what_yaml_would_drop_or_recount_is_refused(tmp_path, override):
+    name, _, value = override.partition("=")
+    with pytest.raises(DnoError, match=rf"{name}: .*\(got '{value}'\)"):
+        load_config(RunConfig, write(tmp_path), [override])
+
+
+def test_a_number_of_a_file_is_no_octal_and_a_name_that_comes_twice_is_refused(tmp_path):
+    path = write(tmp_path)
+    text = path.read_text()
+    path.write_text(text + "seed: 010\n")
+    assert load_config(RunConfig, path).seed == 10
+    path.write_text(text + "seed: 1\nseed: 2\n")
+    with pytest.raises(DnoError, match=r"config\.yaml: not valid YAML: 'seed' is there twice"):
+        load_config(RunConfig, path)
+
+
+def test_variables_of_the_environment_are_put_into_paths(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    tree = MINIMAL | {"run_dir": "$SCRATCH/run", "prompts": {"path": ["${SCRATCH}/a.jsonl", "gs://b/$SCRATCH"]}}
+    config = load_config(RunConfig, write(tmp_path, tree), ["model.path=$SCRATCH/model"])
+    assert (config.run_dir, config.model.path) == ("/scratch/me/run", "/scratch/me/model")
+    assert config.prompts.path == ("/scratch/me/a.jsonl", "gs://b//scratch/me")
+    with pytest.raises(
+        DnoError, match=r"run_dir: .*'\$NOWHERE/x' names the environment variable \$NOWHERE, which is not"
+    ):
+        load_config(RunConfig, write(tmp_path), ["run_dir=$NOWHERE/x"])
+
+
+def test_paths_of_a_file_start_at_its_folder_and_those_of_overrides_at_the_working_directory(
+    tmp_path, monkeypatch, capsys
+):
+    lay(tmp_path, "shared/base.yaml", MINIMAL | {"model": {"path": "model", "chat_template": "chat.jinja"}})
+    top = lay(tmp_path, "mine/top.yaml", {"base": "../shared/base.yaml", "prompts": {"path": ["p.jsonl", "*.parquet"]}})
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    config = load_config(RunConfig, top, ["prompts.held_out_path=h.jsonl"])
+    assert (config.run_dir, config.model.path) == (str(tmp_path / "shared/runs/x"), str(tmp_path / "shared/model"))
+    assert config.model.chat_template == str(tmp_path / "shared/chat.jinja")
+    assert config.prompts.path == (str(tmp_path / "mine/p.jsonl"), str(tmp_path / "mine/*.parquet"))
+    assert config.prompts.held_out_path == str(here / "h.jsonl")
+    assert "top.yaml: its relative paths (" in " ".join(capsys.readouterr().err.split())
+    assert parse_config(RunConfig, yaml.safe_load(dump_config(config)), place="dump") == config
+    lay(
+        tmp_path,
+        "mine/ids.yaml",
+        MINIMAL | {"prompts": {"path": "owner/name:train"}, "model": {"chat_template": "raw", "path": "m"}},
+    )
+    config = load_config(RunConfig, tmp_path / "mine/ids.yaml")
+    assert (config.prompts.path, config.model.chat_template) == ("owner/name:train", "raw")
+    (here / "p.jsonl").write_text("")  # where earlier versions would have looked
+    with pytest.raises(
+        DnoError, match=r"prompts\.path: p\.jsonl is relative to this file's folder .*here/p\.jsonl is: write"
+    ):
+        load_config(RunConfig, top)
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        pytest.param(LAUGHS, "its aliases .* stand for billions of values; expected at most 20,000", id="laughs"),
+        pytest.param(MERGES, "its aliases .* stand for billions of values; expected at most 20,000", id="merges"),
+        pytest.param("a: &a [*a]", "an alias that stands for what it is in", id="circle"),
+        pytest.param("a: " + "[" * 100_000, "brackets in brackets, more than 100 deep", id="brackets"),
+        pytest.param("a: " + "{b: " * 5000, "brackets in brackets, more than 100 deep", id="braces"),
+        pytest.param("a: " + "x" * 300_000, "more than 262,144 bytes", id="long"),
+    ],
+)
+def test_yaml_that_stands_for_more_than_a_recipe_is_refused(tmp_path, text, why):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(DnoError, match=rf"config\.yaml: .*{why}"):
+        load_config(RunConfig, path)
+
+
+def test_anchors_that_a_recipe_may_have_are_read(tmp_path):
+    path = write(tmp_path)
+    path.write_text(
+        path.read_text()
+        + "loss: &l {beta: 0.3}\nreference: {kind: mixture, tau: 0.1}\nsampling: {top_p: &p 0.9, temperature: *p}\n"
+    )
+    config = load_config(RunConfig, path)
+    assert (config.loss.beta, config.sampling.temperature) == (0.3, 0.9)
+
+
+def test_a_recipe_of_the_other_command_says_so(tmp_path):
+    with pytest.raises(
+        DnoError, match=r"config\.yaml: a recipe of `dno run` \(it has the section prompts\); `dno sft` reads"
+    ):
+        load_config(SftConfig, write(tmp_path))
+    tree = {"run_dir": "r", "model": {"path": "m"}, "data": {"path": "d.jsonl"}}
+    with pytest.raises(
+        DnoError, match=r"a recipe of `dno sft` \(it has the section data\); `dno run` reads one with prompts"
+    ):
+        load_config(RunConfig, write(tmp_path, tree))
+    assert load_config(SftConfig, write(tmp_path, tree)).data.turns == "last"

@@ -117,3 +117,32 @@ def test_names_of_prompts_are_stable(tmp_path):
     prompt = load_prompts(write(tmp_path / "p.jsonl", 1))[0].model_copy(update={"prompt_id": "p"})
     # The first 4 bytes of sha256("p"): part of every sampler key, so it must never change.
     assert TokenizedPrompt(prompt, (1,)).name == 0x148DE9C5
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out"),
+    [
+        ('{"prompt": "Is it so?"}\n{"prompt": "b"}\n{"prompt": "c"}\n', '{"prompt": "x"}\n{"prompt": "is it SO"}\n'),
+        ('{"prompt": "a"}\n{"prompt": "b"}\n', '{"instruction": "a", "output": "c"}\n'),
+        ('{"prompt_id": "p", "prompt": "a"}\n{"prompt": "b"}\n', '{"prompt_id": "p", "prompt": "c"}\n'),
+    ],
+    ids=["words", "another-form", "id"],
+)
+def test_held_out_prompts_that_are_trained_on_are_refused(make_config, tmp_path, rows, held_out):
+    (tmp_path / "p.jsonl").write_text(rows)
+    (tmp_path / "h.jsonl").write_text(held_out)
+    paths = {"path": str(tmp_path / "p.jsonl"), "held_out_path": str(tmp_path / "h.jsonl")}
+    with pytest.raises(DnoError, match=r"h\.jsonl: held-out prompt '.*', is also in .*p\.jsonl, as '"):
+        split_prompts(make_config(prompts=paths))
+
+
+def test_prompts_set_aside_from_a_file_with_repetitions_leak_none(make_config, tmp_path):
+    rows = [{"prompt": text} for text in ("One?", "one", "Two?", "two", "Three?", "four", "five")]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = split_prompts(make_config(prompts={"path": str(path), "held_out": 2, "held_out_path": None}))
+    assert len(split.held_out) + sum(map(len, split.training)) == 5
+    assert "left out: 2 x repeats another's words" in split.lines[0]
+    path.write_text("".join(json.dumps(row | {"prompt_id": str(i)}) + "\n" for i, row in enumerate(rows[:2])))
+    with pytest.raises(DnoError, match="is also in"):  # kept apart by name, and each on one side
+        split_prompts(make_config(iterations=1, prompts={"path": str(path), "held_out": 1, "held_out_path": None}))

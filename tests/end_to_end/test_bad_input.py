@@ -103,6 +103,7 @@ def test_empty_prompt_file(command, tmp_path):
         pytest.param("[" * 100_000, "rows.jsonl:2: not valid JSON: maximum recursion depth", id="deep"),
         pytest.param('{"messages": ' + "[" * 30 + "]" * 30 + "}", "messages: nested more than 20 deep", id="30"),
         pytest.param('{"prompt": ' + "1" * 5000 + "}", "rows.jsonl:2: not valid JSON: Exceeds the limit", id="long"),
+        pytest.param('{"prompt": "' + "a" * 9_000_000, "rows.jsonl:2: a row of more than 8,388,608", id="endless"),
         ('{"prompt": ""}', "rows.jsonl:2: not a valid prompt"),
         ('{"question": "babe"}', "rows.jsonl:2"),
         (r'{"prompt": "a \ud800 cat"}', r"rows.jsonl:2: prompt: 'a \ud800 cat' holds '\ud800', half of a surrogate"),
