@@ -23,7 +23,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import digest_of
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import MANIFEST, STAGES, Manifest, StageDir, stage_names
-from dno_jax.training.checkpoint import check_fingerprint, policy_fingerprint, stored_fingerprint
+from dno_jax.training.checkpoint import check_fingerprint, damaged_states, policy_fingerprint, stored_fingerprint
 
 _ORDER = list(STAGES)
 
@@ -91,8 +91,9 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
             _stage(found, run_dir, run_dir.stage(name, iteration), config)
     _lines(found, run_dir.path, run_dir.metrics_path)
     _database(found, run_dir)
-    for path in (run_dir.source_path, run_dir.exported_path):
-        _json(found, run_dir.path, path)
+    _json(found, run_dir.path, run_dir.source_path)
+    if _json(found, run_dir.path, run_dir.exported_path):
+        _export(found, run_dir)
     found.seconds = time.perf_counter() - start
     return found
 
@@ -123,6 +124,8 @@ def _stage(found: Verified, run_dir: RunDir, stage: StageDir, config: RunConfig)
         manifest = stage.manifest()
     shards = stage.all_shards()
     if manifest is None:
+        if (stage.path / "states").exists():
+            _states(found, run_dir, stage.path / "states")
         if not stage.manifest_path.exists():
             for path in shards.values():
                 if path.suffix == ".jsonl":
@@ -141,6 +144,14 @@ def _stage(found: Verified, run_dir: RunDir, stage: StageDir, config: RunConfig)
         elif name.rpartition("/")[0] in folders:
             found.faults.append(Fault(_relative(run_dir.path, path), f"not in {MANIFEST}", redo))
     _inputs(found, run_dir, stage, manifest)
+
+
+def _states(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
+    """See whether the train states of a training under way are whole; a damaged one is passed over by itself."""
+    _count(found, *_files_below(folder))
+    for step, damage in damaged_states(folder).items():
+        text = f"{damage}; training goes on from the state before it by itself"
+        found.faults.append(Fault(_relative(run_dir.path, folder / str(step)), text))
 
 
 def _inputs(found: Verified, run_dir: RunDir, stage: StageDir, manifest: Manifest) -> None:
@@ -173,11 +184,25 @@ def _lines(found: Verified, root: epath.Path, path: epath.Path, *, remedy: str =
             return
 
 
-def _json(found: Verified, root: epath.Path, path: epath.Path) -> None:
-    if path.exists():
-        _count(found, path)
-        if not _is_json(path.read_bytes()):
-            found.faults.append(Fault(_relative(root, path), "no JSON; remove it: it is written again"))
+def _json(found: Verified, root: epath.Path, path: epath.Path) -> bool:
+    """Whether a note is there and whole."""
+    if not path.exists():
+        return False
+    _count(found, path)
+    whole = _is_json(path.read_bytes())
+    if not whole:
+        found.faults.append(Fault(_relative(root, path), "no JSON; remove it: it is written again"))
+    return whole
+
+
+def _export(found: Verified, run_dir: RunDir) -> None:
+    for name, noted in json.loads(run_dir.exported_path.read_text()).get("files", {}).items():
+        path = run_dir.export_path / name
+        if path.exists():
+            _count(found, path)
+        if not path.exists() or digest_of(path) != noted:
+            text = "not as it was exported; remove the folder, and `dno run` exports the policy again"
+            found.faults.append(Fault(_relative(run_dir.path, path), text))
 
 
 def _is_json(text: bytes) -> bool:

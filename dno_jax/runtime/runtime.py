@@ -109,8 +109,9 @@ class Runtime(Generic[ConfigT]):
         """Read a policy as it is computed with and lay it out for decoding; no token's step casts weights again.
 
         All processes call this together; each gets the weights on its own submesh. They are read in the TRAIN
-        layout, so that each byte is read by one host and not by all, and cast there: no device ever holds the float32
-        weights, which may not fit where these do. From there they move to the DECODE layout on the devices.
+        layout, so that each byte is read by one host and not by all, and cast there, one array at a time: no device
+        ever holds all float32 weights, which may not fit where these do. From there they move to the DECODE layout on
+        the devices.
         """
         shapes = computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
         read = load_policy(policy, shapes=shapes, shardings=self.programs.param_shardings(TRAIN))

@@ -15,7 +15,7 @@ from dno_jax.addresses import Purpose, integer
 from dno_jax.config import AnnotationSection, RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.errors import DnoError
-from dno_jax.files import read_note, write_atomically
+from dno_jax.files import digest_of, read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.config import Head
 from dno_jax.parallel.cluster import barrier, is_primary
@@ -155,11 +155,12 @@ def export_best(runtime: Runtime[RunConfig], *, policy: int) -> None:
     run_dir = runtime.run_dir
     what = {"policy": policy, "fingerprint": policy_fingerprint(run_dir.policy(policy))}
     exists = run_dir.export_path.exists()
-    if exists and run_dir.exported_path.exists() and read_note(run_dir.exported_path) == what:
+    if exists and run_dir.exported_path.exists() and what.items() <= read_note(run_dir.exported_path).items():
         return
     export(runtime, policy=policy, path=os.fspath(run_dir.export_path), overwrite=exists)
     if is_primary():
-        write_atomically(run_dir.exported_path, json.dumps(what) + "\n")
+        files = {path.name: digest_of(path) for path in sorted(run_dir.export_path.iterdir()) if path.is_file()}
+        write_atomically(run_dir.exported_path, json.dumps({**what, "files": files}) + "\n")
 
 
 def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.ExportFacts:

@@ -52,7 +52,9 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     expected = reference_identity(runtime, update)
     differing = [name for name, value in expected.items() if reference.details.get(name) != value]
     if differing:
-        raise DnoError(f"{scored.path}: reference scores of another {', '.join(differing)}; score again: {scored.redo}")
+        raise DnoError(
+            f"{scored.path}: reference scores of another {', '.join(differing)}; remove the folder to score again"
+        )
 
     if is_primary():
         stage.start(config)

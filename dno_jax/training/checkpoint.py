@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -23,8 +23,9 @@ from dno_jax.parallel.cluster import barrier, gather_from_processes, is_primary
 from dno_jax.training.state import TrainState
 
 T = TypeVar("T")
+_ANOTHER = "not the state that was written: its fingerprint is another"
 _FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
-WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
+_WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
 def save_policy(path: epath.Path, params: Any) -> str:
@@ -81,15 +82,15 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
         )
     wanted = dict(jax.tree.leaves_with_path(shapes))
     places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
-    written = {name: jax.ShapeDtypeStruct(leaf.shape, WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
-    as_written = all(leaf.dtype == WRITTEN for leaf in wanted.values())
+    written = {name: jax.ShapeDtypeStruct(leaf.shape, _WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
+    as_written = all(leaf.dtype == _WRITTEN for leaf in wanted.values())
     sums: dict[Any, np.ndarray] = {}
     found: dict[Any, jax.Array] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
-        read = _undamaged(path, partial(_read_arrays, path / _PARAMS, {name: written[name] for name in group}))
+        read = _undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
         found |= {name: read.pop(name).astype(wanted[name].dtype) for name in group}
-    check_fingerprint(path, noted, _digest(written, sums))
+    check_fingerprint(path, noted, _digest(_in_tree(list(written.items())), list(sums.values())))
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted])
 
 
@@ -154,41 +155,57 @@ def _hush_unfinished_reads() -> None:
         sys.unraisablehook = hook
 
 
-def _read_arrays(path: epath.Path, wanted: Mapping[Any, jax.ShapeDtypeStruct]) -> dict[Any, jax.Array]:
-    """Read some arrays of a tree of dicts, by their paths."""
-    tree: dict[str, Any] = {}
-    for name, leaf in wanted.items():
-        inner = tree
-        for key in name[:-1]:
-            inner = inner.setdefault(key.key, {})
-        inner[name[-1].key] = leaf
+def _read_arrays(path: epath.Path, tree: Any, wanted: Mapping[Any, jax.ShapeDtypeStruct]) -> dict[Any, jax.Array]:
+    """Read some arrays of a checkpoint, by their paths in a tree of its structure."""
+    item = jax.tree.map_with_path(lambda place, _: wanted.get(place, ocp.PLACEHOLDER), tree)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(tree)
-        args = ocp.args.PyTreeRestore(item=tree, restore_args=restore_args, partial_restore=True)
-        return dict(jax.tree.leaves_with_path(checkpointer.restore(path, args=args)))
+        args = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+        read = dict(jax.tree.leaves_with_path(checkpointer.restore(path, args=args)))
+    return {place: read[place] for place in wanted}
 
 
 def stored_fingerprint(path: epath.Path) -> str:
-    """Return the fingerprint of the weights that lie at `path`, read one array at a time onto one device.
+    """Return the fingerprint of the policy that lies at `path`, read one array at a time onto one device.
 
     Raises:
         DnoError: they cannot be read.
     """
-    stored = _undamaged(path, partial(_stored_arrays, path / _PARAMS))
-    sums = {}
-    for name, leaf in stored.items():
-        (read,) = _undamaged(path, partial(_read_arrays, path / _PARAMS, {name: leaf})).values()
-        sums[name] = jax.device_get(_all_bit_sums([read])[0])
-    return _digest(stored, sums)
+    return _undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
 
 
-def _stored_arrays(path: epath.Path) -> dict[Any, jax.ShapeDtypeStruct]:
-    """The arrays of a checkpoint by their paths, to be laid on one device."""
+def damaged_states(path: epath.Path) -> dict[int, str]:
+    """Say what is wrong with the train states at `path`, by their steps; those of earlier versions are not checked."""
+    found: dict[int, str] = {}
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
+    with ocp.CheckpointManager(path, options=options) as manager:
+        for step in manager.all_steps():
+            noted, damage = _tried(partial(_noted_of, manager, step))
+            digest, unread = _tried(partial(_stored_digest, path / str(step) / "default", _by_name))
+            damage = damage or unread or (_ANOTHER if noted not in (None, digest) else None)
+            if damage is not None and (path / str(step)).exists():  # a training under way removes old ones
+                found[step] = damage
+    return found
+
+
+def _stored_digest(path: epath.Path, named: Callable[[Sequence[tuple[Any, Any]]], dict[str, Any]]) -> str:
+    """Read the arrays of a checkpoint one at a time onto one device, and digest them in an order."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         tree: Any = checkpointer.metadata(path).item_metadata.tree
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    leaves = jax.tree.leaves_with_path(tree)
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place) for name, leaf in leaves}
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    stored = {
+        place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for place, leaf in jax.tree.leaves_with_path(tree)
+    }
+    sums = {}
+    for place, leaf in stored.items():
+        (read,) = _read_arrays(path, tree, {place: leaf}).values()
+        sums[place] = jax.device_get(_all_bit_sums([read])[0])
+    return _digest(named(list(stored.items())), list(named(list(sums.items())).values()))
+
+
+def _noted_of(manager: ocp.CheckpointManager, step: int) -> str | None:
+    """The fingerprint that a train state was written with; earlier versions noted none."""
+    return (manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT)
 
 
 class StateCheckpoints:
@@ -211,7 +228,7 @@ class StateCheckpoints:
     def save(self, state: TrainState, *, step: int) -> None:
         """Start writing the state after `step` optimiser steps, if it is due."""
         if self.is_due(step):
-            noted = {_FINGERPRINT: fingerprint(state)}
+            noted = {_FINGERPRINT: _state_digest(state)}
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState | None:
@@ -231,6 +248,8 @@ class StateCheckpoints:
             if is_primary():
                 before = max((found for found in self._manager.all_steps() if found < step), default=None)
                 kept = self.path / f"{step}.damaged"
+                if kept.exists():
+                    kept.rmtree()
                 (self.path / str(step)).rename(kept)
                 say(
                     f"warning: {self.path}/{step}: {damage or 'another process cannot read its part'}; it is kept as "
@@ -243,17 +262,13 @@ class StateCheckpoints:
 
     def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
         """Return a state, or what is wrong with it."""
-        found, damage = _tried(
-            lambda: (
-                (self._manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT),
-                cast(TrainState, self._manager.restore(step, args=ocp.args.StandardRestore(target))),
-            )
-        )
+        restore = partial(self._manager.restore, step, args=ocp.args.StandardRestore(target))
+        found, damage = _tried(lambda: (_noted_of(self._manager, step), cast(TrainState, restore())))
         if found is None:
             return None, damage
         noted, state = found
-        if noted is not None and noted != fingerprint(state):  # earlier versions noted none
-            return None, "not the state that was written: its fingerprint is another"
+        if noted is not None and noted != _state_digest(state):
+            return None, _ANOTHER
         return state, None
 
     def close(self) -> None:
@@ -268,16 +283,32 @@ def fingerprint(params: Any) -> str:
     Two weighted sums of each array's bits modulo 2^32, made on the devices, then sha256 over names, shapes and sums:
     cheap at any size, equal for equal arrays. It finds mix-ups and corruption, not forgeries.
     """
-    leaves = dict(jax.tree.leaves_with_path(params))
-    return _digest(leaves, dict(zip(leaves, jax.device_get(_all_bit_sums(list(leaves.values()))), strict=True)))
+    leaves = _in_tree(jax.tree.leaves_with_path(params))
+    return _digest(leaves, jax.device_get(_all_bit_sums(list(leaves.values()))))
 
 
-def _digest(leaves: Mapping[Any, Any], sums: Mapping[Any, np.ndarray]) -> str:
+def _state_digest(state: TrainState) -> str:
+    leaves = _by_name(jax.tree.leaves_with_path(state))
+    return _digest(leaves, jax.device_get(_all_bit_sums(list(leaves.values()))))
+
+
+def _in_tree(leaves: Sequence[tuple[Any, T]]) -> dict[str, T]:
+    """The arrays of a policy, as its fingerprint takes them."""
+    return {jax.tree_util.keystr(place): leaf for place, leaf in leaves}
+
+
+def _by_name(leaves: Sequence[tuple[Any, T]]) -> dict[str, T]:
+    """The arrays of a train state by names and in an order that they have on disk too, where it is all dicts."""
+    return dict(sorted((jax.tree_util.keystr(place, simple=True, separator="/"), leaf) for place, leaf in leaves))
+
+
+def _digest(leaves: Mapping[str, Any], sums: Sequence[np.ndarray]) -> str:
+    """sha256 of names, shapes and dtypes of arrays, and of their sums in the same order."""
     digest = hashlib.sha256()
     for name, leaf in leaves.items():
-        digest.update(f"{jax.tree_util.keystr(name)} {leaf.shape} {leaf.dtype}\n".encode())
-    for name in leaves:
-        digest.update(sums[name].tobytes())
+        digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
+    for own in sums:
+        digest.update(own.tobytes())
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """`dno status --verify`: a whole directory, and from where to redo what is not as it was written."""
 
+import json
 import shutil
 
 import jax
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 from dno_jax.cli.main import app
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
-from dno_jax.files import write_atomically
+from dno_jax.files import digest_of, write_atomically
 from dno_jax.records import ReferenceScore
 from dno_jax.report import verify
 from dno_jax.run_dir import RunDir
@@ -47,6 +48,10 @@ def whole(tmp_path_factory):
         inputs = stage.input_digest(stage.manifest_path)
     run_dir.stage("sample", 1).start(made_by)
     run_dir.stage("sample", 1).write_shard("0000000", rows)
+    (run_dir.export_path).mkdir()
+    (run_dir.export_path / "model.safetensors").write_bytes(b"weights" * 99)
+    files = {"model.safetensors": digest_of(run_dir.export_path / "model.safetensors")}
+    write_atomically(run_dir.exported_path, json.dumps({"policy": 1, "fingerprint": policies[1], "files": files}))
     run_dir.append_metrics({"iteration": 0, "stage": "train", "step": 0, "loss": 0.7})
     return run_dir
 
@@ -83,6 +88,8 @@ def test_a_whole_directory_has_no_fault_and_its_bytes_are_read_once(whole):
         (lambda path: flip(weights_file(path)), "policies/000", None),
         (lambda path: path.write_text('{"a": 1}\n{"b\n{"c": 2}\n'), "metrics.jsonl", None),
         (lambda path: path.write_text("{"), "policies/SOURCE.json", None),
+        (flip, "export/model.safetensors", None),
+        (remove, "export/model.safetensors", None),
         (lambda path: path.write_bytes(b"SQLite format 3\0" + b"x" * 500), "annotations.sqlite", None),
         (lambda path: path.write_text('{"a"\n{"b": 1}\n'), "iterations/001/rollouts/0000000.jsonl", None),
     ],

@@ -10,7 +10,7 @@ from dno_jax.parallel.sharding import TRAIN
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages.checkpoints import read_checkpoint
-from dno_jax.stages.train import Training, train
+from dno_jax.stages.train import Training, check_step_zero, train
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.objectives import preference_loss
 
@@ -39,3 +39,18 @@ def test_a_loss_that_is_no_number_stops_training_before_a_state_is_saved(make_co
     kept = [int(path.name) for path in states.iterdir() if path.name.isdecimal()]
     assert max(kept, default=0) <= failed  # the state after step n - 1 is called n
     assert "optimizer.learning_rate=1e+36" in said
+
+
+@pytest.mark.parametrize(("before", "said"), [({}, "none has changed"), ({"jax": "0.1.2"}, r"jax 0\.1\.2 -> ")])
+def test_step_zero_says_what_has_changed_since_the_scores_and_not_to_hide_it(make_config, before, said):
+    config = make_config()
+    scored = RunDir(config.run_dir).stage("score", 1)
+    scored.finish(config, inputs={}, rows=0, seconds=0.1)
+    manifest = scored.require()
+    text = manifest.model_copy(update={"versions": manifest.versions | before, "seal": ""}).model_dump_json()
+    scored.manifest_path.write_text(text)
+    check_step_zero({"max_abs_log_ratio": 0.0, "loss": 0.7}, dtype="float32", scored=scored)
+    for ratio in (3.0, float("nan")):
+        with pytest.raises(DnoError, match=rf"(?s)step 0: .*{said}.*before scoring again.*--from score:1") as told:
+            check_step_zero({"max_abs_log_ratio": ratio, "loss": 0.7}, dtype="float32", scored=scored)
+        assert str(told.value).count("\n") < 10

@@ -20,13 +20,12 @@ import jinja2.ext
 from jinja2.nodes import CallBlock
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-CPU_SECONDS = 1.0  # of one chat; real templates take about a thousandth
 MEMORY_BYTES = 512 * 1024**2  # of this process, some 40 MB of which are Python's and Jinja's
 EXTRA_CHARACTERS = 1_000_000  # that a template may add to a chat
 
 
-def main() -> None:
-    """Answer requests until standard input ends."""
+def main(cpu_seconds: float) -> None:
+    """Answer requests until standard input ends; one may take so much processor time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for whoever asks; this ends with its input
     with suppress(ValueError, OSError):  # where the system has no such limit, time is still bounded
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -35,7 +34,7 @@ def main() -> None:
     template: jinja2.Template | None = None
     for line in sys.stdin.buffer:
         # Its signal ends the process, whatever Python or C code it is in: there is nothing that a template could catch.
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
         reply: dict[str, Any]
         try:
             asked = json.loads(line)
@@ -125,4 +124,4 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]))

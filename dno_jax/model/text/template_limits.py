@@ -19,9 +19,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dno_jax.errors import DnoError
 from dno_jax.model.text import template_child
-from dno_jax.model.text.template_child import CPU_SECONDS, MEMORY_BYTES
+from dno_jax.model.text.template_child import MEMORY_BYTES
 
+CPU_SECONDS = 1.0  # of one chat; real templates take about a thousandth
 MAX_TEMPLATE = 1_000_000  # characters; the longest that models are published with have some 30,000
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # stands where the last message ends while it is rendered
 
@@ -46,11 +48,21 @@ def apply_template(
     return tokenizer(text, add_special_tokens=False)["input_ids"] if tokenize else text
 
 
-def _rendered(
-    chat: Sequence[Mapping[str, Any]],
-    template: str,
-    variables: dict[str, Any],
-) -> str:
+def refuse_giants(*files: Path) -> None:
+    """Refuse template files that are larger than any template, before somebody reads them.
+
+    Raises:
+        DnoError: naming the file.
+    """
+    for file in files:
+        if file.is_file() and (size := file.stat().st_size) > 4 * MAX_TEMPLATE:  # of UTF-8, 4 bytes at most
+            raise DnoError(
+                f"{file}: has {size:,} bytes; a chat template has some thousand, and at most {4 * MAX_TEMPLATE:,} are "
+                "read. Give the template that belongs to the model"
+            )
+
+
+def _rendered(chat: Sequence[Mapping[str, Any]], template: str, variables: dict[str, Any]) -> str:
     if len(template) > MAX_TEMPLATE:
         raise TemplateError(f"it has {len(template):,} characters, at most {MAX_TEMPLATE:,} are read")
     goes_on = variables.pop("continue_final_message", False)
@@ -97,7 +109,7 @@ class _Child:
     def _start(self) -> None:
         self._template = None
         # Not as a module: that would import the package, and with it jax. -P: its folder is no place for imports.
-        command = [sys.executable, "-P", str(Path(template_child.__file__))]
+        command = [sys.executable, "-P", str(Path(template_child.__file__)), str(CPU_SECONDS)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def _exchange(self, line: bytes) -> bytes:

@@ -14,7 +14,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.text.control import STAND_IN, between_messages, is_blank, is_mark, is_said
 from dno_jax.model.text.dates import TEMPLATE_DATE, pinned
 from dno_jax.model.text.loading import check_options, choose_template, digest_of_files, find_end_ids, read_tokenizer
-from dno_jax.model.text.template_limits import apply_template
+from dno_jax.model.text.template_limits import apply_template, refuse_giants
 from dno_jax.reasoning import after_opening, opens_thought, split_thought, without_thought_at_end
 from dno_jax.records import Message
 
@@ -74,6 +74,7 @@ class ChatTokenizer:
         path = Path(path)
         if not path.is_dir():
             raise DnoError(f"{path}: no such directory; expected a Hugging Face checkpoint with tokenizer files")
+        refuse_giants(path / "chat_template.jinja", Path(chat_template))
         tokenizer = read_tokenizer(path)
         template = choose_template(tokenizer, chat_template, path=path)
         check_options(options or {}, template)

@@ -7,8 +7,10 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dno_jax.errors import DnoError
 from dno_jax.model.text import template_limits
 from dno_jax.model.text.template_limits import TemplateError, apply_template
+from dno_jax.model.text.tokenizer import ChatTokenizer
 
 CHAT = [{"role": "system", "content": "Be brief. <b>&"}, {"role": "user", "content": "  Grüße\n'x' 東京 "}]
 
@@ -18,6 +20,16 @@ def tokenizer():
     made = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "brief": 3}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def impatient():
+    """A process that gives a chat less time than users' does: what never ends is tried often here."""
+    template_limits._CHILD.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(template_limits, "CPU_SECONDS", 0.3)
+        yield
+        template_limits._CHILD.close()
 
 
 def nested(body, depth=3):
@@ -116,6 +128,16 @@ def test_refusals_have_the_kind_and_words_of_transformers(tokenizer, template):
     assert type(told.value).__name__ == type(expected.value).__name__
     if "namespace" not in template:
         assert str(told.value) == str(expected.value)
+
+
+def test_a_template_file_beyond_any_template_is_not_read(tmp_path):
+    for name in ("chat_template.jinja", "mine.jinja"):
+        folder = tmp_path / name
+        folder.mkdir()
+        with (folder / name).open("wb") as file:
+            file.truncate(50_000_000_000)  # a hole: it takes no disk, and reading it would take all memory
+        with pytest.raises(DnoError, match=rf"{name}: has 50,000,000,000 bytes"):
+            ChatTokenizer.load(folder, "tokenizer" if name.startswith("chat") else str(folder / name))
 
 
 def test_the_process_ends_with_its_owner(tokenizer):
