@@ -16,7 +16,7 @@ from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_la
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
-from dno_jax.model.rope import rotate
+from dno_jax.model.rope import query_growth, rotate
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
@@ -170,6 +170,8 @@ class Block(nn.Module):
             return self.constrain(found, ("batch", "length", heads, "head_dim"))
 
         q, k, v = head("q", "heads", N), head("k", "kv_heads", K), head("v", "kv_heads", K)
+        if config.query_growth is not None:
+            q = q * query_growth(position, *config.query_growth).astype(q.dtype)
         # One window everywhere is given as a number, from which back-ends can make a static mask.
         windows = set(config.windows or (NO_WINDOW,))
         window = windows.pop() if len(windows) == 1 else numbers.window

@@ -75,6 +75,8 @@ class ModelConfig:
         pre_norm, post_norm: whether a sublayer's input is normed, and whether its output is.
         qk_norm: queries and keys are normed over each head's dimensions ("head") or over all heads' ("all").
         attention_scale: multiplies scores; None: head_dim ** -0.5.
+        query_growth: (beta, n): a query at a position beyond n is multiplied by 1 + beta ln(1 + floor(position / n))
+            (Ministral 3); None: by nothing.
         attention_softcap, logit_softcap: x becomes cap * tanh(x / cap), of scores and of logits; None: x.
         clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv]; None: they are not.
         embed_scale, residual_scale, logit_scale: multiply embeddings, what a sublayer adds, and logits.
@@ -118,6 +120,7 @@ class ModelConfig:
     post_norm: bool = False
     qk_norm: Literal["head", "all"] | None = None
     attention_scale: float | None = None
+    query_growth: tuple[float, int] | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     clip_qkv: float | None = None
@@ -173,6 +176,8 @@ class ModelConfig:
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "clip_qkv"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.query_growth is not None and (self.query_growth[0] < 0 or self.query_growth[1] < 1):
+            raise ValueError(f"query_growth is {self.query_growth}; expected no negative number, and a length")
         if not min(self.num_experts, 1) <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; expected at least 1 and at most num_experts "

@@ -103,6 +103,12 @@ def rope_angles(
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
+def query_growth(position: Int[Array, "B T"], beta: float, original: int) -> Float[Array, "B T 1 1"]:
+    """Return what a query is multiplied by, so that attention stays sharp beyond the original context."""
+    times = jnp.floor(jnp.maximum(position, 0).astype(jnp.float32) / original)
+    return (1 + beta * jnp.log(1 + times))[:, :, None, None]
+
+
 def rotate(
     x_BTNH: Float[Array, "B T N H"], cos: Float[Array, "B T 1 half"], sin: Float[Array, "B T 1 half"]
 ) -> Float[Array, "B T N H"]:

@@ -146,6 +146,43 @@ CASES = {
     ),
     "smollm3": Case("smollm3", {"use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layer_interval": 2}),
     "smollm3_biased": Case("smollm3", {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [0, 1, 1, 0]}),
+    "ministral3": Case(
+        "ministral3",
+        {
+            "head_dim": 16,
+            "sliding_window": None,
+            **rope(
+                "yarn",
+                type="yarn",
+                factor=4.0,
+                original_max_position_embeddings=ORIGINAL,
+                max_position_embeddings=320,
+                beta_fast=4.0,
+                beta_slow=0.25,
+                mscale=1.0,
+                mscale_all_dim=0.5,
+                llama_4_scaling_beta=0.5,
+            ),
+        },
+    ),
+    "granite4": Case(
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "shared_intermediate_size": 56,
+            "intermediate_size": 40,
+            "layer_types": ["full_attention"] * 4,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.4,
+            "logits_scaling": 1.7,
+            "rope_theta": 5000.0,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 48,
+            "tie_word_embeddings": True,
+        },
+    ),
     "granite": Case(
         "granite",
         {

@@ -238,7 +238,7 @@ BAD = [
     (changed("llama", num_experts=8), "key 'num_experts' .value 8. is not understood"),
     (changed("qwen3", moe_intermediate_size=64), "key 'moe_intermediate_size'"),
     (changed("gemma3", vision_config={}), "key 'vision_config'"),
-    (changed("gemma3", model_type="gemma3"), "model_type is 'gemma3'; supported are"),
+    (changed("gemma3", model_type="gemma4"), "model_type is 'gemma4'; supported are .*, gemma3, mistral3"),
     (changed("llama", model_type=...), "model_type is None"),
     (changed("mistral", layer_types=["full_attention"] * 4), "key 'layer_types'"),
     (changed("mistral", attention_bias=True), "attention_bias is True; supported is only False"),
@@ -265,6 +265,15 @@ BAD = [
     (changed("phi3", lm_head_bias=True), "lm_head_bias is True"),
     (changed("phi3", resid_pdrop="0.1"), "resid_pdrop is '0.1'; expected a share"),
     (changed("smollm3", no_rope_layers=[1, 0]), r"no_rope_layers is \[1, 0\]; expected a 0 or 1 for each of 4"),
+    (
+        changed("granite4", layer_types=["linear_attention"] * 4),
+        "layer_types is .* supported is attention for each of 4",
+    ),
+    (changed("granite4", layer_types=...), "layer_types is None; supported is attention"),
+    (changed("granite4", num_local_experts=8), "num_local_experts is 8; supported is only 0"),
+    (changed("granite4", position_embedding_type="alibi"), "position_embedding_type is 'alibi'; supported are rope"),
+    (changed("ministral3", **rope("default", llama_4_scaling_beta=0.1)), "no original_max_position_embeddings"),
+    (changed("ministral3", max_position_embeddings=99), "has max_position_embeddings = 320, but .* is 99"),
     (changed("granite", logits_scaling=0.0), "logits_scaling is 0.0; expected a positive number"),
     (changed("llama3", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; supported is only 1.0"),
     (changed("llama", **rope("proportional")), "has rope_type = 'proportional'; supported are default"),
@@ -290,3 +299,11 @@ def test_configs_not_understood_are_refused(tree, words):
     with pytest.raises(DnoError, match=words) as error:
         parse_config(tree, place="where/config.json")
     assert str(error.value).startswith("where/config.json: ")
+
+
+def test_a_granite_of_attention_alone_rotates_or_does_not():
+    """The words of its first files: transformers 5 says full_attention."""
+    tree = changed("granite4", layer_types=["attention"] * 4)
+    assert parse_config(tree, place="x") == CASES["granite4"].config()
+    for kind in ("nope", None, ...):
+        assert parse_config(changed("granite4", position_embedding_type=kind), place="x").ropes[0].rope_type == "none"

@@ -7,13 +7,13 @@ soft-cap that some converter did not look at.
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import Head, ModelConfig
+from dno_jax.model.hf.composites import COMPOSITES, text_of, text_part
 from dno_jax.model.hf.families import FAMILIES, Family, Meaning
 from dno_jax.model.hf.rope_json import read_ropes
 from dno_jax.model.hf.settings import (
@@ -25,7 +25,9 @@ from dno_jax.model.hf.settings import (
     MAX_EXPERTS,
     MAX_NUMBER,
     ONLY,
+    is_class,
     is_dropout,
+    shown,
 )
 from dno_jax.model.hf.strangers import missing_config, refuse_pointer
 
@@ -43,6 +45,9 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "merges.txt",
 )
+
+# Of a tower beside the language model.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Understood in every family, with what transformers assumes where a key is absent and the family says nothing else.
@@ -96,12 +101,12 @@ def read_end_token_ids(path: str | Path) -> tuple[int, ...]:
     names = ["generation_config.json"] if (path / "generation_config.json").exists() else []
     for name in [*names, "config.json"]:
         file, tree = read_json(path, name)
-        ids = tree.get("eos_token_id")
+        ids = tree.get("eos_token_id", text_of(tree).get("eos_token_id"))
         if ids is None:
             continue
         ids = ids if isinstance(ids, list) else [ids]
         if not ids or not all(type(i) is int and i >= 0 for i in ids):
-            raise DnoError(f"{file}: eos_token_id is {tree['eos_token_id']!r}; expected an id or a list of ids")
+            raise DnoError(f"{file}: eos_token_id is {shown(ids)}; expected an id or a list of ids")
         return tuple(ids)
     raise DnoError(f"{path}: no eos_token_id in generation_config.json or config.json; add one, generation must end")
 
@@ -109,6 +114,11 @@ def read_end_token_ids(path: str | Path) -> tuple[int, ...]:
 def read_pad_token_id(path: str | Path) -> int | None:
     """Return the id by which transformers tells padding from text, of config.json; None where it names none."""
     return read_json(path, "config.json")[1].get("pad_token_id")
+
+
+def has_tower(path: str | Path) -> bool:
+    """Whether a checkpoint holds another model beside the language model."""
+    return read_json(path, "config.json")[1].get("model_type") in COMPOSITES
 
 
 def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
@@ -142,7 +152,7 @@ def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
 
 def read_dropout(path: str | Path) -> dict[str, float]:
     """Return the shares above 0 that config.json would have dropped at random in training."""
-    tree = read_json(path, "config.json")[1]
+    tree = text_of(read_json(path, "config.json")[1])
     return {key: tree[key] for key in DROPOUTS if is_dropout(tree.get(key)) and tree.get(key)}
 
 
@@ -150,14 +160,16 @@ def parse_config(
     tree: dict[str, Any], *, place: str, head: Head = "logits", rope_length: int | None = None
 ) -> ModelConfig:
     """Return the ModelConfig that a config.json describes; `place` names it in messages."""
+    if tree.get("model_type") in COMPOSITES:
+        tree, place = text_part(tree, head=head, place=place), f"{place}: text_config"
     model_type = tree.get("model_type")
     if model_type not in FAMILIES:
-        raise DnoError(f"{place}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}")
+        raise DnoError(f"{place}: model_type is {model_type!r}; supported are {', '.join([*FAMILIES, *COMPOSITES])}")
     family = FAMILIES[model_type]
     if head == "reward":
         tree = _one_label(tree, family, place=place)
     expected = family.architecture if head == "logits" else family.reward
-    if not _is_class(tree.get("architectures"), str(expected), place=place):
+    if not is_class(tree.get("architectures"), str(expected), place=place):
         kind = "" if head == "logits" else "a reward model of "
         raise DnoError(
             f"{place}: architectures is {tree['architectures']!r}; {kind}{model_type} supports [{expected!r}]"
@@ -185,16 +197,6 @@ def parse_config(
         raise DnoError(f"{place}: {error}") from None
 
 
-def _is_class(named: Any, expected: str, *, place: str) -> bool:
-    """Whether `architectures` names a class, maybe one wrapped around it (FSDPLlamaForCausalLM), its body, or none."""
-    if named in (None, []):
-        return True
-    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise DnoError(f"{place}: architectures is {named!r}; expected a list of names")
-    body = re.sub("For[A-Z].*", "Model", expected)
-    return all(name.lower().endswith((expected.lower(), body.lower())) for name in named)
-
-
 def _one_label(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
     """Return config.json of a classifier without its labels, of which there must be one."""
     if family.reward is None:
@@ -216,14 +218,14 @@ def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str
     only = {key: allowed for key, allowed in ONLY.items() if key not in defaults} | dict(family.only)
     known = {*_REQUIRED, *defaults, *HARMLESS, *only, *DROPOUTS, *_ROPE, *family.harmless, *family.same}
     unknown = [key for key in sorted(tree.keys() - known) if not key.startswith(HARMLESS_PREFIXES)]
-    wrong = [f"key {key!r} (value {_shown(tree[key])}) is not understood" for key in unknown]
+    wrong = [f"key {key!r} (value {shown(tree[key])}) is not understood" for key in unknown]
     wrong += [
-        f"{key} is {_shown(tree[key])}; supported is only {allowed[0]!r}"
+        f"{key} is {shown(tree[key])}; supported is only {allowed[0]!r}"
         for key, allowed in only.items()
         if key in tree and key not in family.harmless and not _is_one_of(tree[key], allowed)
     ]
     wrong += [
-        f"{key} is {_shown(tree[key])}; expected a share, at least 0 and below 1"
+        f"{key} is {shown(tree[key])}; expected a share, at least 0 and below 1"
         for key in DROPOUTS
         if key in tree and not is_dropout(tree[key])
     ]
@@ -235,9 +237,7 @@ def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str
     values = {**defaults, **tree}
     for key, most in LIMITS.items():
         if type(values.get(key)) is int and values[key] > most:
-            raise DnoError(
-                f"{place}: {key} is {_shown(values[key])}; expected at most {most:,}, which no model exceeds"
-            )
+            raise DnoError(f"{place}: {key} is {shown(values[key])}; expected at most {most:,}, which no model exceeds")
     layers, experts = values["num_hidden_layers"], values.get("num_experts") or values.get("num_local_experts") or 1
     if type(layers) is type(experts) is int and layers * experts > MAX_EXPERTS:
         raise DnoError(f"{place}: {layers} layers of {experts} experts; expected at most {MAX_EXPERTS:,} in all")
@@ -271,13 +271,19 @@ def _rope_layers(values: dict[str, Any], *, place: str) -> list[bool]:
         interval = _number(values, "no_rope_layer_interval", int, place=place)
         return [(layer + 1) % interval != 0 for layer in range(count)]
     if not isinstance(given, list) or len(given) < count or not all(value in (0, 1) for value in given):
-        raise DnoError(f"{place}: no_rope_layers is {given!r}; expected a 0 or 1 for each of {count} layers")
+        raise DnoError(f"{place}: no_rope_layers is {shown(given)}; expected a 0 or 1 for each of {count} layers")
     return [bool(value) for value in given[:count]]
 
 
 def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> list[bool]:
     """Whether each layer's queries see a window of keys only."""
     count, kinds = values["num_hidden_layers"], values.get("layer_types")
+    if family.layer_kinds and (
+        not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(family.layer_kinds)
+    ):
+        raise DnoError(
+            f"{place}: layer_types is {shown(kinds)}; supported is {family.layer_kinds[0]} for each of {count} layers"
+        )
     if family.sliding is None:
         return [False] * count
     if kinds is None:
@@ -286,20 +292,12 @@ def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> li
         allowed = ("full_attention", "sliding_attention")
         if not isinstance(kinds, list) or len(kinds) != count or not all(kind in allowed for kind in kinds):
             raise DnoError(
-                f"{place}: layer_types is {kinds!r}; expected {' or '.join(allowed)} for each of {count} layers"
+                f"{place}: layer_types is {shown(kinds)}; expected {' or '.join(allowed)} for each of {count} layers"
             )
         sliding = [kind == "sliding_attention" for kind in kinds]
     if any(sliding) and values["sliding_window"] is None:
         raise DnoError(f"{place}: layers slide but there is no sliding_window (or use_sliding_window is false)")
     return sliding
-
-
-def _shown(value: Any) -> str:
-    """A value for a message, cut to a length that can be read."""
-    if type(value) is int and abs(value) >= 1 << 256:
-        return "a number of many digits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
@@ -310,7 +308,7 @@ def _number(tree: dict[str, Any], key: str, kind: type, *, place: str) -> Any:
     value = tree[key]
     kinds = (int, float) if kind is float else (kind,)
     if type(value) not in kinds:
-        raise DnoError(f"{place}: {key} is {_shown(value)}; expected {kind.__name__}")
+        raise DnoError(f"{place}: {key} is {shown(value)}; expected {kind.__name__}")
     if kind is float and not 0 < value < MAX_NUMBER:
-        raise DnoError(f"{place}: {key} is {_shown(value)}; expected a positive number")
+        raise DnoError(f"{place}: {key} is {shown(value)}; expected a positive number")
     return kind(value)

@@ -27,8 +27,8 @@ from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf.card import LICENCE_FILES, ExportFacts, model_card
-from dno_jax.model.hf.config_json import TOKENIZER_FILES
-from dno_jax.model.hf.files import INDEX_FILE, TensorFiles
+from dno_jax.model.hf.config_json import PROCESSOR_FILES, TOKENIZER_FILES
+from dno_jax.model.hf.files import INDEX_FILE, TensorFiles, read_whole
 from dno_jax.model.hf.importer import THREADS, Reader, load, pieces, put_leaf, slices, tree_leaf
 from dno_jax.model.hf.rewritten import config_text, write_tokenizer
 from dno_jax.model.hf.tensors import Tensor, tensor_table
@@ -139,7 +139,7 @@ def _name(path: Any) -> str:
 
 
 def _side_files(folder: Path) -> Iterator[Path]:
-    names = [*TOKENIZER_FILES, "generation_config.json", *LICENCE_FILES]
+    names = [*TOKENIZER_FILES, *PROCESSOR_FILES, "generation_config.json", *LICENCE_FILES]
     yield from (folder / name for name in names if (folder / name).is_file())
 
 
@@ -240,6 +240,10 @@ def _compare_tensors(directory: Path, config: ModelConfig, plan: list[Planned], 
         _agree(error)
         pool = stack.enter_context(ThreadPoolExecutor(THREADS))
         for planned in plan:
+            if files is not None and planned.carried is not None and error is None:
+                written, meant = read_whole(files.headers[planned.name]), read_whole(planned.carried)
+                if written.dtype != meant.dtype or written.tobytes() != meant.tobytes():
+                    differ.append(planned.name)
             for tensor, index in planned.parts:
                 gathered = _gather(params, (tensor, index))
                 if files is not None and error is None:

@@ -42,6 +42,7 @@ _MIXTRAL_EXPERTS = {
     "down": "block_sparse_moe.experts.{}.w2",
 }
 _QWEN_EXPERTS = {"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")}
+_SHARED_MLP = dict.fromkeys(("gate", "up"), "shared_mlp.input_linear") | {"down": "shared_mlp.output_linear"}
 _FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
 
 
@@ -58,6 +59,8 @@ class Family:
         same: key -> key that it must repeat where both are given.
         meaning: what keys mean beside what they mean everywhere.
         fixed: fields of ModelConfig that follow from the family.
+        layer_kinds: names that layer_types must have, one for each layer, of which none slides; (): it is not read.
+        rope_extra: entries of rope_parameters beyond those of the rotation.
         sliding: (values, layer) -> whether a layer has the sliding window where layer_types does not say.
         theta: transformers' default of rope_theta.
         local_theta: that of layers with a sliding window, where these have a rotation of their own.
@@ -73,6 +76,8 @@ class Family:
     same: Mapping[str, str] = field(default_factory=dict)
     meaning: tuple[Meaning, ...] = ()
     fixed: Values = field(default_factory=dict)
+    layer_kinds: tuple[str, ...] = ()
+    rope_extra: frozenset[str] = frozenset()
     sliding: Callable[[Values, int], bool] | None = None
     theta: float = 10_000.0
     local_theta: float | None = None
@@ -102,6 +107,21 @@ _EXPERTS: tuple[Meaning, ...] = (
 )
 # The weight of the load-balance loss is the run's to choose, not the checkpoint's.
 _ROUTER_LOSS = frozenset({"output_router_logits", "router_aux_loss_coef"})
+# Of Granite's recurrent layers, which a dense one has not.
+_MAMBA = frozenset(
+    f"mamba_{name}"
+    for name in (
+        "n_heads",
+        "n_groups",
+        "d_state",
+        "d_head",
+        "d_conv",
+        "expand",
+        "chunk_size",
+        "conv_bias",
+        "proj_bias",
+    )
+) | {"time_step_limit", "time_step_min", "time_step_max", "layers_block_type"}
 _GEMMA = {
     "head_dim": 256,
     "max_position_embeddings": 8192,
@@ -140,6 +160,21 @@ FAMILIES: dict[str, Family] = {
         reward="MistralForSequenceClassification",
         keys={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         sliding=_in_all,
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        reward="Ministral3ForSequenceClassification",
+        keys={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+        },
+        # Queries grow by the first; the second repeats an entry of config.json.
+        rope_extra=frozenset({"llama_4_scaling_beta", "max_position_embeddings"}),
+        sliding=_in_all,
+        theta=1_000_000.0,
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
@@ -324,5 +359,25 @@ FAMILIES: dict[str, Family] = {
             "attention_multiplier": 1.0,
             "logits_scaling": 1.0,
         },
+    ),
+    "granitemoehybrid": Family(
+        "GraniteMoeHybridForCausalLM",
+        keys={
+            "num_key_value_heads": None,
+            "max_position_embeddings": 2048,
+            "attention_bias": False,
+            "embedding_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "logits_scaling": 1.0,
+            "shared_intermediate_size": 1024,
+            "position_embedding_type": None,
+            "layer_types": None,
+        },
+        only={"num_local_experts": (0,), "normalization_function": ("rmsnorm",)},
+        harmless=_ROUTER_LOSS | _MAMBA | {"num_experts_per_tok", "init_method"},
+        meaning=(("shared_intermediate_size", "intermediate_size", int, None),),
+        layer_kinds=("attention", "full_attention"),
+        names=_NAMES | _SHARED_MLP,
     ),
 }

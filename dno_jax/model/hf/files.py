@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dno_jax.errors import DnoError
-from dno_jax.model.hf.config_json import read_json
+from dno_jax.model.hf.config_json import has_tower, read_json
 from dno_jax.model.hf.strangers import refuse_folder, refuse_pointer, wrapper_of
 from dno_jax.model.hf.tensors import Tensor
 
@@ -24,6 +24,9 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Buffers of rotations, by whatever name; they follow from config.json.
 _ROTARY = re.compile(r"(^|\.)rotary|inv_freq$|\.(cos|sin)_cached$")
+# What stands beside a language model: read by nobody here, and carried into exports.
+_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
+_INSIDE = re.compile(r"(model\.language_model|language_model\.model)\.|language_model\.(?=lm_head\.)")
 _COMPARED_BYTES = 1 << 24
 # Header bytes of one file: 120 for each of 200,000 tensors. The largest mixtures have a tenth of that, over all files.
 _MAX_HEADER_BYTES = 24_000_000
@@ -61,12 +64,19 @@ class TensorFiles:
         self._stack.close()
 
     def check(self, table: list[Tensor], *, tied: bool, place: Path) -> None:
-        """Compare names, shapes and dtypes of everything before anything is read; one error names all that is wrong."""
+        """Compare names, shapes and dtypes of everything before anything is read; one error names all that is wrong.
+
+        Args:
+            tied: whether the head is the embedding.
+            place: the checkpoint's folder.
+        """
         expected = {name: tensor.hf_shape for tensor in table for name in tensor.names}
         if tied and HEAD in self.headers:  # stored under this name alone, it is the embedding
             self.headers.setdefault(EMBED, self.headers[HEAD])
         missing = sorted(expected.keys() - self.headers.keys())
         surplus = sorted(name for name in self.headers.keys() - expected.keys() if not (tied and name == HEAD))
+        if has_tower(place):
+            surplus = [name for name in surplus if not is_of_tower(name)]
         if missing and (wrapper := wrapper_of(self.headers)):
             raise DnoError(f"{place}: {wrapper}")
         wrong = [f"tensor {name} is missing; expected shape {expected[name]}" for name in missing]
@@ -158,9 +168,17 @@ def _may_be_absent(name: str) -> bool:
     return name == HEAD or _ROTARY.search(name) is not None
 
 
+def is_of_tower(name: str) -> bool:
+    """Whether a tensor belongs to what stands beside a language model."""
+    return _TOWERS.match(name) is not None
+
+
 def _whole_names(found: dict[str, Header]) -> dict[str, Header]:
     """Drop rotary buffers; give the tensors of a model that was saved without its head the prefix they have with it."""
-    kept = {name: stored for name, stored in found.items() if _ROTARY.search(name) is None}
+    kept = {name: stored for name, stored in found.items() if is_of_tower(name) or _ROTARY.search(name) is None}
+    if any(_INSIDE.match(name) for name in kept):
+        whole = {name: _INSIDE.sub("model." if "lm_head" not in name else "", name, count=1) for name in kept}
+        return {whole[name] if _INSIDE.match(name) else name: stored for name, stored in kept.items()}
     bare = {name for name in kept if name.startswith(("embed_tokens.", "layers.", "norm."))}
     if not bare or any(name.startswith("model.") for name in kept):
         return kept
@@ -198,6 +216,12 @@ def read_header(file: Path) -> dict[str, Header]:
         tree = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
     tree.pop("__metadata__", None)
     return {name: Header(file, name, entry["dtype"], tuple(entry["shape"])) for name, entry in tree.items()}
+
+
+def read_whole(header: Header) -> np.ndarray:
+    """Return a tensor as it lies in its file."""
+    with _opened(header.file) as opened:
+        return opened.get_tensor(header.name)
 
 
 def _opened(file: Path) -> Any:

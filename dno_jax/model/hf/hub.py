@@ -12,14 +12,14 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dno_jax.config.base import hub_id
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.card import LICENCE_FILES
-from dno_jax.model.hf.config_json import TOKENIZER_FILES
+from dno_jax.model.hf.config_json import PROCESSOR_FILES, TOKENIZER_FILES
 from dno_jax.model.hf.files import INDEX_FILE, SINGLE_FILE, weight_files
 
 _SMALL_FILES = (
@@ -27,8 +27,7 @@ _SMALL_FILES = (
     "generation_config.json",
     "README.md",
     INDEX_FILE,
-    "preprocessor_config.json",
-    "processor_config.json",
+    *PROCESSOR_FILES,
     *LICENCE_FILES,
     *TOKENIZER_FILES,
 )
@@ -84,7 +83,7 @@ def create(repo: str, *, private: bool = True) -> None:
     Raises:
         DnoError: the Hub refuses, or cannot be reached.
     """
-    found = hub_id(repo)
+    found = hub_id(repo, folder_first=False)
     if found is None or found[1] is not None:
         raise DnoError(f"--push {repo!r}: expected the id of a repository, owner/name")
     with _explained(repo, None, pushing=True):
@@ -97,9 +96,12 @@ def push(path: str | Path, repo: str) -> str:
     Raises:
         DnoError: as `create`. The export stays where it is.
     """
-    files = {file.name for file in Path(path).iterdir()}
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files, there = {file.name for file in Path(path).iterdir()}, []
     with _explained(repo, None, pushing=True):
-        there = _api().list_repo_files(repo)
+        with suppress(HfHubHTTPError):  # a new repository may have nothing to list
+            there = _api().list_repo_files(repo)
         stale = [name for name in there if name.endswith((".safetensors", INDEX_FILE)) and name not in files]
         made = _api().upload_folder(
             repo_id=repo,
@@ -119,7 +121,6 @@ def _api() -> Any:
 @contextmanager
 def _explained(repo: str, revision: str | None, *, pushing: bool = False) -> Iterator[None]:
     """Turn what huggingface_hub raises into a DnoError with the Hub's words and what can be done."""
-    import httpx2
     from huggingface_hub import errors
 
     name = repo if revision is None else f"{repo}@{revision}"
@@ -138,20 +139,31 @@ def _explained(repo: str, revision: str | None, *, pushing: bool = False) -> Ite
             f"{name}: {local}the Hub shows no repository of that name to you; check the name and, if it is private, "
             f"{_SIGN_IN}. {_said(error)}"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx2.HTTPError) as error:
-        if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
-            status = error.response.status_code
-            what = _SIGN_IN + " with the right to do this" if status in (401, 403) else "try again later"
-            raise DnoError(f"{name}: the Hub refuses (status {status}); {what}. {_said(error)}") from None
-        kept = "it is not whole in the cache" if not pushing else "nothing was uploaded"
-        raise DnoError(
-            f"{name}: the Hub cannot be reached, and {kept}; connect this machine, unset HF_HUB_OFFLINE, or give a "
-            f"local folder. {_said(error)}"
-        ) from None
     except errors.HFValidationError as error:
         raise DnoError(f"{name}: no id of a repository. {_said(error)}") from None
-    except OSError as error:
-        raise DnoError(f"{name}: cannot be kept in the cache ({_plain(str(error.strerror or error))})") from None
+    except Exception as error:
+        raise _unreached(error, name, pushing=pushing) from None
+
+
+def _unreached(error: Exception, name: str, *, pushing: bool) -> Exception:
+    """What to raise for an answer that is an error, for no answer, and for a disk that takes none; or the defect."""
+    from huggingface_hub import errors
+
+    response = getattr(error, "response", None)
+    if isinstance(error, errors.HfHubHTTPError) and response is not None:
+        status = response.status_code
+        what = f"{_SIGN_IN} with the right to do this" if status in (401, 403) else "try again later"
+        return DnoError(f"{name}: the Hub refuses (status {status}); {what}. {_said(error)}")
+    unanswered = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+    if unanswered or type(error).__module__.startswith("httpx"):  # by another name in every version
+        kept = "nothing was uploaded" if pushing else "it is not whole in the cache"
+        return DnoError(
+            f"{name}: the Hub cannot be reached, and {kept}; connect this machine, unset HF_HUB_OFFLINE, or give a "
+            f"local folder. {_said(error)}"
+        )
+    if isinstance(error, OSError):
+        return DnoError(f"{name}: cannot be kept in the cache ({_plain(str(error.strerror or error))})")
+    return error
 
 
 def _said(error: Exception) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.hf.composites import COMPOSITES
 from dno_jax.model.hf.config_json import parse_config, read_json
 from dno_jax.model.hf.families import FAMILIES
 from dno_jax.model.hf.rope_json import beside_rope_parameters
@@ -41,13 +42,20 @@ def config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
         if mine != other:
             raise DnoError(f"{file}: {field.name} is {other!r}, but the parameters have {mine!r}; wrong source?")
     changed = {key: value for key, value in tree.items() if key not in _CODE}
-    changed |= beside_rope_parameters(changed, FAMILIES[config.family])
+    inner = changed.get("text_config") if changed.get("model_type") in COMPOSITES else None
+    text = dict(inner) if isinstance(inner, dict) else changed
+    text |= beside_rope_parameters(text, FAMILIES[config.family])
     for key, other in FAMILIES[config.family].same.items():
-        if other == "num_experts" and changed.get(key) is not None:
-            changed.setdefault(other, changed[key])
+        if other == "num_experts" and text.get(key) is not None:
+            text.setdefault(other, text[key])
+    if (kinds := FAMILIES[config.family].layer_kinds) and "layer_types" in text:
+        text["layer_types"] = [kinds[0]] * config.num_hidden_layers  # transformers 5 reads its predecessor's name too
+    if text is not changed:
+        changed["text_config"] = text
     if dtype is not None:
         # transformers loads in the dtype that this entry names, whatever the file holds.
-        changed |= {key: np.dtype(dtype).name for key in ("dtype", "torch_dtype") if key in changed}
+        for part in (changed, text):
+            part |= {key: np.dtype(dtype).name for key in ("dtype", "torch_dtype") if key in part}
     return file.read_text(encoding="utf-8") if changed == tree else _dump(changed)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from dno_jax.errors import DnoError
 from dno_jax.model.config import RopeConfig
 from dno_jax.model.hf.families import Family
-from dno_jax.model.hf.settings import MAX_NUMBER
+from dno_jax.model.hf.settings import MAX_NUMBER, shown
 from dno_jax.model.rope import longrope_attention_factor, yarn_attention_factor
 
 # rope_type -> (keys that must be there, keys that may)
@@ -48,6 +48,8 @@ _LAYER_KINDS = ("full_attention", "sliding_attention")
 def read_ropes(values: dict[str, Any], family: Family, *, sliding: list[bool], place: str) -> dict[str, Any]:
     """Return the fields of ModelConfig that rotations are made of: rope_theta, ropes, layer_ropes, rotary_dim.
 
+    And query_growth, which stands among them in the file.
+
     Args:
         values: of config.json, with the family's defaults filled in.
         sliding: whether each layer has a sliding window; where such layers have a rotation of their own, it counts.
@@ -55,13 +57,19 @@ def read_ropes(values: dict[str, Any], family: Family, *, sliding: list[bool], p
     Raises:
         DnoError: a rotation that is not understood, naming the key.
     """
+    growth = None
     if family.local_theta is None:
-        found, rotary_dim = _one(values, family, place=place)
+        found, rotary_dim, growth = _one(values, family, place=place)
         ropes, kinds = [found], [0] * len(sliding)
     else:
         ropes, kinds, rotary_dim = _two(values, family, place=place), [int(slides) for slides in sliding], None
     if "no_rope_layers" in values:
         ropes, kinds = [*ropes, RopeConfig("none")], [0 if rotates else 1 for rotates in values["no_rope_layers"]]
+    if "position_embedding_type" in values:
+        kind = values["position_embedding_type"]
+        if kind not in (None, "rope", "nope"):
+            raise DnoError(f"{place}: position_embedding_type is {kind!r}; supported are rope and nope")
+        ropes = ropes if kind == "rope" else [RopeConfig("none")]
     ropes = [ropes[kind] for kind in sorted(set(kinds))] if len(set(kinds)) == 1 else ropes
     if len(set(ropes)) == 1:
         ropes, kinds = ropes[:1], [0] * len(kinds)
@@ -72,11 +80,14 @@ def read_ropes(values: dict[str, Any], family: Family, *, sliding: list[bool], p
         "ropes": tuple(ropes),
         "layer_ropes": tuple(kinds) if len(ropes) > 1 else None,
         "rotary_dim": rotary_dim,
+        "query_growth": growth,
     }
 
 
-def _one(values: dict[str, Any], family: Family, *, place: str) -> tuple[RopeConfig, int | None]:
-    """Return the rotation of every layer, and how many dimensions it turns."""
+def _one(
+    values: dict[str, Any], family: Family, *, place: str
+) -> tuple[RopeConfig, int | None, tuple[float, int] | None]:
+    """Return the rotation of every layer, how many dimensions it turns, and how queries grow."""
     scaling, parameters = (_object(values, key, place=place) for key in ("rope_scaling", "rope_parameters"))
     if scaling and parameters:
         _check_same(scaling, parameters, place=place)
@@ -99,8 +110,20 @@ def _one(values: dict[str, Any], family: Family, *, place: str) -> tuple[RopeCon
         given |= {name: "longrope" for name, kind in renamed if kind in _OLD_LONGROPE}
         if given.get("rope_type", given.get("type", "default")) == "default":
             del given["original_max_position_embeddings"]
+    extra = {name: given.pop(name, None) for name in family.rope_extra}
+    if extra.get("max_position_embeddings") not in (None, values["max_position_embeddings"]):
+        raise DnoError(
+            f"{place}: {key} has max_position_embeddings = {extra['max_position_embeddings']!r}, but "
+            f"max_position_embeddings is {values['max_position_embeddings']!r}; make them equal"
+        )
     found = _rope(given, values, theta=family.theta, place=f"{place}: {key}")
-    return found, None if rotary_dim == values["head_dim"] else rotary_dim
+    growth = None
+    if extra.get("llama_4_scaling_beta") is not None:
+        if found.original_max_position_embeddings is None:
+            raise DnoError(f"{place}: {key} has llama_4_scaling_beta but no original_max_position_embeddings")
+        beta = _positive(extra, "llama_4_scaling_beta", place=f"{place}: {key}")
+        growth = (beta, found.original_max_position_embeddings)
+    return found, None if rotary_dim == values["head_dim"] else rotary_dim, growth
 
 
 def _two(values: dict[str, Any], family: Family, *, place: str) -> list[RopeConfig]:
@@ -245,13 +268,12 @@ def _is_positive(value: Any) -> bool:
 def _positive(given: dict[str, Any], name: str, *, place: str) -> float:
     value = given[name]
     if not _is_positive(value):
-        shown = value if type(value) is not int else "a number of many digits"
-        raise DnoError(f"{place} has {name} = {shown!r}; expected a positive number")
+        raise DnoError(f"{place} has {name} = {shown(value)}; expected a positive number")
     return float(value)
 
 
 def _factors(given: dict[str, Any], name: str, *, place: str) -> tuple[float, ...]:
     values = given[name]
     if not isinstance(values, list) or not values or not all(map(_is_positive, values)):
-        raise DnoError(f"{place} has {name} = {values!r}; expected a list of positive numbers")
+        raise DnoError(f"{place} has {name} = {shown(values)}; expected a list of positive numbers")
     return tuple(float(value) for value in values)

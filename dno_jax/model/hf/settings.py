@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
+
+from dno_jax.errors import DnoError
 
 # They say nothing about the arithmetic of a forward pass.
 HARMLESS = {
@@ -147,3 +150,21 @@ MAX_NUMBER = 1e30  # of any setting: float32 holds it, and its square root and i
 
 def is_dropout(value: Any) -> bool:
     return value is None or (type(value) in (int, float) and 0 <= value < 1 and math.isfinite(value))
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to a length that can be read."""
+    if type(value) is int and abs(value) >= 1 << 256:
+        return "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_class(named: Any, expected: str, *, place: str) -> bool:
+    """Whether `architectures` names a class, maybe one wrapped around it (FSDPLlamaForCausalLM), its body, or none."""
+    if named in (None, []):
+        return True
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise DnoError(f"{place}: architectures is {named!r}; expected a list of names")
+    body = re.sub("For[A-Z].*", "Model", expected)
+    return all(name.lower().endswith((expected.lower(), body.lower())) for name in named)

@@ -19,12 +19,26 @@ import numpy as np
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf.config_json import read_json
-from dno_jax.model.hf.files import EMBED, HEAD, INDEX_FILE, SINGLE_FILE, Header, read_headers
+from dno_jax.model.hf.config_json import has_tower, read_json
+from dno_jax.model.hf.files import (
+    EMBED,
+    HEAD,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Header,
+    is_of_tower,
+    read_headers,
+    read_whole,
+)
 from dno_jax.model.hf.tensors import Tensor, stored_tensors, tensor_table
 
 # In the order in which the library lays out tensors of several dtypes.
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+DTYPES = {
+    "I64": np.dtype(np.int64),
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -34,12 +48,14 @@ class Planned:
 
     Attributes:
         parts: the parameters whose rows it holds, in order, each with the index of one layer (empty: not stacked).
+        carried: where the source has it, if it is no parameter of the language model but of a tower beside it.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     parts: tuple[tuple[Tensor, tuple[int, ...]], ...]
+    carried: Header | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -47,6 +63,8 @@ class Planned:
 
     def compose(self, layers: Sequence[np.ndarray]) -> np.ndarray:
         """Return the tensor in the layout and dtype of the file, from one array a part."""
+        if self.carried is not None:
+            return read_whole(self.carried)
         # Narrowed first, then moved as integers: less to move, and faster than a dtype that numpy does not know.
         bits = np.dtype(f"u{self.dtype.itemsize}")
         narrow = (np.ascontiguousarray(layer).astype(self.dtype, copy=False).view(bits) for layer in layers)
@@ -71,13 +89,29 @@ def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Plann
         codes = {headers[name].dtype for name in tensor.names if name in headers}
         found = next((kind for code, kind in DTYPES.items() if code in codes), named)
         widest |= dict.fromkeys(tensor.names, found)
+    tower = has_tower(source)
+    if tower and not headers:
+        raise DnoError(f"{source}: a model with a tower beside it, whose weights are not here to be carried along")
+
+    def name_of(name: str) -> str:
+        return headers[name].name if tower and name in headers else name
+
     plan = []
     for stored in stored_tensors(config):
         kind = widest[stored.name] if dtype is None else np.dtype(dtype)
-        plan.append(Planned(stored.name, stored.shape, kind, stored.parts))
+        plan.append(Planned(name_of(stored.name), stored.shape, kind, stored.parts))
         if stored.name == EMBED and config.tie_word_embeddings and twice:
-            plan.append(replace(plan[-1], name=HEAD))
+            plan.append(replace(plan[-1], name=name_of(HEAD)))
+    for name, header in headers.items():
+        if tower and is_of_tower(name):
+            plan.append(Planned(name, header.shape, _dtype_of(header), (), header))
     return sorted(plan, key=lambda planned: _natural(planned.name))
+
+
+def _dtype_of(header: Header) -> np.dtype:
+    if header.dtype not in DTYPES:
+        raise DnoError(f"{header.file}: tensor {header.name} has dtype {header.dtype}; expected {', '.join(DTYPES)}")
+    return DTYPES[header.dtype]
 
 
 def _source_headers(source: Path) -> dict[str, Header]:

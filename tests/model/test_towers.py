@@ -1,0 +1,122 @@
+"""Models that see: their text part is what transformers computes, and their tower goes through an export untouched."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dno_jax.errors import DnoError
+from dno_jax.model import hf
+from dno_jax.model.hf.config_json import parse_config
+from tests.model.conftest import run, write_json
+from tests.model.families import CASES, LONG, SIZES
+from tests.model.test_families import TOLERANCE, stir
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+TOWERS = {
+    "gemma3": {
+        "text_config": CASES["gemma3"].config_json | {"final_logit_softcapping": None},
+        "vision_config": {"model_type": "siglip_vision_model", **VISION},
+        "mm_tokens_per_image": 4,
+    },
+    "mistral3": {
+        "text_config": CASES["ministral3"].config_json,
+        "vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION},
+        "image_token_index": 10,
+    },
+    "mistral3 of old": {
+        "text_config": {"model_type": "mistral", **SIZES, "head_dim": 12, "sliding_window": None},
+        "vision_config": {"model_type": "pixtral", "head_dim": 8, **VISION},
+        "image_token_index": 10,
+    },
+}
+
+
+def config_json(name: str) -> dict:
+    tied = name == "gemma3"
+    return {"model_type": name.split()[0], **TOWERS[name], "tie_word_embeddings": tied}
+
+
+def their_logits(path, token) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(torch.tensor(token)).logits.numpy()
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_text_is_computed_and_the_tower_is_carried(tmp_path, name):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config_json(name)))
+    stir(model, 0)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    token = np.random.default_rng(0).integers(11, SIZES["vocab_size"], size=(2, LONG))
+    expected = their_logits(source, token)
+    config, params = hf.load(source)
+    with jax.disable_jit():
+        np.testing.assert_allclose(run(config, params, token), expected, atol=TOLERANCE, rtol=0)
+    hf.save(tmp_path / "out", config, params, source=source)
+    original, written = (load_file(path / "model.safetensors") for path in (source, tmp_path / "out"))
+    assert original.keys() == written.keys()
+    assert any(key.startswith("vision_tower.") for key in written)
+    for key, tensor in original.items():
+        assert tensor.tobytes() == written[key].tobytes(), key
+    np.testing.assert_array_equal(their_logits(tmp_path / "out", token), expected)
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == (5000.0 if "rope_parameters" in TOWERS[name]["text_config"] else 10_000.0)
+
+
+def test_other_layouts_of_names_and_dtypes_keep_theirs(tmp_path, params, config):
+    """As transformers 4.5x saved them, the tower in two dtypes of its own; --dtype is for the language model."""
+    del params, config
+    tree = {"model_type": "gemma3", "text_config": TOWERS["gemma3"]["text_config"]}
+    write_json(tmp_path / "config.json", tree)
+    shape = hf.read_config(tmp_path)
+    from dno_jax.model.hf.tensors import stored_tensors
+
+    random = np.random.default_rng(0)
+    tensors = {
+        s.name.replace("model.", "model.language_model.", 1): random.standard_normal(s.shape).astype("f4") * 0.1
+        for s in stored_tensors(shape)
+    }
+    tower = {"model.vision_tower.w": np.ones(3, np.float16), "model.multi_modal_projector.i": np.arange(3)}
+    save_file(tensors | tower, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    import ml_dtypes
+
+    hf.save(tmp_path / "out", shape, hf.load(tmp_path)[1], source=tmp_path, dtype=ml_dtypes.bfloat16)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == tensors.keys() | tower.keys()
+    for name, tensor in tower.items():
+        assert (written[name].dtype, written[name].tobytes()) == (tensor.dtype, tensor.tobytes())
+    assert {written[name].dtype.name for name in tensors} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config": None}, "text_config is None; expected the object of a gemma3_text"),
+        ({"architectures": ["Gemma3ForCausalLM"]}, "gemma3 supports .'Gemma3ForConditionalGeneration'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"text_config": CASES["gemma3"].config_json}, "final_logit_softcapping = 1.5; .* does not apply it"),
+        ({"audio_config": {}}, "'audio_config' is not understood in a gemma3"),
+        ({"text_config": {"model_type": "llama"}}, "text_config has model_type 'llama'; a gemma3 supports gemma3_text"),
+        ({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, "the opposite; make them equal"),
+    ],
+    ids=range(7),
+)
+def test_what_is_not_understood_around_a_text_is_refused(changes, words):
+    with pytest.raises(DnoError, match=words):
+        parse_config({**config_json("gemma3"), **changes}, place="x")
+    with pytest.raises(DnoError, match="has no reward models"):
+        parse_config(config_json("gemma3"), place="x", head="reward")
