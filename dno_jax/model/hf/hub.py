@@ -83,7 +83,7 @@ def create(repo: str, *, private: bool = True) -> None:
     Raises:
         DnoError: the Hub refuses, or cannot be reached.
     """
-    found = hub_id(repo)
+    found = hub_id(repo, folder_first=False)
     if found is None or found[1] is not None:
         raise DnoError(f"--push {repo!r}: expected the id of a repository, owner/name")
     with _explained(repo, None, pushing=True):
