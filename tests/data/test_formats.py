@@ -64,6 +64,16 @@ BRIEF = [("system", "Be brief."), ("user", Q)]
             ASKED, A, [(A, 8), (B, 7)], id="ultrafeedback-binarized",
         ),
         pytest.param(
+            {"chosen": f"\n\nHuman: One?\n\nAssistant: 1\n\nHuman: {Q}\n\nAssistant: {A}",
+             "rejected": f"\n\nHuman: One?\n\nAssistant: 1\n\nHuman: {Q}\n\nAssistant: {B}"},
+            [("user", "One?"), ("assistant", "1"), *ASKED], A, [(A, 1), (B, 0)], id="hh-rlhf",
+        ),
+        pytest.param(
+            {"instruction": Q, "chosen_response": A, "rejected_response": B, "chosen_avg_rating": 5.0,
+             "rejected_avg_rating": 3.75},
+            ASKED, A, [(A, 5), (B, 3.75)], id="argilla",
+        ),
+        pytest.param(
             {"source": "evol", "instruction": Q, "models": ["m", "n"], "correct_answers": ["None"], "completions": [
                 {"model": "m", "response": B, "overall_score": 2.0, "critique": "c"},
                 {"model": "n", "response": A, "overall_score": "8.5"},
