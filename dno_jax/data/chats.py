@@ -15,6 +15,7 @@ _ROLES = {
     "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"),
 }
 ROLE = {name: role for role, names in _ROLES.items() for name in names}
+_MAX_MESSAGES = 4000
 
 
 class Unreadable(ValueError):
@@ -53,8 +54,9 @@ class Understood:
 
     def answered_turns(self) -> Iterator[tuple[Chat, str]]:
         """The assistant's earlier turns, each with the chat before it."""
+        asked = False
         for place, message in enumerate(self.messages):
-            asked = any(earlier["role"] == "user" for earlier in self.messages[:place])
+            asked = asked or message["role"] == "user"
             if message["role"] == "assistant" and asked and message["content"] and place not in self.untrained:
                 yield self.messages[:place], message["content"]
 
@@ -67,6 +69,8 @@ def read_chat(value: Any, name: str, found: Understood) -> Chat:
     """
     if not isinstance(value, list) or not value:
         raise Unreadable(f"{name}: expected a list of messages, got {_kind(value)}")
+    if len(value) > _MAX_MESSAGES:
+        raise Unreadable(f"{name}: {len(value):,} messages; expected a chat of at most {_MAX_MESSAGES:,}")
     made: Chat = []
     for place, message in enumerate(value):
         where = f"{name}[{place}]"

@@ -130,6 +130,7 @@ def test_a_row_of_a_known_form_is_a_prompt(tmp_path, row, asked, gold, candidate
         ({"messages": [USER, GOOD | {"tool_calls": [{}]}]}, r"messages\[1\]: calls a tool"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: expected a text, got null"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "type image_url"),
+        ({"messages": [USER] * 5000}, "messages: 5,000 messages; expected a chat of at most 4,000"),
         ({"messages": "hello"}, "messages: expected a list of messages, got 'hello'"),
         ({"prompt": Q, "messages": [{"role": "user", "content": "Other."}]}, "prompt and messages differ"),
         ({"prompt": "Other.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt and chosen differ"),
