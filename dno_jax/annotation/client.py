@@ -8,6 +8,7 @@ is under way comes back and is committed, and nothing more is sent.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
@@ -27,6 +28,8 @@ from dno_jax.annotation.tries import Tries
 from dno_jax.config import ChatSection, OpenAISection
 from dno_jax.endpoint import Trouble, retried
 from dno_jax.errors import DnoError
+
+_LOG = logging.getLogger(__name__)
 
 # Replies, none of which could be read, after which nobody is asked any more: they are paid for in vain.
 _MOST_UNREAD = 100
@@ -52,6 +55,7 @@ class JudgeClient:
         self._stopped = Stop()
         self._unread: Counter[ChatSection] = Counter()  # replies of models of which none was read so far
         self._read_once: set[ChatSection] = set()
+        self._swapped: set[ChatSection] = set()  # whose endpoints answered with another model, which was said
         self._given_up: set[str] = set()  # questions that had all their tries: asked again in this call, they have one
 
     @property
@@ -140,6 +144,14 @@ class JudgeClient:
             DnoError: the store fails.
         """
         paid = self.budget.bill(question, result, batch=batch)
+        if paid.answered_by:
+            client = self._clients[question.asked]
+            paid = replace(paid, answered_by=client.words(paid.answered_by))
+            if question.asked not in self._swapped:
+                self._swapped.add(question.asked)
+                _LOG.warning("%s: %r was asked and %r answers (receipts.json counts how often): its verdicts are "
+                             "another model's; check for aliases and fallbacks",
+                             client.who, paid.model, paid.answered_by)  # fmt: skip
         if isinstance(result, Reply):
             verdict = self._read(question, result)
             self._count_unread(question, verdict)

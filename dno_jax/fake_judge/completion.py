@@ -77,7 +77,7 @@ def complete(
         "id": completion_id,
         "object": "chat.completion",
         "created": 0,
-        "model": f"{body['model']}-planted",
+        "model": f"{body['model']}-2000-01-01",
         "choices": [] if outcome == "no_choices" else choices,
         "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": spent, "total_tokens": prompt_tokens + spent},
         "system_fingerprint": "fp_planted",

@@ -45,6 +45,7 @@ class FakeClient(EndpointClient):
         self.closed = False
         self.stopped: DnoError | None = None
 
+    who = "the judge 'm'"
     answered = 0
     offers = None
 

@@ -7,12 +7,16 @@ import json
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import closing
 from itertools import count
 from typing import Any
 
 import pytest
 
 from dno_jax.annotation import Candidate, Pool, build_annotator
+from dno_jax.annotation.ledger.budget import Budget
+from dno_jax.annotation.ledger.store import VerdictStore
+from dno_jax.annotation.models import is_another
 from dno_jax.annotation.transport import routes
 from dno_jax.annotation.transport.client import Unreachable
 from dno_jax.config import AnnotationSection, OpenAISection
@@ -438,3 +442,45 @@ def test_two_members_of_an_ensemble_may_differ_by_what_is_sent_besides():
     assert len(AnnotationSection(kind="ensemble", ensemble=members).judges) == 2
     with pytest.raises(ValueError, match="ask 'm' the same"):
         AnnotationSection(kind="ensemble", ensemble=[{"model": "m"}] * 2)
+
+
+# Another model
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered", "another"),
+    [
+        ("m", "m", False),
+        ("m", "", False),
+        ("gpt-4.1-mini", "gpt-4.1-mini-2025-04-14", False),
+        ("openai/gpt-4o", "gpt-4o-2024-08-06", False),
+        ("claude-3-5-sonnet-latest", "claude-3-5-sonnet-20241022", False),
+        ("llama-3.1-8b", "accounts/x/models/Llama-3.1-8B-instruct-fp8", False),
+        ("gpt-4.1", "gpt-4.1-mini", True),
+        ("gpt-4.1", "gpt-4.1-mini-2025-04-14", True),
+        ("judge-70b", "judge-7b", True),
+        ("m", "tiny-fallback", True),
+    ],
+)
+def test_dates_versions_and_precisions_make_no_other_model(asked, answered, another):
+    assert is_another(asked, answered) == another
+
+
+def test_another_model_than_asked_is_said_once_counted_and_in_the_receipts(store_path, caplog):
+    numbers = count()
+
+    def script(asked: Asked) -> Answer:
+        answer = graded(asked)
+        answer.body["model"] = "tiny-fallback" if next(numbers) % 2 else "judge-1-2026-01-01"
+        return answer
+
+    with Scripted(after_probe(script)) as server:
+        for first in (0, 6):  # two calls of a run
+            judge(server, store_path, [pool(first + number) for number in range(6)])
+    said = [record.getMessage() for record in caplog.records if "was asked and" in record.getMessage()]
+    assert len(said) == 2
+    assert "'judge-1' was asked and 'tiny-fallback' answers" in said[0]
+    with closing(VerdictStore(store_path)) as store:
+        budget = Budget(AnnotationSection(kind="openai"), store=store, run=".")
+        (found,) = budget.receipt()["models"].values()
+        assert found["answered_by"]["tiny-fallback"] == 6

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore
+from dno_jax.annotation.models import is_another
 from dno_jax.annotation.question import Question, Reply
 from dno_jax.config import AnnotationSection, PriceSection
 from dno_jax.endpoint import Trouble
@@ -138,14 +139,17 @@ class Budget:
             return Receipt(run=self._run, model=question.asked.model, requests=1)
         usage = Usage.stated(result.tokens_in, result.tokens_out) if isinstance(result, Reply) else None
         counted = usage or most_usage(question)
+        model = question.asked.model
+        another = isinstance(result, Reply) and is_another(model, result.model)
         return Receipt(
             run=self._run,
-            model=question.asked.model,
+            model=model,
             requests=1,
             tokens_in=usage.tokens_in if usage else 0,
             tokens_out=usage.tokens_out if usage else 0,
             usd=self._usd(question, counted, batch=batch),
             unmetered=int(usage is None),
+            answered_by=result.model if another and isinstance(result, Reply) else "",
         )
 
     def stop(self, *, missing: int) -> DnoError:
@@ -162,6 +166,7 @@ class Budget:
 
     def receipt(self) -> dict[str, Any]:
         """Return what this run has paid by model, with the prices by which it counts now, for receipts.json."""
+        others = self._store.other_models(self._run)
         receipts = [receipt for receipt in self._store.receipts() if receipt.run == self._run]
         return {
             "store": self._store.store_id,
@@ -175,6 +180,7 @@ class Budget:
                     "tokens_out": receipt.tokens_out,
                     "usd": receipt.usd,
                     "requests_without_usage": receipt.unmetered,
+                    **({"answered_by": others[receipt.model]} if receipt.model in others else {}),
                     "price": price.model_dump() if (price := self._prices.get(receipt.model)) else None,
                 }
                 for receipt in receipts

@@ -21,7 +21,7 @@ from dno_jax.annotation.question import Verdict
 from dno_jax.annotation.transport.batch_api import OpenBatch
 from dno_jax.errors import DnoError
 
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _VERDICTS = """
     CREATE TABLE IF NOT EXISTS verdicts (
         key        TEXT PRIMARY KEY,  -- sha256 of the canonical JSON of judge, request and repetition
@@ -49,6 +49,15 @@ _RECEIPTS = """
         usd        REAL NOT NULL,
         unmetered  INTEGER NOT NULL,  -- requests whose usage nobody stated: they count as the most they can have cost
         PRIMARY KEY (run, model)
+    )
+"""
+_OTHERS = """
+    CREATE TABLE IF NOT EXISTS other_models (
+        run      TEXT NOT NULL,
+        model    TEXT NOT NULL,     -- that was asked
+        answered TEXT NOT NULL,     -- that answered, as the endpoint names it
+        replies  INTEGER NOT NULL,
+        PRIMARY KEY (run, model, answered)
     )
 """
 _BATCHES = """
@@ -84,6 +93,10 @@ _PAY = """
         tokens_out = tokens_out + excluded.tokens_out, usd = usd + excluded.usd,
         unmetered = unmetered + excluded.unmetered
 """
+_COUNT_OTHER = """
+    INSERT INTO other_models VALUES (?, ?, ?, 1)
+    ON CONFLICT (run, model, answered) DO UPDATE SET replies = replies + 1
+"""
 _COLUMNS = "state, scores, raw, detail, model, tries, tokens_in, tokens_out, usd"
 _ROW = f"key, judge, prompt_id, {_COLUMNS}, created_at"
 _RECEIPT = "run, model, requests, tokens_in, tokens_out, usd, unmetered"
@@ -101,6 +114,7 @@ class Receipt:
         tokens_in, tokens_out: as the endpoints counted them.
         usd: dollars; 0 where no price was known.
         unmetered: requests whose usage nobody stated; `usd` holds the most that they can have cost.
+        answered_by: of one request, another model that answered it, as the endpoint names it; empty where none did.
     """
 
     run: str
@@ -110,6 +124,7 @@ class Receipt:
     tokens_out: int = 0
     usd: float = 0.0
     unmetered: int = 0
+    answered_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,7 +185,7 @@ class VerdictStore:
 
         def job(connection: sqlite3.Connection) -> Any:
             connection.execute(_PUT, row)
-            connection.execute(_PAY, astuple(paid))
+            _pay(connection, paid)
             return connection.execute(f"SELECT {_COLUMNS} FROM verdicts WHERE key = ?", (key,)).fetchone()
 
         return self._verdict(await asyncio.wrap_future(self._database.write(job)))
@@ -179,9 +194,17 @@ class VerdictStore:
         """Commit what a run paid for no verdict."""
 
         def job(connection: sqlite3.Connection) -> None:
-            connection.execute(_PAY, astuple(paid))
+            _pay(connection, paid)
 
         await asyncio.wrap_future(self._database.write(job))
+
+    def other_models(self, run: str) -> dict[str, dict[str, int]]:
+        """Return how often other models answered a run than were asked: asked -> answered -> replies."""
+        found: dict[str, dict[str, int]] = {}
+        rows = "SELECT model, answered, replies FROM other_models WHERE run = ? ORDER BY model, answered"
+        for model, answered, replies in self._database.read(rows, (run,)):
+            found.setdefault(model, {})[answered] = replies
+        return found
 
     def spent(self, run: str) -> float:
         """Return what a run has paid, dollars, all models together."""
@@ -251,6 +274,12 @@ class VerdictStore:
             raise DnoError(f"{self.path}: a row that this program never wrote ({error}); move the file away") from None
 
 
+def _pay(connection: sqlite3.Connection, paid: Receipt) -> None:
+    connection.execute(_PAY, astuple(paid)[:-1])
+    if paid.answered_by:
+        connection.execute(_COUNT_OTHER, (paid.run, paid.model, paid.answered_by))
+
+
 def _matching(judge: str | None, state: str | None) -> tuple[str, tuple[str, ...]]:
     # Whole words: gpt-4.1 is not gpt-4.1-mini.
     wanted = {"instr(' ' || judge || ' ', ' ' || ? || ' ') > 0": judge, "state = ?": state}
@@ -270,6 +299,7 @@ def _prepare(path: str, connection: sqlite3.Connection) -> None:
             connection.execute(_VERDICTS)
             connection.execute(_RECEIPTS)
             connection.execute(_BATCHES)
+            connection.execute(_OTHERS)
             connection.execute(_IDENTITY)
             connection.execute(_IDENTIFY)
             # By shape, not by number: another process may have been here, and a recovered file may have no number.
