@@ -162,7 +162,7 @@ def _score(
 
 def _check_finite(values: Float[np.ndarray, "rows 2"], pair_ids: Sequence[str], *, policy: epath.Path) -> None:
     """Raise DnoError where a log-probability is no number: nothing could be trained on it."""
-    wrong = [name for name, own in zip(pair_ids, np.isfinite(values).all(axis=1), strict=True) if not own]
+    wrong = [name for name, own in zip(pair_ids, np.isfinite(values), strict=True) if not own.all()]
     if wrong:
         raise DnoError(
             f"{policy}: log-probabilities of {len(wrong)} pairs are NaN or infinite, such as that of {wrong[0]!r}: the "
