@@ -83,10 +83,14 @@ def data_place(path: str) -> str:
 _HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*?)(?:@([\w./-]+))?", re.ASCII)
 
 
-def hub_id(path: str) -> tuple[str, str | None] | None:
-    """Return (owner/name, revision or None) of an id on the Hugging Face Hub; None: a path, which comes first."""
+def hub_id(path: str, *, folder_first: bool = True) -> tuple[str, str | None] | None:
+    """Return (owner/name, revision or None) of an id on the Hugging Face Hub; None: a path.
+
+    Args:
+        folder_first: whether what is here under that name is a path.
+    """
     found = _HUB_ID.fullmatch(path)
-    return None if found is None or Path(path).exists() else (found[1], found[2])
+    return None if found is None or (folder_first and Path(path).exists()) else (found[1], found[2])
 
 
 def model_place(path: str) -> str:

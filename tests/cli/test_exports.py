@@ -20,6 +20,8 @@ from tests.model.loopback_hub import Hub, serving
 from tests.model.test_hub import TOKEN, files_of, hub  # noqa: F401
 from tests.small import small_tree
 
+pytestmark = pytest.mark.compiles
+
 
 @pytest.fixture
 def dno(monkeypatch, capsys):

@@ -152,7 +152,9 @@ def test_a_run_keeps_its_commit(hub, checkpoints, make_config, tmp_path):
         pinned(make_config(model={"path": "acme/none"}))
 
 
-def test_an_export_is_pushed_and_comes_back(hub, checkpoints):
+def test_an_export_is_pushed_and_comes_back(hub, checkpoints, tmp_path, monkeypatch):
+    (tmp_path / "me" / "new").mkdir(parents=True)  # a folder here is no reason not to push
+    monkeypatch.chdir(tmp_path)
     hub_module.create("me/new")
     assert hub.private == {"me/new": True}
     path = checkpoints["two"]
@@ -161,6 +163,7 @@ def test_an_export_is_pushed_and_comes_back(hub, checkpoints):
     # One file takes the place of the shards, of which none stays.
     commit = hub_module.push(checkpoints["one"], "me/new")
     assert hub.files[commit] == files_of(checkpoints["one"])
+    (tmp_path / "me" / "new").rmdir()
     same(hf.load(hf.folder("me/new", weights=True))[1], hf.load(checkpoints["one"])[1])
     hub.gated.add("them/theirs")
     with pytest.raises(DnoError, match=r"them/theirs: the Hub refuses \(status 403\); sign in .*You have no right"):

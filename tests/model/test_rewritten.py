@@ -74,6 +74,7 @@ def test_code_of_its_own_and_experts_by_another_name(tmp_path):
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 16}
     found, _ = rewritten(tmp_path, {"model_type": "qwen3_moe", **SIZES, **experts})
     assert found["num_experts"] == found["num_local_experts"] == 4
+    assert rewritten(tmp_path, CASES["granite4"].config_json)[0]["layer_types"] == ["attention"] * 4
     found, _ = rewritten(tmp_path, {"model_type": "llama", **SIZES, "torch_dtype": "float32"}, dtype=np.float16)
     assert found["torch_dtype"] == "float16"
 

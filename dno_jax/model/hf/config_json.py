@@ -271,7 +271,7 @@ def _rope_layers(values: dict[str, Any], *, place: str) -> list[bool]:
         interval = _number(values, "no_rope_layer_interval", int, place=place)
         return [(layer + 1) % interval != 0 for layer in range(count)]
     if not isinstance(given, list) or len(given) < count or not all(value in (0, 1) for value in given):
-        raise DnoError(f"{place}: no_rope_layers is {given!r}; expected a 0 or 1 for each of {count} layers")
+        raise DnoError(f"{place}: no_rope_layers is {shown(given)}; expected a 0 or 1 for each of {count} layers")
     return [bool(value) for value in given[:count]]
 
 
@@ -292,7 +292,7 @@ def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> li
         allowed = ("full_attention", "sliding_attention")
         if not isinstance(kinds, list) or len(kinds) != count or not all(kind in allowed for kind in kinds):
             raise DnoError(
-                f"{place}: layer_types is {kinds!r}; expected {' or '.join(allowed)} for each of {count} layers"
+                f"{place}: layer_types is {shown(kinds)}; expected {' or '.join(allowed)} for each of {count} layers"
             )
         sliding = [kind == "sliding_attention" for kind in kinds]
     if any(sliding) and values["sliding_window"] is None:

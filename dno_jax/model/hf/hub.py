@@ -12,7 +12,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ def create(repo: str, *, private: bool = True) -> None:
     Raises:
         DnoError: the Hub refuses, or cannot be reached.
     """
-    found = hub_id(repo)
+    found = hub_id(repo, folder_first=False)
     if found is None or found[1] is not None:
         raise DnoError(f"--push {repo!r}: expected the id of a repository, owner/name")
     with _explained(repo, None, pushing=True):
@@ -96,9 +96,12 @@ def push(path: str | Path, repo: str) -> str:
     Raises:
         DnoError: as `create`. The export stays where it is.
     """
-    files = {file.name for file in Path(path).iterdir()}
+    from huggingface_hub.errors import HfHubHTTPError
+
+    files, there = {file.name for file in Path(path).iterdir()}, []
     with _explained(repo, None, pushing=True):
-        there = _api().list_repo_files(repo)
+        with suppress(HfHubHTTPError):  # a new repository may have nothing to list
+            there = _api().list_repo_files(repo)
         stale = [name for name in there if name.endswith((".safetensors", INDEX_FILE)) and name not in files]
         made = _api().upload_folder(
             repo_id=repo,

@@ -48,6 +48,8 @@ def config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
     for key, other in FAMILIES[config.family].same.items():
         if other == "num_experts" and text.get(key) is not None:
             text.setdefault(other, text[key])
+    if (kinds := FAMILIES[config.family].layer_kinds) and "layer_types" in text:
+        text["layer_types"] = [kinds[0]] * config.num_hidden_layers  # transformers 5 reads its predecessor's name too
     if text is not changed:
         changed["text_config"] = text
     if dtype is not None:

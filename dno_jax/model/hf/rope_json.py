@@ -12,7 +12,7 @@ from typing import Any
 from dno_jax.errors import DnoError
 from dno_jax.model.config import RopeConfig
 from dno_jax.model.hf.families import Family
-from dno_jax.model.hf.settings import MAX_NUMBER
+from dno_jax.model.hf.settings import MAX_NUMBER, shown
 from dno_jax.model.rope import longrope_attention_factor, yarn_attention_factor
 
 # rope_type -> (keys that must be there, keys that may)
@@ -268,13 +268,12 @@ def _is_positive(value: Any) -> bool:
 def _positive(given: dict[str, Any], name: str, *, place: str) -> float:
     value = given[name]
     if not _is_positive(value):
-        shown = value if type(value) is not int else "a number of many digits"
-        raise DnoError(f"{place} has {name} = {shown!r}; expected a positive number")
+        raise DnoError(f"{place} has {name} = {shown(value)}; expected a positive number")
     return float(value)
 
 
 def _factors(given: dict[str, Any], name: str, *, place: str) -> tuple[float, ...]:
     values = given[name]
     if not isinstance(values, list) or not values or not all(map(_is_positive, values)):
-        raise DnoError(f"{place} has {name} = {values!r}; expected a list of positive numbers")
+        raise DnoError(f"{place} has {name} = {shown(values)}; expected a list of positive numbers")
     return tuple(float(value) for value in values)
