@@ -86,6 +86,22 @@ def read_note(path: epath.Path) -> Any:
         raise DnoError(f"{path}: damaged ({found}); remove it and start again: it is written anew") from None
 
 
+def read_lines(path: str | os.PathLike[str], *, longest: int = 8 << 20) -> Iterator[str]:
+    """Yield the lines of a text in UTF-8; other line breaks than "\\n" are part of them.
+
+    Raises:
+        DnoError: a line has more bytes than any real one.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    with epath.Path(path).open("rb") as file:
+        number = 1
+        while line := file.readline(longest + 1):
+            if len(line) > longest:
+                raise DnoError(f"{path}:{number}: a line of more than {longest:,} bytes; remove it")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            number += 1
+
+
 def digest_of(path: str | os.PathLike[str]) -> str:
     """sha256 of a file's bytes."""
     digest = hashlib.sha256()

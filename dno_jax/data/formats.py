@@ -6,72 +6,27 @@ listed once (data/reading.py).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping
 from typing import Any
 
-Chat = list[dict[str, str]]  # of {"role", "content"}
+from dno_jax.data.chats import ROLE, Chat, Understood, Unreadable, read_chat, read_number, read_text
 
-_ROLES = {
-    "system": ("system", "developer"),
-    "user": ("user", "human", "prompter"),
-    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "bing", "bard"),
-}
-_ROLE = {name: role for role, names in _ROLES.items() for name in names}
 _OWN = ("prompt_id", "source", "assistant_prefix")
 _ANSWERS = ("response", "completion", "output", "gold")  # the first that a row has is what is trained on
-_SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"))
+_SCORES = (
+    ("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"), ("chosen_avg_rating", "rejected_avg_rating"),
+)  # fmt: skip
 _POINTS = ("overall_score", "score", "fine-grained_score")
 COLUMNS = frozenset(
     {
         *_OWN, *_ANSWERS, *(name for pair in _SCORES for name in pair), "prompt", "messages", "candidates", "chosen",
         "rejected", "question", "instruction", "input", "context", "history", "instances", "completions", "turns",
-        "conversations", "conversation", "system", "system_prompt", "label", "text",
+        "conversations", "conversation", "system", "system_prompt", "label", "text", "chosen_response",
+        "rejected_response",
     }
 )  # fmt: skip
-
-
-class Unreadable(ValueError):
-    """A row that is of no form, or not as its form is."""
-
-
-@dataclass
-class Understood:
-    """One row, whatever it looked like.
-
-    Attributes:
-        form: what it was taken for.
-        strict: whether a missing question or answer is an error; in forms that others publish such rows are common.
-        messages: the chat that is answered.
-        gold: the teacher's response.
-        answer: what `dno sft` trains on; the same but where a row has both.
-        candidates: {"text", "score"} of given responses.
-        own: prompt_id, source and assistant_prefix, where the row has them.
-        used: columns that were understood.
-        inner: names inside of messages and candidates that were not.
-        untrained: places of the assistant's turns in `messages` that the data says not to train on.
-        undesired: whether what the row answers is a bad example.
-    """
-
-    form: str
-    strict: bool = False
-    messages: Chat = field(default_factory=list)
-    gold: Any = None
-    answer: Any = None
-    candidates: list[Any] = field(default_factory=list)
-    own: dict[str, Any] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)
-    inner: set[str] = field(default_factory=set)
-    untrained: set[int] = field(default_factory=set)
-    undesired: bool = False
-
-    def answered_turns(self) -> Iterator[tuple[Chat, str]]:
-        """The assistant's earlier turns, each with the chat before it."""
-        for place, message in enumerate(self.messages):
-            asked = any(earlier["role"] == "user" for earlier in self.messages[:place])
-            if message["role"] == "assistant" and asked and message["content"] and place not in self.untrained:
-                yield self.messages[:place], message["content"]
 
 
 def understand(row: Mapping[str, Any]) -> Understood:
@@ -122,7 +77,7 @@ def _prompt(row: Mapping[str, Any]) -> Understood:
 def _messages_row(row: Mapping[str, Any]) -> Understood:
     """{messages, ...}: this project's own, and TRL's, where the assistant's last turn is the answer."""
     found = Understood("messages", strict=True, used={"messages", "prompt"})
-    found.messages = _chat(row["messages"], "messages", found)
+    found.messages = read_chat(row["messages"], "messages", found)
     if "prompt" in row:
         _check_prompt(row["prompt"], found.messages, "messages", found)
     _own_answers(row, found)
@@ -132,9 +87,11 @@ def _messages_row(row: Mapping[str, Any]) -> Understood:
 
 
 def _preference(row: Mapping[str, Any]) -> Understood:
-    """{prompt, chosen, rejected}: TRL's, plain or of messages, and ultrafeedback_binarized."""
-    found = Understood("chosen and rejected", used={"chosen", "rejected", "prompt", "question", "messages"})
-    prompt = row.get("prompt", row.get("question"))
+    """{prompt, chosen, rejected}: TRL's, plain or of messages, ultrafeedback_binarized, and hh-rlhf's dialogues."""
+    found = Understood("chosen and rejected", used={"chosen", "rejected", "messages"})
+    asked = next((name for name in ("prompt", "question", "instruction") if name in row), "prompt")
+    prompt = row.get(asked)
+    found.used.add(asked)
     found.messages, chosen = _continued(prompt, row["chosen"], "chosen", found)
     chat, rejected = _continued(prompt, row["rejected"], "rejected", found)
     if chat != found.messages:
@@ -142,7 +99,7 @@ def _preference(row: Mapping[str, Any]) -> Understood:
     points: tuple[float | None, float | None] = (1.0, 0.0)  # which is all that the row says
     for names in _SCORES:
         if all(name in row for name in names):
-            points = _number(row[names[0]], names[0]), _number(row[names[1]], names[1])
+            points = read_number(row[names[0]], names[0]), read_number(row[names[1]], names[1])
             found.used.update(names)
             break
     found.gold = found.answer = chosen
@@ -163,7 +120,7 @@ def _ultrafeedback(row: Mapping[str, Any]) -> Understood:
         if not isinstance(completion, dict) or not isinstance(completion.get("response"), str):
             raise Unreadable(f"completions[{place}]: expected an object with the text `response`")
         name = next((name for name in _POINTS if completion.get(name) is not None), None)
-        score = None if name is None else _number(completion[name], f"completions[{place}].{name}")
+        score = None if name is None else read_number(completion[name], f"completions[{place}].{name}")
         if completion["response"].strip():
             found.candidates.append({"text": completion["response"], "score": score})
     scored = [item for item in found.candidates if item["score"] is not None]
@@ -176,7 +133,7 @@ def _sharegpt(row: Mapping[str, Any]) -> Understood:
     """{conversations: [{from, value}]}; turns before the first question are none that anybody asked for."""
     name = "conversations" if "conversations" in row else "conversation"
     found = Understood("ShareGPT", used={name})
-    found.messages = _chat(row[name], name, found) if row[name] else []
+    found.messages = read_chat(row[name], name, found) if row[name] else []
     first = next((at for at, message in enumerate(found.messages) if message["role"] != "assistant"), None)
     if first:
         found.messages = found.messages[first:]
@@ -193,11 +150,11 @@ def _turns(row: Mapping[str, Any]) -> Understood:
         raise Unreadable(f"turns: expected a list, got {type(turns).__name__}")
     if any(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns):
         found.form = "turns"
-        found.messages = _chat(turns, "turns", found)
+        found.messages = read_chat(turns, "turns", found)
         _answer_of_last_turn(found)
     elif turns:
         first = turns[0].get("content") if isinstance(turns[0], dict) else turns[0]
-        found.messages = [{"role": "user", "content": _text(first, "turns[0]")}]
+        found.messages = [{"role": "user", "content": read_text(first, "turns[0]")}]
     return found
 
 
@@ -207,13 +164,13 @@ def _alpaca(row: Mapping[str, Any]) -> Understood:
     if isinstance(instances := row.get("instances"), list) and instances and isinstance(instances[0], dict):
         row = {**row, **{name: instances[0].get(name, "") for name in ("input", "output")}}
     more = row.get("input", row.get("context", ""))
-    instruction = _text(row["instruction"], "instruction")
-    asked = "\n\n".join(part for part in (instruction, _text(more, "input")) if part.strip())
+    instruction = read_text(row["instruction"], "instruction")
+    asked = "\n\n".join(part for part in (instruction, read_text(more, "input")) if part.strip())
     for place, turn in enumerate(row.get("history") or []):
         if not isinstance(turn, list | tuple) or len(turn) != 2:
             raise Unreadable(f"history[{place}]: expected a question and its answer")
         found.messages += [
-            {"role": role, "content": _text(text, f"history[{place}]")}
+            {"role": role, "content": read_text(text, f"history[{place}]")}
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
     found.messages.append({"role": "user", "content": asked})
@@ -221,8 +178,16 @@ def _alpaca(row: Mapping[str, Any]) -> Understood:
     return found
 
 
+def _responses(row: Mapping[str, Any]) -> Understood:
+    """{instruction, chosen_response, rejected_response}: Argilla's."""
+    found = _preference({**row, "chosen": row["chosen_response"], "rejected": row["rejected_response"]})
+    found.used |= {"chosen_response", "rejected_response"}
+    return found
+
+
 _FORMS = (
     (("chosen", "rejected"), _preference),
+    (("chosen_response", "rejected_response"), _responses),
     (("instruction", "completions"), _ultrafeedback),
     (("prompt", "completions"), _ultrafeedback),
     (("conversations",), _sharegpt),
@@ -279,11 +244,11 @@ def _answer_of_last_turn(found: Understood) -> None:
 
 def _continued(prompt: Any, answer: Any, name: str, found: Understood) -> tuple[Chat, str]:
     """Return the chat that an answer belongs to, and its text: the answer may bring the chat, or what is new of it."""
+    if isinstance(answer, str) and prompt is None:
+        answer = _dialogue(answer, name)
     if isinstance(answer, str):
-        if prompt is None:
-            raise Unreadable(f"{name} without a prompt: expected the column prompt, or {name} as a list of messages")
         return _asked(prompt, "prompt", found), answer
-    turns = _chat(answer, name, found)
+    turns = read_chat(answer, name, found)
     if turns[-1]["role"] != "assistant":
         raise Unreadable(f"{name}: ends with the {turns[-1]['role']}'s turn; expected the assistant's")
     before, text = turns[:-1], turns[-1]["content"]
@@ -295,91 +260,34 @@ def _continued(prompt: Any, answer: Any, name: str, found: Understood) -> tuple[
     return before, text
 
 
+def _dialogue(text: str, name: str) -> Chat:
+    """The turns of hh-rlhf's texts: a blank line, who speaks, a colon, what is said."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if before.strip() or not parts:
+        raise Unreadable(f"{name} without a prompt: expected the column prompt, or {name} as a list of messages")
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": ROLE[who.lower()], "content": said.strip()} for who, said in spoken]
+
+
 def _check_prompt(prompt: Any, chat: Chat, name: str, found: Understood) -> None:
     """Refuse a prompt that the chat beside it does not hold."""
     if isinstance(prompt, str):
         fits = any(message["content"].strip() == prompt.strip() for message in chat)
     else:
-        asked = _chat(prompt, "prompt", found)
+        asked = read_chat(prompt, "prompt", found)
         fits = chat[: len(asked)] == asked
     if not fits:
         raise Unreadable(f"prompt and {name} differ: the prompt is no part of the chat; expected one of them, or equal")
 
 
 def _asked(value: Any, name: str, found: Understood) -> Chat:
-    return [{"role": "user", "content": value}] if isinstance(value, str) else _chat(value, name, found)
+    return [{"role": "user", "content": value}] if isinstance(value, str) else read_chat(value, name, found)
 
 
 def _answer(value: Any, name: str, found: Understood) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
-        turns = _chat(value, name, found)
+        turns = read_chat(value, name, found)
         if [turn["role"] for turn in turns] != ["assistant"]:
             raise Unreadable(f"{name}: expected a text, or one message of the assistant's")
         return turns[0]["content"]
-    return _text(value, name)
-
-
-def _chat(value: Any, name: str, found: Understood) -> Chat:
-    if not isinstance(value, list) or not value:
-        raise Unreadable(f"{name}: expected a list of messages, got {_kind(value)}")
-    made: Chat = []
-    for place, message in enumerate(value):
-        where = f"{name}[{place}]"
-        if not isinstance(message, dict):
-            raise Unreadable(f"{where}: expected a message with role and content, got {_kind(message)}")
-        spoken = message.get("role", message.get("from"))
-        role = _ROLE.get(spoken) if isinstance(spoken, str) else None
-        if role is None:
-            raise Unreadable(
-                f"{where}: role {str(spoken)[:40]!r}; expected system, user or assistant (chats with tools are not "
-                "read)"
-            )
-        content = message.get("content", message.get("value"))
-        if message.get("tool_calls") or message.get("function_call"):
-            raise Unreadable(f"{where}: calls a tool; chats with tools are not read")
-        if content is None and role == "system":
-            continue  # there is none
-        if message.get("weight") == 0 and role == "assistant":  # as OpenAI's fine-tuning has it
-            found.untrained.add(len(made))
-        known = ("role", "from", "content", "value", "weight", "tool_calls", "function_call")
-        found.inner.update(f"{name}.{key}" for key in message if key not in known)
-        made.append({"role": role, "content": _text(content, f"{where}.content")})
-    return made
-
-
-def _text(value: Any, name: str) -> str:
-    """A text, or the parts of one; pictures and sounds are none."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value:
-        parts = [part if isinstance(part, str) else _part(part) for part in value]
-        if all(isinstance(part, str) for part in parts):
-            return "".join(part for part in parts if part)
-        kinds = {str(part.get("type"))[:40] for part in value if isinstance(part, dict) and _part(part) is None}
-        raise Unreadable(f"{name}: a part of type {', '.join(sorted(kinds)) or 'unknown'}; expected text alone")
-    raise Unreadable(f"{name}: expected a text, got {_kind(value)}")
-
-
-def _part(part: Any) -> str | None:
-    if isinstance(part, dict) and part.get("type", "text") in ("text", "input_text", "output_text"):
-        return part["text"] if isinstance(part.get("text"), str) else None
-    return None
-
-
-def _number(value: Any, name: str) -> float | None:
-    """Points; None where the data says that there are none."""
-    if isinstance(value, str) and value.strip().casefold() in ("", "n/a", "na", "none"):
-        return None
-    try:
-        number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise Unreadable(f"{name}: expected a number, got {_kind(value)}")
-    return number
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Sequence | Mapping) and not isinstance(value, str):
-        return f"{type(value).__name__} of {len(value)}"
-    return "null" if value is None else repr(value if not isinstance(value, str) else value[:40])
+    return read_text(value, name)

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
-from dno_jax.data.formats import COLUMNS, Chat, Understood, Unreadable, understand
+from dno_jax.data.chats import Chat, Understood, Unreadable
+from dno_jax.data.formats import COLUMNS, understand
 from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
 from dno_jax.records import Conversation, Example, Prompt, explain

@@ -153,3 +153,18 @@ def test_a_judge_of_surface_features_is_told_apart_from_people_on_real_pairs(lab
     assert warnings(found, QualitySection()) == []
     (sentence,) = warnings(found, QualitySection(min_calibration_agreement=0.7))
     assert sentence.startswith("agreement with labelled pairs is 0.")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('{"prompt": "' + "a" * (9 << 20), r"labels\.jsonl:1: a line of more than 8,388,608 bytes"),
+        ('{"a":' * 100_000, r"labels\.jsonl:1: not a valid labelled pair: .*recursion limit"),
+        ("", "holds no labelled pairs"),
+    ],
+    ids=["long", "deep", "empty"],
+)
+def test_a_file_far_beyond_any_labels_is_refused_at_once(tmp_path, text, what):
+    (tmp_path / "labels.jsonl").write_text(text)
+    with pytest.raises(DnoError, match=what):
+        read_calibration(tmp_path / "labels.jsonl", limit=1, seed=0)

@@ -64,6 +64,16 @@ BRIEF = [("system", "Be brief."), ("user", Q)]
             ASKED, A, [(A, 8), (B, 7)], id="ultrafeedback-binarized",
         ),
         pytest.param(
+            {"chosen": f"\n\nHuman: One?\n\nAssistant: 1\n\nHuman: {Q}\n\nAssistant: {A}",
+             "rejected": f"\n\nHuman: One?\n\nAssistant: 1\n\nHuman: {Q}\n\nAssistant: {B}"},
+            [("user", "One?"), ("assistant", "1"), *ASKED], A, [(A, 1), (B, 0)], id="hh-rlhf",
+        ),
+        pytest.param(
+            {"instruction": Q, "chosen_response": A, "rejected_response": B, "chosen_avg_rating": 5.0,
+             "rejected_avg_rating": 3.75},
+            ASKED, A, [(A, 5), (B, 3.75)], id="argilla",
+        ),
+        pytest.param(
             {"source": "evol", "instruction": Q, "models": ["m", "n"], "correct_answers": ["None"], "completions": [
                 {"model": "m", "response": B, "overall_score": 2.0, "critique": "c"},
                 {"model": "n", "response": A, "overall_score": "8.5"},
@@ -120,6 +130,7 @@ def test_a_row_of_a_known_form_is_a_prompt(tmp_path, row, asked, gold, candidate
         ({"messages": [USER, GOOD | {"tool_calls": [{}]}]}, r"messages\[1\]: calls a tool"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\]\.content: expected a text, got null"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "type image_url"),
+        ({"messages": [USER] * 5000}, "messages: 5,000 messages; expected a chat of at most 4,000"),
         ({"messages": "hello"}, "messages: expected a list of messages, got 'hello'"),
         ({"prompt": Q, "messages": [{"role": "user", "content": "Other."}]}, "prompt and messages differ"),
         ({"prompt": "Other.", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "prompt and chosen differ"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from etils import epath
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dno_jax.addresses import Purpose, rng
 from dno_jax.annotation.pool import Candidate, Pool
 from dno_jax.errors import DnoError
+from dno_jax.files import read_lines
 from dno_jax.records import Message, Prompt, explain
 
 
@@ -35,13 +35,13 @@ def read_calibration(path: str | os.PathLike[str], *, limit: int, seed: int) -> 
         DnoError: no such file, no rows, or a row that is malformed (file and line named).
     """
     try:
-        lines = epath.Path(path).read_text(encoding="utf-8").split("\n")  # a text may hold other line breaks
+        lines = read_lines(path)
+        rows = [_labelled(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DnoError(
             f"annotation.quality.calibration: {path}: cannot be read ({error}); expected a JSONL file of "
             "{prompt, first, second, preference}"
         ) from None
-    rows = [_labelled(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
     if not rows:
         raise DnoError(f"{path}: holds no labelled pairs; expected one {{prompt, first, second, preference}} per line")
     drawn = rng(Purpose.CALIBRATION, seed).permutation(len(rows))[:limit]
