@@ -7,7 +7,6 @@ import json
 import numpy as np
 import yaml
 
-from dno_jax.config import RunConfig, SftConfig
 from dno_jax.config.base import hub_id
 from dno_jax.errors import DnoError
 from dno_jax.model.hf.hub import commit_of
@@ -27,7 +26,6 @@ def pinned(config: ConfigT) -> ConfigT:
     Raises:
         DnoError: the Hub does not give it, or cannot be reached and the cache has not all of it.
     """
-    assert isinstance(config, RunConfig | SftConfig)
     path = config.model.path
     if (found := hub_id(path)) is None:
         return config

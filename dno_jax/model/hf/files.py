@@ -165,7 +165,7 @@ def read_headers(path: Path) -> dict[str, Header]:
 
 def _may_be_absent(name: str) -> bool:
     """Whether an index may name a tensor that no file holds: a tied head, a buffer. A head that is missed is named."""
-    return name == HEAD or _ROTARY.search(name) is not None
+    return name.endswith(HEAD) or _ROTARY.search(name) is not None
 
 
 def is_of_tower(name: str) -> bool:

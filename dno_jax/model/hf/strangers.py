@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from dno_jax.errors import DnoError
 
@@ -32,7 +33,7 @@ def refuse_pointer(file: Path) -> None:
         )
 
 
-def refuse_folder(path: Path) -> None:
+def refuse_folder(path: Path) -> NoReturn:
     """Raise DnoError for a directory without model.safetensors or its index, saying what it is instead."""
     raise DnoError(f"{path}: neither model.safetensors nor model.safetensors.index.json; {_what_it_is(path)}")
 
