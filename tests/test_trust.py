@@ -6,6 +6,8 @@ import re
 import pytest
 
 from dno_jax.config import RunConfig, parse_config
+from dno_jax.data.pair_table import PairTable
+from dno_jax.data.pairs import NEW, REPLAYED, write_pairs
 from dno_jax.data.pools import PromptFile
 from dno_jax.errors import DnoError
 from dno_jax.files import digest_of
@@ -131,3 +133,19 @@ def test_damaged_prompts_are_not_judged(tmp_path, damage):
     DAMAGES[damage](path)
     with pytest.raises(DnoError, match=r"prompts\.jsonl: .*the same prompts are written anew"):
         PromptFile(path, digest=digest)
+
+
+def test_pairs_are_as_many_as_were_noted(tmp_path):
+    stage = RunDir(tmp_path).stage("pair", 0)
+    for name in (NEW, REPLAYED):
+        write_pairs(stage.path / f"{name}.parquet", [])
+    stage.finish(config(tmp_path), inputs={}, rows=0, seconds=0.1)
+    assert len(PairTable.load(again(stage))) == 0
+    said = json.loads(stage.manifest_path.read_text())
+    stage.manifest_path.write_text(json.dumps(said | {"rows": 474, "seal": ""}))  # an earlier version's
+    with pytest.raises(DnoError, match=r"says 474 pairs, and the files have 0; .*--from pair:0"):
+        PairTable.load(again(stage))
+    stage.manifest_path.write_text(json.dumps(said))
+    (stage.path / "new.parquet").unlink()
+    with pytest.raises(DnoError, match=r"new\.parquet: cannot be read \(it is missing\).*--from pair:0"):
+        PairTable.load(again(stage))

@@ -59,11 +59,16 @@ class PairTable:
         """Read what a pair stage wrote, a row group at a time.
 
         Raises:
-            DnoError: a file is missing, not as it was written, or not one of pairs.
+            DnoError: a file is missing, not as it was written, not one of pairs, or of fewer or more than were noted.
         """
         with ExitStack() as stack:
             files = [stack.enter_context(PairFile(stage.table_path(name))) for name in (NEW, REPLAYED)]
             size = sum(map(len, files))
+            if (manifest := stage.manifest()) is not None and manifest.rows != size:
+                raise DnoError(
+                    f"{stage.manifest_path}: says {manifest.rows} pairs, and the files have {size}; restore it, or "
+                    f"pair again: {stage.redo}"
+                )
             tokens = [np.empty(sum(file.num_values(name) for file in files), np.int32) for name in _TOKENS]
             count, numbers = np.empty((size, 3), np.int32), np.empty((size, len(_NUMBERS)))
             ids: list[pa.Array] = []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -176,21 +178,20 @@ def stored_fingerprint(path: epath.Path) -> str:
 def damaged_states(path: epath.Path) -> dict[int, str]:
     """Say what is wrong with the train states at `path`, by their steps; those of earlier versions are not checked."""
     found: dict[int, str] = {}
-    options = ocp.CheckpointManagerOptions(create=False, read_only=True)
-    with ocp.CheckpointManager(path, options=options) as manager:
-        for step in manager.all_steps():
-            noted, damage = _tried(partial(_noted_of, manager, step))
-            digest, unread = _tried(partial(_stored_digest, path / str(step) / "default", _by_name))
+    for state in path.iterdir():
+        if state.name.isdecimal():
+            noted, damage = _tried(partial(_noted_of, state))
+            digest, unread = _tried(partial(_stored_digest, state / "default", _by_name))
             damage = damage or unread or (_ANOTHER if noted not in (None, digest) else None)
-            if damage is not None and (path / str(step)).exists():  # a training under way removes old ones
-                found[step] = damage
+            if damage is not None and state.exists():  # a training under way removes old ones
+                found[int(state.name)] = damage
     return found
 
 
 def _stored_digest(path: epath.Path, named: Callable[[Sequence[tuple[Any, Any]]], dict[str, Any]]) -> str:
     """Read the arrays of a checkpoint one at a time onto one device, and digest them in an order."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        tree: Any = checkpointer.metadata(path).item_metadata.tree
+    with closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree: Any = handler.metadata(path).tree
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     stored = {
         place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
@@ -203,9 +204,9 @@ def _stored_digest(path: epath.Path, named: Callable[[Sequence[tuple[Any, Any]]]
     return _digest(named(list(stored.items())), list(named(list(sums.items())).values()))
 
 
-def _noted_of(manager: ocp.CheckpointManager, step: int) -> str | None:
+def _noted_of(state: epath.Path) -> str | None:
     """The fingerprint that a train state was written with; earlier versions noted none."""
-    return (manager.metadata(step).custom_metadata or {}).get(_FINGERPRINT)
+    return (json.loads((state / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}).get(_FINGERPRINT)
 
 
 class StateCheckpoints:
@@ -214,7 +215,7 @@ class StateCheckpoints:
     def __init__(self, path: epath.Path, *, save_every: int):
         options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)
         self.path = path
-        self._manager = ocp.CheckpointManager(path, options=options)
+        self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     @property
     def last_step(self) -> int | None:
@@ -263,7 +264,7 @@ class StateCheckpoints:
     def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
         """Return a state, or what is wrong with it."""
         restore = partial(self._manager.restore, step, args=ocp.args.StandardRestore(target))
-        found, damage = _tried(lambda: (_noted_of(self._manager, step), cast(TrainState, restore())))
+        found, damage = _tried(lambda: (_noted_of(self.path / str(step)), cast(TrainState, restore())))
         if found is None:
             return None, damage
         noted, state = found
