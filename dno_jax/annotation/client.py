@@ -237,8 +237,8 @@ class JudgeClient:
                     verdict = await self.settle(question, result)
                     if verdict.is_answer or verdict.state == "refused":
                         return verdict
-                    trouble = tries.count(result, verdict, answered=before)
-                    if trouble.is_the_servers and tries.needs_a_sign:
+                    trouble = tries.count(result, verdict, before=before, after=client.answered)
+                    if tries.needs_a_sign:
                         pay = partial(self._pay, question, held=True)
                         if await client.is_there(question.body, pay=pay):
                             return tries.signed(trouble)

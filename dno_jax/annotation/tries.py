@@ -24,6 +24,7 @@ class Tries:
     Attributes:
         body: of the next request.
         pauses: whether a pause comes before it; after the last try that counts, the endpoint's client sees to those.
+        needs_a_sign: whether a small request should find out, before the last try, if the endpoint is there at all.
 
     Args:
         most: tries that count.
@@ -32,49 +33,47 @@ class Tries:
 
     def __init__(self, question: Question, section: ChatSection, *, most: int, takes_seed: bool):
         self.body: Mapping[str, Any] = question.body
-        self.pauses = False
-        self.is_alive = False
+        self.pauses = self.needs_a_sign = False
+        self._is_alive = False
         self._section = section
         self._most = most
         self._used = 0
-        self._first: int | None = None
+        self._answered: int | None = None
         self._limited_since: float | None = None
         fixed = question.body.get("temperature") == 0.0
         # The probabilities of a first token depend on no seed.
         self._has_seed = takes_seed and "seed" in question.body and not question.body.get("logprobs")
         self._is_fixed = question.body.get("logprobs", False) or (fixed and not self._has_seed)
 
-    @property
-    def needs_a_sign(self) -> bool:
-        """Whether a small request should find out, before the last try, if the endpoint is there at all."""
-        return not self.is_alive and self._used >= max(1, self._most - 1)
-
-    def count(self, result: Reply | Trouble, verdict: Verdict, *, answered: int) -> Trouble:
+    def count(self, result: Reply | Trouble, verdict: Verdict, *, before: int, after: int) -> Trouble:
         """Count a try that brought no answer, and say what follows.
 
         Args:
-            answered: how many requests the endpoint had answered when it was sent.
+            before, after: how many requests the endpoint had answered when it was sent, and when it came back.
         """
-        self._first = answered if self._first is None else self._first
-        self.is_alive = self.is_alive or answered > self._first
+        # Whether it has answered anything since this question failed last: else a storm may have begun.
+        is_alive = self._is_alive or (self._answered is not None and before > self._answered)
+        self._is_alive, self._answered, self.needs_a_sign = False, after, False
         if isinstance(result, Reply):
             return self._count_reply(result, verdict)
         trouble = replace(result, retry_after=None)
-        if not result.asks_for_a_pause:
-            self._used += 1
-            self._limited_since = None
-            self.pauses = self._used < self._most
-            is_last = self._used >= self._most and (self.is_alive or not trouble.is_the_servers)
-            return replace(trouble, then="give up") if is_last else trouble
-        self.pauses = False  # that one is the endpoint's, and its client keeps it
-        now = time.monotonic()
-        self._limited_since = now if self._limited_since is None else self._limited_since
-        is_over = now - self._limited_since >= self._section.max_outage
-        return replace(trouble, then="give up") if is_over else trouble
+        if result.asks_for_a_pause:  # that one is the endpoint's, and its client keeps it
+            self.pauses = False
+            now = time.monotonic()
+            self._limited_since = now if self._limited_since is None else self._limited_since
+            is_over = now - self._limited_since >= self._section.max_outage
+            return replace(trouble, then="give up") if is_over else trouble
+        self._used += 1
+        self._limited_since = None
+        self.pauses = self._used < self._most
+        if self._used >= self._most and (is_alive or not trouble.is_the_servers):
+            return replace(trouble, then="give up")
+        self.needs_a_sign = trouble.is_the_servers and self._used >= max(1, self._most - 1)
+        return trouble
 
     def signed(self, trouble: Trouble) -> Trouble:
         """Note a sign of life, and say what follows of the failure before it."""
-        self.is_alive = True
+        self._is_alive, self.needs_a_sign = True, False
         return replace(trouble, then="give up") if self._most == 1 else trouble
 
     def _count_reply(self, reply: Reply, verdict: Verdict) -> Trouble:

@@ -205,10 +205,22 @@ def test_a_storm_of_5xx_is_waited_out_however_many_tries_it_takes(status, store_
     numbers = count()
 
     def script(asked: Asked) -> Answer:  # small requests, too
-        return fault(status) if 2 < next(numbers) < 16 else completion("ready") if is_probe(asked) else graded(asked)
+        return fault(status) if 2 < next(numbers) < 12 else completion("ready") if is_probe(asked) else graded(asked)
 
     with Scripted(script) as server:
         assert states(judge(server, store_path, [pool(n) for n in range(3)], max_tries=2)) == ["ok"] * 3
+
+
+def test_a_storm_that_begins_amid_the_run_is_waited_out_too(store_path):
+    """What was answered before it is no sign that the questions are to blame."""
+    numbers = count()
+
+    def script(asked: Asked) -> Answer:
+        return fault(503) if 6 < next(numbers) < 40 else completion("ready") if is_probe(asked) else graded(asked)
+
+    with Scripted(script) as server:
+        found = judge(server, store_path, [pool(n) for n in range(9)], max_tries=2, max_concurrency=3)
+    assert states(found) == ["ok"] * 9
 
 
 def test_a_storm_ends_with_max_outage(store_path):

@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 
 PATH = "/v1/chat/completions"
 ENDED = ("completed", "failed", "expired", "cancelled")
+_MAX_FILE_BYTES = 2**30  # of results: 50,000 replies of 20 KB
 _TRANSFER_SECONDS = 1800.0  # at least, for a file of the largest size
 _TOKEN = "dno_jax"
 
@@ -191,7 +192,8 @@ class Batches:
                 continue
             path = f"/files/{quote(state[name], safe='')}/content"
             file = await self._persist(
-                endpoint, lambda path=path: _unless_gone(endpoint.get(path, timeout=self._timeout), None)
+                endpoint,
+                lambda path=path: _unless_gone(endpoint.get(path, timeout=self._timeout, limit=_MAX_FILE_BYTES), None),
             )
             odd = 0
             for line in re.finditer(r"[^\n]*\S[^\n]*", file.text if file else ""):
