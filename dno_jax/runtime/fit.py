@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import say
@@ -15,14 +16,22 @@ from dno_jax.parallel.cluster import is_primary
 
 def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
     """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike."""
-    shape_from = folder(getattr(config.model, "init_config", None) or config.model.path)
+    return read_config(_shape_from(config), rope_length=longest_text(config))
+
+
+def warn_of_dropout(config: RunConfig | SftConfig) -> None:
+    """Say, on the first process, what a checkpoint would have dropped in training."""
+    shape_from = _shape_from(config)
     if is_primary() and (dropped := read_dropout(shape_from)):
         shares = ", ".join(f"{key} {share}" for key, share in dropped.items())
         say(
             f"warning: {shape_from} has {shares}: nothing is dropped here, neither in training nor in sampling, since "
             "the loss compares log-probabilities of the two; an export keeps the setting"
         )
-    return read_config(shape_from, rope_length=longest_text(config))
+
+
+def _shape_from(config: RunConfig | SftConfig) -> Path:
+    return folder(getattr(config.model, "init_config", None) or config.model.path)
 
 
 def check_fit(
@@ -78,7 +87,8 @@ def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
             f"{place}: eos_token_id names {max(tokenizer.end_ids)}, the model's embedding has {embeddings} rows; "
             "correct generation_config.json"
         )
-    if needed := sorted(tokenizer.rowless_ids & tokenizer.written_ids):
+    # Few tokenizers have such ids, and only for these is a chat rendered.
+    if tokenizer.rowless_ids and (needed := sorted(tokenizer.rowless_ids & tokenizer.written_ids)):
         raise DnoError(
             f"{tokenizer.template_place}: the chat template writes {tokenizer.strip(needed)[0]!r} (id {needed[0]}), "
             f"the model's embedding has {embeddings} rows; give the template that the model was trained with"

@@ -24,7 +24,7 @@ from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, num_row_shards, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
-from dno_jax.runtime.fit import check_fit, read_shape
+from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint
@@ -50,6 +50,7 @@ class Runtime(Generic[ConfigT]):
         model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
         programs = Programs(config, model_config, make_mesh(config.mesh))
         _ = programs.attention_backend
+        warn_of_dropout(config)
         check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(programs.mesh))
         return cls(programs, RunDir(config.run_dir), tokenizer)
 

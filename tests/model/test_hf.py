@@ -73,7 +73,7 @@ def test_mistral_without_a_window_is_the_same_arithmetic(tmp_path, config):
         ({"attention_dropout": 2}, "attention_dropout is 2; expected a share"),
         ({"sliding_window": 32}, "sliding_window is 32"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling and rope_parameters are both given"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, r"has rope_type = .llama3"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0}}, r"has rope_type = .llama3"),
         ({"rope_theta": 1.0}, "rope_parameters has rope_theta"),
         ({"hidden_size": "40"}, "hidden_size is '40'"),
         ({"vocab_size": ...}, "'vocab_size' is missing"),

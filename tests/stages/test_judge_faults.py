@@ -44,7 +44,7 @@ def test_a_third_of_faults_of_every_kind_ends_in_the_labels_of_a_faultless_run(t
             stage = run_dir.stage("annotate", 0)
             while stage.manifest() is None:
                 runs += 1
-                assert runs <= 3
+                assert runs <= 6  # what is asked at temperature 0 and not understood is not asked again in one run
                 with contextlib.suppress(DnoError):
                     run_stage(annotate, config, 0)
                 for row in stage.read(Judgement):  # what is closed before the end holds nothing but answers, too

@@ -143,7 +143,7 @@ def _bos(tokenizer: ChatTokenizer) -> Iterator[Finding]:
         yield Finding("error", "BOS", f"{together} begin tokens {name!r} side by side; one is right, at the start")
     elif at and _is_late(tokenizer, tokenizer.spelled(ids[:at])):
         yield Finding("error", "BOS", f"the begin token {name!r} stands at token {at}, not 0")
-    elif ids[0] != tokenizer.bos_id and tokenizer.text_ids(QUESTION)[:1] == (tokenizer.bos_id,):
+    elif ids[:1] != (tokenizer.bos_id,) == tokenizer.text_ids(QUESTION)[:1]:
         yield Finding("warning", "BOS", f"the tokenizer begins a text with {name!r}, the template does not")
     else:
         yield Finding("note", "BOS", f"{count} begin token{'s' * (count > 1)} {name!r}")

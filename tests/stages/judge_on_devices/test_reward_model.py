@@ -268,7 +268,7 @@ def test_a_chat_that_is_too_long_is_not_cut(make, sampled):
         run_stage(reward_model, strict, 0)
 
 
-def test_texts_that_spell_control_tokens_and_rewards_that_are_no_numbers_fail(make, copy):
+def test_texts_that_spell_control_tokens_and_rewards_that_are_no_numbers_fail(make):
     judge = reward_model.RewardModel.start(Runtime.start(make()))
 
     def pool(prompt_id: str, *texts: str) -> Pool:
@@ -281,9 +281,9 @@ def test_texts_that_spell_control_tokens_and_rewards_that_are_no_numbers_fail(ma
     assert fine.state == "ok"
 
     word = 4 + WORDS.index("dom")
-    edit_tensors(copy, lambda tensors: tensors["model.embed_tokens.weight"].__setitem__(word, np.nan))
-    broken = reward_model.RewardModel.start(Runtime.start(make(annotation={"reward_model": {"path": str(copy)}})))
-    bad, good = broken.judge(broken.load(), [pool("a", "bam", "gat dom"), pool("b", "bam", "gat")])
+    # A checkpoint of such weights is refused; numbers that overflow on the way give the same.
+    params = {**params, "embed": params["embed"].at[word].set(np.nan)}
+    bad, good = judge.judge(params, [pool("a", "bam", "gat dom"), pool("b", "bam", "gat")])
     assert (bad.state, bad.wins, bad.detail) == ("failed", None, "the reward of a/1 is nan")
     assert good.state == "ok"
 
