@@ -233,7 +233,11 @@ def test_another_call_changes_nothing_and_a_killed_one_is_completed_equal(make, 
     assert after["0000000.jsonl"] == before["0000000.jsonl"]
     assert after["0000008.jsonl"][1] == before["0000008.jsonl"][1]
     without_time = [
-        {name: value for name, value in json.loads(found["MANIFEST.json"][1]).items() if name != "seconds"}
+        {
+            name: value
+            for name, value in json.loads(found["MANIFEST.json"][1]).items()
+            if name not in ("seconds", "seal")
+        }
         for found in (before, after)
     ]
     assert without_time[0] == without_time[1]
@@ -334,24 +338,26 @@ def test_a_reading_that_was_cut_is_no_answer(make, sampled):
     assert {"score": None, "text": "Score: 5"} in readings  # another digit might have followed
 
 
-def change_text(run_dir: RunDir, rollout_id: str, text: str) -> None:
-    stage = run_dir.stage("sample", 0)
+def change_text(config: RunConfig, rollout_id: str, text: str) -> None:
+    stage = RunDir(config.run_dir).stage("sample", 0)
+    was = stage.require()
     for shard in stage.shard_names():
         rows = stage.read_shard(Rollout, shard)
         stage.write_shard(
             shard, [row.model_copy(update={"text": text}) if row.rollout_id == rollout_id else row for row in rows]
         )
+    stage.finish(config, inputs=was.inputs, rows=was.rows, seconds=0.0, details=was.details)
 
 
 def test_what_cannot_be_asked_is_a_failed_pool_and_what_need_not_be_is_counted(make, sampled):
     config = make(annotation={"max_failed": 0.5})
     run_dir = sampled(config)
-    change_text(run_dir, "000/p0/1", " ".join(WORDS * 2))
-    change_text(run_dir, "000/p1/2", f"{WORDS[0]} </s> {GOOD}")
-    change_text(run_dir, "000/p2/3", "  ")
+    change_text(config, "000/p0/1", " ".join(WORDS * 2))
+    change_text(config, "000/p1/2", f"{WORDS[0]} </s> {GOOD}")
+    change_text(config, "000/p2/3", "  ")
     for sample_index in range(1, 4):
-        change_text(run_dir, f"000/p3/{sample_index}", WORDS[0])
-    change_text(run_dir, "000/p3/0", WORDS[0])
+        change_text(config, f"000/p3/{sample_index}", WORDS[0])
+    change_text(config, "000/p3/0", WORDS[0])
     manifest = run_stage(self_judge, config, 0)
     rows = {row.prompt_id: row for row in judgements(run_dir)}
     assert rows["p0"].state == rows["p1"].state == "failed"
