@@ -63,7 +63,7 @@ def commit_of(path: str) -> str:
 @functools.cache
 def _snapshot(repo: str, revision: str | None, *, weights: bool, place: tuple[str | None, ...]) -> Path:
     del place  # a part of the key: another Hub, or another cache
-    patterns = list(_SMALL_FILES)
+    patterns: list[str] = [*_SMALL_FILES]
     if weights:
         small = folder(repo if revision is None else f"{repo}@{revision}")
         # The very commit that the small files are of, whatever a branch is moved to meanwhile.
