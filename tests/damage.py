@@ -34,3 +34,9 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"flip": flip, "cut": cut, "empty":
 def weights_file(folder: os.PathLike[str]) -> Path:
     """The largest file below a checkpoint's folder: the arrays themselves."""
     return max((path for path in Path(folder).rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def damage_weights(folder: os.PathLike[str], damage: Callable[[Path], None]) -> None:
+    """Damage every file below a checkpoint's folder that may hold arrays: of which bytes are read, chance decides."""
+    for path in [path for path in Path(folder).rglob("*") if path.is_file() and path.stat().st_size > 3000]:
+        damage(path)

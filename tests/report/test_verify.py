@@ -16,7 +16,7 @@ from dno_jax.records import ReferenceScore
 from dno_jax.report import verify
 from dno_jax.run_dir import RunDir
 from dno_jax.training.checkpoint import save_policy
-from tests.damage import cut, empty, flip, remove, weights_file
+from tests.damage import cut, damage_weights, empty, flip, remove
 
 
 def config(root):
@@ -82,10 +82,10 @@ def test_a_whole_directory_has_no_fault_and_its_bytes_are_read_once(whole):
          "iterations/000/train/MANIFEST.json", "train:0"),
         (empty, "iterations/000/reference/STARTED.json", "score:0"),
         (flip, "iterations/000/prompts.jsonl", "sample:0"),
-        (lambda path: flip(weights_file(path)), "policies/001", "train:0"),
-        (lambda path: remove(weights_file(path)), "policies/001", "train:0"),
+        (lambda path: damage_weights(path, flip), "policies/001", "train:0"),
+        (lambda path: damage_weights(path, remove), "policies/001", "train:0"),
         (lambda path: remove(path / "FINGERPRINT"), "policies/001", "train:0"),
-        (lambda path: flip(weights_file(path)), "policies/000", None),
+        (lambda path: damage_weights(path, flip), "policies/000", None),
         (lambda path: path.write_text('{"a": 1}\n{"b\n{"c": 2}\n'), "metrics.jsonl", None),
         (lambda path: path.write_text("{"), "policies/SOURCE.json", None),
         (flip, "export/model.safetensors", None),
@@ -104,7 +104,7 @@ def test_each_damage_is_named_with_the_stage_to_redo(copy, damage, place, redo):
 def test_the_command_says_the_first_stage_and_fails(copy, monkeypatch):
     runner = CliRunner()
     flip(copy.path / "iterations/000/reference/0000000.jsonl")
-    flip(weights_file(copy.path / "policies" / "001"))
+    damage_weights(copy.path / "policies" / "001", flip)
     with pytest.raises(DnoError, match=r"2 faults found; .*--from score:0"):
         runner.invoke(app, ["status", str(copy.path), "--verify"], catch_exceptions=False)
 

@@ -11,7 +11,7 @@ from dno_jax.errors import DnoError
 from dno_jax.training import checkpoint
 from dno_jax.training.checkpoint import StateCheckpoints, load_policy, policy_fingerprint, save_policy
 from dno_jax.training.state import TrainState
-from tests.damage import DAMAGES, flip, weights_file
+from tests.damage import DAMAGES, damage_weights, flip, weights_file
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 SPLIT = NamedSharding(MESH, PartitionSpec("data"))
@@ -49,7 +49,7 @@ def test_a_whole_policy_is_read_as_it_was_written_whatever_the_layout(policy, dt
     ("damage", "dtype"), [*((name, jnp.float32) for name in DAMAGES), ("flip", jnp.bfloat16), ("cut", jnp.bfloat16)]
 )
 def test_a_damaged_policy_is_refused(policy, damage, dtype):
-    DAMAGES[damage](weights_file(policy / "params"))
+    damage_weights(policy / "params", DAMAGES[damage])
     with pytest.raises(DnoError, match=r"policies/001: .*--from train:0") as told:
         read(policy, dtype)
     assert str(told.value).count("\n") < 10
@@ -127,7 +127,7 @@ def restored(path):
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_state_gives_way_to_the_one_before(states, damage, capsys):
     assert checkpoint.damaged_states(states) == {}
-    DAMAGES[damage](weights_file(states / "6"))
+    damage_weights(states / "6", DAMAGES[damage])
     assert list(checkpoint.damaged_states(states)) == [6]
     kept, found = restored(states)
     assert int(found.step) == 4
@@ -145,7 +145,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(states, damage, capsys):
 
 def test_where_no_state_is_whole_training_begins_anew(states, capsys):
     for step in (4, 6):
-        flip(weights_file(states / str(step)))
+        damage_weights(states / str(step), flip)
     kept, found = restored(states)
     kept.close()
     assert found is None
