@@ -96,12 +96,12 @@ async def probe(
         raise EndpointError(f"{endpoint.who} at {endpoint.url} gives no log-probabilities; {remedy}", status=200)
     structured = section.structured if isinstance(section, OpenAISection) else "none"
     by_schema = with_schema(body, schema or _SCHEMA)
-    schema = await asked.again(by_schema) if structured != "none" else None
-    if isinstance(schema, Trouble) and schema.asks_for_a_pause:
-        return schema
-    if structured == "json_schema" and isinstance(schema, Trouble):
-        raise EndpointError(_explained(endpoint, schema, by_schema, place=place), status=schema.status or 0)
-    offers = Capabilities(seed=takes_seed, json_schema=isinstance(schema, Reply))
+    taken = await asked.again(by_schema) if structured != "none" else None
+    if isinstance(taken, Trouble) and taken.asks_for_a_pause:
+        return taken
+    if structured == "json_schema" and isinstance(taken, Trouble):
+        raise EndpointError(_explained(endpoint, taken, by_schema, place=place), status=taken.status or 0)
+    offers = Capabilities(seed=takes_seed, json_schema=isinstance(taken, Reply))
     _LOG.info("%s at %s: %s", endpoint.who, endpoint.url, offers)
     return offers
 
