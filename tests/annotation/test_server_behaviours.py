@@ -336,7 +336,9 @@ def parts(asked: Asked, *kinds: str) -> Answer:
     thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
     half = len(text) // 2
     halves = [{"type": kind, "text": part} for kind, part in zip(kinds, (text[:half], text[half:]), strict=True)]
-    return completion([thought, *halves])
+    answer = completion(text)
+    answer.body["choices"][0]["message"]["content"] = [thought, *halves]
+    return answer
 
 
 @pytest.mark.parametrize("kinds", [("text", "text"), ("output_text", "text")])
@@ -450,10 +452,10 @@ def test_extras_that_hold_keys_or_write_over_the_request_are_refused_without_bei
 
 
 def test_two_members_of_an_ensemble_may_differ_by_what_is_sent_besides():
-    members = [{"model": "m"}, {"model": "m", "extra_body": {"reasoning_effort": "low"}}]
-    assert len(AnnotationSection(kind="ensemble", ensemble=members).judges) == 2
+    plain, told = OpenAISection(model="m"), OpenAISection(model="m", extra_body={"reasoning_effort": "low"})
+    assert len(AnnotationSection(kind="ensemble", ensemble=(plain, told)).judges) == 2
     with pytest.raises(ValueError, match="ask 'm' the same"):
-        AnnotationSection(kind="ensemble", ensemble=[{"model": "m"}] * 2)
+        AnnotationSection(kind="ensemble", ensemble=(plain, plain))
 
 
 # Another model
