@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from dno_jax.annotation.ledger.budget import Budget, OverBudget, most_usage
-from dno_jax.annotation.ledger.store import VerdictStore
+from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Question, Reply, Unparsable, Verdict
 from dno_jax.annotation.transport import batch
 from dno_jax.annotation.transport.client import EndpointClient
@@ -143,15 +143,12 @@ class JudgeClient:
         Raises:
             DnoError: the store fails.
         """
-        paid = self.budget.bill(question, result, batch=batch)
-        if paid.answered_by:
-            client = self._clients[question.asked]
-            paid = replace(paid, answered_by=client.words(paid.answered_by))
-            if question.asked not in self._swapped:
-                self._swapped.add(question.asked)
-                _LOG.warning("%s: %r was asked and %r answers (receipts.json counts how often): its verdicts are "
-                             "another model's; check for aliases and fallbacks",
-                             client.who, paid.model, paid.answered_by)  # fmt: skip
+        paid = self._bill(question, result, batch=batch)
+        if paid.answered_by and question.asked not in self._swapped:
+            self._swapped.add(question.asked)
+            _LOG.warning("%s: %r was asked and %r answers (receipts.json counts how often): its verdicts are another "
+                         "model's; check for aliases and fallbacks",
+                         self._clients[question.asked].who, paid.model, paid.answered_by)  # fmt: skip
         if isinstance(result, Reply):
             verdict = self._read(question, result)
             self._count_unread(question, verdict)
@@ -211,8 +208,14 @@ class JudgeClient:
             if not granted:
                 raise OverBudget
             result = await send()
-            await self._store.pay(self.budget.bill(asked, result))
+            await self._store.pay(self._bill(asked, result))
             return result
+
+    def _bill(self, question: Question, result: Reply | Trouble, *, batch: bool = False) -> Receipt:
+        """Return what a call cost; the name that the server gives its model is scrubbed."""
+        paid = self.budget.bill(question, result, batch=batch)
+        words = self._clients[question.asked].words
+        return replace(paid, answered_by=words(paid.answered_by)) if paid.answered_by else paid
 
     async def _ask(self, question: Question) -> Verdict:
         """Try until there is an answer, a refusal, or no try left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -289,12 +290,13 @@ def test_tokens_a_minute_hold_requests_back_and_usage_corrects_the_estimate():
         with_client(section(server, tokens_per_minute=6000), work)
 
 
-def together(number: int, answer: Answer) -> Callable[[Asked], Answer]:
-    """Answer only when so many requests are in flight at once."""
-    barrier = threading.Barrier(number, timeout=30.0)
+def together(number: int, answer: Answer, *, first: bool = False) -> Callable[[Asked], Answer]:
+    """Answer only when so many requests are in flight at once; those after the first so many at once."""
+    barrier, count = threading.Barrier(number, timeout=30.0), itertools.count()
 
     def script(_: Asked) -> Answer:
-        barrier.wait()
+        if next(count) < number or not first:
+            barrier.wait()
         return answer
 
     return after_probe(script)
@@ -657,10 +659,14 @@ REFUSALS = [
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=["401", "403", "404", "402", "quota"])
 def test_an_endpoint_that_refuses_is_asked_no_more_and_the_others_are(refusal, caplog):
-    with Scripted(together(4, refusal)) as first, Scripted(after_probe(lambda _: completion("second"))) as second:
+    with (
+        Scripted(together(4, refusal, first=True)) as first,
+        Scripted(after_probe(lambda _: completion("second"))) as second,
+    ):
         results = send_all(section(first, second, max_concurrency=4), 8)
         assert [result.text for result in results if isinstance(result, Reply)] == ["second"] * 8
-        assert len(first.chats) == 4
+        # A 403 or 404 may be meant for one question: another may be on its way before the second of them is read.
+        assert 4 <= len(first.chats) <= (5 if refusal.status in (403, 404) else 4)
     (said,) = [record.getMessage() for record in caplog.records]
     assert refusal.body["error"]["message"] in said
     assert said.endswith(f"; {first.url} is asked no more in this run, but {second.url}")

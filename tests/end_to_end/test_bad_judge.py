@@ -128,8 +128,8 @@ def test_a_damaged_store_is_recovered_by_sqlite_and_only_the_rest_is_asked_again
         run_dir, path = sampled(server, prompts=40)
         assert dno("annotate", path)[0] == 0
         shutil.rmtree(run_dir.stage("annotate", 0).path)
-        with open(run_dir.annotations_path, "r+b") as file:  # the middle of it
-            file.seek(Path(run_dir.annotations_path).stat().st_size // 2)
+        with open(run_dir.annotations_path, "r+b") as file:  # pages of verdicts
+            file.seek(Path(run_dir.annotations_path).stat().st_size * 2 // 3)
             file.write(b"\x5a" * 8192)
         status, said = dno("annotate", path)
         assert status == 2

@@ -14,7 +14,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.hf.config_json import parse_config
 from dno_jax.model.hf.tensors import stored_tensors
-from dno_jax.runtime.fit import read_shape
+from dno_jax.runtime.fit import warn_of_dropout
 from tests.model.checkpoints import same
 from tests.model.conftest import write_json
 from tests.model.families import CASES, SIZES
@@ -158,7 +158,7 @@ def test_dropout_is_said(make_config, capsys, small_folder):
     tree = json.loads((Path(make_config().model.path) / "config.json").read_text())
     path.mkdir()
     write_json(path / "config.json", {**tree, "attention_dropout": 0.25})
-    read_shape(make_config(model={"path": str(path)}))
+    warn_of_dropout(make_config(model={"path": str(path)}))
     said = capsys.readouterr().err
     assert "attention_dropout 0.25" in said
     assert "nothing is dropped here" in said
