@@ -32,7 +32,8 @@ class RunDir:
     """The root folder and where everything lies in it."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = epath.Path(path)
+        # Orbax takes absolute paths only.
+        self.path = epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
         self.config_path = self.path / "config.yaml"
         self.format_path = self.path / "FORMAT"
         self.lock_path = self.path / ".lock"

@@ -101,6 +101,11 @@ def test_each_damage_is_named_with_the_stage_to_redo(copy, damage, place, redo):
     assert found.redo == redo
 
 
+def test_a_directory_may_be_named_from_where_one_stands(whole, monkeypatch):
+    monkeypatch.chdir(whole.path.parent)
+    assert verify.verify(RunDir(whole.path.name), config(whole.path)).faults == []
+
+
 def test_the_command_says_the_first_stage_and_fails(copy, monkeypatch):
     runner = CliRunner()
     flip(copy.path / "iterations/000/reference/0000000.jsonl")
