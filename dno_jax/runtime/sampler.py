@@ -135,22 +135,10 @@ class Sampler:
         return [one.programs.shape for one in (found, *found.beside)]
 
     def _sampling_params(self, spec: SampleSpec) -> SamplingParams:
-        section = self.runtime.config.sampling
-        return SamplingParams(
-            num_samples=spec.num_samples,
+        return replace(
+            sampling_params(self.runtime, num_samples=spec.num_samples),
             first_sample=spec.first_sample,
-            max_new_tokens=section.max_new_tokens,
-            end_ids=self.runtime.end_ids,
-            num_ids=self.runtime.tokenizer.vocab_size,
-            truncation=Truncation(
-                temperature=section.temperature,
-                top_k=section.top_k,
-                top_p=section.top_p,
-                min_p=section.min_p,
-                repetition_penalty=section.repetition_penalty,
-            ),
-            seed=self.runtime.config.seed,
-            max_total_tokens=section.max_total_tokens,
+            max_total_tokens=self.runtime.config.sampling.max_total_tokens,
         )
 
     def _decode(self, index: int, ids: Sequence[int]) -> str:
@@ -165,3 +153,22 @@ class Sampler:
 
     def _stop(self, index: int, ids: Sequence[int]) -> tuple[int, str] | None:
         return stopped(self.runtime.config.sampling.stop, ids, decode=partial(self._decode, index))
+
+
+def sampling_params(runtime: Runtime[RunConfig], *, num_samples: int) -> SamplingParams:
+    """How a run's configuration draws, without its bound on prompt and response together."""
+    section = runtime.config.sampling
+    return SamplingParams(
+        num_samples=num_samples,
+        max_new_tokens=section.max_new_tokens,
+        end_ids=runtime.end_ids,
+        num_ids=runtime.tokenizer.vocab_size,
+        truncation=Truncation(
+            temperature=section.temperature,
+            top_k=section.top_k,
+            top_p=section.top_p,
+            min_p=section.min_p,
+            repetition_penalty=section.repetition_penalty,
+        ),
+        seed=runtime.config.seed,
+    )

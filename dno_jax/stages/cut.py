@@ -10,7 +10,7 @@ from dno_jax.console import say
 from dno_jax.records import Rollout
 from dno_jax.report.tables import shares_text
 
-_MUCH = 0.2  # a share above which it is a warning
+MUCH = 0.2  # a share above which it is a warning
 _NAMES = {"policy": "samples", "mixture": "samples", "gold": "gold", "data": "data"}
 
 
@@ -48,7 +48,7 @@ class CutShares:
         if not found:
             return
         shares = found["cut"]
-        much = "warning: " if max(shares.values()) > _MUCH else ""
+        much = "warning: " if max(shares.values()) > MUCH else ""
         remedy = "; raise it, or shorten what is sampled or given" if much else ""
         say(f"{much}{stage}: cut at sampling.max_new_tokens={limit}: {shares_text(shares)}{then}{remedy}")
 

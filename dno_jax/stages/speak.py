@@ -26,12 +26,12 @@ from dno_jax.records import Message, Prompt
 from dno_jax.report.summary import best_policy_of
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.sampler import sampling_params
 from dno_jax.runtime.slots import Wanted, plan
 from dno_jax.sampling.engine import generate
-from dno_jax.sampling.requests import Request, SamplingParams
+from dno_jax.sampling.requests import Request
 from dno_jax.sampling.state import CompiledPrograms, EngineShape
 from dno_jax.sampling.stops import stopped
-from dno_jax.sampling.transforms import Truncation
 from dno_jax.stages.checkpoints import read_checkpoint
 
 _LONGEST_PROMPT = 4096  # tokens of a conversation, where the model's context has room for more
@@ -186,9 +186,8 @@ class Speakers:
             return found
 
         mesh = runtime.submesh.mesh
-        programs = CompiledPrograms(
-            runtime.programs.model(DECODE, mesh=mesh), self._sampling_params(num_samples), shape, mesh
-        )
+        params = sampling_params(runtime, num_samples=num_samples)
+        programs = CompiledPrograms(runtime.programs.model(DECODE, mesh=mesh), params, shape, mesh)
         watch = stop if section.stop or show is not None else None
         for finished in generate(self._weights(policy), requests, programs, iteration=policy, stop=watch):
             yield (
@@ -198,23 +197,6 @@ class Speakers:
                     for one in finished.responses
                 ),
             )
-
-    def _sampling_params(self, num_samples: int) -> SamplingParams:
-        section = self.runtime.config.sampling
-        return SamplingParams(
-            num_samples=num_samples,
-            max_new_tokens=section.max_new_tokens,
-            end_ids=self.runtime.end_ids,
-            num_ids=self.runtime.tokenizer.vocab_size,
-            truncation=Truncation(
-                temperature=section.temperature,
-                top_k=section.top_k,
-                top_p=section.top_p,
-                min_p=section.min_p,
-                repetition_penalty=section.repetition_penalty,
-            ),
-            seed=self.runtime.config.seed,
-        )
 
     @property
     def _kv_dtype(self) -> str:

@@ -28,11 +28,11 @@ from dno_jax.reasoning import opens_thought, split_thought
 from dno_jax.records import Prompt, TaughtResponse
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import Manifest, StageDir
+from dno_jax.stages.cut import MUCH
 
 _SHARD_PROMPTS = 256
 _HELD_OUT = "held-out"
 _CUT = "the response was cut at annotation.teacher.max_tokens"
-_CUT_IS_MUCH = 0.2  # share of the responses, above which it is said
 
 
 def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSplit | None = None) -> Manifest:
@@ -67,7 +67,7 @@ def run(config: RunConfig, run_dir: RunDir, iteration: int, *, split: PromptSpli
     rows = [row for folder in wanted for row in folder.read(TaughtResponse)]
     states = Counter(row.state for row in rows)
     cut = sum(row.detail == _CUT for row in rows)
-    if cut > _CUT_IS_MUCH * len(rows):
+    if cut > MUCH * len(rows):
         say(
             f"warning: {cut} of {len(rows)} gold responses were cut at annotation.teacher.max_tokens="
             f"{section.max_tokens} and are dropped: raise it"
