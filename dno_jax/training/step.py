@@ -55,24 +55,36 @@ def response_logprobs(
     return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
 
 
-def batch_logprobs(model: Decoder, params: Any, batch: PairBatch, *, chunk: int) -> Float[Array, "P C"]:
+def variables_of(trained: Any, frozen: Any = None) -> dict[str, Any]:
+    """Return what the decoder is applied to: parameters that are trained, or adapters beside parameters that are not.
+
+    Args:
+        trained: the decoder's parameters; of adapters where there are frozen ones.
+        frozen: the decoder's parameters, which no gradient reaches, or None.
+    """
+    return {"params": trained} if frozen is None else {"params": frozen, "adapters": trained}
+
+
+def batch_logprobs(
+    model: Decoder, params: Any, batch: PairBatch, *, chunk: int, frozen: Any = None
+) -> Float[Array, "P C"]:
     """Return log pi(y|x) of every sequence of a batch."""
-    return _logprobs_and_load(model, params, batch, chunk=chunk)[0]
+    return _logprobs_and_load(model, variables_of(params, frozen), batch, chunk=chunk)[0]
 
 
 def _logprobs_and_load(
-    model: Decoder, params: Any, batch: PairBatch, *, chunk: int
+    model: Decoder, variables: dict[str, Any], batch: PairBatch, *, chunk: int
 ) -> tuple[Float[Array, "P C"], ExpertLoad | None]:
     """Return log pi(y|x) of every sequence, and the load of every layer's experts; None where there are none."""
     rows, count, length = batch.token.shape
     token = jnp.reshape(jnp.asarray(batch.token), (rows * count, length))
     position = jnp.reshape(jnp.asarray(batch.position), token.shape)
     left: Any
-    (hidden, _), left = model.apply({"params": params}, token, position, mutable=["intermediates"])
+    (hidden, _), left = model.apply(variables, token, position, mutable=["intermediates"])
     load = left["intermediates"]["layers"][LOAD][0] if model.config.num_experts else None
     logprob = response_logprobs(
         hidden,
-        params,
+        variables["params"],
         config=model.config,
         token=token,
         response_mask=jnp.reshape(batch.response_mask, token.shape),
@@ -106,7 +118,7 @@ class StepConfig:
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def train_step(
-    state: TrainState, batch: PairBatch, learning_rate: Float[Array, ""], *, config: StepConfig
+    state: TrainState, batch: PairBatch, learning_rate: Float[Array, ""], *, config: StepConfig, frozen: Any = None
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted mean loss of a batch.
 
@@ -116,6 +128,7 @@ def train_step(
     Args:
         batch: rows over (data, fsdp, expert); their number is a multiple of micro_batches.
         learning_rate: multiplies the optimiser's updates.
+        frozen: the decoder's parameters where the state's are adapters beside them, else None.
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
@@ -126,7 +139,7 @@ def train_step(
     total_tokens = jnp.maximum(jnp.sum(batch.position >= 0), 1)
 
     def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
-        logprob, load = _logprobs_and_load(config.model, params, part, chunk=config.chunk)
+        logprob, load = _logprobs_and_load(config.model, variables_of(params, frozen), part, chunk=config.chunk)
         num_tokens = jnp.sum(part.response_mask, axis=-1)
         loss, metrics = config.row_loss(logprob, num_tokens, part)
         weight = part.weight / total_weight
@@ -173,6 +186,6 @@ def _split(leaf: Array, *, parts: int, place: Callable[[Array, tuple], Array]) -
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"))
-def score_step(params: Any, batch: PairBatch, *, model: Decoder, chunk: int) -> Float[Array, "P C"]:
-    """Return the log-probabilities of a batch under a frozen policy: the reference of the next training."""
-    return batch_logprobs(model, params, batch, chunk=chunk)
+def score_step(params: Any, batch: PairBatch, *, model: Decoder, chunk: int, frozen: Any = None) -> Float[Array, "P C"]:
+    """Return the log-probabilities of a batch under a policy that stands: the reference of the next training."""
+    return batch_logprobs(model, params, batch, chunk=chunk, frozen=frozen)
