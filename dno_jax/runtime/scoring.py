@@ -19,7 +19,7 @@ from dno_jax.training.step import score_step
 
 def scoring_batches(
     runtime: Runtime[RunConfig], lengths: Int[np.ndarray, " N"], *, size: int
-) -> list[Int[np.ndarray, " B"]]:
+) -> list[np.ndarray]:
     """Indices of the rows of every batch of up to `size`.
 
     Packed, each has its share of the long ones and of the short, so that all are of one size; otherwise rows of like
@@ -35,7 +35,7 @@ def frozen_logprobs(
     runtime: Runtime[RunConfig],
     policy: epath.Path,
     rows: Sequence[TrainingRow],
-    batches: Sequence[Int[np.ndarray, " B"]],
+    batches: Sequence[np.ndarray],
     *,
     size: int,
     wanted: Iterable[int] | None = None,
