@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
+from dno_jax.model.params import abstract_params
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
@@ -28,6 +30,8 @@ from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.packing import Packing, Plan, TextLengths, plan_batches
 from dno_jax.training.state import param_shardings
 from dno_jax.training.step import StepConfig
+
+_COMPILING = 4e11  # floating-point operations that a CPU does in the time that it takes to compile a training step
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
 
@@ -100,7 +104,13 @@ class Programs(Generic[ConfigT]):
             skips=backend == "xla" and on_cpu,
             row_shards=num_row_shards(self.mesh),
             granule=min(granule, 128),
+            program_tokens=round(_COMPILING / (6 * self.num_parameters)) if on_cpu else 1_000_000,
         )
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Numbers in the model's arrays."""
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self.model_config)))
 
     @property
     def texts_in_step(self) -> int:

@@ -17,9 +17,7 @@ from dno_jax.training.packing import plan_batches
 from dno_jax.training.step import score_step
 
 
-def scoring_batches(
-    runtime: Runtime[RunConfig], lengths: Int[np.ndarray, " N"], *, size: int
-) -> list[np.ndarray]:
+def scoring_batches(runtime: Runtime[RunConfig], lengths: Int[np.ndarray, " N"], *, size: int) -> list[np.ndarray]:
     """Indices of the rows of every batch of up to `size`.
 
     Packed, each has its share of the long ones and of the short, so that all are of one size; otherwise rows of like

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Int
 
-# A program more per so many steps, up to so many: each is compiled once, and leaves less padding.
-_STEPS_PER_SHAPE, _MAX_SHAPES = 50, 5
+_MAX_SHAPES = 8
+# A training of fewer programs' worth of tokens takes lengths rounded up to few numbers: what is compiled then serves
+# the next iteration, too.
+_SHORT = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Packing:
         skips: the attention skips what a row's texts do not see of each other, so that rows may be long.
         row_shards: into how many parts rows are split over devices; their number is a multiple of it.
         granule: rows' lengths are multiples of it.
+        program_tokens: a program more is compiled where it saves so many tokens of padding.
     """
 
     packed: bool = False
@@ -58,6 +61,7 @@ class Packing:
     skips: bool = False
     row_shards: int = 1
     granule: int = 8
+    program_tokens: int = 50_000
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Layout:
             is named by all who share it.
         shared: [N], whether a pair's prompt stands once.
         longest, window: tokens, and tokens of responses, of the fullest row.
+        num_tokens: of all rows, shared prompts once, padding not counted.
     """
 
     part: Int[np.ndarray, " N"]
@@ -104,6 +109,7 @@ class Layout:
     shared: Bool[np.ndarray, " N"]
     longest: int
     window: int
+    num_tokens: int
 
     @property
     def most_pairs(self) -> int:
@@ -151,7 +157,7 @@ def lay_out(lengths: TextLengths, packing: Packing, *, parts: int, rows: int) ->
         longest, window = max(longest, int(filled.max())), max(window, int(answered.max()))
     if not packing.packed:
         longest, window = int(texts.max()), int(lengths.response.max())
-    return Layout(part, place, row, prompt, response, shared, longest, window)
+    return Layout(part, place, row, prompt, response, shared, longest, window, int(whole.sum()))
 
 
 def _deal(sizes: Int[np.ndarray, " N"], bins: int, *, at_most: int | None = None) -> Int[np.ndarray, " N"]:
@@ -221,15 +227,14 @@ def plan_batches(
             rows *= max(1, int(totals.mean() / (parts * packing.row_shards * target)))
     layouts = [lay_out(lengths.take(batch), packing, parts=parts, rows=rows) for batch in batches]
     pairs = batch_size // parts if not packing.packed else max(layout.most_pairs for layout in layouts)
-    # In a short training a program is worth more than the padding that it saves, and the next iteration's shapes had
-    # better be the same ones: lengths are rounded up to few numbers.
-    digits = 3 if len(batches) < _STEPS_PER_SHAPE else 6
+    short = sum(layout.num_tokens for layout in layouts) < _SHORT * packing.program_tokens
+    digits = 3 if short else 6
     needs, windows = (
         np.asarray([_rounded(need, granule=packing.granule, digits=digits) for need in found])
         for found in ([layout.longest for layout in layouts], [layout.window for layout in layouts])
     )
     shapes = []
-    for level in _levels(needs, at_most=min(_MAX_SHAPES, 1 + len(batches) // _STEPS_PER_SHAPE)):
+    for level in _levels(needs, one_more=packing.program_tokens / (parts * rows)):
         shapes.append(BatchShape(parts, pairs, rows, level, int(windows[needs <= level].max())))
     return Plan(packing, tuple(shapes))
 
@@ -241,11 +246,15 @@ def _rounded(need: int, *, granule: int, digits: int) -> int:
     return -(-count // coarse) * coarse * granule
 
 
-def _levels(needs: Int[np.ndarray, " N"], *, at_most: int) -> list[int]:
-    """Return so many lengths at most, ascending, to which the needs are rounded up by the least in all."""
+def _levels(needs: Int[np.ndarray, " N"], *, one_more: float) -> list[int]:
+    """Return a few lengths, ascending, to which the needs are rounded up by the least in all.
+
+    Args:
+        one_more: what another length has to save.
+    """
     values, counts = np.unique(needs, return_counts=True)
     number = np.concatenate([[0], np.cumsum(counts)])
-    cost = np.full((min(at_most, len(values)) + 1, len(values) + 1), np.inf)
+    cost = np.full((min(_MAX_SHAPES, len(values)) + 1, len(values) + 1), np.inf)
     cost[0, 0] = 0.0
     came = np.zeros(cost.shape, np.int64)
     for k in range(1, len(cost)):
@@ -254,7 +263,8 @@ def _levels(needs: Int[np.ndarray, " N"], *, at_most: int) -> list[int]:
             came[k, end] = int(np.argmin(options))
             cost[k, end] = options[came[k, end]]
     levels, end = [], len(values)
-    for k in range(len(cost) - 1, 0, -1):
+    best = int(np.argmin(cost[:, end] + one_more * np.arange(len(cost))))
+    for k in range(best, 0, -1):
         levels.append(int(values[end - 1]))
         end = came[k, end]
     return levels[::-1]
