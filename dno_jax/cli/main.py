@@ -212,9 +212,11 @@ def sft(
     process_id: ProcessId = None,
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
+    from dno_jax import stopping
     from dno_jax.config import SftConfig, load_config
 
     settings = load_config(SftConfig, config, overrides or [], variants=variants or [])
+    stopping.allow(settings.grace_seconds)
     _join(coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
@@ -369,9 +371,12 @@ app.command()(fake_judge)
 
 
 def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None) -> RunConfig:
+    from dno_jax import stopping
     from dno_jax.config import RunConfig, load_config
 
-    return load_config(RunConfig, path, overrides or [], variants=variants or [])
+    settings = load_config(RunConfig, path, overrides or [], variants=variants or [])
+    stopping.allow(settings.grace_seconds)
+    return settings
 
 
 def _bytes(text: str, *, option: str) -> int:
@@ -392,5 +397,5 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def main() -> None:
-    """Run the command line; a DnoError is printed without a traceback, exit status 2, and 130 after a Ctrl-C."""
+    """Run the command line; a DnoError is printed without a traceback, exit status 2; 75 after SIGTERM, 130 after a Ctrl-C."""
     raise SystemExit(process.run(app))

@@ -24,6 +24,7 @@ from dno_jax.config.training import (
     ReferenceSection,
     TrainingSection,
 )
+from dno_jax.stopping import GRACE_SECONDS
 
 _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the whole run's
 
@@ -40,6 +41,12 @@ class RunConfig(Section):
         json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate"),
     )
     iterations: Count = Field(default=3, description="T", json_schema_extra=COSTS)
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
     model: ModelConfigSection
     mesh: MeshSection = Field(default=MeshSection())
     prompts: PromptsSection
@@ -220,6 +227,12 @@ class SftConfig(Section):
 
     run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
     seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft"))
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection

@@ -201,6 +201,9 @@ class TrainingSection(Section):
         default=512, description="tokens per slice of the output head", json_schema_extra=ROUNDS
     )
     save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
+    keep_states: Count = Field(
+        default=2, description="newest checkpoints kept while training runs", json_schema_extra=COSTS
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> TrainingSection:

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dno_jax import stopping
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
-from dno_jax.parallel.cluster import barrier, is_primary, wait_until
+from dno_jax.parallel.cluster import CommonStop, barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.exhausted import explained, training_settings
@@ -32,6 +33,7 @@ from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import StepConfig, train_step
 
 
+@stopping.finishing()
 def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
     """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the resulting policy.
 
@@ -135,7 +137,8 @@ def train(
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
     shardings = state_shardings(step.optimizer, runtime.programs.param_shardings(TRAIN), params)
     state = init_state(params, step.optimizer, shardings)
-    checkpoints = StateCheckpoints(training.states_path, save_every=section.save_every)
+    checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states)
+    stop = CommonStop(f"{stage}/{iteration}")
     restored = checkpoints.restore(state, shardings)
     state = state if restored is None else restored
     first = int(state.step)
@@ -157,6 +160,8 @@ def train(
     )
     try:
         with Meter(f"{stage:<9} {iteration}", total=steps, unit="steps", done=first, enabled=is_primary()) as meter:
+            if stop.is_due(first):
+                raise KeyboardInterrupt
             for index, indices in enumerate(order, start=first):
                 chosen = [rows[i] for i in indices]
                 batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length)
@@ -168,7 +173,8 @@ def train(
                 )
                 names = [row.name for row in chosen]
                 writer.write(index, metrics, names=names, learning_rate=learning_rate, tokens=float(tokens))
-                saved = index + 1 < steps and checkpoints.is_due(index + 1)
+                stops = index + 1 < steps and stop.is_due(index + 1)
+                saved = stops or (index + 1 < steps and (index + 1) % section.save_every == 0)
                 if saved or index == 0 or index + 1 == steps:  # what is kept is looked at before
                     writer.flush()
                 if training.scored is not None and index == 0:
@@ -176,6 +182,8 @@ def train(
                 if saved:
                     checkpoints.save(state, step=index + 1)
                 meter.advance(1, note=f"loss {writer.last['loss']:.4f}" if writer.last else "")
+                if stops:
+                    raise KeyboardInterrupt
     except NotFinite as error:
         raise DnoError(_not_finite(error, training, checkpoints.last_step, config)) from None
     finally:

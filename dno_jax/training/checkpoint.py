@@ -212,8 +212,8 @@ def _noted_of(state: epath.Path) -> str | None:
 class StateCheckpoints:
     """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays."""
 
-    def __init__(self, path: epath.Path, *, save_every: int):
-        options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)
+    def __init__(self, path: epath.Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.path = path
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
@@ -222,15 +222,11 @@ class StateCheckpoints:
         """The step after which the newest saved state is; None where there is none."""
         return self._manager.latest_step()
 
-    def is_due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved: `save_every` divides them."""
-        return self._manager.should_save(step)
-
     def save(self, state: TrainState, *, step: int) -> None:
-        """Start writing the state after `step` optimiser steps, if it is due."""
-        if self.is_due(step):
-            noted = {_FINGERPRINT: _state_digest(state)}
-            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
+        """Start writing the state after `step` optimiser steps."""
+        noted = {_FINGERPRINT: _state_digest(state)}
+        # Forced: Orbax by itself would leave out, and write, others than those that are asked for.
+        self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted, force=True)
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState | None:
         """Return the last whole state, or None where there is none.

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from dno_jax.run_dir import RunDir
+from dno_jax.training.board import Board
 
 
 @dataclass(eq=False)
@@ -43,15 +44,12 @@ class MetricsWriter:
         self._enabled = enabled
         self._pending: tuple[int, dict[str, Any], Sequence[str], dict[str, float]] | None = None
         self._clock = time.perf_counter()
-        self._board = None
+        self._board: Board | None = None
         self.last: dict[str, float] = {}
         if enabled:
             run_dir.forget_metrics(iteration=iteration, stage=stage, from_step=first_step)
         if enabled and tensorboard:
-            from tensorboardX import SummaryWriter
-
-            folder = run_dir.tensorboard_path / f"{stage}_{iteration:03d}"
-            self._board = SummaryWriter(str(folder), purge_step=first_step)
+            self._board = Board(run_dir.tensorboard_path / f"{stage}_{iteration:03d}", first_step=first_step)
 
     def write(self, step: int, metrics: dict[str, Any], *, names: Sequence[str], **host: float) -> None:
         """Queue one step's device metrics and host figures (`tokens` becomes tokens_per_second).
@@ -77,8 +75,7 @@ class MetricsWriter:
             rounded = {name: float(f"{value:.7g}") for name, value in row.items()}
             self._run_dir.append_metrics({**self._place, "step": step, **rounded})
             if self._board is not None:
-                for name, value in row.items():
-                    self._board.add_scalar(f"{self._place['stage']}/{name}", value, step)
+                self._board.write(step, {f"{self._place['stage']}/{name}": value for name, value in row.items()})
         if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
             raise NotFinite(step, row["loss"], row["grad_norm"], names)
 
