@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dno_jax import stopping
 from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
@@ -212,11 +213,7 @@ def sft(
     process_id: ProcessId = None,
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
-    from dno_jax import stopping
-    from dno_jax.config import SftConfig, load_config
-
-    settings = load_config(SftConfig, config, overrides or [], variants=variants or [])
-    stopping.allow(settings.grace_seconds)
+    settings = _load(config, overrides, variants, kind="SftConfig")
     _join(coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
@@ -370,11 +367,10 @@ app.command()(game)
 app.command()(fake_judge)
 
 
-def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None) -> RunConfig:
-    from dno_jax import stopping
-    from dno_jax.config import RunConfig, load_config
+def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, *, kind: str = "RunConfig") -> Any:
+    from dno_jax import config
 
-    settings = load_config(RunConfig, path, overrides or [], variants=variants or [])
+    settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
     stopping.allow(settings.grace_seconds)
     return settings
 

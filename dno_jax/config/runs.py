@@ -41,12 +41,6 @@ class RunConfig(Section):
         json_schema_extra=decides("teach", "sample", "annotate", "pair", "train", "evaluate"),
     )
     iterations: Count = Field(default=3, description="T", json_schema_extra=COSTS)
-    grace_seconds: float = Field(
-        default=GRACE_SECONDS,
-        gt=0.0,
-        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
-        json_schema_extra=COSTS,
-    )
     model: ModelConfigSection
     mesh: MeshSection = Field(default=MeshSection())
     prompts: PromptsSection
@@ -60,6 +54,12 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = Field(default=ReportSection())
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
 
     @model_validator(mode="after")
     def _judges_fit(self) -> RunConfig:
@@ -227,15 +227,27 @@ class SftConfig(Section):
 
     run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
     seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft"))
-    grace_seconds: float = Field(
-        default=GRACE_SECONDS,
-        gt=0.0,
-        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
-        json_schema_extra=COSTS,
-    )
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
+
+    @model_validator(mode="after")
+    def _one_iteration(self) -> SftConfig:
+        for section, names in (("optimizer", ("learning_rate_decay", "carry")), ("training", ("keep_policies",))):
+            own = getattr(self, section)
+            for name in names:
+                if getattr(own, name) != type(own).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name}: concerns what one iteration leaves to the next, and supervised fine-tuning "
+                        "has one; leave it out"
+                    )
+        return self

@@ -183,6 +183,11 @@ class OptimizerSection(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0.0, description="longer gradients are scaled down to it", json_schema_extra=TRAINED
     )
+    carry: bool = Field(
+        default=False,
+        description="start from the moments that the policy was trained with, not from zeros; they lie beside it",
+        json_schema_extra=TRAINED,
+    )
 
     if TYPE_CHECKING:  # as in LossSection
 
@@ -203,6 +208,12 @@ class TrainingSection(Section):
     save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
     keep_states: Count = Field(
         default=2, description="newest checkpoints kept while training runs", json_schema_extra=COSTS
+    )
+    keep_policies: Literal["all"] | Count = Field(
+        default="all",
+        description="newest policies kept, beside the best so far and those that later stages read; what is pruned can "
+        "no longer be sampled, exported or returned",
+        json_schema_extra=COSTS,
     )
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from dno_jax import stopping
 from dno_jax.config import RunConfig, SftConfig
@@ -25,6 +26,7 @@ from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
+from dno_jax.training.carried import load_moments, save_moments
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
 from dno_jax.training.metrics import MetricsWriter, NotFinite
 from dno_jax.training.objectives import preference_loss
@@ -71,8 +73,17 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
             runtime.load_policy(update.previous, TRAIN),
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
-            Training(stage_name, iteration, stage.path / "states", max_length=config.max_length, scored=scored),
+            Training(
+                stage_name,
+                iteration,
+                stage.path / "states",
+                max_length=config.max_length,
+                scored=scored,
+                carried=update.previous if config.optimizer.carry else None,
+            ),
         )
+        if config.optimizer.carry:
+            save_moments(update.result, result.opt_state)
         digest = save_policy(update.result, result.params)
     barrier(f"trained {stage.path}")
     if is_primary():
@@ -102,6 +113,7 @@ class Training:
         states_path: where its states lie until it is done.
         max_length: tokens of the longest sequence.
         scored: whose reference step 0 must show to be of its own policy; None where there is no reference.
+        carried: the policy whose optimiser state it starts from; None starts a new one.
     """
 
     stage: str
@@ -109,11 +121,13 @@ class Training:
     states_path: Any
     max_length: int
     scored: StageDir | None = None
+    carried: epath.Path | None = None
 
 
 @dataclass(frozen=True)
 class TrainResult:
     params: Any
+    opt_state: Any
     num_steps: int
     metrics: dict[str, float]  # of the last step
 
@@ -140,6 +154,8 @@ def train(
     checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states)
     stop = CommonStop(f"{stage}/{iteration}")
     restored = checkpoints.restore(state, shardings)
+    if restored is None and training.carried is not None:
+        state = state.replace(opt_state=load_moments(training.carried, state.opt_state, shardings.opt_state))
     state = state if restored is None else restored
     first = int(state.step)
     order = batch_order(
@@ -191,7 +207,7 @@ def train(
         checkpoints.close()
         writer.close()
     last = {name: round(value, 6) for name, value in writer.last.items()}
-    return TrainResult(params=state.params, num_steps=steps, metrics=last)
+    return TrainResult(state.params, state.opt_state, num_steps=steps, metrics=last)
 
 
 def _not_finite(error: NotFinite, training: Training, saved: int | None, config: RunConfig | SftConfig) -> str:

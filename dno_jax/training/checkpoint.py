@@ -26,7 +26,7 @@ from dno_jax.training.state import TrainState
 
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
-_FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
+_FINGERPRINT, _PARAMS, _PRUNED = "FINGERPRINT", "params", "PRUNED"
 _WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
@@ -44,9 +44,23 @@ def save_policy(path: epath.Path, params: Any) -> str:
     checkpointer.wait_until_finished()
     checkpointer.close()
     if is_primary():
+        (path / _PRUNED).unlink(missing_ok=True)
         write_atomically(path / _FINGERPRINT, digest + "\n")
     barrier(f"policy {path}")
     return digest
+
+
+def prune_policy(path: epath.Path) -> None:
+    """Remove a policy's weights. Its fingerprint stays: it names what other stages were made from."""
+    write_atomically(path / _PRUNED, "its weights were removed, as training.keep_policies says\n")
+    for folder in path.iterdir():
+        if folder.is_dir():
+            folder.rmtree()
+
+
+def is_pruned(path: epath.Path) -> bool:
+    """Whether a policy's weights were removed on purpose."""
+    return (path / _PRUNED).exists()
 
 
 def policy_fingerprint(path: epath.Path) -> str | None:
@@ -82,6 +96,11 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
         raise DnoError(
             f"{path}: no whole policy there (it has no {_FINGERPRINT} file); run the stage that writes it first"
         )
+    if is_pruned(path):
+        raise DnoError(
+            f"{path}: this policy's weights were removed, as training.keep_policies said; to have it again, "
+            f"{policy_remedy(path)}"
+        )
     wanted = dict(jax.tree.leaves_with_path(shapes))
     places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
     written = {name: jax.ShapeDtypeStruct(leaf.shape, _WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
@@ -89,7 +108,7 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
     sums: dict[Any, np.ndarray] = {}
     found: dict[Any, jax.Array] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
-        read = _undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
+        read = undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
         found |= {name: read.pop(name).astype(wanted[name].dtype) for name in group}
     check_fingerprint(path, noted, _digest(_in_tree(list(written.items())), list(sums.values())))
@@ -116,7 +135,7 @@ def policy_remedy(path: epath.Path) -> str:
     return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
 
 
-def _undamaged(path: epath.Path, read: Callable[[], T]) -> T:
+def undamaged(path: epath.Path, read: Callable[[], T]) -> T:
     """Read a policy's files; what they are refused with is a DnoError."""
     found, damage = _tried(read)
     if damage is not None:
@@ -172,7 +191,7 @@ def stored_fingerprint(path: epath.Path) -> str:
     Raises:
         DnoError: they cannot be read.
     """
-    return _undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
+    return undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
 
 
 def damaged_states(path: epath.Path) -> dict[int, str]:
