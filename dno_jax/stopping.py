@@ -1,8 +1,8 @@
 """A process that is asked to stop: by SIGTERM, as schedulers do before they take a machine away, or by a Ctrl-C.
 
-Either ends the work by KeyboardInterrupt, wherever it is; where that would lose something (`finishing`), it is noted and
-raised at the end. A thread hears signals too, also while the main one is inside of a library: it ends the process where
-the grace is over, or at a second signal.
+Either ends the work by KeyboardInterrupt, wherever it is; where that would lose something (`finishing`), it is noted
+and raised at the end. A thread hears signals too, also while the main one is inside of a library: it ends the process
+where the grace is over, or at a second signal.
 """
 
 from __future__ import annotations

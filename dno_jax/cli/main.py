@@ -393,5 +393,5 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def main() -> None:
-    """Run the command line; a DnoError is printed without a traceback, exit status 2; 75 after SIGTERM, 130 after a Ctrl-C."""
+    """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
     raise SystemExit(process.run(app))

@@ -56,7 +56,7 @@ def best_kept(run_dir: RunDir, iteration: int) -> int:
     kept = [policy for policy in range(len(wins)) if not is_pruned(run_dir.policy(policy))]
     chosen = max(kept, key=lambda policy: (rates[policy], policy))
     say(
-        f"warning: policy {best} is best on held-out prompts by the last evaluation ({rates[best]:.3f}), and was pruned "
-        f"when it was not (training.keep_policies); of those that are kept policy {chosen} is ({rates[chosen]:.3f})"
+        f"warning: policy {best} is best on held-out prompts by the last evaluation ({rates[best]:.3f}), and was "
+        f"pruned when it was not (training.keep_policies); of those that are kept policy {chosen} is ({rates[chosen]:.3f})"
     )
     return chosen
