@@ -43,9 +43,14 @@ def run(app: Callable[..., Any]) -> int:
             except typer.Abort:
                 return 1
             except Exception as error:
-                if not hasattr(error, "show"):
+                if hasattr(error, "show"):
+                    return _show_usage(error)
+                from dno_jax.files import refused_by_disk
+
+                if (told := refused_by_disk(error)) is None:
                     raise
-                return _show_usage(error)
+                typer.echo(printable(f"dno: {told}"), err=True)
+                return 2
     except KeyboardInterrupt:  # before the command has begun, or after it
         status = stopping.INTERRUPTED
     if status == stopping.INTERRUPTED and stopping.exit_status() == stopping.STOPPED:

@@ -57,6 +57,7 @@ def best_kept(run_dir: RunDir, iteration: int) -> int:
     chosen = max(kept, key=lambda policy: (rates[policy], policy))
     say(
         f"warning: policy {best} is best on held-out prompts by the last evaluation ({rates[best]:.3f}), and was "
-        f"pruned when it was not (training.keep_policies); of those that are kept policy {chosen} is ({rates[chosen]:.3f})"
+        "pruned when it was not (training.keep_policies); of those that are kept policy "
+        f"{chosen} is ({rates[chosen]:.3f})"
     )
     return chosen

@@ -203,9 +203,10 @@ def train(
     except NotFinite as error:
         raise DnoError(_not_finite(error, training, checkpoints.last_step, config)) from None
     finally:
-        # Also after an error: what is still being written, states and metrics, is worth keeping.
-        checkpoints.close()
-        writer.close()
+        try:  # also after an error: what is still being written, states and metrics, is worth keeping
+            checkpoints.close()
+        finally:
+            writer.close()
     last = {name: round(value, 6) for name, value in writer.last.items()}
     return TrainResult(state.params, state.opt_state, num_steps=steps, metrics=last)
 

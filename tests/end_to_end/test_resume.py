@@ -55,7 +55,7 @@ def folder(tmp_path_factory):
 
 
 def write_config(folder, run_dir, **changes):
-    path = folder / f"{run_dir}.yaml"
+    path = folder / f"{run_dir.replace('/', '-')}.yaml"
     tree = deep_merge(small_tree(folder, run_dir=run_dir), {"training": {"save_every": 1}})
     path.write_text(yaml.safe_dump(tree | changes))
     return path

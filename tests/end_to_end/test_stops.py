@@ -30,7 +30,7 @@ def whole(folder):
 
 def states(run_dir):
     path = run_dir.stage("train", 0).path / "states"
-    return sorted(int(state.name) for state in path.iterdir()) if path.exists() else []
+    return sorted(int(state.name) for state in path.iterdir() if state.name.isdecimal()) if path.exists() else []
 
 
 def test_a_run_that_is_stopped_in_every_stage_ends_bit_for_bit_the_same(folder, whole):
@@ -85,3 +85,21 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(folder):
     (saved,) = states(run_dir)
     assert saved == steps_taken(run_dir)  # the last step that was taken
     assert start("run", path, point="step:1").returncode == -signal.SIGKILL  # by one process, and from there
+
+
+def test_a_run_whose_coordinator_dies_ends_and_one_process_goes_on(folder):
+    path = write_config(folder, "orphan", iterations=1, training=NEVER | {"num_epochs": 100, "save_every": 2})
+    run_dir = RunDir(folder / "orphan")
+    both, said = processes(path, 2)
+    deadline = time.monotonic() + 300
+    while steps_taken(run_dir) < 5:
+        assert all(process.exitcode is None for process in both), [file.read_text()[-2000:] for file in said]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    both[0].kill()
+    both[1].join(200)
+    assert both[1].exitcode not in (None, 0)
+    whole = states(run_dir)
+    ended = start("run", path, point="step:1@SIGTERM")
+    assert ended.returncode == 75, ended.stderr[-3000:]
+    assert max(states(run_dir)) == max(whole) + 1
