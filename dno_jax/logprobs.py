@@ -39,6 +39,7 @@ def head_token_logprobs(
     *,
     chunk: int,
     softcap: float | None = None,
+    valid: Bool[ArrayLike, "B T"] | None = None,
 ) -> Float[Array, "B T"]:
     """Return log softmax(hidden @ head)[token] without holding the logits of more than B x chunk/B tokens.
 
@@ -50,6 +51,7 @@ def head_token_logprobs(
         token: ids in [0, V).
         chunk: tokens per slice, over the whole batch; need not divide B * T.
         softcap: logits x become softcap * tanh(x / softcap) first (Gemma 2); None leaves them.
+        valid: slices without a valid token are not computed, and give 0; None computes all.
 
     Raises:
         ValueError: chunk is not positive.
@@ -66,7 +68,8 @@ def head_token_logprobs(
     head = jnp.asarray(head, hidden.dtype)
     slices = (length + padding) // width
 
-    @partial(jax.checkpoint, prevent_cse=False)
+    valid = jnp.ones(token.shape, bool) if valid is None else jnp.pad(jnp.asarray(valid), ((0, 0), (0, padding)))
+
     def one_slice(start: Int[Array, ""]) -> Float[Array, "B W"]:
         hidden_slice = jax.lax.dynamic_slice_in_dim(hidden, start, width, axis=1)
         token_slice = jax.lax.dynamic_slice_in_dim(token, start, width, axis=1)
@@ -74,8 +77,14 @@ def head_token_logprobs(
         return token_logprobs(softcapped(logits, softcap), token_slice)
 
     if slices == 1:
-        return one_slice(jnp.int32(0))[:, :length]
-    logprob = jax.lax.map(one_slice, jnp.arange(slices, dtype=jnp.int32) * width)  # [slices, B, width]
+        return jax.checkpoint(one_slice, prevent_cse=False)(jnp.int32(0))[:, :length]
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def if_any(start: Int[Array, ""]) -> Float[Array, "B W"]:
+        wanted = jnp.any(jax.lax.dynamic_slice_in_dim(valid, start, width, axis=1))
+        return jax.lax.cond(wanted, one_slice, lambda _: jnp.zeros((batch, width), jnp.float32), start)
+
+    logprob = jax.lax.map(if_any, jnp.arange(slices, dtype=jnp.int32) * width)  # [slices, B, width]
     return jnp.moveaxis(logprob, 0, 1).reshape(batch, length + padding)[:, :length]
 
 
