@@ -194,6 +194,13 @@ class OptimizerSection(Section):
         def __hash__(self) -> int: ...
 
 
+class ProfileSection(Section):
+    """Steps of every training that are traced, for TensorBoard's or XProf's profiler."""
+
+    first: int = Field(default=10, ge=0, description="the first step traced", json_schema_extra=COSTS)
+    steps: Count = Field(default=3, description="how many", json_schema_extra=COSTS)
+
+
 class TrainingSection(Section):
     batch_size: Count = Field(
         default=64, description="rows per optimiser step: pairs, or examples for sft", json_schema_extra=TRAINED
@@ -220,6 +227,16 @@ class TrainingSection(Section):
     save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
     keep_states: Count = Field(
         default=2, description="newest checkpoints kept while training runs", json_schema_extra=COSTS
+    )
+    skip_nonfinite: int = Field(
+        default=0,
+        ge=0,
+        description="steps of an iteration whose loss or gradient may be NaN or infinite: they change nothing, and one "
+        "more stops training",
+        json_schema_extra=TRAINED,
+    )
+    profile: ProfileSection | None = Field(
+        default=None, description="steps to trace with jax.profiler into the run directory", json_schema_extra=COSTS
     )
     keep_policies: Literal["all"] | Count = Field(
         default="all",
