@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dno_jax.config import RunConfig
 from dno_jax.parallel.cluster import is_primary, wait_until
 from dno_jax.report.page import write_report
+from dno_jax.report.training import note_shares
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import updates
 from dno_jax.stage_dir import Manifest, is_lookahead
@@ -59,6 +60,7 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
     evaluate.run(runtime, iteration)
     if is_primary():
         write_report(run_dir, config)
+        note_shares(run_dir, config, iteration)
         pruning.prune(config, run_dir, iteration)
 
 

@@ -307,24 +307,13 @@ def status(
         bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
     ] = False,
 ) -> None:
-    """Show which stages are done, with rows and seconds, and what comes next."""
-    from dno_jax.config import SftConfig
+    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
     from dno_jax.console import console
-    from dno_jax.report.summary import fine_tuning_table, iteration_table, policy_table, stage_statuses, status_table
+    from dno_jax.report import status as report
     from dno_jax.run_dir import RunDir
 
-    folder = RunDir(str(run_dir))
-    if folder.kind() is SftConfig:
-        console.print(fine_tuning_table(folder))
-        return
-    settings = folder.load_config()
-    if verify:
-        from dno_jax.report import verify as verification
-
-        verification.check(folder, settings)
-    console.print(status_table(stage_statuses(folder, settings)))
-    console.print(policy_table(folder, iterations=settings.iterations))
-    console.print(iteration_table(folder, settings))
+    for table in report.tables(RunDir(str(run_dir)), verify=verify):
+        console.print(table)
 
 
 class _TemplateByDefault(TyperGroup):
