@@ -16,7 +16,7 @@ from dno_jax.config.base import (
     Section,
     decides,
 )
-from dno_jax.losses.registry import Loss, find_loss, soft_losses
+from dno_jax.losses.registry import LOSSES, Loss, find_loss, soft_losses
 
 
 def _is_known(name: str) -> str:
@@ -94,6 +94,22 @@ class LossSection(Section):
             raise ValueError(f"name={self.name} takes no label_smoothing; it is for {soft_losses()}")
         if self.length_penalty and not self.kind.has_reference:
             raise ValueError(f"name={self.name} has no reference that length_penalty could lower")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> LossSection:
+        idle = {
+            name: f"name={self.name}; it is for {', '.join(key for key, loss in LOSSES.items() if name in loss.reads)}"
+            for name in ("clip_range", "max_reward")
+            if name not in self.kind.reads
+        }
+        if self.target == "hard":
+            idle["target_temperature"] = "target=hard; it is for target=soft"
+        if not self.label_smoothing:
+            idle["smoothing"] = "label_smoothing=0, which it is a way of"
+        for name, why in idle.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)}, and nothing reads it with {why}; leave it out")
         return self
 
     @property

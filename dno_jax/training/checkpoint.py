@@ -39,6 +39,7 @@ def save_policy(path: epath.Path, params: Any) -> str:
     if is_primary() and (path / _FINGERPRINT).exists():  # it would mark half-written weights as whole
         (path / _FINGERPRINT).unlink()
     barrier(f"policy {path} open")
+    _hush_unfinished()
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path / _PARAMS, params, force=True)
     checkpointer.wait_until_finished()
@@ -159,12 +160,12 @@ def _tried(read: Callable[[], T]) -> tuple[T | None, str | None]:
             raise
         first = str(inmost).strip().split("\n")[0]
         damage = f"cannot be read ({type(inmost).__name__}: {first[:200]})"
-    _hush_unfinished_reads()
+    _hush_unfinished()
     return None, damage
 
 
-def _hush_unfinished_reads() -> None:
-    """Where one read fails Orbax leaves the others hanging; each complains at length whenever it ends."""
+def _hush_unfinished() -> None:
+    """Where one read or write fails Orbax leaves the others hanging; each complains at length whenever it ends."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
@@ -234,6 +235,7 @@ class StateCheckpoints:
     def __init__(self, path: epath.Path, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.path = path
+        _hush_unfinished()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     @property

@@ -12,7 +12,7 @@ from tests.end_to_end.test_resume import contents, finish, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 # In the order in which a run passes them: after each the next start goes on.
-POINTS = ["shard-sample:1", "shard-annotate:2", "shard-score:1", "step:2", "policy:1"]  # the soak knows no bounds
+POINTS = ["shard-sample:1", "finish-annotate:1", "shard-score:1", "step:2", "policy:1"]  # the soak knows no bounds
 NEVER = {"save_every": 1000, "batch_size": 8}
 
 
