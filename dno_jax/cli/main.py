@@ -74,7 +74,11 @@ def run(
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
 ) -> None:
-    """Run all iterations, or resume where an earlier run stopped; export the best policy."""
+    """Run all iterations, or resume where an earlier run stopped; export the best policy.
+
+    SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same command
+    goes on.
+    """
     settings = _load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
