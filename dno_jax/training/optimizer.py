@@ -37,7 +37,7 @@ def make_optimizer(section: OptimizerSection) -> optax.GradientTransformation:
     """Return the optimiser with a learning rate of 1: the step multiplies its updates by the schedule's value.
 
     So the compiled step is the same program for every iteration and every number of steps. The state starts anew in
-    each iteration, because the objective does.
+    each iteration, because the objective does, unless `carry` says otherwise.
     """
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),

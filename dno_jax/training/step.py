@@ -17,6 +17,7 @@ from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
+from dno_jax.training.skipping import keep_if_finite
 from dno_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -81,6 +82,7 @@ class StepConfig:
         chunk: tokens per slice of the output head.
         load_balance_weight: of the load-balance loss of a mixture of experts, which is added to what is minimised and
             not to `loss`. It is no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
+        skips: whether a step without a finite loss and gradient leaves parameters and moments as they are.
     """
 
     model: Decoder
@@ -88,6 +90,7 @@ class StepConfig:
     row_loss: RowLoss
     chunk: int
     load_balance_weight: float = 0.0
+    skips: bool = False
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -149,7 +152,8 @@ def train_step(
         metrics |= {"load_balance": load_balance_loss(load), "busiest_expert": busiest_share(load)}
     metrics["response_tokens"] = jnp.sum(batch.num_tokens * (batch.weight > 0)[..., None]).astype(jnp.float32)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    stepped = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    return keep_if_finite(state, stepped, metrics) if config.skips else (stepped, metrics)
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"))
