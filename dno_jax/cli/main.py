@@ -76,8 +76,8 @@ def run(
 ) -> None:
     """Run all iterations, or resume where an earlier run stopped; export the best policy.
 
-    SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same command
-    goes on.
+    SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same
+    command goes on.
     """
     settings = _load(config, overrides, variants)
     from dno_jax import iteration
