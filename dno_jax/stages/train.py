@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
@@ -27,7 +28,8 @@ from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_s
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
 from dno_jax.training.metrics import MetricsWriter, NotFinite
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import learning_rate_schedule
+from dno_jax.training.optimizers import learning_rate_schedule
+from dno_jax.training.rounding import widened
 from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import StepConfig, train_step
 
@@ -66,7 +68,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
         result = train(
             runtime,
-            runtime.load_policy(update.previous, TRAIN),
+            runtime.load_for_training(update.previous),
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
             Training(stage_name, iteration, stage.path / "states", max_length=config.max_length, scored=scored),
@@ -111,7 +113,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainResult:
-    params: Any
+    params: Any  # float32
     num_steps: int
     metrics: dict[str, float]  # of the last step
 
@@ -126,14 +128,16 @@ def train(
     """Run every optimiser step over the rows, resuming from the last saved state.
 
     Args:
-        params: where to start, in the TRAIN layout; donated.
+        params: where to start, in the TRAIN layout and the dtypes that are trained; donated.
     """
     config = runtime.config
     section = config.training
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
     stage, iteration = training.stage, training.iteration
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
+    rounding = key_data(Purpose.ROUNDING, config.seed, iteration, stage)
     shardings = state_shardings(step.optimizer, runtime.programs.param_shardings(TRAIN), params)
+    step = replace(step, places=tuple(jax.tree.leaves(shardings)))
     state = init_state(params, step.optimizer, shardings)
     checkpoints = StateCheckpoints(training.states_path, save_every=section.save_every)
     restored = checkpoints.restore(state, shardings)
@@ -162,7 +166,9 @@ def train(
                 batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length)
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
                 learning_rate = float(np.asarray(rate(index)))
-                state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
+                state, metrics = train_step(
+                    state, placed, jax.numpy.float32(learning_rate), config=step, rounding=rounding
+                )
                 tokens = sum(
                     len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
                 )
@@ -183,7 +189,7 @@ def train(
         checkpoints.close()
         writer.close()
     last = {name: round(value, 6) for name, value in writer.last.items()}
-    return TrainResult(params=state.params, num_steps=steps, metrics=last)
+    return TrainResult(params=widened(state.params), num_steps=steps, metrics=last)
 
 
 def _not_finite(error: NotFinite, training: Training, saved: int | None, config: RunConfig | SftConfig) -> str:

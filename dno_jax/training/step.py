@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dno_jax.logprobs import sequence_logprobs
 from dno_jax.model.block import LOAD
@@ -20,6 +20,7 @@ from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
+from dno_jax.training.rounding import stored, widened
 from dno_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -104,6 +105,8 @@ class StepConfig:
         row_loss: the loss of each row, unreduced.
         chunk: tokens per slice of the output head.
         micro_batches: forward passes per step; they divide the batch's rows.
+        places: shardings of the next state's arrays, in their order, so that it lies as the state before and is no
+            argument to compile for again; None leaves them to the compiler.
         load_balance_weight: of the load-balance loss of a mixture of experts, which is added to what is minimised and
             not to `loss`. It is no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
     """
@@ -114,11 +117,18 @@ class StepConfig:
     chunk: int
     micro_batches: int = 1
     load_balance_weight: float = 0.0
+    places: tuple[jax.sharding.Sharding, ...] | None = None
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def train_step(
-    state: TrainState, batch: PairBatch, learning_rate: Float[Array, ""], *, config: StepConfig, frozen: Any = None
+    state: TrainState,
+    batch: PairBatch,
+    learning_rate: Float[Array, ""],
+    *,
+    config: StepConfig,
+    frozen: Any = None,
+    rounding: UInt32[Array, " 2"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted mean loss of a batch.
 
@@ -129,6 +139,8 @@ def train_step(
         batch: rows over (data, fsdp, expert); their number is a multiple of micro_batches.
         learning_rate: multiplies the optimiser's updates.
         frozen: the decoder's parameters where the state's are adapters beside them, else None.
+        rounding: the training's Threefry key, by which parameters and moments that are held in bfloat16 are rounded;
+            the step and the array are folded in here. None where all are float32.
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
@@ -155,18 +167,19 @@ def train_step(
     gradient = jax.grad(weighted_loss, has_aux=True)
     if config.micro_batches == 1:
         grads, (metrics, load) = gradient(state.params, batch)
+        grads = widened(grads)
     else:
         parts = jax.tree.map(partial(_split, parts=config.micro_batches, place=config.model.constrain), batch)
 
         def add(carry: Any, part: PairBatch) -> tuple[Any, None]:
-            found = gradient(state.params, part)
+            found = widened(gradient(state.params, part))
             largest = jnp.maximum(carry[1][0]["max_abs_log_ratio"], found[1][0]["max_abs_log_ratio"])
             grads, (metrics, load) = jax.tree.map(jnp.add, carry, found)
             return (grads, (metrics | {"max_abs_log_ratio": largest}, load)), None
 
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
+            jax.eval_shape(lambda *own: widened(gradient(*own)), state.params, jax.tree.map(lambda x: x[0], parts)),
         )
         (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, parts)
 
@@ -175,8 +188,12 @@ def train_step(
     if load is not None:
         metrics |= {"load_balance": load_balance_loss(load), "busiest_expert": busiest_share(load)}
     metrics["response_tokens"] = jnp.sum(batch.response_mask & (batch.weight > 0)[:, None, None]).astype(jnp.float32)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
+    params = optax.apply_updates(widened(state.params), jax.tree.map(lambda update: learning_rate * update, updates))
+    params, opt_state = stored((params, opt_state), like=(state.params, state.opt_state), key=rounding, step=state.step)
+    state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    if config.places is not None:
+        state = jax.lax.with_sharding_constraint(state, jax.tree.unflatten(jax.tree.structure(state), config.places))
+    return state, metrics
 
 
 def _split(leaf: Array, *, parts: int, place: Callable[[Array, tuple], Array]) -> Array:

@@ -2,8 +2,12 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from dno_jax import iteration
 from dno_jax.config import LossSection
 from dno_jax.errors import DnoError
 from dno_jax.parallel.sharding import TRAIN
@@ -54,3 +58,28 @@ def test_step_zero_says_what_has_changed_since_the_scores_and_not_to_hide_it(mak
         with pytest.raises(DnoError, match=rf"(?s)step 0: .*{said}.*before scoring again.*--from score:1") as told:
             check_step_zero({"max_abs_log_ratio": ratio, "loss": 0.7}, dtype="float32", scored=scored)
         assert str(told.value).count("\n") < 10
+
+
+def test_a_run_in_bfloat16_trains_the_policies_that_lie_on_disk(make_config):
+    """Policy 0 is rounded once, at its import, and step 0 shows a log-ratio of zero."""
+    config = make_config(
+        iterations=1,
+        training={"batch_size": 8, "param_dtype": "bfloat16"},
+        optimizer={"name": "adafactor", "min_factored": 16, "learning_rate": 1e-3},
+        evaluation={"num_samples": 1},
+    )
+    iteration.run(config)
+    run_dir = RunDir(config.run_dir)
+    runtime = Runtime.reading(config)
+    policies = [jax.tree.map(np.asarray, runtime.load_policy(run_dir.policy(t), TRAIN)) for t in range(2)]
+    for policy in policies:
+        for path, leaf in jax.tree.leaves_with_path(policy):
+            if not path[-1].key.endswith("norm"):
+                assert not np.any(leaf.view(np.uint32) & 0xFFFF), path
+    brought = read_checkpoint(config.model.path, shardings=runtime.programs.param_shardings(TRAIN))
+    assert np.any(np.asarray(brought["embed"]) != policies[0]["embed"])
+    np.testing.assert_array_equal(policies[0]["embed"], brought["embed"].astype(jnp.bfloat16).astype(np.float32))
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, policies), strict=True))
+    logged = [json.loads(line) for line in run_dir.metrics_path.read_text().splitlines()]
+    (first,) = [row for row in logged if row["stage"] == "train" and row["step"] == 0]
+    assert first["max_abs_log_ratio"] < 1e-3
