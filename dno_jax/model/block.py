@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
 from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
+from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, product, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
 from dno_jax.model.rope import query_growth, rotate
 
@@ -128,15 +129,16 @@ class Block(nn.Module):
         y: jax.Array,
         name: str,
         *,
-        equation: str,
         shape: tuple[int, ...],
         axes: tuple[str, ...],
         out: int,
         bias: bool,
     ) -> jax.Array:
         # The last `out` axes of the kernel are the output's, and the bias has just those.
-        kernel = declare(self, name, init=NORMAL, shape=shape, axes=axes)
-        y = jnp.einsum(equation, y, kernel.astype(self.dtype), precision=precision_for(self.dtype))
+        kernel = jnp.asarray(declare(self, name, init=NORMAL, shape=shape, axes=axes), self.dtype)
+        rows, width = y.shape[:2], math.prod(shape[:-out])
+        y = product(y.reshape(*rows, width), kernel.reshape(width, -1), precision_for(self.dtype))
+        y = y.reshape(*rows, *shape[-out:])
         if bias:
             value = declare(self, f"{name}_bias", init=ZEROS, shape=shape[-out:], axes=axes[-out:])
             y = y + value.astype(self.dtype)[None, None]
@@ -157,9 +159,7 @@ class Block(nn.Module):
 
         def head(name: str, heads: str, number: int) -> jax.Array:
             axes = ("embed", heads, "head_dim")
-            found = self._project(
-                y, name, equation="btd,dnh->btnh", shape=(D, number, H), axes=axes, out=2, bias=config.attention_bias
-            )
+            found = self._project(y, name, shape=(D, number, H), axes=axes, out=2, bias=config.attention_bias)
             if config.clip_qkv is not None:
                 found = jnp.clip(found, -config.clip_qkv, config.clip_qkv)
             if name != "v" and config.qk_norm is not None:
@@ -187,15 +187,15 @@ class Block(nn.Module):
             y = _attend_cache(q, cache, reach, position=position, window=window, scale=scale, softcap=softcap)
         y = self.constrain(y, ("batch", "length", "heads", "head_dim"))
         axes = ("heads", "head_dim", "embed")
-        y = self._project(y, "o", equation="btnh,nhd->btd", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
+        y = self._project(y, "o", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
         return y, cache
 
     def _mlp(self, y: jax.Array) -> jax.Array:
         config = self.config
         D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        into = partial(self._project, y, equation="btd,df->btf", shape=(D, F), axes=("embed", "mlp"), out=1, bias=bias)
+        into = partial(self._project, y, shape=(D, F), axes=("embed", "mlp"), out=1, bias=bias)
         y = self.constrain(ACTIVATIONS[config.hidden_act](into("gate")) * into("up"), ("batch", "length", "mlp"))
-        return self._project(y, "down", equation="btf,fd->btd", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
+        return self._project(y, "down", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
 
     def _expert_mlp(self, y: jax.Array, position: Any) -> jax.Array:
         config = self.config
