@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=["xla", "splash"], default=["splash", "xla"])
     parser.add_argument("--tensor", type=int, default=1, help="devices of the tensor axis; the rest are fsdp")
     parser.add_argument("--sequences", type=int, default=2, help="a device of the fsdp axis")
-    parser.add_argument("--chunk", type=int, default=16384, help="logprob_chunk, over the whole batch")
+    parser.add_argument("--chunk", type=int, default=512, help="training.logprob_chunk, tokens of each device")
     options = parser.parse_args()
     if options.length is None:
         options.length = 512 if on_cpu and not options.aot else 2048

@@ -256,7 +256,7 @@ class TrainingSection(Section):
     )
     num_epochs: Count = Field(default=1, description="the paper: at most 1", json_schema_extra=TRAINED)
     logprob_chunk: Count = Field(
-        default=512, description="tokens per slice of the output head", json_schema_extra=ROUNDS
+        default=512, description="tokens per slice of the output head, on each device", json_schema_extra=ROUNDS
     )
     param_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dno_jax.logprobs import einsum_float32, head_token_logprobs, softcapped
+from dno_jax.logprobs import einsum_float32, softcapped
 from dno_jax.model.attention import Attention, xla_attention
 from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
 from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
@@ -40,7 +40,8 @@ class Decoder(nn.Module):
         config: the shape of the model.
         dtype: of activations and of weights in products, float32 or bfloat16. Parameters stay as they are given.
         remat: what the backward pass recomputes: nothing, every layer, or all but the products with weights.
-        constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
+        constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh,
+            and runs the head there.
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
         experts: runs tokens through their experts, in a mixture of experts; hashable.
         write: puts a call's keys and values into the cache; hashable.
@@ -153,10 +154,17 @@ def head_logprobs(
     token: Int[Array, "B T"],
     *,
     chunk: int,
+    constrain: Constrain = identity,
 ) -> Float[Array, "B T"]:
-    """Return log softmax(logits(hidden))[token] in nats, `chunk` tokens at a time, never all logits at once."""
+    """Return log softmax(logits(hidden))[token] in nats, never all logits at once.
+
+    Args:
+        chunk: tokens at a time, on each device.
+        constrain: the decoder's, which says where rows and head lie.
+    """
     head = params["embed"].T if config.tie_word_embeddings else params["head"]
-    return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=config.logit_softcap)
+    head, token = jnp.asarray(head), jnp.asarray(token)
+    return constrain.token_logprobs(jnp.asarray(hidden), head, token, chunk=chunk, softcap=config.logit_softcap)
 
 
 def rewards(

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dno_jax.logprobs import sequence_logprobs
-from dno_jax.model.block import LOAD
+from dno_jax.model.block import LOAD, Constrain, identity
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
@@ -35,6 +35,7 @@ def response_logprobs(
     response_mask: Bool[ArrayLike, "B T"],
     response_length: int,
     chunk: int,
+    constrain: Constrain = identity,
 ) -> Float[Array, " B"]:
     """Return log pi(y|x) of each row, nats: the sum over response tokens. Policy and reference both come from here.
 
@@ -43,7 +44,8 @@ def response_logprobs(
         params: of the decoder, for its output head.
         response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
         response_length: static upper bound of a row's response tokens; the head runs on so many positions per row only.
-        chunk: tokens per slice of the output head.
+        chunk: tokens per slice of the output head, on each device.
+        constrain: the decoder's, which says where rows and head lie.
     """
     token, response_mask = jnp.asarray(token), jnp.asarray(response_mask)
     # The hidden state at s - 1 predicts the token at s.
@@ -52,7 +54,7 @@ def response_logprobs(
     source = jnp.clip(source, 0, token.shape[1] - 2)
     window = jnp.take_along_axis(hidden, source[..., None], axis=1)
     target = jnp.take_along_axis(token, source + 1, axis=1)
-    logprob = head_logprobs(config, params, window, target, chunk=chunk)
+    logprob = head_logprobs(config, params, window, target, chunk=chunk, constrain=constrain)
     return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
 
 
@@ -91,6 +93,7 @@ def _logprobs_and_load(
         response_mask=jnp.reshape(batch.response_mask, token.shape),
         response_length=batch.response_length,
         chunk=chunk,
+        constrain=model.constrain,
     )
     return jnp.reshape(logprob, (rows, count)), load
 
@@ -103,7 +106,7 @@ class StepConfig:
         model: with its mesh, layout and kernels.
         optimizer: made with a learning rate of 1, which the step multiplies its updates by.
         row_loss: the loss of each row, unreduced.
-        chunk: tokens per slice of the output head.
+        chunk: tokens per slice of the output head, on each device.
         micro_batches: forward passes per step; they divide the batch's rows.
         places: shardings of the next state's arrays, in their order, so that it lies as the state before and is no
             argument to compile for again; None leaves them to the compiler.
