@@ -40,10 +40,11 @@ from common import report
 from jax.experimental import topologies
 
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
-from dno_jax.model.attention import NO_WINDOW, CudnnAttention, SplashAttention, xla_attention
+from dno_jax.model.attention import CudnnAttention, SplashAttention, xla_attention
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import abstract_params
+from dno_jax.model.places import NO_WINDOW, Places
 from dno_jax.parallel.attention import make_attention
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace) -> None:
             def mixed(*operands: jax.Array) -> jax.Array:
                 out = attention(
                     *operands,
-                    position_BT=jnp.asarray(position),
+                    places=Places(jnp.asarray(position)),
                     window=window,
                     scale=options.head_dim**-0.5,
                     softcap=None,

@@ -6,6 +6,7 @@ masked sum, not by a gather, because a gather fails under Explicit meshes and vo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ def head_token_logprobs(
     *,
     chunk: int,
     softcap: float | None = None,
+    valid: Bool[ArrayLike, "B T"] | None = None,
     split: str | None = None,
 ) -> Float[Array, "B T"]:
     """Return log softmax(hidden @ head)[token] without holding the logits of more than B x chunk/B tokens.
@@ -63,6 +65,7 @@ def head_token_logprobs(
         token: ids in [0, V).
         chunk: tokens per slice, over the whole batch; need not divide B * T.
         softcap: logits x become softcap * tanh(x / softcap) first (Gemma 2); None leaves them.
+        valid: slices without a valid token are not computed, and give 0; None computes all.
         split: in a shard_map, the axis whose devices hold consecutive columns of the head; None: it is whole.
 
     Raises:
@@ -81,7 +84,9 @@ def head_token_logprobs(
     # rows beside parts of the head: gradients are added up over devices once, here, and not in every slice.
     head = jnp.asarray(head, hidden.dtype) + jnp.zeros_like(hidden, shape=())
     hidden = hidden + jnp.zeros_like(head, shape=())
-    return _logprobs_by_slice(hidden, head, token, _How(width, softcap, split))[:, :length]
+    if valid is not None:  # of one slice, some are
+        valid = None if width == length else jnp.pad(jnp.asarray(valid), ((0, 0), (0, padding)))
+    return _logprobs_by_slice(hidden, head, token, valid, _How(width, softcap, split))[:, :length]
 
 
 class _How(NamedTuple):
@@ -92,35 +97,51 @@ class _How(NamedTuple):
 
 # By hand, so that the backward pass adds up the head's gradient in float32, whatever the head's dtype, and meets its
 # slices in a loop of its own, which needs nothing of other devices.
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _logprobs_by_slice(
-    hidden: Float[Array, "B T D"], head: Float[Array, "D V"], token: Int[Array, "B T"], how: _How
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    token: Int[Array, "B T"],
+    valid: Bool[Array, "B T"] | None,
+    how: _How,
 ) -> Float[Array, "B T"]:
 
     def one(start: Int[Array, ""]) -> Float[Array, "B W"]:
         part, target = (_slice(array, start, how) for array in (hidden, token))
-        return _slice_logprobs(part, head, target, how)[0]
+
+        def computed() -> Array:
+            return _slice_logprobs(part, head, target, how)[0]
+
+        return _if_any(valid, start, how, computed, lambda: jnp.zeros_like(target, jnp.float32))
 
     return _joined(jax.lax.map(one, _starts(hidden, how)))
 
 
-def _forward(hidden: Array, head: Array, token: Array, how: _How) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _logprobs_by_slice(hidden, head, token, how), (hidden, head, token)
+def _forward(
+    hidden: Array, head: Array, token: Array, valid: Array | None, how: _How
+) -> tuple[Array, tuple[Array, Array, Array, Array | None]]:
+    return _logprobs_by_slice(hidden, head, token, valid, how), (hidden, head, token, valid)
 
 
-def _backward(how: _How, residuals: tuple[Array, Array, Array], cotangent: Array) -> tuple[Array, Array, None]:
-    hidden, head, token = residuals
+def _backward(
+    how: _How, residuals: tuple[Array, Array, Array, Array | None], cotangent: Array
+) -> tuple[Array, Array, None, None]:
+    hidden, head, token, valid = residuals
 
     def one(total: Array, start: Array) -> tuple[Array, Array]:
         part, target, slope = (_slice(array, start, how) for array in (hidden, token, cotangent))
-        _, pull = _slice_logprobs(part, head, target, how)
-        slope = pull(slope)[0].astype(hidden.dtype)
-        total = total + einsum_float32("btd,btv->dv", part, slope)
-        return total, einsum_float32("btv,dv->btd", slope, head).astype(hidden.dtype)
+
+        def computed() -> tuple[Array, Array]:
+            _, pull = _slice_logprobs(part, head, target, how)
+            of_logits = pull(slope)[0].astype(hidden.dtype)
+            of_head = einsum_float32("btd,btv->dv", part, of_logits)
+            return total + of_head, einsum_float32("btv,dv->btd", of_logits, head).astype(hidden.dtype)
+
+        return _if_any(valid, start, how, computed, lambda: (total, jnp.zeros_like(part)))
 
     zeros = jnp.zeros_like(head, jnp.float32)
     total, slopes = jax.lax.scan(one, zeros, _starts(hidden, how))
-    return _joined(slopes), total.astype(head.dtype), None
+    return _joined(slopes), total.astype(head.dtype), None, None
 
 
 _logprobs_by_slice.defvjp(_forward, _backward)
@@ -130,6 +151,13 @@ def _slice_logprobs(hidden: Array, head: Array, token: Array, how: _How) -> tupl
     """Return the log-probabilities of a slice, and the function from their cotangent to that of its logits."""
     logits = einsum_float32("btd,dv->btv", hidden, head)
     return jax.vjp(lambda x: token_logprobs(softcapped(x, how.softcap), token, split=how.split), logits)
+
+
+def _if_any(
+    valid: Array | None, start: Array, how: _How, computed: Callable[[], Any], otherwise: Callable[[], Any]
+) -> Any:
+    """Compute a slice if any of its tokens is valid."""
+    return computed() if valid is None else jax.lax.cond(jnp.any(_slice(valid, start, how)), computed, otherwise)
 
 
 def _starts(hidden: Array, how: _How) -> Array:

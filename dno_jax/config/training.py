@@ -254,6 +254,18 @@ class TrainingSection(Section):
     micro_batch_size: Count | None = Field(
         default=None, description="rows per forward pass; None: batch_size", json_schema_extra=ROUNDS
     )
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="several texts in a row, a pair's prompt once where the attention can: no padding to speak of. "
+        "auto: on, but not with cuDNN's attention, which jax gives no segments",
+        json_schema_extra=ROUNDS,
+    )
+    group_by_length: bool = Field(
+        default=False,
+        description="batches of rows of like lengths, from windows of 16 batches: little padding without packing, and "
+        "an order less random",
+        json_schema_extra=TRAINED,
+    )
     num_epochs: Count = Field(default=1, description="the paper: at most 1", json_schema_extra=TRAINED)
     logprob_chunk: Count = Field(
         default=512, description="tokens per slice of the output head, on each device", json_schema_extra=ROUNDS

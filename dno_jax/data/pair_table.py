@@ -19,6 +19,7 @@ from dno_jax.errors import DnoError
 from dno_jax.records import ReferenceScore
 from dno_jax.stage_dir import StageDir
 from dno_jax.training.batches import TrainingRow
+from dno_jax.training.packing import TextLengths
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: a type checker sees none of them
 _TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
@@ -195,6 +196,12 @@ class PairRows(Sequence[TrainingRow]):
             weight=float(table.weight[index]),
             name=table.pair_ids[index].as_py(),
         )
+
+    @property
+    def text_lengths(self) -> TextLengths:
+        """Tokens of every pair's texts, which need not be read for it."""
+        prompt, responses = self.table.count[:, :1], self.table.count[:, 1:]
+        return TextLengths(np.repeat(prompt, 2, axis=1), responses, np.ones(len(self), bool))
 
     def __iter__(self) -> Iterator[TrainingRow]:
         return (self[place] for place in range(len(self)))

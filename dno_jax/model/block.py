@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.logprobs import head_token_logprobs
-from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
+from dno_jax.model.attention import Attention, attend
 from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, product, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
+from dno_jax.model.places import NO_WINDOW, Places, visible
 from dno_jax.model.rope import query_growth, rotate
 
 
@@ -30,10 +31,8 @@ class Constrain(Protocol):
         """Return the array, pinned to where axes of these names lie."""
         ...
 
-    def token_logprobs(
-        self, hidden: jax.Array, head: jax.Array, token: jax.Array, *, chunk: int, softcap: float | None = None
-    ) -> jax.Array:
-        """Return logprobs.head_token_logprobs of rows and a head that lie so, with `chunk` tokens of each device."""
+    def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
+        """Return logprobs.head_token_logprobs of rows and a head that lie so, its `chunk` tokens of each device."""
         ...
 
 
@@ -45,10 +44,8 @@ class Unconstrained:
         del axes
         return array
 
-    def token_logprobs(
-        self, hidden: jax.Array, head: jax.Array, token: jax.Array, *, chunk: int, softcap: float | None = None
-    ) -> jax.Array:
-        return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=softcap)
+    def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
+        return head_token_logprobs(hidden, head, token, **options)
 
 
 identity = Unconstrained()
@@ -114,7 +111,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Any, KVCache | None], numbers: LayerNumbers, cos: Any, sin: Any, position: Any, reach: Any
+        self, carry: tuple[Any, KVCache | None], numbers: LayerNumbers, cos: Any, sin: Any, places: Places, reach: Any
     ) -> tuple[tuple[Any, KVCache | None], None]:
         """Run one layer.
 
@@ -122,7 +119,7 @@ class Block(nn.Module):
             carry: (x [B, T, D], this layer's cache or None).
             numbers: this layer's.
             cos, sin: [R, B, T, 1, H/2], of every rotation.
-            position: [B, T] int32; -1 is padding.
+            places: of the tokens, [B, T].
             reach: scalar int32, which of the cache's `reaches` holds every token of the call; None without a cache.
         """
         x, cache = carry
@@ -137,11 +134,11 @@ class Block(nn.Module):
             return self.constrain(x + scaled(y, config.residual_scale), ("batch", "length", "embed"))
 
         y, cache = self._attention(
-            before("attention", x), cache, numbers=numbers, angles=(cos, sin), position=position, reach=reach
+            before("attention", x), cache, numbers=numbers, angles=(cos, sin), places=places, reach=reach
         )
         x = after("attention", x, y)
         y = before("mlp", x)
-        x = after("mlp", x, self._expert_mlp(y, position) if config.num_experts else self._mlp(y))
+        x = after("mlp", x, self._expert_mlp(y, places.position) if config.num_experts else self._mlp(y))
         return (x, cache), None
 
     def _norm(self, name: str, y: jax.Array, *axes: tuple[str, int]) -> jax.Array:
@@ -176,7 +173,7 @@ class Block(nn.Module):
         *,
         numbers: LayerNumbers,
         angles: tuple[jax.Array, jax.Array],
-        position: Any,
+        places: Places,
         reach: Any,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
@@ -196,20 +193,20 @@ class Block(nn.Module):
 
         q, k, v = head("q", "heads", N), head("k", "kv_heads", K), head("v", "kv_heads", K)
         if config.query_growth is not None:
-            q = q * query_growth(position, *config.query_growth).astype(q.dtype)
+            q = q * query_growth(places.position, *config.query_growth).astype(q.dtype)
         # One window everywhere is given as a number, from which back-ends can make a static mask.
         windows = set(config.windows or (NO_WINDOW,))
         window = windows.pop() if len(windows) == 1 else numbers.window
         scale = H**-0.5 if config.attention_scale is None else config.attention_scale
         softcap = config.attention_softcap
         if cache is not None:
-            cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
+            cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=places.position)
             k, v = as_stored(k, cache.key.dtype), as_stored(v, cache.value.dtype)
         if cache is None or cache.num_slots == y.shape[1]:
             # Without a cache, or with one that this very call fills: every key is among this call's tokens.
-            y = self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)
+            y = self.attention(q, k, v, places=places, window=window, scale=scale, softcap=softcap)
         else:
-            y = _attend_cache(q, cache, reach, position=position, window=window, scale=scale, softcap=softcap)
+            y = _attend_cache(q, cache, reach, places=places, window=window, scale=scale, softcap=softcap)
         y = self.constrain(y, ("batch", "length", "heads", "head_dim"))
         axes = ("heads", "head_dim", "embed")
         y = self._project(y, "o", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
@@ -251,14 +248,14 @@ class Block(nn.Module):
 
 
 def _attend_cache(
-    q: jax.Array, cache: KVCache, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
+    q: jax.Array, cache: KVCache, reach: Any, *, places: Places, window: Any, scale: float, softcap: Any
 ) -> jax.Array:
     """Mix what a layer's cache holds, reading no further than the longest row makes it."""
 
     def up_to(num_slots: int) -> Callable[[jax.Array, KVCache], jax.Array]:
         def mix(q: jax.Array, cache: KVCache) -> jax.Array:
             own = read_layer(cache, num_slots=num_slots)
-            mask = visible(position, jnp.arange(num_slots, dtype=jnp.int32)[None], window)
+            mask = visible(places, Places(jnp.arange(num_slots, dtype=jnp.int32)[None]), window)
             return attend(
                 q,
                 own.key,

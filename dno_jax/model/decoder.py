@@ -20,7 +20,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dno_jax.logprobs import einsum_float32, softcapped
 from dno_jax.model.attention import Attention, xla_attention
@@ -28,6 +28,7 @@ from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, lay
 from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.moe import Experts, dense_experts
+from dno_jax.model.places import Places, as_places
 from dno_jax.model.rope import rope_angles
 
 Remat = Literal["none", "full", "dots"]
@@ -57,7 +58,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, token: Int[Array, "B T"], position: Int[Array, "B T"], cache: Cache | None = None
+        self, token: Int[Array, "B T"], places: Places | Int[Array, "B T"], cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return hidden states after the final norm, and the cache with the tokens of this call added.
 
@@ -65,7 +66,8 @@ class Decoder(nn.Module):
 
         Args:
             token: int32 ids in [0, V); padding holds any such id.
-            position: int32 index of each token in its own text; -1 is padding, seen by nobody.
+            places: of the tokens; an array is their positions, int32, each row one text, -1 for padding. With a cache,
+                every row is one text.
             cache: what came before, or None. A call with as many tokens as the cache has slots is taken for the first:
                 its rows begin at position 0. The caller sees to it that positions are below S: they are traced values
                 and cannot be checked here.
@@ -74,7 +76,8 @@ class Decoder(nn.Module):
             ValueError: the call has more tokens than the cache has slots, the shapes of token and position differ, or
                 `remat` is unknown.
         """
-        config = self.config
+        config, places = self.config, as_places(places)
+        position = places.position
         if token.shape != position.shape:
             raise ValueError(f"token {token.shape} and position {position.shape} differ in shape")
         if cache is not None and token.shape[1] > cache[0].num_slots:
@@ -104,7 +107,7 @@ class Decoder(nn.Module):
                 length=config.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(*parts, name="layers")
-            (x, _), _ = stack((x, None), layer_numbers(config), cos, sin, position, None)
+            (x, _), _ = stack((x, None), layer_numbers(config), cos, sin, places, None)
         else:
             # Layer by layer, each on arrays of its own; see model/cache.py.
             reach = reach_index(
@@ -115,7 +118,7 @@ class Decoder(nn.Module):
                 params = layers[index] if isinstance(layers, tuple) else _layer(layers, index)
                 numbers = _layer(layer_numbers(config), index)
                 block = Block(*parts, parent=None)
-                (x, own), _ = block.apply({"params": params}, (x, own), numbers, cos, sin, position, reach)
+                (x, own), _ = block.apply({"params": params}, (x, own), numbers, cos, sin, places, reach)
                 written.append(own)
             cache = tuple(written)
 
@@ -154,17 +157,19 @@ def head_logprobs(
     token: Int[Array, "B T"],
     *,
     chunk: int,
+    valid: Bool[Array, "B T"] | None = None,
     constrain: Constrain = identity,
 ) -> Float[Array, "B T"]:
     """Return log softmax(logits(hidden))[token] in nats, never all logits at once.
 
     Args:
         chunk: tokens at a time, on each device.
+        valid: slices without a valid token are not computed, and give 0.
         constrain: the decoder's, which says where rows and head lie.
     """
-    head = params["embed"].T if config.tie_word_embeddings else params["head"]
-    head, token = jnp.asarray(head), jnp.asarray(token)
-    return constrain.token_logprobs(jnp.asarray(hidden), head, token, chunk=chunk, softcap=config.logit_softcap)
+    head = jnp.asarray(params["embed"].T if config.tie_word_embeddings else params["head"])
+    options = {"chunk": chunk, "softcap": config.logit_softcap, "valid": valid}
+    return constrain.token_logprobs(jnp.asarray(hidden), head, jnp.asarray(token), **options)
 
 
 def rewards(

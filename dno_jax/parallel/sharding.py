@@ -158,7 +158,13 @@ class Constrain:
         return _gather(array, place, NamedSharding(self.mesh, self.layout.weight_spec(axes)))
 
     def token_logprobs(
-        self, hidden: jax.Array, head: jax.Array, token: jax.Array, *, chunk: int, softcap: float | None = None
+        self,
+        hidden: jax.Array,
+        head: jax.Array,
+        token: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        **options: Any,
     ) -> jax.Array:
         """Return logprobs.head_token_logprobs of rows that are split over devices, each by its device.
 
@@ -167,26 +173,25 @@ class Constrain:
         would gather the head and sum its gradient again.
 
         Args:
-            chunk: tokens of a slice on each device.
+            options: chunk, in tokens of each device, and softcap.
         """
 
         rows = tuple(axis for axis in ROW_AXES if self.mesh.shape[axis] > 1)
         across, along = (self._split(name) for name in ("embed", "vocab"))
         if not rows and along is None:
-            return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=softcap)
+            return head_token_logprobs(hidden, head, token, valid=valid, **options)
 
-        def local(hidden: jax.Array, head: jax.Array, token: jax.Array) -> jax.Array:
+        def local(hidden: jax.Array, head: jax.Array, token: jax.Array, valid: jax.Array | None) -> jax.Array:
             # Backwards, the gradient is summed and cut along `across`, and only what is left of it along other axes.
             head = jax.lax.pcast(head, tuple(axis for axis in rows if axis != across), to="varying")
             if across is not None:
                 head = _gather_rows(head, across)
-            return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=softcap, split=along)
+            return head_token_logprobs(hidden, head, token, valid=valid, split=along, **options)
 
         spec = PartitionSpec(rows)
-        mapped = jax.shard_map(
-            local, mesh=self.mesh, in_specs=(spec, PartitionSpec(across, along), spec), out_specs=spec
-        )
-        return mapped(hidden, head.astype(hidden.dtype), token)
+        specs = (spec, PartitionSpec(across, along), spec, spec)
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=spec)
+        return mapped(hidden, head.astype(hidden.dtype), token, valid)
 
     def _split(self, axis: str) -> str | None:
         """Return the one mesh axis of several devices over which an axis of weights is split; None: over none."""

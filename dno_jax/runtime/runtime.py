@@ -22,7 +22,7 @@ from dno_jax.model.hf import folder, read_config
 from dno_jax.model.params import abstract_params, computing_params, unstack_layers
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
-from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, num_row_shards, on_submesh, reshard_donated
+from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
@@ -51,7 +51,7 @@ class Runtime(Generic[ConfigT]):
         programs = Programs(config, model_config, make_mesh(config.mesh))
         _ = programs.attention_backend
         warn_of_dropout(config)
-        check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(programs.mesh))
+        check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=programs.texts_in_step)
         return cls(programs, RunDir(config.run_dir), tokenizer)
 
     @classmethod

@@ -16,7 +16,7 @@ from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
-from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
+from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
@@ -24,7 +24,7 @@ from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
-from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
+from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps, text_lengths
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
 from dno_jax.training.metrics import MetricsWriter, NotFinite
 from dno_jax.training.objectives import preference_loss
@@ -143,14 +143,18 @@ def train(
     restored = checkpoints.restore(state, shardings)
     state = state if restored is None else restored
     first = int(state.step)
-    order = batch_order(
-        len(rows),
-        batch_size=section.batch_size,
-        num_epochs=section.num_epochs,
-        seed=config.seed,
-        iteration=iteration,
-        start=first,
+    lengths = text_lengths(rows)
+    order = list(
+        batch_order(
+            len(rows),
+            batch_size=section.batch_size,
+            num_epochs=section.num_epochs,
+            seed=config.seed,
+            iteration=iteration,
+            lengths=(lengths.prompt + lengths.response).max(axis=1) if section.group_by_length else None,
+        )
     )
+    plan = runtime.programs.plan_batches(lengths, order)  # of all steps, wherever this call begins
     writer = MetricsWriter(
         runtime.run_dir,
         iteration=iteration,
@@ -161,17 +165,15 @@ def train(
     )
     try:
         with Meter(f"{stage:<9} {iteration}", total=steps, unit="steps", done=first, enabled=is_primary()) as meter:
-            for index, indices in enumerate(order, start=first):
+            for index, indices in enumerate(order[first:], start=first):
                 chosen = [rows[i] for i in indices]
-                batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length)
-                placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
+                batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length, plan=plan)
+                placed = batch.place(runtime.mesh)
                 learning_rate = float(np.asarray(rate(index)))
                 state, metrics = train_step(
                     state, placed, jax.numpy.float32(learning_rate), config=step, rounding=rounding
                 )
-                tokens = sum(
-                    len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
-                )
+                tokens = sum(row.num_tokens for row in chosen)
                 names = [row.name for row in chosen]
                 writer.write(index, metrics, names=names, learning_rate=learning_rate, tokens=float(tokens))
                 saved = index + 1 < steps and checkpoints.is_due(index + 1)

@@ -34,19 +34,19 @@ def arrays():
     return hidden, head, rng.integers(0, V, size=(B, T)).astype(np.int32), weight
 
 
-def on_mesh(arrays, axes, *, chunk, tied=False, softcap=None, layout=TRAIN, dtype=jnp.float32):
+def on_mesh(arrays, axes, *, chunk, tied=False, softcap=None, layout=TRAIN, valid=None):
     """Return the compiled value and gradients, and what they are called with."""
     hidden, head, token, weight = arrays
     mesh = make_mesh(MeshSection(**axes))
     names = ("vocab", "embed") if tied else ("embed", "vocab")
     rows = NamedSharding(mesh, PartitionSpec(ROW_AXES))
     places = (rows, NamedSharding(mesh, layout.weight_spec(names)))
-    operands = jax.device_put((hidden.astype(dtype), head.T if tied else head), places)
+    operands = jax.device_put((hidden, head.T if tied else head), places)
 
     def loss(hidden, head):
         head = head.T if tied else head
         found = Constrain(mesh, layout).token_logprobs(
-            hidden, head, jax.device_put(token, rows), chunk=chunk, softcap=softcap
+            hidden, head, jax.device_put(token, rows), chunk=chunk, softcap=softcap, valid=valid
         )
         return jnp.sum(weight * found), found
 
@@ -84,6 +84,20 @@ def test_a_mesh_gives_one_devices_values_and_gradients(arrays, wanted, axes, chu
     np.testing.assert_allclose(of_hidden, to_hidden, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(of_head.T if tied else of_head, to_head, rtol=1e-5, atol=1e-5)
     assert of_head.sharding.is_equivalent_to(operands[1].sharding, 2)
+
+
+@pytest.mark.parametrize("axes", MESHES[1:4], ids=str)
+def test_slices_of_a_device_that_nobody_asks_for_are_left_out(arrays, axes):
+    """Each device has its own; what is asked for has the values and gradients that it has alone."""
+    hidden, head, token, weight = arrays
+    valid = np.arange(T)[None] < np.asarray([0, 13, 5, 1, 0, 0, 8, 2])[:, None]
+    program, operands = on_mesh((hidden, head, token, weight * valid), axes, chunk=2, valid=jnp.asarray(valid))
+    plain, own = on_mesh((hidden, head, token, weight * valid), {"data": 8}, chunk=1000)
+    found, expected = program(*operands), plain(*own)
+    np.testing.assert_allclose(found[0][1] * valid, expected[0][1] * valid, rtol=1e-5, atol=5e-6)
+    for a, b in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert np.all(np.asarray(found[0][1])[0] == 0.0) == (axes.get("fsdp") == 8)
 
 
 def test_a_layout_that_splits_no_weight_over_rows_needs_no_gather(arrays, wanted):

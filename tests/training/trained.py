@@ -12,7 +12,7 @@ from dno_jax.config import LossSection, MeshSection
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import computing_params, param_axes
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
+from dno_jax.parallel.sharding import TRAIN, Constrain
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import init_state, param_shardings, state_shardings
@@ -21,7 +21,7 @@ from dno_jax.training.step import StepConfig, train_step
 LOSS = preference_loss(LossSection(beta=0.1))
 
 
-def begin(config, params, section, *, axes=(1, 1, 1), param_dtype="float32", micro_batches=1, row_loss=LOSS):
+def begin(config, params, section, *, axes=(1, 1, 1), param_dtype="float32", row_loss=LOSS):
     """Return (state, function of a state, a batch and a learning rate that takes a step)."""
     mesh = make_mesh(MeshSection(data=axes[0], fsdp=axes[1], tensor=axes[2]), jax.devices()[: math.prod(axes)])
     optimizer = make_optimizer(section, param_axes(config))
@@ -31,14 +31,11 @@ def begin(config, params, section, *, axes=(1, 1, 1), param_dtype="float32", mic
     shardings = state_shardings(optimizer, places, placed)
     state = init_state(placed, optimizer, shardings)
     model = Decoder(config, constrain=Constrain(mesh, TRAIN))
-    step = StepConfig(
-        model, optimizer, row_loss, chunk=64, micro_batches=micro_batches, places=tuple(jax.tree.leaves(shardings))
-    )
+    step = StepConfig(model, optimizer, row_loss, chunk=64, places=tuple(jax.tree.leaves(shardings)))
     key = key_data(Purpose.ROUNDING, 0, 0, "train")
 
     def call(function, state, batch, rate=1e-3):
-        batch = to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
-        return function(state, batch, jnp.float32(rate), config=step, rounding=key)
+        return function(state, batch.place(mesh), jnp.float32(rate), config=step, rounding=key)
 
     take = partial(call, train_step)
     take.lowered = partial(call, train_step.lower)
