@@ -22,7 +22,7 @@ from dno_jax.config import LossSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.packing import Packing, plan_batches
 from dno_jax.training.state import TrainState
 from dno_jax.training.step import StepConfig, score_step, train_step

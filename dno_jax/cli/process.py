@@ -17,6 +17,7 @@ from typing import Any
 import typer
 
 from dno_jax import stopping
+from dno_jax.cli.flags import accelerator_flags
 from dno_jax.display import printable
 
 # Advice of libraries to their own users, such as that PyTorch is absent. What is set already stays as it is.
@@ -31,6 +32,7 @@ def run(app: Callable[..., Any]) -> int:
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ.update(accelerator_flags(os.environ))
     try:
         from dno_jax.errors import DnoError
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dno_jax.logprobs import head_token_logprobs
 from dno_jax.model.attention import Attention, attend
 from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
@@ -20,14 +22,33 @@ from dno_jax.model.moe import Experts, expert_load, route
 from dno_jax.model.places import NO_WINDOW, Places, visible
 from dno_jax.model.rope import query_growth, rotate
 
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+@runtime_checkable
+class Constrain(Protocol):
+    """Where arrays lie, for a model that knows names of axes and no devices; hashable."""
+
+    def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Return the array, pinned to where axes of these names lie."""
+        ...
+
+    def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
+        """Return logprobs.head_token_logprobs of rows and a head that lie so, its `chunk` tokens of each device."""
+        ...
 
 
-def identity(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Constrain nothing: the `constrain` of a single device."""
-    del axes
-    return array
+@dataclass(frozen=True)
+class Unconstrained:
+    """The `constrain` of a single device."""
 
+    def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        del axes
+        return array
+
+    def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
+        return head_token_logprobs(hidden, head, token, **options)
+
+
+identity = Unconstrained()
 
 ZEROS = nn.initializers.zeros_init()
 NORMAL = nn.initializers.truncated_normal(stddev=0.02)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dno_jax.logprobs import einsum_float32, head_token_logprobs, softcapped
+from dno_jax.logprobs import einsum_float32, softcapped
 from dno_jax.model.attention import Attention, xla_attention
 from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
 from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
@@ -41,7 +41,8 @@ class Decoder(nn.Module):
         config: the shape of the model.
         dtype: of activations and of weights in products, float32 or bfloat16. Parameters stay as they are given.
         remat: what the backward pass recomputes: nothing, every layer, or all but the products with weights.
-        constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
+        constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh,
+            and runs the head there.
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
         experts: runs tokens through their experts, in a mixture of experts; hashable.
         write: puts a call's keys and values into the cache; hashable.
@@ -157,14 +158,18 @@ def head_logprobs(
     *,
     chunk: int,
     valid: Bool[Array, "B T"] | None = None,
+    constrain: Constrain = identity,
 ) -> Float[Array, "B T"]:
-    """Return log softmax(logits(hidden))[token] in nats, `chunk` tokens at a time, never all logits at once.
+    """Return log softmax(logits(hidden))[token] in nats, never all logits at once.
 
     Args:
+        chunk: tokens at a time, on each device.
         valid: slices without a valid token are not computed, and give 0.
+        constrain: the decoder's, which says where rows and head lie.
     """
-    head = params["embed"].T if config.tie_word_embeddings else params["head"]
-    return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=config.logit_softcap, valid=valid)
+    head = jnp.asarray(params["embed"].T if config.tie_word_embeddings else params["head"])
+    options = {"chunk": chunk, "softcap": config.logit_softcap, "valid": valid}
+    return constrain.token_logprobs(jnp.asarray(hidden), head, jnp.asarray(token), **options)
 
 
 def rewards(

@@ -19,14 +19,14 @@ from jax.sharding import Mesh
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
-from dno_jax.model.params import abstract_params
+from dno_jax.model.params import abstract_params, computing_params, param_axes
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import Submesh, own_submesh
 from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout, num_row_shards
 from dno_jax.training.objectives import RowLoss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.packing import Packing, Plan, TextLengths, plan_batches
 from dno_jax.training.state import param_shardings
 from dno_jax.training.step import StepConfig
@@ -133,12 +133,17 @@ class Programs(Generic[ConfigT]):
         """The tree of shardings of the parameters."""
         return param_shardings(self.model_config, self.mesh if mesh is None else mesh, layout)
 
+    @property
+    def trained_params(self) -> Any:
+        """The parameters as shapes and in the dtypes that they are trained in."""
+        return computing_params(self.model_config, jnp.dtype(self.config.training.param_dtype))
+
     def step_config(self, row_loss: RowLoss, *, load_balance_weight: float = 0.0) -> StepConfig:
         """The compiled optimiser step's identity."""
         section = self.config.training
         return StepConfig(
             model=self.model(TRAIN),
-            optimizer=make_optimizer(self.config.optimizer),
+            optimizer=make_optimizer(self.config.optimizer, param_axes(self.model_config)),
             row_loss=row_loss,
             chunk=section.logprob_chunk,
             load_balance_weight=load_balance_weight,

@@ -106,6 +106,17 @@ class Runtime(Generic[ConfigT]):
             policy, shapes=abstract_params(self.model_config), shardings=self.programs.param_shardings(layout)
         )
 
+    def load_for_training(self, policy: epath.Path) -> Any:
+        """Read a policy as it is trained, where that is the very policy.
+
+        Raises:
+            DnoError: it holds numbers that `training.param_dtype` cannot show.
+        """
+        programs = self.programs
+        return load_policy(
+            policy, shapes=programs.trained_params, shardings=programs.param_shardings(TRAIN), exact=True
+        )
+
     def load_for_decoding(self, policy: epath.Path) -> Any:
         """Read a policy as it is computed with and lay it out for decoding; no token's step casts weights again.
 

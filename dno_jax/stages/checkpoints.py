@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -26,6 +27,7 @@ from dno_jax.runtime.exhausted import explained, weight_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import is_lookahead
 from dno_jax.training.checkpoint import policy_fingerprint, save_policy
+from dno_jax.training.rounding import widened
 
 _BLOCKS, _BLOCK_BYTES = 64, 4096  # of each file of weights, that tell its contents from another's
 
@@ -43,7 +45,10 @@ def import_initial(runtime: Runtime[RunConfig]) -> str:
             check_source(runtime.run_dir, source)
         return found
     with explained("import of policy 0", weight_settings(runtime.programs)):
-        params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
+        programs = runtime.programs
+        # Rounded once, here, to what is trained: each training then starts from the very policy that it is held to.
+        dtypes = jax.tree.map(lambda leaf: leaf.dtype, programs.trained_params)
+        params = widened(read_checkpoint(source, shardings=programs.param_shardings(TRAIN), dtype=dtypes))
         digest = save_policy(path, params)
     if is_primary():
         note = {"path": source, "digest": checkpoint_digest(source)}

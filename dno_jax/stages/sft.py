@@ -208,10 +208,13 @@ def _shortened(runtime: Runtime[SftConfig], example: Example, longest: int, *, p
 
 
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:
+    """Return where to start, in the dtypes that are trained."""
     shardings = runtime.programs.param_shardings(TRAIN)
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.programs.trained_params)
     if config.model.init_config is None:
-        return read_checkpoint(config.model.path, shardings=shardings)
-    return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(
+        return read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes)
+    fresh = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(
         runtime.model_config,
         jax.random.wrap_key_data(jnp.asarray(key_data(Purpose.INITIAL_WEIGHTS, config.seed)), impl="threefry2x32"),
     )
+    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), fresh, dtypes)

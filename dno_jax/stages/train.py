@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from dno_jax import stopping
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
@@ -32,7 +33,8 @@ from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, re
 from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.metrics import Course, MetricsWriter, NotFinite, skipped_before
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import learning_rate_schedule
+from dno_jax.training.optimizers import learning_rate_schedule
+from dno_jax.training.rounding import widened
 from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import StepConfig, train_step
 from dno_jax.training.trace import Trace
@@ -74,7 +76,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
         result = train(
             runtime,
-            runtime.load_policy(update.previous, TRAIN),
+            runtime.load_for_training(update.previous),
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
             Training(
@@ -130,7 +132,7 @@ class Training:
 
 @dataclass(frozen=True)
 class TrainResult:
-    params: Any
+    params: Any  # float32
     opt_state: Any
     num_steps: int
     metrics: dict[str, float]  # of the last step
@@ -146,14 +148,16 @@ def train(
     """Run every optimiser step over the rows, resuming from the last saved state.
 
     Args:
-        params: where to start, in the TRAIN layout; donated.
+        params: where to start, in the TRAIN layout and the dtypes that are trained; donated.
     """
     config = runtime.config
     section = config.training
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
     stage, iteration = training.stage, training.iteration
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
+    rounding = key_data(Purpose.ROUNDING, config.seed, iteration, stage)
     shardings = state_shardings(step.optimizer, runtime.programs.param_shardings(TRAIN), params)
+    step = replace(step, places=tuple(jax.tree.leaves(shardings)))
     state = init_state(params, step.optimizer, shardings)
     checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states)
     stop = CommonStop(f"{stage}/{iteration}")
@@ -191,7 +195,9 @@ def train(
                 batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length, plan=plan)
                 placed = batch.place(runtime.mesh)
                 learning_rate = float(np.asarray(rate(index)))
-                state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
+                state, metrics = train_step(
+                    state, placed, jax.numpy.float32(learning_rate), config=step, rounding=rounding
+                )
                 tokens = sum(row.num_tokens for row in chosen)
                 work = work_of(runtime.model_config, lengths.take(indices), share_prompt=share_prompt)
                 writer.write(
@@ -222,7 +228,7 @@ def train(
             for end in (trace.close, writer.close, checkpoints.close):
                 ends.callback(end)
     last = {name: round(value, 6) for name, value in writer.last.items()}
-    return TrainResult(state.params, state.opt_state, num_steps=steps, metrics=last)
+    return TrainResult(widened(state.params), state.opt_state, num_steps=steps, metrics=last)
 
 
 def _peak_flops(runtime: Runtime[ConfigT]) -> float | None:

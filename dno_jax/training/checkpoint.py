@@ -79,7 +79,7 @@ def policy_fingerprint(path: epath.Path) -> str | None:
     return text.decode()
 
 
-def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
+def load_policy(path: epath.Path, *, shapes: Any, shardings: Any, exact: bool = False) -> Any:
     """Read a policy straight into sharded arrays, and hold it to its fingerprint; each process reads what it holds.
 
     Arrays that are wanted in another dtype are read one at a time: as they were written, for the fingerprint is of
@@ -88,9 +88,11 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
     Args:
         shapes: tree of ShapeDtypeStructs (model.params.abstract_params).
         shardings: the same tree of shardings, of any mesh.
+        exact: whether it must be the very policy in the dtypes that are wanted.
 
     Raises:
-        DnoError: there is no whole policy at `path`, or it is not the one that was written.
+        DnoError: there is no whole policy at `path`, it is not the one that was written, or it would be rounded and
+            may not be.
     """
     noted = policy_fingerprint(path)
     if noted is None:
@@ -108,11 +110,23 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
     as_written = all(leaf.dtype == _WRITTEN for leaf in wanted.values())
     sums: dict[Any, np.ndarray] = {}
     found: dict[Any, jax.Array] = {}
+    rounded: dict[Any, Any] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
         read = undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
-        found |= {name: read.pop(name).astype(wanted[name].dtype) for name in group}
+        for name in group:
+            array = read.pop(name)
+            found[name] = array.astype(wanted[name].dtype)
+            if exact and not as_written:
+                rounded[name] = jnp.any(found[name].astype(_WRITTEN) != array)
     check_fingerprint(path, noted, _digest(_in_tree(list(written.items())), list(sums.values())))
+    if lost := [name for name, is_rounded in rounded.items() if bool(is_rounded)]:
+        raise DnoError(
+            f"{path}: {len(lost)} of its arrays hold numbers that training.param_dtype={wanted[lost[0]].dtype} cannot "
+            f"show ({jax.tree_util.keystr(lost[0])} is one), so that training would start from another policy. A run "
+            "that has this dtype from its beginning rounds policy 0 once, at its import: give another run_dir, or set "
+            "training.param_dtype=float32"
+        )
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted])
 
 

@@ -9,14 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, UInt32
 
-from dno_jax.model.block import LOAD
+from dno_jax.model.block import LOAD, Constrain, identity
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
+from dno_jax.training.rounding import stored, widened
 from dno_jax.training.skipping import keep_if_finite
 from dno_jax.training.state import TrainState
 
@@ -24,7 +26,13 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def response_logprobs(
-    hidden: Float[Array, "R T D"], params: Any, part: PairBatch, *, config: ModelConfig, chunk: int
+    hidden: Float[Array, "R T D"],
+    params: Any,
+    part: PairBatch,
+    *,
+    config: ModelConfig,
+    chunk: int,
+    constrain: Constrain = identity,
 ) -> Float[Array, "P C"]:
     """Return log pi(y|x) of each text, nats: the sum over response tokens. Policy and reference both come from here.
 
@@ -32,12 +40,14 @@ def response_logprobs(
         hidden: after the final norm.
         params: of the decoder, for its output head.
         part: one micro-batch; a text without response tokens gives 0.
-        chunk: tokens per slice of the output head.
+        chunk: tokens per slice of the output head, on each device.
+        constrain: the decoder's, which says where rows and head lie.
     """
     count, width = part.weight.shape[0], part.num_tokens.shape[1]
     window = jnp.take_along_axis(hidden, jnp.asarray(part.source)[..., None], axis=1)
     text = jnp.asarray(part.text)
-    logprob = head_logprobs(config, params, window, jnp.asarray(part.response_token), chunk=chunk, valid=text >= 0)
+    token = jnp.asarray(part.response_token)
+    logprob = head_logprobs(config, params, window, token, chunk=chunk, valid=text >= 0, constrain=constrain)
     # Masked sums: a scatter would fail where rows are split over devices.
     own = text[None] == jnp.arange(count * width, dtype=text.dtype)[:, None, None]
     return jnp.sum(jnp.where(own, logprob[None], 0.0), axis=(1, 2)).reshape(count, width)
@@ -68,7 +78,8 @@ def _logprobs_and_load(
     places = jax.tree.map(jnp.asarray, part.places)
     (hidden, _), left = model.apply(variables, jnp.asarray(part.token), places, mutable=["intermediates"])
     load = left["intermediates"]["layers"][LOAD][0] if model.config.num_experts else None
-    return response_logprobs(hidden, variables["params"], part, config=model.config, chunk=chunk), load
+    own: Any = {"config": model.config, "constrain": model.constrain}
+    return response_logprobs(hidden, variables["params"], part, chunk=chunk, **own), load
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,9 @@ class StepConfig:
         model: with its mesh, layout and kernels.
         optimizer: made with a learning rate of 1, which the step multiplies its updates by.
         row_loss: the loss of each row, unreduced.
-        chunk: tokens per slice of the output head.
+        chunk: tokens per slice of the output head, on each device.
+        places: shardings of the next state's arrays, in their order, so that it lies as the state before and is no
+            argument to compile for again; None leaves them to the compiler.
         load_balance_weight: of the load-balance loss of a mixture of experts, which is added to what is minimised and
             not to `loss`. It is no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
         skips: whether a step without a finite loss and gradient leaves parameters and moments as they are.
@@ -90,12 +103,19 @@ class StepConfig:
     row_loss: RowLoss
     chunk: int
     load_balance_weight: float = 0.0
+    places: tuple[jax.sharding.Sharding, ...] | None = None
     skips: bool = False
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def train_step(
-    state: TrainState, batch: PairBatch, learning_rate: Float[Array, ""], *, config: StepConfig, frozen: Any = None
+    state: TrainState,
+    batch: PairBatch,
+    learning_rate: Float[Array, ""],
+    *,
+    config: StepConfig,
+    frozen: Any = None,
+    rounding: UInt32[ArrayLike, " 2"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted mean loss of a batch.
 
@@ -106,6 +126,8 @@ def train_step(
         batch: its rows of tokens over (data, fsdp, expert).
         learning_rate: multiplies the optimiser's updates.
         frozen: the decoder's parameters where the state's are adapters beside them, else None.
+        rounding: the training's Threefry key, by which parameters and moments that are held in bfloat16 are rounded;
+            the step and the array are folded in here. None where all are float32.
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
@@ -131,18 +153,18 @@ def train_step(
     gradient = jax.grad(weighted_loss, has_aux=True)
     first = batch.part(0)
     if batch.token.shape[0] == 1:
-        grads, (metrics, load) = gradient(state.params, first)
+        grads, (metrics, load) = widened(gradient(state.params, first))
     else:
 
         def add(carry: Any, part: PairBatch) -> tuple[Any, None]:
-            found = gradient(state.params, part)
+            found = widened(gradient(state.params, part))  # added up in float32, whatever parameters are held in
             largest = jnp.maximum(carry[1][0]["max_abs_log_ratio"], found[1][0]["max_abs_log_ratio"])
             grads, (metrics, load) = jax.tree.map(jnp.add, carry, found)
             return (grads, (metrics | {"max_abs_log_ratio": largest}, load)), None
 
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, first),
+            jax.eval_shape(lambda *own: widened(gradient(*own)), state.params, first),
         )
         (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, batch)
 
@@ -151,8 +173,12 @@ def train_step(
     if load is not None:
         metrics |= {"load_balance": load_balance_loss(load), "busiest_expert": busiest_share(load)}
     metrics["response_tokens"] = jnp.sum(batch.num_tokens * (batch.weight > 0)[..., None]).astype(jnp.float32)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
+    params = optax.apply_updates(widened(state.params), jax.tree.map(lambda update: learning_rate * update, updates))
+    params, opt_state = stored((params, opt_state), like=(state.params, state.opt_state), key=rounding, step=state.step)
     stepped = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    if config.places is not None:
+        places = jax.tree.unflatten(jax.tree.structure(stepped), config.places)
+        stepped = jax.lax.with_sharding_constraint(stepped, places)
     return keep_if_finite(state, stepped, metrics) if config.skips else (stepped, metrics)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dno_jax.model.attention import NO_WINDOW
+from dno_jax.model.block import Unconstrained
 from dno_jax.model.cache import as_stored, cache_axes, init_cache
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
 from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
@@ -253,7 +254,7 @@ def test_head_logprobs_are_those_of_logits(config, params, tied, softcap):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recorder:
+class Recorder(Unconstrained):
     """Compares equal by value, like the Constrain of parallel.sharding; writes down what it was called with."""
 
     log: tuple = ()

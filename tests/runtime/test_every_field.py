@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dno_jax.training.optimizers import learning_rate_schedule
 
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
@@ -26,7 +27,6 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import updates
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import learning_rate_schedule
 from dno_jax.training.state import TrainState, state_shardings
 from dno_jax.training.step import train_step
 from tests.config.test_kinds import leaves

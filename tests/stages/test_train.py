@@ -5,8 +5,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from dno_jax import iteration
 from dno_jax.config import LossSection
 from dno_jax.errors import DnoError
 from dno_jax.parallel.sharding import TRAIN
@@ -76,10 +78,10 @@ def trained(make_config):
         real, place = stage.train_step, Training("train", 0, states, max_length=config.max_length)
         taken = []
 
-        def poisoned(state, batch, rate, *, config):
+        def poisoned(state, batch, rate, *, config, rounding):
             taken.append(int(state.step))
             weight = jnp.where(taken[-1] in bad, jnp.nan, 1.0) * batch.weight
-            return real(state, batch.replace(weight=weight), rate, config=config)
+            return real(state, batch.replace(weight=weight), rate, config=config, rounding=rounding)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stage, "train_step", poisoned)
@@ -130,3 +132,28 @@ def test_every_step_tells_its_padding_time_and_arithmetic(trained):
         assert flops == pytest.approx(8 * (6 * body * 6 + 12 * 4 * 8 * seen + 6 * head * 4), rel=1e-4)
         assert "mfu" not in row  # nobody knows a CPU's peak
         assert row["alarms"] >= 0
+
+
+def test_a_run_in_bfloat16_trains_the_policies_that_lie_on_disk(make_config):
+    """Policy 0 is rounded once, at its import, and step 0 shows a log-ratio of zero."""
+    config = make_config(
+        iterations=1,
+        training={"batch_size": 8, "param_dtype": "bfloat16"},
+        optimizer={"name": "adafactor", "min_factored": 16, "learning_rate": 1e-3},
+        evaluation={"num_samples": 1},
+    )
+    iteration.run(config)
+    run_dir = RunDir(config.run_dir)
+    runtime = Runtime.reading(config)
+    policies = [jax.tree.map(np.asarray, runtime.load_policy(run_dir.policy(t), TRAIN)) for t in range(2)]
+    for policy in policies:
+        for path, leaf in jax.tree.leaves_with_path(policy):
+            if not path[-1].key.endswith("norm"):
+                assert not np.any(leaf.view(np.uint32) & 0xFFFF), path
+    brought = read_checkpoint(config.model.path, shardings=runtime.programs.param_shardings(TRAIN))
+    assert np.any(np.asarray(brought["embed"]) != policies[0]["embed"])
+    np.testing.assert_array_equal(policies[0]["embed"], brought["embed"].astype(jnp.bfloat16).astype(np.float32))
+    assert all(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, policies), strict=True))
+    logged = [json.loads(line) for line in run_dir.metrics_path.read_text().splitlines()]
+    (first,) = [row for row in logged if row["stage"] == "train" and row["step"] == 0]
+    assert first["max_abs_log_ratio"] < 1e-3

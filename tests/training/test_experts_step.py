@@ -21,7 +21,7 @@ from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding
 from dno_jax.training.batches import make_batch
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState, init_state, param_shardings, state_shardings
 from dno_jax.training.step import StepConfig, batch_logprobs, train_step
 

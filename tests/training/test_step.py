@@ -11,7 +11,7 @@ from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain
 from dno_jax.training.batches import TrainingRow, make_batch, text_lengths
 from dno_jax.training.objectives import preference_loss, supervised_loss
-from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dno_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from dno_jax.training.packing import Packing, plan_batches
 from dno_jax.training.state import init_state, param_shardings, state_shardings
 from dno_jax.training.step import (

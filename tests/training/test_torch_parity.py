@@ -14,7 +14,7 @@ from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState
 from dno_jax.training.step import StepConfig, score_step, train_step
 
