@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -387,4 +388,13 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 def main() -> None:
     """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
-    raise SystemExit(process.run(app))
+    try:
+        status = process.run(app)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        status = 1
+    if status not in (0, stopping.STOPPED, stopping.INTERRUPTED) and "dno_jax.parallel.cluster" in sys.modules:
+        from dno_jax.parallel.cluster import end_at_once
+
+        end_at_once(status)
+    raise SystemExit(status)
