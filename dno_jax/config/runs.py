@@ -24,6 +24,7 @@ from dno_jax.config.training import (
     ReferenceSection,
     TrainingSection,
 )
+from dno_jax.stopping import GRACE_SECONDS
 
 _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the whole run's
 
@@ -53,6 +54,12 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = Field(default=ReportSection())
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
 
     @model_validator(mode="after")
     def _judges_fit(self) -> RunConfig:
@@ -226,3 +233,21 @@ class SftConfig(Section):
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
+
+    @model_validator(mode="after")
+    def _one_iteration(self) -> SftConfig:
+        for section, names in (("optimizer", ("learning_rate_decay", "carry")), ("training", ("keep_policies",))):
+            own = getattr(self, section)
+            for name in names:
+                if getattr(own, name) != type(own).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name}: concerns what one iteration leaves to the next, and supervised fine-tuning "
+                        "has one; leave it out"
+                    )
+        return self

@@ -16,7 +16,7 @@ from dno_jax.config.base import (
     Section,
     decides,
 )
-from dno_jax.losses.registry import Loss, find_loss, soft_losses
+from dno_jax.losses.registry import LOSSES, Loss, find_loss, soft_losses
 
 
 def _is_known(name: str) -> str:
@@ -94,6 +94,22 @@ class LossSection(Section):
             raise ValueError(f"name={self.name} takes no label_smoothing; it is for {soft_losses()}")
         if self.length_penalty and not self.kind.has_reference:
             raise ValueError(f"name={self.name} has no reference that length_penalty could lower")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> LossSection:
+        idle = {
+            name: f"name={self.name}; it is for {', '.join(key for key, loss in LOSSES.items() if name in loss.reads)}"
+            for name in ("clip_range", "max_reward")
+            if name not in self.kind.reads
+        }
+        if self.target == "hard":
+            idle["target_temperature"] = "target=hard; it is for target=soft"
+        if not self.label_smoothing:
+            idle["smoothing"] = "label_smoothing=0, which it is a way of"
+        for name, why in idle.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)}, and nothing reads it with {why}; leave it out")
         return self
 
     @property
@@ -194,6 +210,11 @@ class OptimizerSection(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0.0, description="longer gradients are scaled down to it", json_schema_extra=TRAINED
     )
+    carry: bool = Field(
+        default=False,
+        description="start from the moments that the policy was trained with, not from zeros; they lie beside it",
+        json_schema_extra=TRAINED,
+    )
     b1: float = Field(
         default=0.9, ge=0.0, lt=1.0, description="decay of the first moment (adamw)", json_schema_extra=TRAINED
     )
@@ -247,6 +268,13 @@ class OptimizerSection(Section):
         def __hash__(self) -> int: ...
 
 
+class ProfileSection(Section):
+    """Steps of every training that are traced, for TensorBoard's or XProf's profiler."""
+
+    first: int = Field(default=10, ge=0, description="the first step traced", json_schema_extra=COSTS)
+    steps: Count = Field(default=3, description="how many", json_schema_extra=COSTS)
+
+
 class TrainingSection(Section):
     batch_size: Count = Field(
         default=64, description="rows per optimiser step: pairs, or examples for sft", json_schema_extra=TRAINED
@@ -277,6 +305,25 @@ class TrainingSection(Section):
         json_schema_extra=TRAINED,
     )
     save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
+    keep_states: Count = Field(
+        default=2, description="newest checkpoints kept while training runs", json_schema_extra=COSTS
+    )
+    skip_nonfinite: int = Field(
+        default=0,
+        ge=0,
+        description="steps of an iteration whose loss or gradient may be NaN or infinite: they change nothing, and one "
+        "more stops training",
+        json_schema_extra=TRAINED,
+    )
+    profile: ProfileSection | None = Field(
+        default=None, description="steps to trace with jax.profiler into the run directory", json_schema_extra=COSTS
+    )
+    keep_policies: Literal["all"] | Count = Field(
+        default="all",
+        description="newest policies kept, beside the best so far and those that later stages read; what is pruned can "
+        "no longer be sampled, exported or returned",
+        json_schema_extra=COSTS,
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> TrainingSection:

@@ -167,12 +167,21 @@ class PairRows(Sequence[TrainingRow]):
     Args:
         previous, initial: [N, 2] log pi_t and log pi_ref of every pair, nats; None gives zeros, which only a loss that
             does not read them may take.
+        sampled_from: whose samples are the policy's own: the policy of that iteration's; None: nobody's.
     """
 
-    def __init__(self, table: PairTable, previous: np.ndarray | None = None, initial: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        table: PairTable,
+        previous: np.ndarray | None = None,
+        initial: np.ndarray | None = None,
+        *,
+        sampled_from: int | None = None,
+    ) -> None:
         self.table = table
         self._previous = previous
         self._initial = initial
+        self._own = ~np.isnan(table.sampler_logprob) & (table.iteration == sampled_from)[:, None]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -194,6 +203,7 @@ class PairRows(Sequence[TrainingRow]):
             reward=_two(table.reward, index),
             target=float(table.target[index]),
             weight=float(table.weight[index]),
+            own=tuple(map(float, self._own[index])),
             name=table.pair_ids[index].as_py(),
         )
 

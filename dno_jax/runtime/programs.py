@@ -147,6 +147,7 @@ class Programs(Generic[ConfigT]):
             row_loss=row_loss,
             chunk=section.logprob_chunk,
             load_balance_weight=load_balance_weight,
+            skips=section.skip_nonfinite > 0,
         )
 
     @cached_property

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from dno_jax import stopping
 from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
@@ -89,6 +90,7 @@ def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples)
     return now
 
 
+@stopping.finishing()
 def _fine_tune(runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any, *, start: float) -> epath.Path:
     config, target = runtime.config, runtime.run_dir.export_path
     with explained("sft", training_settings(runtime.programs)):

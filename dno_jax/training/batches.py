@@ -30,6 +30,7 @@ class TrainingRow:
         previous_logprob, initial_logprob: log pi_t and log pi_ref of each response, nats; 0 where nothing reads them.
         reward: of each response, points or a win rate; zeros where nothing reads it.
         target: P(chosen preferred).
+        own: 1 for each response that the policy sampled itself: estimates of its KL divergence are made of these.
         weight: 1 for a pair; the number of response tokens for an example, so that its loss is a mean over tokens.
         name: the pair's id or the example's place, for messages.
     """
@@ -39,6 +40,7 @@ class TrainingRow:
     previous_logprob: tuple[float, ...] = (0.0, 0.0)
     initial_logprob: tuple[float, ...] = (0.0, 0.0)
     reward: tuple[float, ...] = (0.0, 0.0)
+    own: tuple[float, ...] = (1.0, 1.0)
     target: float = 1.0
     weight: float = 1.0
     name: str = ""
@@ -69,13 +71,18 @@ class PairBatch:
     reward: Any  # [M, P, C] float32
     target: Any  # [M, P] float32
     weight: Any  # [M, P] float32, 0 on filler
+    own: Any = None  # [M, P, C] float32, 1 on the policy's own samples; None: on all
 
     def part(self, index: int) -> PairBatch:
         """Return one micro-batch, without axis M."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
     def place(self, mesh: Mesh) -> PairBatch:
-        """Lay a host's batch out on devices: rows of tokens split over them, what is of pairs on all."""
+        """Lay a host's batch out on devices."""
+        return to_device(self, self.shardings(mesh))
+
+    def shardings(self, mesh: Mesh) -> PairBatch:
+        """Return where its arrays lie: rows of tokens split over devices, what is of pairs on all."""
 
         def sharding(leaf: Any, of_tokens: bool) -> Any:
             return row_sharding(mesh, ndim=leaf.ndim, axis=1) if of_tokens else replicated(mesh)
@@ -85,7 +92,7 @@ class PairBatch:
             name: jax.tree.map(lambda leaf, of=name in of_tokens: sharding(leaf, of), getattr(self, name))
             for name in self.__dataclass_fields__
         }
-        return to_device(self, PairBatch(**shardings))
+        return PairBatch(**shardings)
 
 
 def text_lengths(rows: Sequence[TrainingRow]) -> TextLengths:
@@ -200,6 +207,7 @@ def _filled(rows: Sequence[TrainingRow], layout: Layout, shape: BatchShape, pack
         reward=of_pairs([row.reward[:width] for row in rows]),
         target=of_pairs([row.target for row in rows]),
         weight=of_pairs([row.weight for row in rows]),
+        own=of_pairs([row.own[:width] for row in rows]),
     )
 
 

@@ -26,7 +26,7 @@ from dno_jax.training.state import TrainState
 
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
-_FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
+_FINGERPRINT, _PARAMS, _PRUNED = "FINGERPRINT", "params", "PRUNED"
 _WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
@@ -39,14 +39,29 @@ def save_policy(path: epath.Path, params: Any) -> str:
     if is_primary() and (path / _FINGERPRINT).exists():  # it would mark half-written weights as whole
         (path / _FINGERPRINT).unlink()
     barrier(f"policy {path} open")
+    _hush_unfinished()
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path / _PARAMS, params, force=True)
     checkpointer.wait_until_finished()
     checkpointer.close()
     if is_primary():
+        (path / _PRUNED).unlink(missing_ok=True)
         write_atomically(path / _FINGERPRINT, digest + "\n")
     barrier(f"policy {path}")
     return digest
+
+
+def prune_policy(path: epath.Path) -> None:
+    """Remove a policy's weights. Its fingerprint stays: it names what other stages were made from."""
+    write_atomically(path / _PRUNED, "its weights were removed, as training.keep_policies says\n")
+    for folder in path.iterdir():
+        if folder.is_dir():
+            folder.rmtree()
+
+
+def is_pruned(path: epath.Path) -> bool:
+    """Whether a policy's weights were removed on purpose."""
+    return (path / _PRUNED).exists()
 
 
 def policy_fingerprint(path: epath.Path) -> str | None:
@@ -84,6 +99,11 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any, exact: bool = 
         raise DnoError(
             f"{path}: no whole policy there (it has no {_FINGERPRINT} file); run the stage that writes it first"
         )
+    if is_pruned(path):
+        raise DnoError(
+            f"{path}: this policy's weights were removed, as training.keep_policies said; to have it again, "
+            f"{policy_remedy(path)}"
+        )
     wanted = dict(jax.tree.leaves_with_path(shapes))
     places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
     written = {name: jax.ShapeDtypeStruct(leaf.shape, _WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
@@ -92,7 +112,7 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any, exact: bool = 
     found: dict[Any, jax.Array] = {}
     rounded: dict[Any, Any] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
-        read = _undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
+        read = undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
         for name in group:
             array = read.pop(name)
@@ -130,7 +150,7 @@ def policy_remedy(path: epath.Path) -> str:
     return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
 
 
-def _undamaged(path: epath.Path, read: Callable[[], T]) -> T:
+def undamaged(path: epath.Path, read: Callable[[], T]) -> T:
     """Read a policy's files; what they are refused with is a DnoError."""
     found, damage = _tried(read)
     if damage is not None:
@@ -154,12 +174,12 @@ def _tried(read: Callable[[], T]) -> tuple[T | None, str | None]:
             raise
         first = str(inmost).strip().split("\n")[0]
         damage = f"cannot be read ({type(inmost).__name__}: {first[:200]})"
-    _hush_unfinished_reads()
+    _hush_unfinished()
     return None, damage
 
 
-def _hush_unfinished_reads() -> None:
-    """Where one read fails Orbax leaves the others hanging; each complains at length whenever it ends."""
+def _hush_unfinished() -> None:
+    """Where one read or write fails Orbax leaves the others hanging; each complains at length whenever it ends."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
@@ -186,7 +206,7 @@ def stored_fingerprint(path: epath.Path) -> str:
     Raises:
         DnoError: they cannot be read.
     """
-    return _undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
+    return undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
 
 
 def damaged_states(path: epath.Path) -> dict[int, str]:
@@ -226,9 +246,10 @@ def _noted_of(state: epath.Path) -> str | None:
 class StateCheckpoints:
     """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays."""
 
-    def __init__(self, path: epath.Path, *, save_every: int):
-        options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)
+    def __init__(self, path: epath.Path, *, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.path = path
+        _hush_unfinished()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     @property
@@ -236,15 +257,11 @@ class StateCheckpoints:
         """The step after which the newest saved state is; None where there is none."""
         return self._manager.latest_step()
 
-    def is_due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved: `save_every` divides them."""
-        return self._manager.should_save(step)
-
     def save(self, state: TrainState, *, step: int) -> None:
-        """Start writing the state after `step` optimiser steps, if it is due."""
-        if self.is_due(step):
-            noted = {_FINGERPRINT: _state_digest(state)}
-            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
+        """Start writing the state after `step` optimiser steps."""
+        noted = {_FINGERPRINT: _state_digest(state)}
+        # Forced: Orbax by itself would leave out, and write, others than those that are asked for.
+        self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted, force=True)
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState | None:
         """Return the last whole state, or None where there is none.

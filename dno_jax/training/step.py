@@ -19,6 +19,7 @@ from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.rounding import stored, widened
+from dno_jax.training.skipping import keep_if_finite
 from dno_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -94,6 +95,7 @@ class StepConfig:
             argument to compile for again; None leaves them to the compiler.
         load_balance_weight: of the load-balance loss of a mixture of experts, which is added to what is minimised and
             not to `loss`. It is no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
+        skips: whether a step without a finite loss and gradient leaves parameters and moments as they are.
     """
 
     model: Decoder
@@ -102,6 +104,7 @@ class StepConfig:
     chunk: int
     load_balance_weight: float = 0.0
     places: tuple[jax.sharding.Sharding, ...] | None = None
+    skips: bool = False
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -172,10 +175,11 @@ def train_step(
     metrics["response_tokens"] = jnp.sum(batch.num_tokens * (batch.weight > 0)[..., None]).astype(jnp.float32)
     params = optax.apply_updates(widened(state.params), jax.tree.map(lambda update: learning_rate * update, updates))
     params, opt_state = stored((params, opt_state), like=(state.params, state.opt_state), key=rounding, step=state.step)
-    state = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    stepped = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
     if config.places is not None:
-        state = jax.lax.with_sharding_constraint(state, jax.tree.unflatten(jax.tree.structure(state), config.places))
-    return state, metrics
+        places = jax.tree.unflatten(jax.tree.structure(stepped), config.places)
+        stepped = jax.lax.with_sharding_constraint(stepped, places)
+    return keep_if_finite(state, stepped, metrics) if config.skips else (stepped, metrics)
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"))

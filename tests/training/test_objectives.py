@@ -117,6 +117,7 @@ def test_what_a_loss_declares_is_what_its_function_takes(name):
     assert loss.own_win_rates == ("win_rate" in takes)
     assert loss.regularised == ("tau" in takes)
     assert loss.on_policy == ("clip_range" in takes)
+    assert set(loss.reads) == takes.keys() & {"clip_range", "max_reward"}
 
 
 def hinge_loss(*, chosen_logprob, rejected_logprob, previous_chosen_logprob, rejected_num_tokens, beta):
