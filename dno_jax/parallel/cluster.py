@@ -50,6 +50,8 @@ def initialize(
 def _join(*where: str | int) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     jax.distributed.initialize(*where)
+    # Gloo gives processes 30 seconds to meet for the first time: here all have just come, later one may be reading.
+    barrier("joined")
     stopping.when_asked(partial(_leave_word, _STOP, "asked"))
     threading.Thread(target=_watch_the_others, name="stops of others", daemon=True).start()
 

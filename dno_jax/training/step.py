@@ -16,6 +16,7 @@ from dno_jax.model.block import LOAD, Constrain, identity
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
+from dno_jax.training.accumulation import accumulated
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.rounding import stored, widened
@@ -151,22 +152,10 @@ def train_step(
         return total, jax.lax.stop_gradient((summed, load))
 
     gradient = jax.grad(weighted_loss, has_aux=True)
-    first = batch.part(0)
-    if batch.token.shape[0] == 1:
-        grads, (metrics, load) = widened(gradient(state.params, first))
-    else:
-
-        def add(carry: Any, part: PairBatch) -> tuple[Any, None]:
-            found = widened(gradient(state.params, part))  # added up in float32, whatever parameters are held in
-            largest = jnp.maximum(carry[1][0]["max_abs_log_ratio"], found[1][0]["max_abs_log_ratio"])
-            grads, (metrics, load) = jax.tree.map(jnp.add, carry, found)
-            return (grads, (metrics | {"max_abs_log_ratio": largest}, load)), None
-
-        zeros = jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(lambda *own: widened(gradient(*own)), state.params, first),
-        )
-        (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, batch)
+    # Added up in float32, whatever parameters are held in.
+    grads, (metrics, load) = accumulated(
+        lambda part: widened(gradient(state.params, part)), batch, combine=_with_largest_ratio
+    )
 
     updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -180,6 +169,14 @@ def train_step(
         places = jax.tree.unflatten(jax.tree.structure(stepped), config.places)
         stepped = jax.lax.with_sharding_constraint(stepped, places)
     return keep_if_finite(state, stepped, metrics) if config.skips else (stepped, metrics)
+
+
+def _with_largest_ratio(total: Any, found: Any) -> Any:
+    """Add up what two micro-batches found, but of the largest log-ratios take the larger."""
+    name = "max_abs_log_ratio"
+    largest = jnp.maximum(total[1][0][name], found[1][0][name])
+    grads, (metrics, load) = jax.tree.map(jnp.add, total, found)
+    return grads, (metrics | {name: largest}, load)
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"))

@@ -133,6 +133,13 @@ def test_the_snippet_of_the_readme_runs_in_a_light_installation():
     assert loaded == ["dno_jax"]
 
 
+def test_a_model_of_ones_own_is_trained_on_all_devices():
+    history = run("own_model", num_steps=20)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert history[-1]["loss"] < 0.3
+    assert history[-1]["accuracy"] > 0.95
+
+
 @pytest.mark.soak
 def test_self_rewarding_learns_what_it_likes(tmp_path):
     """From every second answer with a thank to nearly all, graded by nobody but itself."""

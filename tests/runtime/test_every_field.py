@@ -17,7 +17,6 @@ import pytest
 
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
-from dno_jax.model.params import abstract_params
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.preferences import soft_target
 from dno_jax.records import Message
@@ -58,6 +57,7 @@ class Case:
 MIXTURE = {"reference": {"kind": "mixture", "tau": 0.05}}
 OWN = {"pairing": {"rule": "matching", "reward": "win_rate", "opponents": "policy", "replay": 0}}
 SPO = {**OWN, "loss": {"name": "spo"}}
+ADAFACTOR = {"optimizer": {"name": "adafactor"}}
 CASES = {
     "loss.name": Case("ipo"),
     "loss.beta": Case(0.2),
@@ -85,6 +85,12 @@ CASES = {
     "optimizer.b2": Case(0.9),
     "optimizer.eps": Case(1e-6),
     "optimizer.max_grad_norm": Case(0.5),
+    "optimizer.name": Case("adafactor"),
+    "optimizer.moment_dtype": Case("bfloat16"),
+    "optimizer.decay_rate": Case(0.7, ADAFACTOR, refused="only adafactor reads it"),
+    "optimizer.max_update_rms": Case(2.0, ADAFACTOR, refused="only adafactor reads it"),
+    "optimizer.min_factored": Case(16, ADAFACTOR, refused="only adafactor reads it"),
+    "optimizer.relative_rate": Case(True, ADAFACTOR, refused="only adafactor reads it"),
     "optimizer.carry": Case(True),
     "training.batch_size": Case(16),
     "training.micro_batch_size": Case(4, {"training": {"packing": "off"}}),
@@ -92,6 +98,7 @@ CASES = {
     "training.group_by_length": Case(True),
     "training.num_epochs": Case(2),
     "training.logprob_chunk": Case(16),
+    "training.param_dtype": Case("bfloat16"),
     "training.skip_nonfinite": Case(3),
     "model.path": Case("experts"),
     "model.dtype": Case("bfloat16"),
@@ -104,6 +111,7 @@ CASES = {
     "mesh.fsdp": Case(2),
     "mesh.expert": Case(2, {"model": {"path": "experts"}}),
     "mesh.tensor": Case(2),
+    "mesh.dcn_data": Case(3, refused="mesh.dcn_data is 3"),
 }  # fmt: skip
 # Read by the stage, between its steps: what such a field changes is tested there.
 ELSEWHERE = {
@@ -197,16 +205,15 @@ def seen(make):
         step = programs.step_config(
             preference_loss(config.loss_at(0), config.reference), load_balance_weight=config.loss.load_balance_weight
         )
-        params, places = abstract_params(runtime.model_config), programs.param_shardings(TRAIN)
+        params, places = programs.trained_params, programs.param_shardings(TRAIN)
         shardings = state_shardings(step.optimizer, places, params)
-        state = jax.eval_shape(
-            lambda: TrainState(jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params),
-                               step.optimizer.init(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)))
-        )  # fmt: skip
+        state = jax.eval_shape(lambda held: TrainState(jnp.int32(0), held, step.optimizer.init(held)), params)
         state = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
         )
-        return train_step.lower(state, batch.place(runtime.mesh), jnp.float32(1e-3), config=step).as_text()
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        batch = batch.place(runtime.mesh)
+        return train_step.lower(state, batch, jnp.float32(1e-3), config=step, rounding=key).as_text()
 
     @dataclass
     class Seen:

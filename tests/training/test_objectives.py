@@ -307,7 +307,8 @@ def test_micro_batches_and_meshes_take_the_whole_batchs_step(name, config, param
     whole = step()
     parted = make_batch(made, batch_size=8, max_length=LENGTH, parts=4)
     assert_same(take_steps(config, params, [parted], row_loss=row_loss, section=section), whole)
-    assert_same(step(axes=(2, 2, 2)), whole)
+    # A margin is a difference of sums of some 100 nats, which float32 rounds by 4e-6 each.
+    assert_same(step(axes=(2, 2, 2)), whole, atol=1e-5)
     # The loss is the mean by weight, here by brute force from the policy's own log-probabilities.
     part = jax.tree.map(jnp.asarray, batch.part(0))
     value, _ = row_loss(batch_logprobs(Decoder(config), params, part, chunk=64), part.num_tokens, part)

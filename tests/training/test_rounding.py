@@ -146,14 +146,14 @@ def test_ten_steps_and_ten_more_after_a_restart_are_twenty(config, params, batch
     section = OptimizerSection(name=kind, **({"moment_dtype": "bfloat16"} if kind == "adamw" else {"min_factored": 32}))
     state, take = begin(config, params, section, param_dtype="bfloat16")
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    kept = StateCheckpoints(epath.Path(tmp_path) / "states", save_every=10)
+    kept = StateCheckpoints(epath.Path(tmp_path) / "states")
     for index in range(20):
         if index == 10:
             kept.save(state, step=10)
         state, _ = take(state, batch)
     kept.close()
     again, take = begin(config, params, section, param_dtype="bfloat16")
-    kept = StateCheckpoints(epath.Path(tmp_path) / "states", save_every=10)
+    kept = StateCheckpoints(epath.Path(tmp_path) / "states")
     again = kept.restore(again, shardings)
     kept.close()
     assert int(again.step) == 10
