@@ -47,7 +47,7 @@ from dno_jax.model.params import abstract_params
 from dno_jax.model.places import NO_WINDOW, Places
 from dno_jax.parallel.attention import make_attention
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding
+from dno_jax.parallel.sharding import TRAIN, Constrain
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import make_optimizer
@@ -169,7 +169,7 @@ def compile_step(topology: str, *, backend: Any, options: argparse.Namespace) ->
     )
     lowered = train_step.lower(
         jax.tree.map(place, state, state_shardings(optimizer, places, params)),
-        jax.tree.map(lambda leaf: place(leaf, row_sharding(mesh, ndim=leaf.ndim)), batch),
+        jax.tree.map(place, batch, batch.shardings(mesh)),
         jnp.float32(1e-6),
         config=step,
     )

@@ -177,19 +177,21 @@ class OuterSection(Section):
         return self
 
 
-# Fields of `optimizer` that one kind alone reads.
+# Fields of `optimizer` that some kinds read and others do not.
 _OWN = {
     "adamw": ("b1", "b2", "eps", "moment_dtype"),
     "adafactor": ("decay_rate", "max_update_rms", "min_factored", "relative_rate"),
+    "muon": ("b1", "b2", "eps", "moment_dtype", "momentum"),
 }
 
 
 class OptimizerSection(Section):
     """How gradients become updates. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B."""
 
-    name: Literal["adamw", "adafactor"] = Field(
+    name: Literal["adamw", "adafactor", "muon"] = Field(
         default="adamw",
-        description="two moments a parameter, or second moments by row and column of each matrix alone",
+        description="two moments a parameter; second moments by row and column of each matrix alone; or the momentum "
+        "of each layer's matrices orthogonalised, and adamw for all else",
         json_schema_extra=TRAINED,
     )
     learning_rate: float = Field(default=5e-7, gt=0.0, description="at the schedule's top", json_schema_extra=TRAINED)
@@ -216,16 +218,19 @@ class OptimizerSection(Section):
         json_schema_extra=TRAINED,
     )
     b1: float = Field(
-        default=0.9, ge=0.0, lt=1.0, description="decay of the first moment (adamw)", json_schema_extra=TRAINED
+        default=0.9, ge=0.0, lt=1.0, description="decay of the first moment (adamw, muon)", json_schema_extra=TRAINED
     )
     b2: float = Field(
-        default=0.95, ge=0.0, lt=1.0, description="decay of the second moment (adamw)", json_schema_extra=TRAINED
+        default=0.95, ge=0.0, lt=1.0, description="decay of the second moment (adamw, muon)", json_schema_extra=TRAINED
     )
-    eps: float = Field(default=1e-8, gt=0.0, description="beside the root (adamw)", json_schema_extra=TRAINED)
+    eps: float = Field(default=1e-8, gt=0.0, description="beside the root (adamw, muon)", json_schema_extra=TRAINED)
     moment_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="of both moments as they are held, rounded stochastically; computed in float32 (adamw)",
+        description="of moments as they are held, rounded stochastically; computed in float32 (adamw, muon)",
         json_schema_extra=TRAINED,
+    )
+    momentum: float = Field(
+        default=0.95, ge=0.0, lt=1.0, description="decay of a matrix's momentum (muon)", json_schema_extra=TRAINED
     )
     decay_rate: float = Field(
         default=0.8,
@@ -253,13 +258,13 @@ class OptimizerSection(Section):
     )
 
     def unread(self) -> set[str]:
-        return {field for name, own in _OWN.items() if name != self.name for field in own}
+        return {field for own in _OWN.values() for field in own} - set(_OWN[self.name])
 
     @model_validator(mode="after")
     def _all_read(self) -> OptimizerSection:
         for field in sorted(self.unread()):
             if getattr(self, field) != type(self).model_fields[field].default:
-                readers = ", ".join(name for name, own in _OWN.items() if field in own)
+                readers = " or ".join(name for name, own in _OWN.items() if field in own)
                 raise ValueError(f"{field} with name={self.name}: only {readers} reads it; leave it out")
         return self
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dno_jax.config import MeshSection
@@ -30,9 +31,16 @@ def make_mesh(section: MeshSection, devices: list[jax.Device] | None = None) -> 
     slices = slices_of(devices, section.dcn_data)
     data, *others = _axis_sizes(section, len(devices), kind=devices[0].platform, slices=len(slices))
     own = (data // len(slices), *others)
-    kinds = (AxisType.Auto,) * len(AXES)
-    parts = [jax.make_mesh(own, AXES, axis_types=kinds, devices=part).devices for part in slices]
-    return Mesh(np.concatenate(parts), AXES, axis_types=kinds)
+    parts = [_laid_out(own, part) for part in slices]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _laid_out(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Return the devices of a slice as an array of these sizes, neighbours by neighbours where that can be."""
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices).devices
+    except NotImplementedError:  # such as 16 x 4 on a square of 8 x 8: an axis of the machine has to be cut
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def slices_of(devices: Sequence[Any], count: int) -> list[list[Any]]:

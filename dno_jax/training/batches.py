@@ -78,7 +78,11 @@ class PairBatch:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
     def place(self, mesh: Mesh) -> PairBatch:
-        """Lay a host's batch out on devices: rows of tokens split over them, what is of pairs on all."""
+        """Lay a host's batch out on devices."""
+        return to_device(self, self.shardings(mesh))
+
+    def shardings(self, mesh: Mesh) -> PairBatch:
+        """Return where its arrays lie: rows of tokens split over devices, what is of pairs on all."""
 
         def sharding(leaf: Any, of_tokens: bool) -> Any:
             return row_sharding(mesh, ndim=leaf.ndim, axis=1) if of_tokens else replicated(mesh)
@@ -88,7 +92,7 @@ class PairBatch:
             name: jax.tree.map(lambda leaf, of=name in of_tokens: sharding(leaf, of), getattr(self, name))
             for name in self.__dataclass_fields__
         }
-        return to_device(self, PairBatch(**shardings))
+        return PairBatch(**shardings)
 
 
 def text_lengths(rows: Sequence[TrainingRow]) -> TextLengths:

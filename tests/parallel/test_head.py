@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dno_jax.config import MeshSection
+from dno_jax.config import MeshSection, OptimizerSection
 from dno_jax.logprobs import head_token_logprobs, token_logprobs
+from dno_jax.model.config import ModelConfig
+from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, TRAIN, Constrain
+from dno_jax.training.batches import TrainingRow, make_batch
+from tests.training.trained import begin
 
 B, T, D, V = 8, 13, 16, 64
 MESHES = [
@@ -134,6 +138,20 @@ def test_no_loop_moves_the_head_and_no_gradient_is_summed_whole(arrays, axes):
     assert kinds["all-gather"] == split
     assert (kinds["all-to-all"] > 0) == split  # of the gradient's parts, which each device adds up
     assert not [size for kind, size in large if kind == "all-reduce" and size >= share and split]
+
+
+def test_a_whole_step_moves_the_head_outside_of_its_loops():
+    """Two micro-batches would be a loop of their own; with one, what loops is layers and slices."""
+    config = ModelConfig(512, 32, 48, 2, 4, 2, 8)
+    row = TrainingRow(((1,) * 8,) * 2, ((1,) * 24,) * 2)
+    params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
+    state, take = begin(config, params, OptimizerSection(), axes=(1, 8, 1))
+    batch = make_batch([row] * 16, batch_size=16, max_length=32)
+    found = collectives(take.lowered(state, batch).compile().as_text())
+    share = 512 * 32 // 8  # numbers of the head on a device, and more than of any layer's weights of a device
+    assert not [kind for kind, sizes, in_loop in found if in_loop and max(sizes) > share]
+    large = Counter(kind for kind, sizes, _ in found if max(sizes) == 512 * 32)
+    assert large == {"all-gather": 2}  # of the embedding and of the head
 
 
 def test_a_small_gradient_in_every_slice_is_not_lost_in_bfloat16():

@@ -87,6 +87,7 @@ CASES = {
     "optimizer.max_grad_norm": Case(0.5),
     "optimizer.name": Case("adafactor"),
     "optimizer.moment_dtype": Case("bfloat16"),
+    "optimizer.momentum": Case(0.8, {"optimizer": {"name": "muon"}}, refused="only muon reads it"),
     "optimizer.decay_rate": Case(0.7, ADAFACTOR, refused="only adafactor reads it"),
     "optimizer.max_update_rms": Case(2.0, ADAFACTOR, refused="only adafactor reads it"),
     "optimizer.min_factored": Case(16, ADAFACTOR, refused="only adafactor reads it"),

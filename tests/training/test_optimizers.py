@@ -79,6 +79,35 @@ def test_adafactor_equals_optaxs_on_each_matrix(config, params):
     assert num_bytes(state) == num_bytes(plain_state) + 4 * (len(wanted) - 1)
 
 
+def test_muon_equals_optaxs_on_each_matrix(config, params):
+    """And AdamW on the table of embeddings, the head and the norms."""
+    section = OptimizerSection(name="muon", weight_decay=0.01)
+    grads = [gradients(params, seed) for seed in range(2)]
+    found, state = steps(make_optimizer(section, param_axes(config)), params, grads)
+    apart = unstacked(params)
+    labels = {name: "muon" if leaf.ndim == 2 and "layers" in name else "adamw" for name, leaf in apart.items()}
+    plain = optax.chain(
+        optax.clip_by_global_norm(section.max_grad_norm),
+        optax.multi_transform(
+            {
+                "muon": optax.contrib.muon(1.0, consistent_rms=0.2, weight_decay=0.01),
+                "adamw": optax.adamw(1.0, b1=0.9, b2=0.95, weight_decay=0.01),
+            },
+            labels,
+        ),
+    )
+    wanted, _ = steps(plain, apart, [unstacked(grad) for grad in grads])
+    for name, leaf in unstacked(found).items():
+        # Five rounds of products of float32 numbers, in another order under vmap.
+        np.testing.assert_allclose(leaf, wanted[name], rtol=1e-3, atol=3e-5, err_msg=name)
+    # One momentum of a matrix, and two moments of what is none; norms, of 64 numbers, and coefficients aside.
+    matrices = sum(leaf.size for name, leaf in apart.items() if labels[name] == "muon")
+    tables = params["embed"].size + params["head"].size
+    assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.size > 64) == matrices + 2 * tables
+    low = make_optimizer(section.model_copy(update={"moment_dtype": "bfloat16"}), param_axes(config)).init(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(low) if leaf.size > 64} == {np.dtype(jnp.bfloat16)}
+
+
 def num_bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -166,6 +195,7 @@ def test_any_state_lies_where_its_parameters_lie(config, params, name):
 
 
 SECTIONS = {
+    "muon": (OptimizerSection(name="muon", eps=1e-3), "float32"),
     "adafactor": (ADAFACTOR, "float32"),
     "all in bfloat16": (OptimizerSection(moment_dtype="bfloat16", eps=1e-3), "bfloat16"),
 }
@@ -198,11 +228,12 @@ def optimizer_config(**fields):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"name": "adafactor", "b1": 0.8}, "b1 with name=adafactor: only adamw reads it"),
+        ({"name": "adafactor", "b1": 0.8}, "b1 with name=adafactor: only adamw or muon reads it"),
         ({"name": "adafactor", "moment_dtype": "bfloat16"}, "moment_dtype with name=adafactor"),
         ({"relative_rate": True}, "relative_rate with name=adamw: only adafactor reads it"),
         ({"name": "adamw", "min_factored": 64}, "min_factored with name=adamw"),
-        ({"name": "sgd"}, "sgd|adamw"),
+        ({"name": "adamw", "momentum": 0.9}, "momentum with name=adamw: only muon reads it"),
+        ({"name": "sgd"}, r"sgd|adamw"),
     ],
 )
 def test_a_field_that_nothing_reads_is_refused(fields, said):

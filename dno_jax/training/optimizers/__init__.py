@@ -12,12 +12,13 @@ from dno_jax.config import OptimizerSection
 from dno_jax.training.optimizers.adafactor import adafactor
 from dno_jax.training.optimizers.adamw import adamw
 from dno_jax.training.optimizers.matrices import Axes
+from dno_jax.training.optimizers.muon import muon
 from dno_jax.training.optimizers.schedule import learning_rate_schedule
 from dno_jax.training.rounding import widened
 
 __all__ = ["learning_rate_schedule", "make_optimizer"]
 
-_KINDS = {"adamw": adamw, "adafactor": adafactor}
+_KINDS = {"adamw": adamw, "adafactor": adafactor, "muon": muon}
 
 
 def make_optimizer(section: OptimizerSection, axes: Any = None) -> optax.GradientTransformation:

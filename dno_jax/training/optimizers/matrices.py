@@ -37,11 +37,12 @@ def matrix_shape(shape: tuple[int, ...], axes: Axes) -> tuple[tuple[int, ...], t
 
 
 def per_matrix(
-    inner: optax.GradientTransformation, axes: tuple[Axes, ...] | None, *, name: str
+    of: Callable[[Axes, int], optax.GradientTransformation], axes: tuple[Axes, ...] | None, *, name: str
 ) -> optax.GradientTransformation:
-    """Return an optimiser that gives every matrix and every vector to `inner` by itself, with a state of its own.
+    """Return an optimiser that moves every matrix and every vector by itself, with a state of its own.
 
     Args:
+        of: what moves a matrix (2 sides) or a vector (1) of an array with axes of these names.
         axes: of the parameters' leaves, in their order.
         name: of the optimiser, for the message.
 
@@ -51,9 +52,10 @@ def per_matrix(
     if axes is None:
         raise ValueError(f"optimizer {name} looks at matrices: give make_optimizer the axes of the parameters")
 
-    def of_each(function: Callable[..., Any], names: Axes, *trees: Any, like: jax.Array) -> Any:
-        """Call a function of single matrices on stacks of them; arrays of `like`'s shape are seen as its matrices."""
+    def of_each(part: str, names: Axes, *trees: Any, like: jax.Array) -> Any:
+        """Call `init` or `update` on a stack of matrices; arrays of `like`'s shape are seen as its matrices."""
         stack, sides = matrix_shape(like.shape, names)
+        function = getattr(of(names, len(sides)), part)
 
         def seen(leaf: jax.Array) -> jax.Array:
             return jnp.reshape(leaf, stack + sides) if leaf.shape == like.shape else leaf
@@ -64,7 +66,7 @@ def per_matrix(
 
     def init(params: Any) -> Any:
         leaves, tree = jax.tree.flatten(params)
-        found = [of_each(inner.init, names, leaf, like=leaf) for names, leaf in zip(axes, leaves, strict=True)]
+        found = [of_each("init", names, leaf, like=leaf) for names, leaf in zip(axes, leaves, strict=True)]
         return jax.tree.unflatten(tree, found)
 
     def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -73,7 +75,7 @@ def per_matrix(
         for names, grad, own, param in zip(
             axes, leaves, tree.flatten_up_to(state), jax.tree.leaves(params), strict=True
         ):
-            moved, own = of_each(inner.update, names, grad, own, param, like=grad)
+            moved, own = of_each("update", names, grad, own, param, like=grad)
             updates.append(jnp.reshape(moved, grad.shape))
             states.append(own)
         return jax.tree.unflatten(tree, updates), jax.tree.unflatten(tree, states)
