@@ -37,6 +37,7 @@ class Purpose(StrEnum):
     BATCH_ORDER = "batch order"  # an epoch's rows: (seed, iteration, epoch)
     MIXTURE_MEMBER = "mixture member"  # the policy that answers for all of them: (seed, prompt id, sample)
     INITIAL_WEIGHTS = "initial weights"  # of a fine-tuning that starts from none: (seed)
+    ADAPTER = "adapter"  # the random half of a new adapter: (seed), then the matrix in the key
 
 
 def rng(purpose: Purpose, *address: Any) -> np.random.Generator:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dno_jax.config.adapter import AdapterSection
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
@@ -49,6 +50,7 @@ class RunConfig(Section):
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
     outer: OuterSection = OuterSection()
+    adapter: AdapterSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -223,6 +225,16 @@ class SftConfig(Section):
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection
+    adapter: AdapterSection | None = None
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> SftConfig:
+        if self.adapter is not None and self.model.init_config is not None:
+            raise ValueError(
+                "adapter with model.init_config: adapters are trained beside the weights of a checkpoint, and random "
+                "ones are no base; leave one of the two out"
+            )
+        return self

@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
 from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
@@ -85,6 +86,7 @@ class Block(nn.Module):
     attention: Attention
     experts: Experts
     write: WriteCache
+    adapter: AdapterConfig | None = None
 
     @nn.compact
     def __call__(
@@ -136,11 +138,37 @@ class Block(nn.Module):
     ) -> jax.Array:
         # The last `out` axes of the kernel are the output's, and the bias has just those.
         kernel = declare(self, name, init=NORMAL, shape=shape, axes=axes)
+        x = y
         y = jnp.einsum(equation, y, kernel.astype(self.dtype), precision=precision_for(self.dtype))
         if bias:
             value = declare(self, f"{name}_bias", init=ZEROS, shape=shape[-out:], axes=axes[-out:])
             y = y + value.astype(self.dtype)[None, None]
+        if self.adapter is not None and name in self.adapter.targets:
+            y = y + self._adapted(x, name, shape=shape, axes=axes, out=out, adapter=self.adapter)
         return y
+
+    def _adapted(
+        self,
+        x: jax.Array,
+        name: str,
+        *,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        out: int,
+        adapter: AdapterConfig,
+    ) -> jax.Array:
+        """What an adapter adds to a projection of x: (x A) B alpha / rank, in the dtype of activations."""
+
+        def factor(half: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+            boxed = nn.with_partitioning(ZEROS, axes)  # `init_adapters` draws what is no zero
+            held: Any = self.variable("adapters", f"{name}_{half}", boxed, None, shape, jnp.float32)
+            return held.value.astype(self.dtype)
+
+        a = factor("a", (*shape[:-out], adapter.rank), (*axes[:-out], "rank"))
+        b = factor("b", (adapter.rank, *shape[-out:]), ("rank", *axes[-out:]))
+        precision = precision_for(self.dtype)
+        narrow = scaled(jnp.tensordot(x, a, axes=len(shape) - out, precision=precision), adapter.scale)
+        return jnp.tensordot(self.constrain(narrow, ("batch", "length", "rank")), b, axes=1, precision=precision)
 
     def _attention(
         self,

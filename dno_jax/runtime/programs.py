@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dno_jax.config import RunConfig, SftConfig
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
@@ -21,9 +22,10 @@ from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import Submesh, own_submesh
 from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout
+from dno_jax.runtime.fit import trained_adapter
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.optimizer import make_optimizer
-from dno_jax.training.state import param_shardings
+from dno_jax.training.state import adapter_shardings, param_shardings
 from dno_jax.training.step import StepConfig
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
@@ -59,8 +61,13 @@ class Programs(Generic[ConfigT]):
             softcap=self.model_config.attention_softcap,
         )
 
+    @cached_property
+    def adapter(self) -> AdapterConfig | None:
+        """The adapters that are trained; None where all parameters are."""
+        return trained_adapter(self.config, self.model_config)
+
     def model(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Decoder:
-        """The decoder with activations pinned to a layout.
+        """The decoder with activations pinned to a layout. Adapters are apart in TRAIN, and merged in DECODE.
 
         Args:
             mesh: a submesh of the run's own; None is the whole.
@@ -76,11 +83,19 @@ class Programs(Generic[ConfigT]):
                 self.attention_backend, mesh=mesh, layout=layout, windows=self.model_config.windows
             ),
             write=ShardedWrite(mesh, layout),
+            adapter=self.adapter if layout == TRAIN else None,
         )
 
     def param_shardings(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Any:
         """The tree of shardings of the parameters."""
         return param_shardings(self.model_config, self.mesh if mesh is None else mesh, layout)
+
+    @property
+    def trained_shardings(self) -> Any:
+        """The tree of shardings of what is trained: parameters, or adapters."""
+        if self.adapter is None:
+            return self.param_shardings(TRAIN)
+        return adapter_shardings(self.model_config, self.adapter, self.mesh, TRAIN)
 
     def step_config(self, row_loss: RowLoss, *, load_balance_weight: float = 0.0) -> StepConfig:
         """The compiled optimiser step's identity."""

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import MeshSection, ModelConfigSection, RunConfig
 from dno_jax.data.prompts import PromptSet
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf import folder, read_config
-from dno_jax.model.params import abstract_params, computing_params, unstack_layers
+from dno_jax.model.params import computing_params, unstack_layers
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, num_row_shards, on_submesh, reshard_donated
@@ -27,7 +28,8 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
-from dno_jax.training.checkpoint import load_policy, policy_fingerprint
+from dno_jax.training.adapted import Places, load_apart, load_whole, save_adapter
+from dno_jax.training.checkpoint import policy_fingerprint, save_policy
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,35 @@ class Runtime(Generic[ConfigT]):
         """Entries of a manifest's `inputs` that name policies by their fingerprints."""
         return {f"policies/{path.name}": policy_fingerprint(path) or "missing" for path in policies}
 
-    def load_policy(self, policy: epath.Path, layout: Layout) -> Any:
-        """Read a policy, float32, into arrays of a layout."""
-        return load_policy(
-            policy, shapes=abstract_params(self.model_config), shardings=self.programs.param_shardings(layout)
-        )
+    def load_policy(self, policy: epath.Path, layout: Layout, *, shapes: Any = None) -> Any:
+        """Read a policy's weights into arrays of a layout, an adapter merged into those that it stands beside.
+
+        Args:
+            shapes: with the dtypes that are wanted; None: float32.
+        """
+        return load_whole(policy, Places(self.model_config, self.mesh, layout), shapes=shapes)
+
+    def load_trained(self, policy: epath.Path) -> tuple[Any, Any]:
+        """Read a policy as training has it: what is trained, float32, and the weights that stand, or None.
+
+        Where adapters are trained, the weights that stand are held as they are computed with.
+        """
+        adapter = self.programs.adapter
+        if adapter is None:
+            return self.load_policy(policy, TRAIN), None
+        places, key = Places(self.model_config, self.mesh, TRAIN), draw_key(Purpose.ADAPTER, self.config.seed)
+        return load_apart(policy, places, adapter, key=key, shapes=self.computing_shapes)
+
+    @property
+    def computing_shapes(self) -> Any:
+        """The parameters as jax.ShapeDtypeStruct, in the dtypes that they are computed with in."""
+        return computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
+
+    def save_trained(self, policy: epath.Path, trained: Any, *, previous: epath.Path) -> str:
+        """Write the policy that training made of another; return its fingerprint."""
+        if self.programs.adapter is None:
+            return save_policy(policy, trained)
+        return save_adapter(policy, trained, self.programs.adapter, beside=previous)
 
     def load_for_decoding(self, policy: epath.Path) -> Any:
         """Read a policy as it is computed with and lay it out for decoding; no token's step casts weights again.
@@ -114,11 +140,15 @@ class Runtime(Generic[ConfigT]):
         ever holds all float32 weights, which may not fit where these do. From there they move to the DECODE layout on
         the devices.
         """
-        shapes = computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
-        read = load_policy(policy, shapes=shapes, shardings=self.programs.param_shardings(TRAIN))
+        read = self.load_policy(policy, TRAIN, shapes=self.computing_shapes)
         params = reshard_donated(read, self.programs.param_shardings(DECODE))
         own = on_submesh(params, self.programs.param_shardings(DECODE, mesh=self.submesh.mesh))
         return unstack_layers(own, donate=True)
+
+
+def draw_key(purpose: Purpose, *address: Any) -> jax.Array:
+    """The key of draws on devices, of a purpose and an address."""
+    return jax.random.wrap_key_data(jnp.asarray(key_data(purpose, *address)), impl="threefry2x32")
 
 
 def _on_any_devices(config: ConfigT, model_config: ModelConfig) -> Programs[ConfigT]:

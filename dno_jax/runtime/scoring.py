@@ -30,12 +30,14 @@ def frozen_logprobs(
     A batch's come when the next one is on its way: the device works while the host reads them.
     """
     config = runtime.config
-    params, model = runtime.load_policy(policy, TRAIN), runtime.programs.model(TRAIN)
+    (params, frozen), model = runtime.load_trained(policy), runtime.programs.model(TRAIN)
     before: jax.Array | None = None
     for rows in batches:
         batch = make_batch(rows, batch_size=size, max_length=config.max_length)
         shardings = jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch)
-        logprobs = score_step(params, to_device(batch, shardings), model=model, chunk=config.training.logprob_chunk)
+        logprobs = score_step(
+            params, to_device(batch, shardings), model=model, chunk=config.training.logprob_chunk, frozen=frozen
+        )
         if before is not None:
             yield before
         before = logprobs

@@ -15,7 +15,7 @@ from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
-from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
+from dno_jax.parallel.sharding import row_sharding, to_device
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
@@ -23,8 +23,9 @@ from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity
+from dno_jax.training.adapted import base_of
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
-from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
+from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states
 from dno_jax.training.metrics import MetricsWriter, NotFinite
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import learning_rate_schedule
@@ -64,14 +65,17 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     rows = PairRows(pairs, previous, initial)
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
     with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+        trained, frozen = runtime.load_trained(update.previous)
+        base = None if frozen is None else base_of(update.previous)[1]
         result = train(
             runtime,
-            runtime.load_policy(update.previous, TRAIN),
+            trained,
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
-            Training(stage_name, iteration, stage.path / "states", max_length=config.max_length, scored=scored),
+            Training(stage_name, iteration, stage.path / "states", config.max_length, scored=scored, base=base),
+            frozen=frozen,
         )
-        digest = save_policy(update.result, result.params)
+        digest = runtime.save_trained(update.result, result.params, previous=update.previous)
     barrier(f"trained {stage.path}")
     if is_primary():
         remove_states(stage.path / "states")
@@ -100,6 +104,7 @@ class Training:
         states_path: where its states lie until it is done.
         max_length: tokens of the longest sequence.
         scored: whose reference step 0 must show to be of its own policy; None where there is no reference.
+        base: fingerprint of the weights that stand; None where all are trained.
     """
 
     stage: str
@@ -107,6 +112,7 @@ class Training:
     states_path: Any
     max_length: int
     scored: StageDir | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,20 +128,23 @@ def train(
     rows: Sequence[TrainingRow],
     step: StepConfig,
     training: Training,
+    *,
+    frozen: Any = None,
 ) -> TrainResult:
     """Run every optimiser step over the rows, resuming from the last saved state.
 
     Args:
-        params: where to start, in the TRAIN layout; donated.
+        params: where to start, in the TRAIN layout; donated. Of adapters where there are frozen ones.
+        frozen: parameters that stand, or None.
     """
     config = runtime.config
     section = config.training
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
     stage, iteration = training.stage, training.iteration
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
-    shardings = state_shardings(step.optimizer, runtime.programs.param_shardings(TRAIN), params)
+    shardings = state_shardings(step.optimizer, runtime.programs.trained_shardings, params)
     state = init_state(params, step.optimizer, shardings)
-    checkpoints = StateCheckpoints(training.states_path, save_every=section.save_every)
+    checkpoints = StateCheckpoints(training.states_path, save_every=section.save_every, base=training.base)
     restored = checkpoints.restore(state, shardings)
     state = state if restored is None else restored
     first = int(state.step)
@@ -162,7 +171,7 @@ def train(
                 batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length)
                 placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
                 learning_rate = float(np.asarray(rate(index)))
-                state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step)
+                state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step, frozen=frozen)
                 tokens = sum(
                     len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
                 )

@@ -27,17 +27,26 @@ from dno_jax.training.state import TrainState
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
 _FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
+ADAPTER = "ADAPTER.json"  # of a policy that is an adapter: its shape, and the policy beside whose weights it stands
+_BASE = "BASE"  # beside the fingerprint of a train state
 _WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
-def save_policy(path: epath.Path, params: Any) -> str:
+def save_policy(path: epath.Path, params: Any, *, adapter: str | None = None) -> str:
     """Write a policy; FINGERPRINT, written last, marks it whole. Return the fingerprint.
 
     Every process calls this: each writes its own shards.
+
+    Args:
+        adapter: what ADAPTER.json is to hold, where `params` are an adapter; it is a part of the policy's identity.
     """
-    digest = fingerprint(params)
-    if is_primary() and (path / _FINGERPRINT).exists():  # it would mark half-written weights as whole
-        (path / _FINGERPRINT).unlink()
+    digest = _named(fingerprint(params), adapter)
+    if is_primary():
+        (path / _FINGERPRINT).unlink(missing_ok=True)  # it would mark half-written weights as whole
+        if adapter is None:
+            (path / ADAPTER).unlink(missing_ok=True)
+        else:
+            write_atomically(path / ADAPTER, adapter)
     barrier(f"policy {path} open")
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path / _PARAMS, params, force=True)
@@ -64,7 +73,20 @@ def policy_fingerprint(path: epath.Path) -> str | None:
     return text.decode()
 
 
-def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
+def _named(digest: str, adapter: str | None) -> str:
+    """The fingerprint of a policy from that of its arrays and, where these are an adapter, its note."""
+    return digest if adapter is None else hashlib.sha256(f"{adapter}{digest}".encode()).hexdigest()
+
+
+def adapter_note(path: epath.Path) -> str | None:
+    """What ADAPTER.json of a policy holds; None where the policy has weights of its own."""
+    note = path / ADAPTER
+    return note.read_text() if note.exists() else None
+
+
+def load_policy(
+    path: epath.Path, *, shapes: Any, shardings: Any, change: Callable[[Any, jax.Array], jax.Array] | None = None
+) -> Any:
     """Read a policy straight into sharded arrays, and hold it to its fingerprint; each process reads what it holds.
 
     Arrays that are wanted in another dtype are read one at a time: as they were written, for the fingerprint is of
@@ -73,6 +95,8 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
     Args:
         shapes: tree of ShapeDtypeStructs (model.params.abstract_params).
         shardings: the same tree of shardings, of any mesh.
+        change: called with the path and the array of each leaf, float32, after it was read and before it is cast;
+            what it returns takes the array's place.
 
     Raises:
         DnoError: there is no whole policy at `path`, or it is not the one that was written.
@@ -85,14 +109,16 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any) -> Any:
     wanted = dict(jax.tree.leaves_with_path(shapes))
     places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
     written = {name: jax.ShapeDtypeStruct(leaf.shape, _WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
+    change = change or (lambda place, array: array)
     as_written = all(leaf.dtype == _WRITTEN for leaf in wanted.values())
     sums: dict[Any, np.ndarray] = {}
     found: dict[Any, jax.Array] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
         read = _undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
-        found |= {name: read.pop(name).astype(wanted[name].dtype) for name in group}
-    check_fingerprint(path, noted, _digest(_in_tree(list(written.items())), list(sums.values())))
+        found |= {name: change(name, read.pop(name)).astype(wanted[name].dtype) for name in group}
+    digest = _digest(_in_tree(list(written.items())), list(sums.values()))
+    check_fingerprint(path, noted, _named(digest, adapter_note(path)))
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted])
 
 
@@ -108,9 +134,9 @@ def check_fingerprint(path: epath.Path, noted: str, found: str) -> None:
 def policy_remedy(path: epath.Path) -> str:
     """Say how a policy on disk that is damaged can be had again."""
     number, _, auxiliary = path.name.partition("-")
-    if not number.isdecimal():
+    if number != "base" and not number.isdecimal():
         return "restore it from a copy"
-    if not int(number):
+    if number == "base" or not int(number):
         return f"restore it from a copy, or remove {path} and run again: the same one is imported from model.path"
     stage = "train-auxiliary" if auxiliary else "train"
     return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
@@ -172,7 +198,7 @@ def stored_fingerprint(path: epath.Path) -> str:
     Raises:
         DnoError: they cannot be read.
     """
-    return _undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
+    return _named(_undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree)), adapter_note(path))
 
 
 def damaged_states(path: epath.Path) -> dict[int, str]:
@@ -206,15 +232,24 @@ def _stored_digest(path: epath.Path, named: Callable[[Sequence[tuple[Any, Any]]]
 
 def _noted_of(state: epath.Path) -> str | None:
     """The fingerprint that a train state was written with; earlier versions noted none."""
-    return (json.loads((state / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}).get(_FINGERPRINT)
+    return _metadata_of(state).get(_FINGERPRINT)
+
+
+def _metadata_of(state: epath.Path) -> dict[str, Any]:
+    return json.loads((state / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}
 
 
 class StateCheckpoints:
-    """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays."""
+    """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays.
 
-    def __init__(self, path: epath.Path, *, save_every: int):
+    Args:
+        base: fingerprint of the weights that stand, where states are of adapters beside them.
+    """
+
+    def __init__(self, path: epath.Path, *, save_every: int, base: str | None = None):
         options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)
         self.path = path
+        self._base = base
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     @property
@@ -229,7 +264,7 @@ class StateCheckpoints:
     def save(self, state: TrainState, *, step: int) -> None:
         """Start writing the state after `step` optimiser steps, if it is due."""
         if self.is_due(step):
-            noted = {_FINGERPRINT: _state_digest(state)}
+            noted = {_FINGERPRINT: _state_digest(state), _BASE: self._base}
             self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState | None:
@@ -264,6 +299,12 @@ class StateCheckpoints:
     def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
         """Return a state, or what is wrong with it."""
         restore = partial(self._manager.restore, step, args=ocp.args.StandardRestore(target))
+        base, damage = _tried(lambda: _metadata_of(self.path / str(step)).get(_BASE))
+        if damage is None and base != self._base:
+            raise DnoError(
+                f"{self.path}/{step}: a state beside weights of fingerprint {base}, where {self._base} are trained "
+                "beside; remove that folder, and training begins anew"
+            )
         found, damage = _tried(lambda: (_noted_of(self.path / str(step)), cast(TrainState, restore())))
         if found is None:
             return None, damage
