@@ -32,6 +32,7 @@ from dno_jax.stage_dir import is_lookahead
 from dno_jax.training.adapted import Places, adapter_of, load_adapter
 from dno_jax.training.checkpoint import adapter_note, policy_fingerprint, save_policy
 
+ADAPTER_FOLDER = "adapter"  # of an export: what PEFT loads on top of the base
 _BLOCKS, _BLOCK_BYTES = 64, 4096  # of each file of weights, that tell its contents from another's
 
 
@@ -208,7 +209,7 @@ def export(
 
 def export_adapter(runtime: Runtime[ConfigT], adapter: AdapterConfig, adapters: Any, path: str) -> None:
     """Write adapters for PEFT into a folder inside of the merged checkpoint; say so where PEFT has no such adapters."""
-    source, place = runtime.config.model.path, os.fspath(epath.Path(path) / "adapter")
+    source, place = runtime.config.model.path, os.fspath(epath.Path(path) / ADAPTER_FOLDER)
     base = hub_id(source) or (source, None)
     try:
         peft.save(place, runtime.model_config, adapter, adapters, source=hf.folder(source), base=base)
@@ -243,7 +244,8 @@ def export_best(runtime: Runtime[RunConfig], *, policy: int) -> None:
     export(runtime, policy=policy, path=os.fspath(run_dir.export_path), overwrite=exists)
     if is_primary():
         root = run_dir.export_path
-        found = [path for folder in (root, root / "adapter") if folder.exists() for path in sorted(folder.iterdir())]
+        folders = [folder for folder in (root, root / ADAPTER_FOLDER) if folder.exists()]
+        found = [path for folder in folders for path in sorted(folder.iterdir())]
         files = {os.path.relpath(path, root): digest_of(path) for path in found if path.is_file()}
         write_atomically(run_dir.exported_path, json.dumps({**what, "files": files}) + "\n")
 
