@@ -1,4 +1,4 @@
-"""Runs that train adapters: in bfloat16 over two iterations, killed and resumed, from PEFT's folder, in every scheme."""
+"""Runs that train adapters: in bfloat16 over two iterations, killed and resumed, from PEFT's folder, in all schemes."""
 
 import json
 import math
