@@ -20,7 +20,7 @@ from dno_jax.data.prompts import PromptSet
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf import folder, read_config
-from dno_jax.model.params import computing_params, unstack_layers
+from dno_jax.model.params import abstract_params, computing_params, unstack_layers
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, num_row_shards, on_submesh, reshard_donated
@@ -28,8 +28,8 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
-from dno_jax.training.adapted import Places, load_apart, load_whole, save_adapter
-from dno_jax.training.checkpoint import policy_fingerprint, save_policy
+from dno_jax.training.adapted import Places, adapter_of, load_apart, load_merged, save_adapter
+from dno_jax.training.checkpoint import load_policy, policy_fingerprint, save_policy
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,10 @@ class Runtime(Generic[ConfigT]):
         Args:
             shapes: with the dtypes that are wanted; None: float32.
         """
-        return load_whole(policy, Places(self.model_config, self.mesh, layout), shapes=shapes)
+        shapes = abstract_params(self.model_config) if shapes is None else shapes
+        if adapter_of(policy) is None:
+            return load_policy(policy, shapes=shapes, shardings=self.programs.param_shardings(layout))
+        return load_merged(policy, Places(self.model_config, self.mesh, layout), shapes=shapes)
 
     def load_trained(self, policy: epath.Path) -> tuple[Any, Any]:
         """Read a policy as training has it: what is trained, float32, and the weights that stand, or None.

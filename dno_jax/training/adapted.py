@@ -17,7 +17,7 @@ from etils import epath
 from dno_jax.errors import DnoError
 from dno_jax.model.adapters import AdapterConfig, merging
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.params import abstract_adapters, abstract_params, init_adapters
+from dno_jax.model.params import abstract_adapters, init_adapters
 from dno_jax.parallel.sharding import AnyMesh, Layout
 from dno_jax.training.checkpoint import (
     ADAPTER,
@@ -116,20 +116,18 @@ def save_adapter(path: epath.Path, adapters: Any, adapter: AdapterConfig, *, bes
     return save_policy(path, adapters, adapter=json.dumps(asdict(note), indent=2) + "\n")
 
 
-def load_whole(path: epath.Path, places: Places, *, shapes: Any = None) -> Any:
-    """Read a policy's weights: an adapter is merged into those that it stands beside.
+def load_merged(path: epath.Path, places: Places, *, shapes: Any) -> Any:
+    """Read a policy that is an adapter merged into the weights that it stands beside.
 
     W + alpha / rank * A B is computed in float32, where the weights go, one array at a time, each cast at once.
 
     Args:
-        shapes: with the dtypes that are wanted; None: float32.
+        shapes: of the weights, with the dtypes that are wanted.
     """
-    shapes, note = abstract_params(places.config) if shapes is None else shapes, adapter_of(path)
-    if note is None:
-        return load_policy(path, shapes=shapes, shardings=places.params)
-    base, adapter = base_of(path)[0], note.adapter
+    note, (base, _) = adapter_of(path), base_of(path)
+    assert note is not None
+    adapter = note.adapter
     adapters = load_adapter(path, places, adapter)
-
     change = merging(adapters, adapter)
     return load_policy(
         base,
