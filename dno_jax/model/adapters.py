@@ -5,8 +5,8 @@ They are a collection of their own, "adapters", beside "params" (float32, layers
     layers/ q_a [L, D, r]  q_b [L, r, N, H]    k, v likewise, with K heads    o_a [L, N, H, r]  o_b [L, r, D]
             gate_a, up_a [L, D, r]  gate_b, up_b [L, r, F]    down_a [L, F, r]  down_b [L, r, D]
 
-A new adapter has A = 0 and B random, the other way round than most: with B = 0 the first step of Adam takes the sign of
-a gradient that is rounding alone, which differs from mesh to mesh, and on some the loss then stays where it was.
+A new adapter has A = 0 and B random, the other way round than most: with B = 0 rounding decides the signs that Adam's
+first step follows, which differ from mesh to mesh, and on some the loss then stays where it was (docs/adapters.md).
 """
 
 from __future__ import annotations
