@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from pydantic import Field, field_validator
 
@@ -39,7 +39,7 @@ class AdapterSection(Section):
             raise ValueError("an empty list; expected all, or the names of some matrices, as in [q_proj, v_proj]")
         if isinstance(targets, tuple) and len(set(targets)) < len(targets):
             raise ValueError(f"{list(targets)} names a matrix twice; name each once")
-        return targets
+        return targets if isinstance(targets, str) else tuple(name for name in get_args(Target) if name in targets)
 
     if TYPE_CHECKING:  # as in LossSection
 

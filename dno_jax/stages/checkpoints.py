@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from dno_jax.addresses import Purpose, integer
-from dno_jax.config import AnnotationSection, RunConfig
+from dno_jax.config import AnnotationSection, RunConfig, SftConfig
 from dno_jax.config.base import hub_id
 from dno_jax.console import Meter, say
 from dno_jax.errors import DnoError
@@ -259,7 +259,9 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
     shown = shown_answers(run_dir, iterations=config.iterations, policy=policy)
     dno = config.loss.name == "dno"
     return hf.ExportFacts(
-        method=("Direct Nash Optimization" if dno else "iterated preference optimization") + " (arXiv 2404.03715)",
+        method=("Direct Nash Optimization" if dno else "iterated preference optimization")
+        + " (arXiv 2404.03715)"
+        + by_adapters(config),
         loss=config.loss.name,
         scheme=config.outer.scheme,
         policy=policy,
@@ -275,6 +277,11 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
         messages=shown.messages if shown else (),
         answers=tuple((f"policy {number}", text) for number, text in shown.answers) if shown else (),
     )
+
+
+def by_adapters(config: RunConfig | SftConfig) -> str:
+    """What a model card adds to how a model was trained."""
+    return "" if config.adapter is None else f", by adapters of rank {config.adapter.rank}"
 
 
 def annotator_name(section: AnnotationSection) -> str:

@@ -32,6 +32,7 @@ from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime, draw_key
 from dno_jax.stages.checkpoints import (
     adapter_digest,
+    by_adapters,
     checkpoint_digest,
     export_adapter,
     read_adapter,
@@ -122,7 +123,8 @@ def _fine_tune(
         chat_template=runtime.tokenizer.template,
         facts=hf.ExportFacts(
             method="supervised fine-tuning"
-            + (" of random weights of its shape" if config.model.init_config is not None else ""),
+            + (" of random weights of its shape" if config.model.init_config is not None else "")
+            + by_adapters(config),
             loss="cross-entropy of the responses",
             num_examples=len(rows),
             template_options=config.model.template_options,

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dno_jax import iteration
-from dno_jax.config import RunConfig, SftConfig, parse_config
+from dno_jax.config import MeshSection, RunConfig, SftConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.adapters import AdapterConfig
@@ -89,6 +90,19 @@ def test_beside_training_the_base_is_held_in_the_compute_dtype(finished):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
     for path, leaf in jax.tree.leaves_with_path(frozen):
         assert leaf.dtype == ("float32" if path[-1].key.endswith("norm") else "bfloat16"), path
+
+
+def test_on_another_mesh_the_merged_policy_is_the_same(finished):
+    config, run_dir = finished
+    one = Runtime.reading(config.model_copy(update={"mesh": MeshSection(data=8)}))
+    expected = one.load_policy(run_dir.policy(1), TRAIN)
+    other = Runtime.start(config.model_copy(update={"mesh": MeshSection(data=1, fsdp=4, tensor=2)}))
+    found = other.load_policy(run_dir.policy(1), TRAIN)
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6, err_msg=str(path))
+    held = other.load_for_decoding(run_dir.policy(1))
+    for layer, own in enumerate(held["layers"]):
+        np.testing.assert_array_equal(own["up"], found["layers"]["up"][layer].astype(jnp.bfloat16))
 
 
 def test_the_export_is_the_policy_merged_and_the_folder_for_peft(finished, tmp_path):

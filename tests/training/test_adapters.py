@@ -16,7 +16,7 @@ from dno_jax.model.cache import init_cache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf import peft as peft_files
-from dno_jax.model.params import abstract_adapters, adapter_axes, init_adapters, unstack_layers
+from dno_jax.model.params import abstract_adapters, adapter_axes, init_adapters, init_params, unstack_layers
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
 from dno_jax.training.batches import make_batch
@@ -186,11 +186,19 @@ def test_micro_batches_take_the_steps_of_one_batch(config, params, batch):
     np.testing.assert_allclose(split, whole, atol=1e-5)
 
 
-def test_what_a_model_has_no_adapters_of_is_refused_by_name():
+def test_beside_experts_attention_has_adapters_and_experts_are_refused_by_name():
     mixture = ModelConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        vocab_size=96, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
+    params = jax.tree.map(lambda leaf: 6 * leaf, init_params(mixture, jax.random.key(0)))
+    adapter = AdapterConfig.of(mixture, rank=2, alpha=2.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
+    adapters = noise(abstract_adapters(mixture, adapter))
+    found, expected = (
+        logits_of(mixture, params, adapter, adapters),
+        logits_of(mixture, merge(params, adapters, adapter)),
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
     for targets in ("all", ["q_proj", "up_proj"]):
         with pytest.raises(DnoError, match=r"up_proj.*set adapter\.targets=\[q_proj,k_proj,v_proj,o_proj\]"):
             AdapterConfig.of(mixture, rank=1, alpha=1.0, targets=targets)
