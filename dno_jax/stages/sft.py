@@ -112,7 +112,8 @@ def _fine_tune(
             Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, base=base),
             frozen=frozen,
         )
-        del params, frozen  # before the base is read once more, to be merged with
+        for leaf in jax.tree.leaves(frozen):  # the base is read once more, to be merged with
+            leaf.delete()
         whole = result.params if base is None else _merged(runtime, config, result.params)
     hf.save(
         str(target),

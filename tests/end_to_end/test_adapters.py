@@ -31,6 +31,7 @@ ADAPTER = {"rank": 4, "alpha": 8.0}
 TREE = {
     "model": {"dtype": "bfloat16"},
     "adapter": ADAPTER,
+    "prompts": {"held_out_path": None},
     "sampling": {"audit_prompts": 2},
     "optimizer": {"learning_rate": 2e-3},
     "training": {"save_every": 1, "num_epochs": 4},
@@ -121,7 +122,8 @@ def test_the_export_is_the_policy_merged_and_the_folder_for_peft(finished, tmp_p
     assert np.abs(delta).max() > 1e-3
     # The run's own export, and what its note holds it to.
     noted = json.loads(run_dir.exported_path.read_text())
-    assert (noted["policy"] == 0) or "adapter/adapter_model.safetensors" in noted["files"]
+    assert noted["policy"] == 2
+    assert "adapter/adapter_model.safetensors" in noted["files"]
 
 
 def test_five_steps_kill_and_the_rest_end_where_all_of_them_do(finished, tmp_path, monkeypatch):
@@ -130,7 +132,7 @@ def test_five_steps_kill_and_the_rest_end_where_all_of_them_do(finished, tmp_pat
     shutil.copytree(run_dir.path, tmp_path / "copy")
     copied = config.model_copy(update={"run_dir": str(tmp_path / "copy")})
     copy, steps = RunDir(copied.run_dir), len(losses(run_dir, 1))
-    for path in (copy.stage("train", 1).path, copy.policy(2), copy.stage("evaluate", 1).path):
+    for path in (copy.stage("train", 1).path, copy.policy(2)):
         shutil.rmtree(path)
     taken, step = [], train.train_step
 
@@ -216,14 +218,15 @@ def test_a_run_starts_from_an_adapter_of_pefts(small_folder, tmp_path):
     "changes",
     [
         {"outer": {"scheme": "optimistic"}, "iterations": 1},
-        {"outer": {"scheme": "lookahead"}, "iterations": 2},
-        {"outer": {"scheme": "proximal", "every": 1}, "reference": {"kind": "initial"}, "iterations": 2},
+        pytest.param({"outer": {"scheme": "lookahead"}}, marks=pytest.mark.soak),
+        pytest.param(
+            {"outer": {"scheme": "proximal", "every": 1}, "reference": {"kind": "initial"}}, marks=pytest.mark.soak
+        ),
     ],
     ids=lambda changes: changes["outer"]["scheme"],
 )
 def test_every_scheme_trains_adapters(small_folder, tmp_path, changes):
-    given = {"held_out_path": None}
-    config = configured(small_folder, tmp_path / "run", prompts=given, **changes)
+    config = configured(small_folder, tmp_path / "run", **changes)
     iteration.run(config)
     run_dir = RunDir(config.run_dir)
     names = sorted(path.name for path in run_dir.policy(0).parent.iterdir() if (path / "FINGERPRINT").exists())
