@@ -191,7 +191,7 @@ def test_beside_experts_attention_has_adapters_and_experts_are_refused_by_name()
         vocab_size=96, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
     )  # fmt: skip
-    params = jax.tree.map(lambda leaf: 6 * leaf, init_params(mixture, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: 2 * leaf, init_params(mixture, jax.random.key(0)))
     adapter = AdapterConfig.of(mixture, rank=2, alpha=2.0, targets=["q_proj", "k_proj", "v_proj", "o_proj"])
     adapters = noise(abstract_adapters(mixture, adapter))
     found, expected = (
