@@ -214,14 +214,13 @@ def test_a_run_starts_from_an_adapter_of_pefts(small_folder, tmp_path):
         prepare(config)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "changes",
     [
         {"outer": {"scheme": "optimistic"}, "iterations": 1},
-        pytest.param({"outer": {"scheme": "lookahead"}}, marks=pytest.mark.soak),
-        pytest.param(
-            {"outer": {"scheme": "proximal", "every": 1}, "reference": {"kind": "initial"}}, marks=pytest.mark.soak
-        ),
+        {"outer": {"scheme": "lookahead"}},
+        {"outer": {"scheme": "proximal", "every": 1}, "reference": {"kind": "initial"}},
     ],
     ids=lambda changes: changes["outer"]["scheme"],
 )

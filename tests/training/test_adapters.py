@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.errors import DnoError
@@ -16,10 +17,19 @@ from dno_jax.model.cache import init_cache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf import peft as peft_files
-from dno_jax.model.params import abstract_adapters, adapter_axes, init_adapters, init_params, unstack_layers
+from dno_jax.model.params import (
+    abstract_adapters,
+    abstract_params,
+    adapter_axes,
+    init_adapters,
+    init_params,
+    unstack_layers,
+)
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
+from dno_jax.training.adapted import Places, base_of, load_apart, save_adapter
 from dno_jax.training.batches import make_batch
+from dno_jax.training.checkpoint import save_policy
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizer import make_optimizer
 from dno_jax.training.state import TrainState, adapter_shardings, init_state, param_shardings, state_shardings
@@ -203,6 +213,36 @@ def test_beside_experts_attention_has_adapters_and_experts_are_refused_by_name()
         with pytest.raises(DnoError, match=r"up_proj.*set adapter\.targets=\[q_proj,k_proj,v_proj,o_proj\]"):
             AdapterConfig.of(mixture, rank=1, alpha=1.0, targets=targets)
     assert AdapterConfig.of(mixture, rank=1, alpha=1.0, targets=["o_proj"]).targets == ("o",)
+
+
+def test_whatever_it_began_from_an_adapter_names_the_weights_it_stands_beside(config, params, tmp_path):
+    """As the schemes have it: auxiliary policies, restarts from policy 0, and a centre that moves."""
+    root, mesh = epath.Path(tmp_path), make_mesh(MeshSection(data=1), jax.devices()[:1])
+    places, adapter = Places(config, mesh, TRAIN), AdapterConfig.of(config, rank=2, alpha=3.0)
+    base = save_policy(root / "000", jax.device_put(params, places.params))
+    adapters = jax.device_put(noise(abstract_adapters(config, adapter)), places.adapters(adapter))
+    names = [save_adapter(root / "001-auxiliary", adapters, adapter, beside=root / "000")]
+    names.append(save_adapter(root / "001", adapters, adapter, beside=root / "001-auxiliary"))
+    assert base_of(root / "001") == base_of(root / "000") == (root / "000", base)
+    assert names[0] == names[1] != base  # the same adapter beside the same weights is the same policy
+    wider = AdapterConfig.of(config, rank=2, alpha=6.0)
+    assert save_adapter(root / "002", adapters, wider, beside=root / "001") != names[0]
+    shapes, key = abstract_params(config), jax.random.key(0)
+    found, frozen = load_apart(root / "001", places, adapter, key=key, shapes=shapes)
+    jax.tree.map(np.testing.assert_array_equal, found, adapters)
+    jax.tree.map(np.testing.assert_array_equal, frozen, params)
+    fresh, _ = load_apart(root / "000", places, adapter, key=key, shapes=shapes)
+    assert not np.any(fresh["layers"]["up_a"])
+    with pytest.raises(DnoError, match=r"002: holds .*alpha=6\.0.* the configuration has .*alpha=3\.0"):
+        load_apart(root / "002", places, adapter, key=key, shapes=shapes)
+    with pytest.raises(DnoError, match=r"003: no whole policy there"):
+        base_of(root / "003")
+    (root / "001" / "ADAPTER.json").write_text('{"base": "../000"}')
+    with pytest.raises(DnoError, match=r"ADAPTER\.json: holds .*, no note of an adapter; .*--from train:0"):
+        base_of(root / "001")
+    # A folder that becomes one with weights of its own keeps no note.
+    save_policy(root / "002", frozen)
+    assert base_of(root / "002") == (root / "002", base)
 
 
 def torch_history(folder, adapter_folder, batch, *, beta, rate, steps):
