@@ -135,7 +135,7 @@ def test_at_full_rank_beside_the_identity_the_gradient_is_the_dense_one(config, 
         assert not np.any(own[:, inputs:])
 
 
-def ten_steps(config, params, batch, mesh, *, rate, micro_batches=1):
+def ten_steps(config, params, batch, mesh, *, micro_batches):
     """Losses of ten steps of a new adapter of rank 8, which starts at the reference; and what is left."""
     adapter = AdapterConfig.of(config, rank=8, alpha=16.0)
     model = Decoder(config, constrain=Constrain(mesh, TRAIN), adapter=adapter)
@@ -154,9 +154,9 @@ def ten_steps(config, params, batch, mesh, *, rate, micro_batches=1):
     step = StepConfig(model, optimizer, LOSS, chunk=64, micro_batches=micro_batches)
     history = []
     for _ in range(10):
-        state, metrics = train_step(state, batch, jnp.float32(rate), config=step, frozen=frozen)
+        state, metrics = train_step(state, batch, jnp.float32(1e-3), config=step, frozen=frozen)
         history.append(float(metrics["loss"]))
-    return history, state, adapters, places
+    return history, state, places
 
 
 def mesh_of(devices, **axes):
@@ -175,7 +175,8 @@ def test_on_every_mesh_the_loss_leaves_log_2_alike(config, params, batch):
     }
     curves = {}
     for name, mesh in meshes.items():
-        history, state, _, places = ten_steps(config, params, batch, mesh, rate=1e-3)
+        micro_batches = 2 if name == "permuted" else 1  # whose gradients are added up
+        history, state, places = ten_steps(config, params, batch, mesh, micro_batches=micro_batches)
         assert history[0] == pytest.approx(math.log(2), abs=1e-6)
         assert history[-1] < 0.692, name
         curves[name] = history
@@ -188,12 +189,6 @@ def test_on_every_mesh_the_loss_leaves_log_2_alike(config, params, batch):
     for name, history in curves.items():
         np.testing.assert_allclose(history, curves["1"], atol=1e-3, err_msg=name)
     assert all(later < before for before, later in zip(curves["1"], curves["1"][1:], strict=False))
-
-
-def test_micro_batches_take_the_steps_of_one_batch(config, params, batch):
-    mesh = mesh_of(jax.devices()[:1], data=1)
-    whole, split = (ten_steps(config, params, batch, mesh, rate=1e-3, micro_batches=n)[0] for n in (1, 4))
-    np.testing.assert_allclose(split, whole, atol=1e-5)
 
 
 def test_beside_experts_attention_has_adapters_and_experts_are_refused_by_name():
