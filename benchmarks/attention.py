@@ -40,16 +40,17 @@ from common import report
 from jax.experimental import topologies
 
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
-from dno_jax.model.attention import NO_WINDOW, CudnnAttention, SplashAttention, xla_attention
+from dno_jax.model.attention import CudnnAttention, SplashAttention, xla_attention
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import abstract_params
+from dno_jax.model.places import NO_WINDOW, Places
 from dno_jax.parallel.attention import make_attention
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState, param_shardings, state_shardings
 from dno_jax.training.step import StepConfig, train_step
 
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace) -> None:
             def mixed(*operands: jax.Array) -> jax.Array:
                 out = attention(
                     *operands,
-                    position_BT=jnp.asarray(position),
+                    places=Places(jnp.asarray(position)),
                     window=window,
                     scale=options.head_dim**-0.5,
                     softcap=None,
@@ -213,7 +214,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", choices=["xla", "splash"], default=["splash", "xla"])
     parser.add_argument("--tensor", type=int, default=1, help="devices of the tensor axis; the rest are fsdp")
     parser.add_argument("--sequences", type=int, default=2, help="a device of the fsdp axis")
-    parser.add_argument("--chunk", type=int, default=16384, help="logprob_chunk, over the whole batch")
+    parser.add_argument("--chunk", type=int, default=512, help="training.logprob_chunk, tokens of each device")
     options = parser.parse_args()
     if options.length is None:
         options.length = 512 if on_cpu and not options.aot else 2048

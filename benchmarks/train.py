@@ -1,7 +1,9 @@
 """Tokens per second of a training step: `python benchmarks/train.py --model CHECKPOINT|llama25m [--pairs PAIRS.json]`.
 
-PAIRS.json is a list of {prompt_ids, chosen_ids, rejected_ids}; without it, pairs are random ids. Tokens are counted
-without padding; the figures are the fastest and the median of --steps steps after the first.
+PAIRS.json is a list of {prompt_ids, chosen_ids, rejected_ids} (benchmarks/real_pairs.py makes one of real lengths);
+without it, pairs are random ids of one length. An epoch is planned as training plans it, and its first --steps batches
+are timed after one that is not. Tokens are those of every text with its own prompt, padding not counted, however rows
+are laid out. Seconds are of one process on an otherwise idle machine; CPU seconds, of all its threads, repeat better.
 """
 
 from __future__ import annotations
@@ -18,18 +20,41 @@ from common import load_model, random_ids, report
 
 from dno_jax.config import LossSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
-from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
+from dno_jax.training.packing import Packing, plan_batches
 from dno_jax.training.state import TrainState
 from dno_jax.training.step import StepConfig, score_step, train_step
+
+SETTINGS = {"granule": 32, "program_tokens": 2000}
+LAYOUTS = {
+    "shared": Packing(packed=True, share_prompt=True, skips=True, **SETTINGS),
+    "packed": Packing(packed=True, skips=True, **SETTINGS),
+    "by_length": Packing(**SETTINGS),  # batches of like lengths, each text a row of its own
+    "padded": Packing(**SETTINGS),
+}
+
+
+def read_rows(options: argparse.Namespace, vocab_size: int) -> list[TrainingRow]:
+    if options.pairs:
+        found = json.loads(options.pairs.read_text())
+        return [TrainingRow((row["prompt_ids"],) * 2, (row["chosen_ids"], row["rejected_ids"])) for row in found]
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(options.batch * (options.steps + 1)):
+        prompt = random_ids(rng, options.prompt, vocab_size)
+        responses = tuple(random_ids(rng, options.response, vocab_size) for _ in range(2))
+        rows.append(TrainingRow((prompt, prompt), responses))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--pairs", type=Path)
+    parser.add_argument("--layout", default="shared", choices=LAYOUTS)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--parts", type=int, default=1, help="micro-batches, were all texts of the longest's length")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--response", type=int, default=384)
     parser.add_argument("--steps", type=int, default=6)
@@ -39,58 +64,64 @@ def main() -> None:
     options = parser.parse_args()
 
     config, params = load_model(options.model)
-    rng = np.random.default_rng(0)
-    if options.pairs:
-        found = json.loads(options.pairs.read_text())
-        rows = [
-            TrainingRow((tuple(row["prompt_ids"]),) * 2, (tuple(row["chosen_ids"]), tuple(row["rejected_ids"])))
-            for row in found
-        ]
-    else:
-        rows = [
-            TrainingRow(
-                (random_ids(rng, options.prompt, config.vocab_size),) * 2,
-                tuple(random_ids(rng, options.response, config.vocab_size) for _ in range(2)),
-            )
-            for _ in range(options.batch * 2)
-        ]
-    length = max(row.length for row in rows)
-    length += -length % 8
-    batches = [
-        make_batch(rows[first : first + options.batch], batch_size=options.batch, max_length=length)
-        for first in range(0, len(rows) - options.batch + 1, options.batch)
-    ]
+    rows = read_rows(options, config.vocab_size)
+    lengths = text_lengths(rows)
+    texts = lengths.prompt + lengths.response
+    packing, longest = LAYOUTS[options.layout], int(texts.max())
+    order = list(
+        batch_order(
+            len(rows), batch_size=options.batch, num_epochs=1, seed=0, iteration=0,
+            lengths=texts.max(axis=1) if options.layout == "by_length" else None,
+        )
+    )  # fmt: skip
+    start = time.perf_counter()
+    plan = plan_batches(lengths, order, packing, batch_size=options.batch, parts=options.parts, max_length=longest)
+    plan_seconds = time.perf_counter() - start
+    computed = sum(plan.lay_out(lengths.take(own))[1].num_tokens for own in order)
+    needed = sum(plan.lay_out(lengths.take(own))[0].num_tokens for own in order)
+
     model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat)
     optimizer = make_optimizer(OptimizerSection())
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
     step_config = StepConfig(model, optimizer, preference_loss(LossSection(beta=0.1)), chunk=options.chunk)
     rate = jnp.float32(1e-6)
-    start = time.perf_counter()
-    compiled = train_step.lower(state, batches[0], rate, config=step_config).compile()
-    compile_seconds = time.perf_counter() - start
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-
-    batches = [
-        batch.replace(previous_logprob=score_step(params, batch, model=model, chunk=options.chunk)) for batch in batches
-    ]
-    rates, seconds = [], []
-    for step in range(options.steps + 1):
-        batch = batches[step % len(batches)]
-        start = time.perf_counter()
+    host, batches = time.process_time(), []
+    for own in order[: options.steps + 1]:
+        batches.append(make_batch([rows[i] for i in own], batch_size=options.batch, max_length=longest, plan=plan))
+    host = (time.process_time() - host) / len(batches)
+    compile_seconds, temporary = time.perf_counter(), 0
+    for shape in {batch.token.shape + batch.source.shape: batch for batch in batches}.values():
+        compiled = train_step.lower(state, shape, rate, config=step_config).compile()
+        temporary = max(temporary, compiled.memory_analysis().temp_size_in_bytes)
+    compile_seconds = time.perf_counter() - compile_seconds
+    if options.parts == 1:
+        scored = [score_step(params, batch, model=model, chunk=options.chunk) for batch in batches]
+        batches = [batch.replace(previous_logprob=own[None]) for batch, own in zip(batches, scored, strict=True)]
+    for batch in {batch.token.shape + batch.source.shape: batch for batch in batches}.values():
+        state, _ = train_step(state, batch, rate, config=step_config)  # loads the program
+    seconds, cpu = [], []
+    for batch in batches[1:]:
+        start, before = time.perf_counter(), time.process_time()
         state, metrics = train_step(state, batch, rate, config=step_config)
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
-        rates.append(int(np.sum(np.asarray(batch.position) >= 0)) / seconds[-1])
+        cpu.append(time.process_time() - before)
+    tokens = np.asarray([sum(rows[i].num_tokens for i in own) for own in order[1 : len(batches)]])
     report(
         "train",
         model=Path(options.model).name,
+        layout=options.layout,
         batch_pairs=options.batch,
-        length=batches[0].token.shape[-1],
+        shapes=[[shape.parts, shape.rows, shape.length, shape.window] for shape in plan.shapes],
+        padding_share=1 - needed / computed,
         remat=options.remat,
         dtype=options.dtype,
-        tokens_per_second_best=max(rates[1:]),
-        tokens_per_second_median=float(np.median(rates[1:])),
-        seconds_per_step_median=float(np.median(seconds[1:])),
+        tokens_per_second=float(tokens.sum() / sum(seconds)),
+        tokens_per_second_best=float((tokens / np.asarray(seconds)).max()),
+        tokens_per_cpu_second=float(tokens.sum() / sum(cpu)),
+        seconds_per_step=float(np.mean(seconds)),
+        host_cpu_seconds_per_batch=host,
+        plan_seconds=plan_seconds,
         compile_seconds=compile_seconds,
         temporary_mib=temporary / 2**20,
     )

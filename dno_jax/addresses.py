@@ -36,6 +36,7 @@ class Purpose(StrEnum):
     REPLAY = "replay"  # which earlier pairs are trained on again: (seed, iteration, age)
     BATCH_ORDER = "batch order"  # an epoch's rows: (seed, iteration, epoch)
     MIXTURE_MEMBER = "mixture member"  # the policy that answers for all of them: (seed, prompt id, sample)
+    ROUNDING = "rounding"  # of a step's results: (seed, iteration, stage), then step and array in the key
     INITIAL_WEIGHTS = "initial weights"  # of a fine-tuning that starts from none: (seed)
     ADAPTER = "adapter"  # the random half of a new adapter: (seed), then the matrix in the key
 

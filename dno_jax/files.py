@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO, cast
@@ -71,6 +73,26 @@ def explained(path: epath.Path) -> Iterator[None]:
             f"{path}: cannot be written ({error.strerror or error}); see to the disk (full, or failing), then start "
             "again: what is finished is kept"
         ) from None
+
+
+def refused_by_disk(error: BaseException) -> str | None:
+    """Say what a disk that is full, or may not be written, refuses; None for an error of another kind.
+
+    Libraries wrap such errors in their own.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            said = os.strerror(number)
+            if said in str(seen) or (isinstance(seen, OSError) and seen.errno == number):
+                place = re.search(r"(?:local )?file \"([^\"]+)\"", str(seen))
+                file = place[1] if place else getattr(seen, "filename", None)
+                return (
+                    f"{f'{file}: ' if file else ''}cannot be written ({said}); see to the disk, then start again: what "
+                    "is finished is kept"
+                )
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def read_note(path: epath.Path) -> Any:

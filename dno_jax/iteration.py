@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from dno_jax.config import RunConfig
 from dno_jax.parallel.cluster import is_primary, wait_until
 from dno_jax.report.page import write_report
+from dno_jax.report.training import note_shares
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import updates
 from dno_jax.stage_dir import Manifest, is_lookahead
-from dno_jax.stages import checkpoints, evaluate, pair, score, teach, train
+from dno_jax.stages import checkpoints, evaluate, pair, pruning, score, teach, train
 from dno_jax.stages.overlap import sample_and_annotate
 from dno_jax.stages.preflight import prepared
 
@@ -37,7 +38,7 @@ def run(config: RunConfig, *, redo_from: str | None = None) -> RunResult:
     with prepared(runtime, redo_from=redo_from):
         for iteration in range(config.iterations):
             run_iteration(runtime, iteration)
-        best = int(run_dir.stage("evaluate", config.iterations - 1).require().details["best"])
+        best = pruning.best_kept(run_dir, config.iterations - 1)
         checkpoints.export_best(runtime, policy=best)
         if config.outer.scheme == "average":
             checkpoints.export_pool(runtime, path=os.fspath(run_dir.export_average_path))
@@ -59,6 +60,8 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
     evaluate.run(runtime, iteration)
     if is_primary():
         write_report(run_dir, config)
+        note_shares(run_dir, config, iteration)
+        pruning.prune(config, run_dir, iteration)
 
 
 def _on_primary(runtime: Runtime[RunConfig], name: str, iteration: int, stage: Callable[[], Manifest]) -> None:

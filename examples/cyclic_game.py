@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -24,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from dno_jax import games, iteration
 from dno_jax.config import RunConfig, SftConfig, load_config, parse_config
 from dno_jax.console import console
-from dno_jax.parallel.sharding import TRAIN, row_sharding, to_device
+from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Message
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import sft
@@ -120,7 +119,7 @@ def probabilities(config: RunConfig) -> np.ndarray:
         for answer in config.annotation.table.answers
     ]
     batch = make_batch(rows, batch_size=8, max_length=config.max_length)
-    batch = to_device(batch, jax.tree.map(lambda leaf: row_sharding(runtime.mesh, ndim=leaf.ndim), batch))
+    batch = batch.place(runtime.mesh)
     found = []
     for policy in range(config.iterations + 1):
         params = runtime.load_policy(runtime.run_dir.policy(policy), TRAIN)

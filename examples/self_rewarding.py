@@ -114,7 +114,7 @@ def configuration(folder: Path, *, iterations: int) -> RunConfig:
         "iterations": iterations,
         "model": {"path": str(folder / "policy"), "remat": "none", "chat_template": "raw"},
         "prompts": {"path": str(folder / "prompts.jsonl"), "split": "shared", "max_length": 16},
-        "optimizer": {"learning_rate": 3e-3},
+        "optimizer": {"learning_rate": 1.5e-3},
         "training": {"batch_size": 16, "num_epochs": 4},
         "report": {"tensorboard": False},
     }

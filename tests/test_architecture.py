@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
+        "stopping",
         "display",
         "records",
         "files",
@@ -45,6 +46,7 @@ HOST_FILES = (
     "keys",
     "bodies",
     "display",
+    "stopping",
     "records",
     "run_dir",
     "stage_dir",

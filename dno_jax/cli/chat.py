@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dno_jax import stopping
 from dno_jax.display import printable
 
 if TYPE_CHECKING:
@@ -49,8 +50,11 @@ def chat(
         if speakers.is_run
         else "/help lists what can be typed"
     )
-    while talk.hear():
-        pass
+    with stopping.conversing():
+        while talk.hear() and not stopping.asked():
+            pass
+    if stopping.asked():
+        raise KeyboardInterrupt
 
 
 def generate(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dno_jax import stopping
 from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
@@ -73,7 +74,11 @@ def run(
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
 ) -> None:
-    """Run all iterations, or resume where an earlier run stopped; export the best policy."""
+    """Run all iterations, or resume where an earlier run stopped; export the best policy.
+
+    SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same
+    command goes on.
+    """
     settings = _load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
@@ -212,9 +217,7 @@ def sft(
     process_id: ProcessId = None,
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
-    from dno_jax.config import SftConfig, load_config
-
-    settings = load_config(SftConfig, config, overrides or [], variants=variants or [])
+    settings = _load(config, overrides, variants, kind="SftConfig")
     _join(coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
@@ -308,24 +311,13 @@ def status(
         bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
     ] = False,
 ) -> None:
-    """Show which stages are done, with rows and seconds, and what comes next."""
-    from dno_jax.config import SftConfig
+    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
     from dno_jax.console import console
-    from dno_jax.report.summary import fine_tuning_table, iteration_table, policy_table, stage_statuses, status_table
+    from dno_jax.report import status as report
     from dno_jax.run_dir import RunDir
 
-    folder = RunDir(str(run_dir))
-    if folder.kind() is SftConfig:
-        console.print(fine_tuning_table(folder))
-        return
-    settings = folder.load_config()
-    if verify:
-        from dno_jax.report import verify as verification
-
-        verification.check(folder, settings)
-    console.print(status_table(stage_statuses(folder, settings)))
-    console.print(policy_table(folder, iterations=settings.iterations))
-    console.print(iteration_table(folder, settings))
+    for table in report.tables(RunDir(str(run_dir)), verify=verify):
+        console.print(table)
 
 
 class _TemplateByDefault(TyperGroup):
@@ -368,10 +360,12 @@ app.command()(game)
 app.command()(fake_judge)
 
 
-def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None) -> RunConfig:
-    from dno_jax.config import RunConfig, load_config
+def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, *, kind: str = "RunConfig") -> Any:
+    from dno_jax import config
 
-    return load_config(RunConfig, path, overrides or [], variants=variants or [])
+    settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
+    stopping.allow(settings.grace_seconds)
+    return settings
 
 
 def _bytes(text: str, *, option: str) -> int:
@@ -392,5 +386,5 @@ def _join(coordinator: str | None, num_processes: int | None, process_id: int | 
 
 
 def main() -> None:
-    """Run the command line; a DnoError is printed without a traceback, exit status 2, and 130 after a Ctrl-C."""
+    """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
     raise SystemExit(process.run(app))

@@ -16,6 +16,8 @@ from typing import Any
 
 import typer
 
+from dno_jax import stopping
+from dno_jax.cli.flags import accelerator_flags
 from dno_jax.display import printable
 
 # Advice of libraries to their own users, such as that PyTorch is absent. What is set already stays as it is.
@@ -25,14 +27,16 @@ _QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TRANSFORMERS_VERBOSITY": "e
 def run(app: Callable[..., Any]) -> int:
     """Run a typer application; return its exit status.
 
-    Status 2 and one message for a DnoError or a wrong command, 130 after a Ctrl-C. All else keeps its traceback.
+    Status 2 and one message for a DnoError or a wrong command, 75 after SIGTERM, 130 after a Ctrl-C. All else keeps its
+    traceback.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ.update(accelerator_flags(os.environ))
     try:
         from dno_jax.errors import DnoError
 
-        with _no_interrupt_is_lost(), _printable_tracebacks(), _printable_logs():
+        with stopping.listening(), _no_interrupt_is_lost(), _printable_tracebacks(), _printable_logs():
             try:
                 status = app(standalone_mode=False)
             except DnoError as error:
@@ -41,11 +45,19 @@ def run(app: Callable[..., Any]) -> int:
             except typer.Abort:
                 return 1
             except Exception as error:
-                if not hasattr(error, "show"):
+                if hasattr(error, "show"):
+                    return _show_usage(error)
+                from dno_jax.files import refused_by_disk
+
+                if (told := refused_by_disk(error)) is None:
                     raise
-                return _show_usage(error)
+                typer.echo(printable(f"dno: {told}"), err=True)
+                return 2
     except KeyboardInterrupt:  # before the command has begun, or after it
-        return 130
+        status = stopping.INTERRUPTED
+    if status == stopping.INTERRUPTED and stopping.exit_status() == stopping.STOPPED:
+        typer.echo("dno: stopped by SIGTERM; the same command goes on from what is saved", err=True)
+        return stopping.STOPPED
     return status if isinstance(status, int) else 0
 
 

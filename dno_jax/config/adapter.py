@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from pydantic import Field, field_validator
 
 from dno_jax.config.base import TRAINED, Count, PathStr, Section, contents
+from dno_jax.config.training import TrainingSection
 
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -44,3 +45,12 @@ class AdapterSection(Section):
     if TYPE_CHECKING:  # as in LossSection
 
         def __hash__(self) -> int: ...
+
+
+def refuse_rounded_adapters(adapter: AdapterSection | None, training: TrainingSection) -> None:
+    """Raise ValueError where adapters would be trained in bfloat16: nothing reads the dtype of parameters then."""
+    if adapter is not None and training.param_dtype != "float32":
+        raise ValueError(
+            f"training.param_dtype={training.param_dtype} with adapter: adapters are trained in float32, and the "
+            "weights beside them are held in model.dtype; leave training.param_dtype out"
+        )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dno_jax.config.adapter import AdapterSection
+from dno_jax.config.adapter import AdapterSection, refuse_rounded_adapters
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
@@ -25,6 +25,7 @@ from dno_jax.config.training import (
     ReferenceSection,
     TrainingSection,
 )
+from dno_jax.stopping import GRACE_SECONDS
 
 _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the whole run's
 
@@ -55,6 +56,17 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = Field(default=ReportSection())
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
+
+    @model_validator(mode="after")
+    def _adapters_are_float32(self) -> RunConfig:
+        refuse_rounded_adapters(self.adapter, self.training)
+        return self
 
     @model_validator(mode="after")
     def _judges_fit(self) -> RunConfig:
@@ -229,9 +241,28 @@ class SftConfig(Section):
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
+    grace_seconds: float = Field(
+        default=GRACE_SECONDS,
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    )
+
+    @model_validator(mode="after")
+    def _one_iteration(self) -> SftConfig:
+        for section, names in (("optimizer", ("learning_rate_decay", "carry")), ("training", ("keep_policies",))):
+            own = getattr(self, section)
+            for name in names:
+                if getattr(own, name) != type(own).model_fields[name].default:
+                    raise ValueError(
+                        f"{section}.{name}: concerns what one iteration leaves to the next, and supervised fine-tuning "
+                        "has one; leave it out"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _adapters_have_a_base(self) -> SftConfig:
+        refuse_rounded_adapters(self.adapter, self.training)
         if self.adapter is not None and self.model.init_config is not None:
             raise ValueError(
                 "adapter with model.init_config: adapters are trained beside the weights of a checkpoint, and random "

@@ -78,10 +78,18 @@ class MeshSection(Section):
     fsdp: int = Field(default=1, description="weights and rows are split over it", json_schema_extra=ROUNDS)
     expert: int = Field(default=1, description="experts are split over it", json_schema_extra=ROUNDS)
     tensor: int = Field(default=1, description="heads and MLPs are split over it", json_schema_extra=ROUNDS)
+    dcn_data: int = Field(
+        default=-1,
+        description="slices of devices that only a data centre's network joins; data is split over them first, and no "
+        "other axis; -1: those that TPUs say they are in, one elsewhere",
+        json_schema_extra=ROUNDS,
+    )
 
     @model_validator(mode="after")
     def _axes(self) -> MeshSection:
         sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
+        if self.dcn_data < 1 and self.dcn_data != -1:
+            raise ValueError(f"dcn_data is {self.dcn_data}; expected a positive number of slices, or -1")
         for name, size in sizes.items():
             if size < 1 and size != -1:
                 raise ValueError(f"{name} is {size}; expected a positive number of devices, or -1 for the rest")

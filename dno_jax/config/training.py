@@ -16,7 +16,7 @@ from dno_jax.config.base import (
     Section,
     decides,
 )
-from dno_jax.losses.registry import Loss, find_loss, soft_losses
+from dno_jax.losses.registry import LOSSES, Loss, find_loss, soft_losses
 
 
 def _is_known(name: str) -> str:
@@ -96,6 +96,22 @@ class LossSection(Section):
             raise ValueError(f"name={self.name} has no reference that length_penalty could lower")
         return self
 
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> LossSection:
+        idle = {
+            name: f"name={self.name}; it is for {', '.join(key for key, loss in LOSSES.items() if name in loss.reads)}"
+            for name in ("clip_range", "max_reward")
+            if name not in self.kind.reads
+        }
+        if self.target == "hard":
+            idle["target_temperature"] = "target=hard; it is for target=soft"
+        if not self.label_smoothing:
+            idle["smoothing"] = "label_smoothing=0, which it is a way of"
+        for name, why in idle.items():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is {getattr(self, name)}, and nothing reads it with {why}; leave it out")
+        return self
+
     @property
     def kind(self) -> Loss:
         """What the loss of this name needs."""
@@ -161,9 +177,21 @@ class OuterSection(Section):
         return self
 
 
-class OptimizerSection(Section):
-    """AdamW. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B: sweep it."""
+# Fields of `optimizer` that one kind alone reads.
+_OWN = {
+    "adamw": ("b1", "b2", "eps", "moment_dtype"),
+    "adafactor": ("decay_rate", "max_update_rms", "min_factored", "relative_rate"),
+}
 
+
+class OptimizerSection(Section):
+    """How gradients become updates. The paper states 5e-5 (and no schedule); later work uses 5e-7 to 1e-6 at 7B."""
+
+    name: Literal["adamw", "adafactor"] = Field(
+        default="adamw",
+        description="two moments a parameter, or second moments by row and column of each matrix alone",
+        json_schema_extra=TRAINED,
+    )
     learning_rate: float = Field(default=5e-7, gt=0.0, description="at the schedule's top", json_schema_extra=TRAINED)
     learning_rate_decay: float = Field(
         default=1.0,
@@ -176,17 +204,75 @@ class OptimizerSection(Section):
         default="linear", description="after the warmup", json_schema_extra=TRAINED
     )
     warmup_ratio: Fraction = Field(default=0.1, description="share of the steps", json_schema_extra=TRAINED)
-    weight_decay: float = Field(default=0.0, ge=0.0, description="AdamW's", json_schema_extra=TRAINED)
-    b1: float = Field(default=0.9, ge=0.0, lt=1.0, description="decay of the first moment", json_schema_extra=TRAINED)
-    b2: float = Field(default=0.95, ge=0.0, lt=1.0, description="decay of the second moment", json_schema_extra=TRAINED)
-    eps: float = Field(default=1e-8, gt=0.0, description="AdamW's", json_schema_extra=TRAINED)
+    weight_decay: float = Field(
+        default=0.0, ge=0.0, description="decoupled: times the learning rate", json_schema_extra=TRAINED
+    )
     max_grad_norm: float = Field(
         default=1.0, gt=0.0, description="longer gradients are scaled down to it", json_schema_extra=TRAINED
     )
+    carry: bool = Field(
+        default=False,
+        description="start from the moments that the policy was trained with, not from zeros; they lie beside it",
+        json_schema_extra=TRAINED,
+    )
+    b1: float = Field(
+        default=0.9, ge=0.0, lt=1.0, description="decay of the first moment (adamw)", json_schema_extra=TRAINED
+    )
+    b2: float = Field(
+        default=0.95, ge=0.0, lt=1.0, description="decay of the second moment (adamw)", json_schema_extra=TRAINED
+    )
+    eps: float = Field(default=1e-8, gt=0.0, description="beside the root (adamw)", json_schema_extra=TRAINED)
+    moment_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of both moments as they are held, rounded stochastically; computed in float32 (adamw)",
+        json_schema_extra=TRAINED,
+    )
+    decay_rate: float = Field(
+        default=0.8,
+        gt=0.0,
+        le=1.0,
+        description="the second moment's decay is 1 - step^-decay_rate (adafactor)",
+        json_schema_extra=TRAINED,
+    )
+    max_update_rms: float = Field(
+        default=1.0,
+        ge=1.0,
+        description="a matrix's update of a longer root mean square is scaled down to it (adafactor)",
+        json_schema_extra=TRAINED,
+    )
+    min_factored: Count = Field(
+        default=128,
+        description="a matrix with a shorter side keeps a moment of every number (adafactor)",
+        json_schema_extra=TRAINED,
+    )
+    relative_rate: bool = Field(
+        default=False,
+        description="times the root mean square of each matrix, as published; false: learning rates mean what they "
+        "mean for adamw (adafactor)",
+        json_schema_extra=TRAINED,
+    )
+
+    def unread(self) -> set[str]:
+        return {field for name, own in _OWN.items() if name != self.name for field in own}
+
+    @model_validator(mode="after")
+    def _all_read(self) -> OptimizerSection:
+        for field in sorted(self.unread()):
+            if getattr(self, field) != type(self).model_fields[field].default:
+                readers = ", ".join(name for name, own in _OWN.items() if field in own)
+                raise ValueError(f"{field} with name={self.name}: only {readers} reads it; leave it out")
+        return self
 
     if TYPE_CHECKING:  # as in LossSection
 
         def __hash__(self) -> int: ...
+
+
+class ProfileSection(Section):
+    """Steps of every training that are traced, for TensorBoard's or XProf's profiler."""
+
+    first: int = Field(default=10, ge=0, description="the first step traced", json_schema_extra=COSTS)
+    steps: Count = Field(default=3, description="how many", json_schema_extra=COSTS)
 
 
 class TrainingSection(Section):
@@ -196,11 +282,48 @@ class TrainingSection(Section):
     micro_batch_size: Count | None = Field(
         default=None, description="rows per forward pass; None: batch_size", json_schema_extra=ROUNDS
     )
+    packing: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="several texts in a row, a pair's prompt once where the attention can: no padding to speak of. "
+        "auto: on, but not with cuDNN's attention, which jax gives no segments",
+        json_schema_extra=ROUNDS,
+    )
+    group_by_length: bool = Field(
+        default=False,
+        description="batches of rows of like lengths, from windows of 16 batches: little padding without packing, and "
+        "an order less random",
+        json_schema_extra=TRAINED,
+    )
     num_epochs: Count = Field(default=1, description="the paper: at most 1", json_schema_extra=TRAINED)
     logprob_chunk: Count = Field(
-        default=512, description="tokens per slice of the output head", json_schema_extra=ROUNDS
+        default=512, description="tokens per slice of the output head, on each device", json_schema_extra=ROUNDS
+    )
+    param_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of parameters while they are trained, norms aside; bfloat16: updates are rounded stochastically, "
+        "and policy 0 is rounded once, at its import",
+        json_schema_extra=TRAINED,
     )
     save_every: Count = Field(default=100, description="optimiser steps between checkpoints", json_schema_extra=COSTS)
+    keep_states: Count = Field(
+        default=2, description="newest checkpoints kept while training runs", json_schema_extra=COSTS
+    )
+    skip_nonfinite: int = Field(
+        default=0,
+        ge=0,
+        description="steps of an iteration whose loss or gradient may be NaN or infinite: they change nothing, and one "
+        "more stops training",
+        json_schema_extra=TRAINED,
+    )
+    profile: ProfileSection | None = Field(
+        default=None, description="steps to trace with jax.profiler into the run directory", json_schema_extra=COSTS
+    )
+    keep_policies: Literal["all"] | Count = Field(
+        default="all",
+        description="newest policies kept, beside the best so far and those that later stages read; what is pruned can "
+        "no longer be sampled, exported or returned",
+        json_schema_extra=COSTS,
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> TrainingSection:

@@ -19,6 +19,7 @@ from dno_jax.errors import DnoError
 from dno_jax.records import ReferenceScore
 from dno_jax.stage_dir import StageDir
 from dno_jax.training.batches import TrainingRow
+from dno_jax.training.packing import TextLengths
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported: a type checker sees none of them
 _TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
@@ -166,12 +167,21 @@ class PairRows(Sequence[TrainingRow]):
     Args:
         previous, initial: [N, 2] log pi_t and log pi_ref of every pair, nats; None gives zeros, which only a loss that
             does not read them may take.
+        sampled_from: whose samples are the policy's own: the policy of that iteration's; None: nobody's.
     """
 
-    def __init__(self, table: PairTable, previous: np.ndarray | None = None, initial: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        table: PairTable,
+        previous: np.ndarray | None = None,
+        initial: np.ndarray | None = None,
+        *,
+        sampled_from: int | None = None,
+    ) -> None:
         self.table = table
         self._previous = previous
         self._initial = initial
+        self._own = ~np.isnan(table.sampler_logprob) & (table.iteration == sampled_from)[:, None]
 
     def __len__(self) -> int:
         return len(self.table)
@@ -193,8 +203,15 @@ class PairRows(Sequence[TrainingRow]):
             reward=_two(table.reward, index),
             target=float(table.target[index]),
             weight=float(table.weight[index]),
+            own=tuple(map(float, self._own[index])),
             name=table.pair_ids[index].as_py(),
         )
+
+    @property
+    def text_lengths(self) -> TextLengths:
+        """Tokens of every pair's texts, which need not be read for it."""
+        prompt, responses = self.table.count[:, :1], self.table.count[:, 1:]
+        return TextLengths(np.repeat(prompt, 2, axis=1), responses, np.ones(len(self), bool))
 
     def __iter__(self) -> Iterator[TrainingRow]:
         return (self[place] for place in range(len(self)))

@@ -33,6 +33,7 @@ class Loss:
         regularised: it pulls to the initial policy by itself, and needs the mixture's tau.
         has_reference: there is a reference that a length penalty can lower.
         pairing_rule: the only rule for pairs that makes it this loss; None takes any.
+        reads: fields of the configuration that are its own.
     """
 
     function: str
@@ -43,6 +44,7 @@ class Loss:
     regularised: bool = False
     has_reference: bool = True
     pairing_rule: str | None = None
+    reads: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function."""
@@ -56,13 +58,20 @@ _GRADIENT = "dno_jax.losses.policy_gradient"
 LOSSES: dict[str, Loss] = {
     "dno": Loss(f"{_REGRESSION}:dno_loss", soft_target=True),
     "spin": Loss(f"{_REGRESSION}:spin_loss", pairing_rule="spin"),
-    "chi_po": Loss(f"{_REGRESSION}:chi_po_loss", soft_target=True),
+    "chi_po": Loss(f"{_REGRESSION}:chi_po_loss", soft_target=True, reads=("max_reward",)),
     "ipo": Loss(f"{_REGRESSION}:ipo_loss", soft_target=True),
     "inpo": Loss(f"{_REGRESSION}:inpo_loss", soft_target=True, regularised=True),
     "rebel": Loss(f"{_REGRESSION}:rebel_loss"),
     "sppo_hard": Loss(f"{_REGRESSION}:sppo_hard_loss"),
     "sppo": Loss(f"{_REGRESSION}:sppo_loss", per="response", own_win_rates=True),
-    "spo": Loss(f"{_GRADIENT}:spo_loss", per="response", own_win_rates=True, on_policy=True, has_reference=False),
+    "spo": Loss(
+        f"{_GRADIENT}:spo_loss",
+        per="response",
+        own_win_rates=True,
+        on_policy=True,
+        has_reference=False,
+        reads=("clip_range",),
+    ),
     "nash_md_pg": Loss(
         f"{_GRADIENT}:nash_md_pg_loss",
         per="response",
@@ -70,6 +79,7 @@ LOSSES: dict[str, Loss] = {
         on_policy=True,
         regularised=True,
         has_reference=False,
+        reads=("clip_range",),
     ),
     "sft": Loss("dno_jax.losses.terms:nll_loss", per="chosen", has_reference=False),
 }

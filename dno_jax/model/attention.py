@@ -1,9 +1,9 @@
-"""Attention: which key a query sees, and how values are mixed. One masking rule for every back-end: positions.
+"""Attention: which key a query sees, and how values are mixed. One masking rule for every back-end: `visible`.
 
 A back-end mixes whole sequences (training, scoring, the first call that fills a cache): any callable of the form of
 `Attention`, injected into the decoder. Calls that see a cache take `attend`, whose operands lie as the cache does.
 
-`xla_attention` runs everywhere and reads positions themselves. The kernels, `CudnnAttention` and `SplashAttention`,
+`xla_attention` runs everywhere and reads places themselves. The kernels, `CudnnAttention` and `SplashAttention`,
 count slots instead, which is the same because a row's tokens lie side by side in order, with padding only before and
 after them. They know nothing of meshes: parallel/attention.py puts them on one.
 """
@@ -18,9 +18,11 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dno_jax.logprobs import einsum_float32
+from dno_jax.model.blockwise import blockwise_attention
+from dno_jax.model.places import NO_WINDOW, Places, visible
 
 # Finite, so that a row that sees nothing becomes a mean over everything instead of NaN, in the backward pass too.
 _UNSEEN = -0.7 * float(np.finfo(np.float32).max)
@@ -29,11 +31,11 @@ _UNSEEN = -0.7 * float(np.finfo(np.float32).max)
 # all twice as fast as none.
 _QUERY_BLOCKS, _SHORTEST_BLOCK = 8, 64
 
+# Up to so many tokens a row that is one text has nothing to skip that would pay for the list of what is not.
+_WORTH_SKIPPING = 128
+
 # Columns of a cache that are summed side by side: some vectors of any CPU, and what `reaches` are multiples of.
 _RUN = 64
-
-# The window of a layer without one: wider than any text.
-NO_WINDOW = int(np.iinfo(np.int32).max)
 
 
 @runtime_checkable
@@ -46,7 +48,7 @@ class Attention(Protocol):
         k_BTKH: Any,
         v_BTKH: Any,
         *,
-        position_BT: Any,
+        places: Places,
         window: Any,
         scale: float,
         softcap: float | None,
@@ -56,19 +58,13 @@ class Attention(Protocol):
         Args:
             q_BTNH, k_BTKH, v_BTKH: queries, keys and values of the same tokens, rotated already; each group of N/K
                 query heads shares one key head.
-            position_BT: int32; -1 is padding, seen by nobody. A row's tokens lie side by side in order of position,
-                padded on either side; what padding gives is finite and means nothing.
+            places: of the tokens. A text's tokens lie side by side in order of position, its branches one after the
+                other, with padding before all texts of a row or after; what padding gives is finite and means nothing.
             window: int32 scalar, this layer's: a query at p sees keys at p - window + 1 .. p; NO_WINDOW for all.
             scale: scores are multiplied by it.
             softcap: scores s become softcap * tanh(s / softcap); None leaves them.
         """
         ...
-
-
-def visible(query: Int[Array, "B T"], key: Int[Array, "#B S"], window: Any = NO_WINDOW) -> Bool[Array, "B T S"]:
-    """Say which key a query sees, from positions alone: 0 <= query - key < window, and no key that is padding."""
-    query, key = query[:, :, None], key[:, None, :]
-    return (key >= 0) & (key <= query) & (query - key < window)
 
 
 def attend(
@@ -159,26 +155,57 @@ def xla_attention(
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     *,
-    position_BT: Int[Array, "B T"],
+    places: Places,
     window: Any,
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B T N H"]:
-    """The `Attention` that runs everywhere: blocks of queries, each against the keys up to its own end.
+    """The `Attention` that runs everywhere, in XLA's own operations; a CPU takes blocks that nobody sees out of it."""
+    settings = {"window": window, "scale": scale, "softcap": softcap}
+    everywhere = partial(_against_prefixes, **settings)
+    if places.segment is None and q_BTNH.shape[1] <= _WORTH_SKIPPING:
+        return everywhere(q_BTNH, k_BTKH, v_BTKH, places)
+    skipping = partial(blockwise_attention, **settings)
+    return jax.lax.platform_dependent(q_BTNH, k_BTKH, v_BTKH, places, cpu=skipping, default=everywhere)
 
-    Half of the work of the whole square, and scores that fit a processor's cache.
-    """
+
+def _against_prefixes(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, places: Places, *, window: Any, scale: float, softcap: float | None
+) -> Array:
+    """Mix in blocks of queries, each against the keys up to its own end: half of the work of the whole square."""
     k_BKHS, v_BKHS = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.transpose(0, 2, 3, 1)
     length = q_BTNH.shape[1]
     block = max(_SHORTEST_BLOCK, -(-length // _QUERY_BLOCKS))
+    starts = range(0, length, block)
+    ends = tuple(min(start + block, length) for start in starts)
     mixed = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        mask = visible(position_BT[:, start:end], position_BT[:, :end], window)
-        mixed.append(
-            attend(q_BTNH[:, start:end], k_BKHS[..., :end], v_BKHS[..., :end], mask, scale=scale, softcap=softcap)
-        )
+    for start, end, keys, values in zip(starts, ends, _prefixes(k_BKHS, ends), _prefixes(v_BKHS, ends), strict=True):
+        mask = visible(places.columns(start, end), places.columns(0, end), window)
+        mixed.append(attend(q_BTNH[:, start:end], keys, values, mask, scale=scale, softcap=softcap))
     return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _prefixes(array_BKHS: Array, ends: tuple[int, ...]) -> tuple[Array, ...]:
+    """Return the first columns of an array up to each end, ascending; their gradients are added up in place.
+
+    Left alone, each gradient is padded to the whole first, which took a fifth of a layer's backward pass on a CPU.
+    """
+    return tuple(array_BKHS[..., :end] for end in ends)
+
+
+def _prefixes_forward(array_BKHS: Array, ends: tuple[int, ...]) -> tuple[tuple[Array, ...], None]:
+    return _prefixes(array_BKHS, ends), None
+
+
+def _prefixes_backward(ends: tuple[int, ...], _: None, cotangents: tuple[Array, ...]) -> tuple[Array]:
+    total = cotangents[-1]
+    for end, own in zip(ends[-2::-1], cotangents[-2::-1], strict=True):
+        total = jax.lax.dynamic_update_slice(total, total[..., :end] + own, (0,) * total.ndim)
+    return (jax.lax.optimization_barrier(total),)  # or it is fused, slice by slice, with what transposes it
+
+
+_prefixes.defvjp(_prefixes_forward, _prefixes_backward)
 
 
 def _with_window(
@@ -217,15 +244,17 @@ class CudnnAttention:
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
         *,
-        position_BT: Int[Array, "B T"],
+        places: Places,
         window: Any,
         scale: float,
         softcap: float | None,
     ) -> Float[Array, "B T N H"]:
         if softcap is not None:
             raise ValueError(f"softcap is {softcap}: cuDNN's attention has none; use xla_attention")
+        if places.segment is not None:
+            raise ValueError("packed rows: jax gives cuDNN's attention no segments; use xla_attention")
         length = q_BTNH.shape[1]
-        first = jnp.argmax(position_BT >= 0, axis=1)
+        first = jnp.argmax(places.position >= 0, axis=1)
         padded = jnp.any(first > 0)
 
         def mix(q: jax.Array, k: jax.Array, v: jax.Array, *, reach: int) -> jax.Array:
@@ -256,8 +285,8 @@ _SPLASH_BLOCKS = (512, 256, 128)
 class SplashAttention:
     """The `Attention` of TPUs: jax's Pallas kernel, which holds no [T, T] scores and skips blocks that nobody sees.
 
-    Padding is a segment of its own. Lengths are padded to multiples of 128; head_dim is free. The kernel has no scale:
-    queries are multiplied by it, and rounded to their dtype once more.
+    Texts are segments, and padding is one of its own. Lengths are padded to multiples of 128; head_dim is free. The
+    kernel has no scale: queries are multiplied by it, and rounded to their dtype once more.
 
     Attributes:
         windows: every window among the model's layers; `window` must be one of them.
@@ -273,7 +302,7 @@ class SplashAttention:
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
         *,
-        position_BT: Int[Array, "B T"],
+        places: Places,
         window: Any,
         scale: float,
         softcap: float | None,
@@ -314,7 +343,11 @@ class SplashAttention:
             return cast(jax.Array, jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment, segment)))
 
         q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
-        segment = jnp.pad((position_BT >= 0).astype(jnp.int32), ((0, 0), (0, padded - length)))
+        if places.branch is not None:
+            raise ValueError("texts that share a prompt: splash attention knows segments alone; use xla_attention")
+        segment = 0 if places.segment is None else places.segment
+        segment = jnp.where(places.position >= 0, segment, -1).astype(jnp.int32)
+        segment = jnp.pad(segment, ((0, 0), (0, padded - length)), constant_values=-1)
         operands = (lay(q_BTNH), lay(k_BTKH), lay(v_BTKH), segment)
         mixed = _with_window(mix, *operands, windows=self.windows, window=window, length=length)
         return mixed.transpose(0, 2, 1, 3)[:, :length]

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from dno_jax.logprobs import head_token_logprobs
 from dno_jax.model.adapters import AdapterConfig
-from dno_jax.model.attention import NO_WINDOW, Attention, attend, visible
+from dno_jax.model.attention import Attention, attend
 from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, rms_norm, scaled
+from dno_jax.model.layers import ACTIVATIONS, AnyArray, layer_norm, precision_for, product, rms_norm, scaled
 from dno_jax.model.moe import Experts, expert_load, route
+from dno_jax.model.places import NO_WINDOW, Places, visible
 from dno_jax.model.rope import query_growth, rotate
 
-Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
+
+@runtime_checkable
+class Constrain(Protocol):
+    """Where arrays lie, for a model that knows names of axes and no devices; hashable."""
+
+    def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Return the array, pinned to where axes of these names lie."""
+        ...
+
+    def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
+        """Return logprobs.head_token_logprobs of rows and a head that lie so, its `chunk` tokens of each device."""
+        ...
 
 
-def identity(array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Constrain nothing: the `constrain` of a single device."""
-    del axes
-    return array
+@dataclass(frozen=True)
+class Unconstrained:
+    """The `constrain` of a single device."""
 
+    def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        del axes
+        return array
+
+    def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
+        return head_token_logprobs(hidden, head, token, **options)
+
+
+identity = Unconstrained()
 
 ZEROS = nn.initializers.zeros_init()
 NORMAL = nn.initializers.truncated_normal(stddev=0.02)
@@ -90,7 +113,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Any, KVCache | None], numbers: LayerNumbers, cos: Any, sin: Any, position: Any, reach: Any
+        self, carry: tuple[Any, KVCache | None], numbers: LayerNumbers, cos: Any, sin: Any, places: Places, reach: Any
     ) -> tuple[tuple[Any, KVCache | None], None]:
         """Run one layer.
 
@@ -98,7 +121,7 @@ class Block(nn.Module):
             carry: (x [B, T, D], this layer's cache or None).
             numbers: this layer's.
             cos, sin: [R, B, T, 1, H/2], of every rotation.
-            position: [B, T] int32; -1 is padding.
+            places: of the tokens, [B, T].
             reach: scalar int32, which of the cache's `reaches` holds every token of the call; None without a cache.
         """
         x, cache = carry
@@ -113,11 +136,11 @@ class Block(nn.Module):
             return self.constrain(x + scaled(y, config.residual_scale), ("batch", "length", "embed"))
 
         y, cache = self._attention(
-            before("attention", x), cache, numbers=numbers, angles=(cos, sin), position=position, reach=reach
+            before("attention", x), cache, numbers=numbers, angles=(cos, sin), places=places, reach=reach
         )
         x = after("attention", x, y)
         y = before("mlp", x)
-        x = after("mlp", x, self._expert_mlp(y, position) if config.num_experts else self._mlp(y))
+        x = after("mlp", x, self._expert_mlp(y, places.position) if config.num_experts else self._mlp(y))
         return (x, cache), None
 
     def _norm(self, name: str, y: jax.Array, *axes: tuple[str, int]) -> jax.Array:
@@ -130,16 +153,17 @@ class Block(nn.Module):
         y: jax.Array,
         name: str,
         *,
-        equation: str,
         shape: tuple[int, ...],
         axes: tuple[str, ...],
         out: int,
         bias: bool,
     ) -> jax.Array:
         # The last `out` axes of the kernel are the output's, and the bias has just those.
-        kernel = declare(self, name, init=NORMAL, shape=shape, axes=axes)
-        x = y
-        y = jnp.einsum(equation, y, kernel.astype(self.dtype), precision=precision_for(self.dtype))
+        kernel = jnp.asarray(declare(self, name, init=NORMAL, shape=shape, axes=axes), self.dtype)
+        rows, width = y.shape[:2], math.prod(shape[:-out])
+        x = y.reshape(*rows, width)
+        y = product(x, kernel.reshape(width, -1), precision_for(self.dtype))
+        y = y.reshape(*rows, *shape[-out:])
         if bias:
             value = declare(self, f"{name}_bias", init=ZEROS, shape=shape[-out:], axes=axes[-out:])
             y = y + value.astype(self.dtype)[None, None]
@@ -157,18 +181,18 @@ class Block(nn.Module):
         out: int,
         adapter: AdapterConfig,
     ) -> jax.Array:
-        """What an adapter adds to a projection of x: (x A) B alpha / rank, in the dtype of activations."""
+        """What an adapter adds to a projection of x [B, T, inputs]: (x A) B alpha / rank, in the activations' dtype."""
 
         def factor(half: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
             boxed = nn.with_partitioning(ZEROS, axes)  # `init_adapters` draws what is no zero
             held: Any = self.variable("adapters", f"{name}_{half}", boxed, None, shape, jnp.float32)
             return held.value.astype(self.dtype)
 
-        a = factor("a", (*shape[:-out], adapter.rank), (*axes[:-out], "rank"))
-        b = factor("b", (adapter.rank, *shape[-out:]), ("rank", *axes[-out:]))
-        precision = precision_for(self.dtype)
-        narrow = scaled(jnp.tensordot(x, a, axes=len(shape) - out, precision=precision), adapter.scale)
-        return jnp.tensordot(self.constrain(narrow, ("batch", "length", "rank")), b, axes=1, precision=precision)
+        rank, precision = adapter.rank, precision_for(self.dtype)
+        a = factor("a", (*shape[:-out], rank), (*axes[:-out], "rank")).reshape(-1, rank)
+        b = factor("b", (rank, *shape[-out:]), ("rank", *axes[-out:])).reshape(rank, -1)
+        narrow = self.constrain(scaled(product(x, a, precision), adapter.scale), ("batch", "length", "rank"))
+        return product(narrow, b, precision).reshape(*x.shape[:2], *shape[-out:])
 
     def _attention(
         self,
@@ -177,7 +201,7 @@ class Block(nn.Module):
         *,
         numbers: LayerNumbers,
         angles: tuple[jax.Array, jax.Array],
-        position: Any,
+        places: Places,
         reach: Any,
     ) -> tuple[jax.Array, KVCache | None]:
         config = self.config
@@ -185,9 +209,7 @@ class Block(nn.Module):
 
         def head(name: str, heads: str, number: int) -> jax.Array:
             axes = ("embed", heads, "head_dim")
-            found = self._project(
-                y, name, equation="btd,dnh->btnh", shape=(D, number, H), axes=axes, out=2, bias=config.attention_bias
-            )
+            found = self._project(y, name, shape=(D, number, H), axes=axes, out=2, bias=config.attention_bias)
             if config.clip_qkv is not None:
                 found = jnp.clip(found, -config.clip_qkv, config.clip_qkv)
             if name != "v" and config.qk_norm is not None:
@@ -199,31 +221,31 @@ class Block(nn.Module):
 
         q, k, v = head("q", "heads", N), head("k", "kv_heads", K), head("v", "kv_heads", K)
         if config.query_growth is not None:
-            q = q * query_growth(position, *config.query_growth).astype(q.dtype)
+            q = q * query_growth(places.position, *config.query_growth).astype(q.dtype)
         # One window everywhere is given as a number, from which back-ends can make a static mask.
         windows = set(config.windows or (NO_WINDOW,))
         window = windows.pop() if len(windows) == 1 else numbers.window
         scale = H**-0.5 if config.attention_scale is None else config.attention_scale
         softcap = config.attention_softcap
         if cache is not None:
-            cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
+            cache = self.write(cache, k_BTKH=k, v_BTKH=v, position_BT=places.position)
             k, v = as_stored(k, cache.key.dtype), as_stored(v, cache.value.dtype)
         if cache is None or cache.num_slots == y.shape[1]:
             # Without a cache, or with one that this very call fills: every key is among this call's tokens.
-            y = self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)
+            y = self.attention(q, k, v, places=places, window=window, scale=scale, softcap=softcap)
         else:
-            y = _attend_cache(q, cache, reach, position=position, window=window, scale=scale, softcap=softcap)
+            y = _attend_cache(q, cache, reach, places=places, window=window, scale=scale, softcap=softcap)
         y = self.constrain(y, ("batch", "length", "heads", "head_dim"))
         axes = ("heads", "head_dim", "embed")
-        y = self._project(y, "o", equation="btnh,nhd->btd", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
+        y = self._project(y, "o", shape=(N, H, D), axes=axes, out=1, bias=config.output_bias)
         return y, cache
 
     def _mlp(self, y: jax.Array) -> jax.Array:
         config = self.config
         D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        into = partial(self._project, y, equation="btd,df->btf", shape=(D, F), axes=("embed", "mlp"), out=1, bias=bias)
+        into = partial(self._project, y, shape=(D, F), axes=("embed", "mlp"), out=1, bias=bias)
         y = self.constrain(ACTIVATIONS[config.hidden_act](into("gate")) * into("up"), ("batch", "length", "mlp"))
-        return self._project(y, "down", equation="btf,fd->btd", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
+        return self._project(y, "down", shape=(F, D), axes=("mlp", "embed"), out=1, bias=bias)
 
     def _expert_mlp(self, y: jax.Array, position: Any) -> jax.Array:
         config = self.config
@@ -254,14 +276,14 @@ class Block(nn.Module):
 
 
 def _attend_cache(
-    q: jax.Array, cache: KVCache, reach: Any, *, position: Any, window: Any, scale: float, softcap: Any
+    q: jax.Array, cache: KVCache, reach: Any, *, places: Places, window: Any, scale: float, softcap: Any
 ) -> jax.Array:
     """Mix what a layer's cache holds, reading no further than the longest row makes it."""
 
     def up_to(num_slots: int) -> Callable[[jax.Array, KVCache], jax.Array]:
         def mix(q: jax.Array, cache: KVCache) -> jax.Array:
             own = read_layer(cache, num_slots=num_slots)
-            mask = visible(position, jnp.arange(num_slots, dtype=jnp.int32)[None], window)
+            mask = visible(places, Places(jnp.arange(num_slots, dtype=jnp.int32)[None]), window)
             return attend(
                 q,
                 own.key,

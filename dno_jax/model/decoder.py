@@ -20,15 +20,16 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dno_jax.logprobs import einsum_float32, head_token_logprobs, softcapped
+from dno_jax.logprobs import einsum_float32, softcapped
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.attention import Attention, xla_attention
 from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
 from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.moe import Experts, dense_experts
+from dno_jax.model.places import Places, as_places
 from dno_jax.model.rope import rope_angles
 
 Remat = Literal["none", "full", "dots"]
@@ -41,7 +42,8 @@ class Decoder(nn.Module):
         config: the shape of the model.
         dtype: of activations and of weights in products, float32 or bfloat16. Parameters stay as they are given.
         remat: what the backward pass recomputes: nothing, every layer, or all but the products with weights.
-        constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh.
+        constrain: called as constrain(array, axis names) on activations; a hashable value that pins them to a mesh,
+            and runs the head there.
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
         experts: runs tokens through their experts, in a mixture of experts; hashable.
         write: puts a call's keys and values into the cache; hashable.
@@ -59,7 +61,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, token: Int[Array, "B T"], position: Int[Array, "B T"], cache: Cache | None = None
+        self, token: Int[Array, "B T"], places: Places | Int[Array, "B T"], cache: Cache | None = None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Return hidden states after the final norm, and the cache with the tokens of this call added.
 
@@ -67,7 +69,8 @@ class Decoder(nn.Module):
 
         Args:
             token: int32 ids in [0, V); padding holds any such id.
-            position: int32 index of each token in its own text; -1 is padding, seen by nobody.
+            places: of the tokens; an array is their positions, int32, each row one text, -1 for padding. With a cache,
+                every row is one text.
             cache: what came before, or None. A call with as many tokens as the cache has slots is taken for the first:
                 its rows begin at position 0. The caller sees to it that positions are below S: they are traced values
                 and cannot be checked here.
@@ -76,7 +79,8 @@ class Decoder(nn.Module):
             ValueError: the call has more tokens than the cache has slots, the shapes of token and position differ, or
                 `remat` is unknown.
         """
-        config = self.config
+        config, places = self.config, as_places(places)
+        position = places.position
         if token.shape != position.shape:
             raise ValueError(f"token {token.shape} and position {position.shape} differ in shape")
         if cache is not None and token.shape[1] > cache[0].num_slots:
@@ -106,7 +110,7 @@ class Decoder(nn.Module):
                 length=config.num_hidden_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )(*parts, name="layers")
-            (x, _), _ = stack((x, None), layer_numbers(config), cos, sin, position, None)
+            (x, _), _ = stack((x, None), layer_numbers(config), cos, sin, places, None)
         else:
             # Layer by layer, each on arrays of its own; see model/cache.py.
             reach = reach_index(
@@ -119,7 +123,7 @@ class Decoder(nn.Module):
                     held["adapters"] = _layer(self.variables["adapters"]["layers"], index)
                 numbers = _layer(layer_numbers(config), index)
                 block = Block(*parts, parent=None)
-                (x, own), _ = block.apply(held, (x, own), numbers, cos, sin, position, reach)
+                (x, own), _ = block.apply(held, (x, own), numbers, cos, sin, places, reach)
                 written.append(own)
             cache = tuple(written)
 
@@ -158,10 +162,19 @@ def head_logprobs(
     token: Int[Array, "B T"],
     *,
     chunk: int,
+    valid: Bool[Array, "B T"] | None = None,
+    constrain: Constrain = identity,
 ) -> Float[Array, "B T"]:
-    """Return log softmax(logits(hidden))[token] in nats, `chunk` tokens at a time, never all logits at once."""
-    head = params["embed"].T if config.tie_word_embeddings else params["head"]
-    return head_token_logprobs(hidden, head, token, chunk=chunk, softcap=config.logit_softcap)
+    """Return log softmax(logits(hidden))[token] in nats, never all logits at once.
+
+    Args:
+        chunk: tokens at a time, on each device.
+        valid: slices without a valid token are not computed, and give 0.
+        constrain: the decoder's, which says where rows and head lie.
+    """
+    head = jnp.asarray(params["embed"].T if config.tie_word_embeddings else params["head"])
+    options = {"chunk": chunk, "softcap": config.logit_softcap, "valid": valid}
+    return constrain.token_logprobs(jnp.asarray(hidden), head, jnp.asarray(token), **options)
 
 
 def rewards(

@@ -9,10 +9,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dno_jax.errors import DnoError
-from dno_jax.model.attention import NO_WINDOW, Attention, CudnnAttention, SplashAttention, xla_attention
+from dno_jax.model.attention import Attention, CudnnAttention, SplashAttention, xla_attention
+from dno_jax.model.places import NO_WINDOW, Places
 from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import AnyMesh, Layout
 
@@ -40,7 +41,7 @@ class ShardedAttention:
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
         *,
-        position_BT: Int[Array, "B T"],
+        places: Places,
         window: Any,
         scale: float,
         softcap: float | None,
@@ -49,8 +50,8 @@ class ShardedAttention:
         heads = spec(("batch", "length", "heads", "head_dim"))
         kv_heads = spec(("batch", "length", "kv_heads", "head_dim"))
 
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, position: jax.Array, window: jax.Array) -> jax.Array:
-            return self.attention(q, k, v, position_BT=position, window=window, scale=scale, softcap=softcap)
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, window: jax.Array) -> jax.Array:
+            return self.attention(q, k, v, places=places, window=window, scale=scale, softcap=softcap)
 
         mapped = jax.shard_map(
             local,
@@ -59,7 +60,7 @@ class ShardedAttention:
             out_specs=heads,
             check_vma=False,  # kernels do not say over which axes their results vary
         )
-        return mapped(q_BTNH, k_BTKH, v_BTKH, position_BT, jnp.asarray(window, jnp.int32))
+        return mapped(q_BTNH, k_BTKH, v_BTKH, places, jnp.asarray(window, jnp.int32))
 
 
 def choose_backend(
@@ -128,4 +129,5 @@ def make_attention(
         return ShardedAttention(mesh, layout, CudnnAttention(distinct))
     if backend == "splash":
         return ShardedAttention(mesh, layout, SplashAttention(distinct))
-    return xla_attention
+    # The list of blocks that a row shows is its own, so on a CPU plain XLA runs row by row, too.
+    return xla_attention if mesh.size == 1 else ShardedAttention(mesh, layout, xla_attention)

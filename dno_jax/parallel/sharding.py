@@ -13,10 +13,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dno_jax.errors import DnoError
+from dno_jax.logprobs import head_token_logprobs
 
 Axes = tuple[str | None, ...]
 Table = tuple[tuple[str, tuple[str, ...]], ...]
@@ -157,6 +159,48 @@ class Constrain:
             return jax.lax.with_sharding_constraint(array, place)
         return _gather(array, place, NamedSharding(self.mesh, self.layout.weight_spec(axes)))
 
+    def token_logprobs(
+        self,
+        hidden: jax.Array,
+        head: jax.Array,
+        token: jax.Array,
+        *,
+        valid: jax.Array | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Return logprobs.head_token_logprobs of rows that are split over devices, each by its device.
+
+        The head is gathered once, in the dtype it is multiplied in. Every device adds up its own gradient of it over
+        its slices, and the sum over devices is taken once and cut as the head is; left to the compiler, each slice
+        would gather the head and sum its gradient again.
+
+        Args:
+            options: chunk, in tokens of each device, and softcap.
+        """
+
+        rows = tuple(axis for axis in ROW_AXES if self.mesh.shape[axis] > 1)
+        across, along = (self._split(name) for name in ("embed", "vocab"))
+        if not rows and along is None:
+            return head_token_logprobs(hidden, head, token, valid=valid, **options)
+
+        def local(hidden: jax.Array, head: jax.Array, token: jax.Array, valid: jax.Array | None) -> jax.Array:
+            # Backwards, the gradient is summed and cut along `across`, and only what is left of it along other axes.
+            head = jax.lax.pcast(head, tuple(axis for axis in rows if axis != across), to="varying")
+            if across is not None:
+                head = _gather_rows(head, across)
+            return head_token_logprobs(hidden, head, token, valid=valid, split=along, **options)
+
+        spec = PartitionSpec(rows)
+        specs = (spec, PartitionSpec(across, along), spec, spec)
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=spec)
+        return mapped(hidden, head.astype(hidden.dtype), token, valid)
+
+    def _split(self, axis: str) -> str | None:
+        """Return the one mesh axis of several devices over which an axis of weights is split; None: over none."""
+        (found,) = self.layout.weight_spec((axis,))
+        assert found is None or isinstance(found, str)
+        return found if found is not None and self.mesh.shape[found] > 1 else None
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> jax.Array:
@@ -175,6 +219,29 @@ def _gather_backward(place: NamedSharding, home: NamedSharding, _: None, cotange
 
 
 _gather.defvjp(_gather_forward, _gather_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_rows(shard: jax.Array, axis: str) -> jax.Array:
+    """Gather an array along its first axis, in a shard_map.
+
+    Backwards every device sends each other its part of the gradient, and adds up what it is sent in float32. That is a
+    reduce-scatter, of which TPUs would make the sum of the whole on every device, rounded at every addition.
+    """
+    return jax.lax.all_gather(shard, axis, tiled=True)
+
+
+def _gather_rows_forward(shard: jax.Array, axis: str) -> tuple[jax.Array, None]:
+    return _gather_rows(shard, axis), None
+
+
+def _gather_rows_backward(axis: str, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
+    parts = jnp.reshape(cotangent, (jax.lax.axis_size(axis), -1, *cotangent.shape[1:]))
+    sent = jax.lax.all_to_all(parts, axis, split_axis=0, concat_axis=0)
+    return (jnp.sum(sent, axis=0, dtype=jnp.float32).astype(cotangent.dtype),)
+
+
+_gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
 def to_device(tree: Any, shardings: Any) -> Any:

@@ -100,7 +100,7 @@ def plan_run(
     mesh = make_mesh(config.mesh) if num_devices is None else abstract_mesh(config.mesh, num_devices)
     model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
     programs = Programs(config, model_config, mesh)
-    check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(mesh))
+    check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=programs.texts_in_step)
     split = split_prompts(config)
     tokenize = functools.cache(functools.partial(tokenize_prompts, tokenizer=tokenizer, config=config))
     counts = _prompt_counts(config, split, tokenize)

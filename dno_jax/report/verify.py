@@ -24,7 +24,13 @@ from dno_jax.files import digest_of
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import MANIFEST, STAGES, Manifest, StageDir, stage_names
 from dno_jax.training.adapted import base_of
-from dno_jax.training.checkpoint import check_fingerprint, damaged_states, policy_fingerprint, stored_fingerprint
+from dno_jax.training.checkpoint import (
+    check_fingerprint,
+    damaged_states,
+    is_pruned,
+    policy_fingerprint,
+    stored_fingerprint,
+)
 
 _ORDER = list(STAGES)
 
@@ -112,7 +118,8 @@ def _policy(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
                 raise DnoError(f"{folder}: has lost its FINGERPRINT, which marks it whole")
             return  # being written, or left by a crash: the run writes it again
         _count(found, *_files_below(folder))
-        check_fingerprint(folder, noted, stored_fingerprint(folder))
+        if not is_pruned(folder):
+            check_fingerprint(folder, noted, stored_fingerprint(folder))
         base_of(folder)
         if manifest is not None:
             check_fingerprint(folder, manifest.details["fingerprint"], noted)

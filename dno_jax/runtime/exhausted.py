@@ -84,9 +84,11 @@ def _message(what: str, said: str, settings: Sequence[Setting]) -> str:
 def training_settings(programs: Programs[ConfigT]) -> list[Setting]:
     """What decides on the memory of training and scoring."""
     config: RunConfig | SftConfig = programs.config
-    section, shards = config.training, num_row_shards(programs.mesh)
+    section, texts = config.training, 2 if isinstance(config, RunConfig) else 1
     size = section.micro_batch_size or section.batch_size
-    fitting = [n for n in range(shards, size, shards) if section.batch_size % n == 0]
+    # Packed, a device takes a whole row at least: fewer texts than devices would take no less.
+    shards = num_row_shards(programs.mesh)
+    fitting = [n for n in range(1, size) if section.batch_size % n == 0 and n * texts % shards == 0]
     note = "" if section.micro_batch_size else " (training.batch_size)"
     chunk = section.logprob_chunk
     return [

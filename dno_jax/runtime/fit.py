@@ -63,13 +63,14 @@ def check_fit(
     trained_adapter(config, model_config)
     check_ids(tokenizer, model_config)
     _check_ends(config, tokenizer)
-    rows = {"training.micro_batch_size": config.training.micro_batch_size or config.training.batch_size}
-    for name, count in rows.items():
-        if count % row_shards:
-            raise DnoError(
-                f"{name} is {count}, which the mesh's data*fsdp*expert={row_shards} devices do not divide; "
-                "make it a multiple"
-            )
+    count = config.training.micro_batch_size or config.training.batch_size
+    texts = 2 if isinstance(config, RunConfig) else 1
+    if (count * texts) % row_shards:
+        what = "pairs of 2 texts" if texts == 2 else "texts"
+        raise DnoError(
+            f"training.micro_batch_size is {count} {what}, which the mesh's data*fsdp*expert={row_shards} devices do "
+            "not divide; make it a multiple, or set training.packing to on"
+        )
 
 
 def trained_adapter(config: RunConfig | SftConfig, model_config: ModelConfig) -> AdapterConfig | None:

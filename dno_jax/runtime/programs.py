@@ -6,29 +6,41 @@ is the very construction that the stages run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
+from dno_jax.model.params import abstract_adapters, abstract_params, adapter_axes, computing_params, param_axes
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import Submesh, own_submesh
-from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout
+from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout, num_row_shards
 from dno_jax.runtime.fit import trained_adapter
 from dno_jax.training.objectives import RowLoss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
+from dno_jax.training.packing import Packing, Plan, TextLengths, plan_batches
 from dno_jax.training.state import adapter_shardings, param_shardings
 from dno_jax.training.step import StepConfig
 
+_COMPILING = 4e11  # floating-point operations that a CPU does in the time that it takes to compile a training step
+
 ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
+
+
+def max_length_of(config: RunConfig | SftConfig) -> int:
+    """Tokens of the longest text that is trained on."""
+    return config.max_length if isinstance(config, RunConfig) else config.data.max_length
 
 
 @dataclass(frozen=True)
@@ -86,9 +98,53 @@ class Programs(Generic[ConfigT]):
             adapter=self.adapter if layout == TRAIN else None,
         )
 
+    @cached_property
+    def packing(self) -> Packing:
+        """How the texts of a batch are laid out in rows."""
+        backend, section = self.attention_backend, self.config.training
+        on_cpu = not isinstance(self.mesh, Mesh) or self.mesh.devices.flat[0].platform == "cpu"
+        longest = max_length_of(self.config)
+        # A sixteenth of the longest text leaves few shapes; splash attention's tiles are of 128.
+        granule = 128 if backend == "splash" else max(8, 1 << (max(longest // 16, 1).bit_length() - 1))
+        return Packing(
+            packed=section.packing == "on" or (section.packing == "auto" and backend != "cudnn"),
+            share_prompt=backend == "xla",
+            skips=backend == "xla" and on_cpu,
+            row_shards=num_row_shards(self.mesh),
+            granule=min(granule, 128),
+            program_tokens=round(_COMPILING / (6 * self.num_parameters)) if on_cpu else 1_000_000,
+        )
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """Numbers in the model's arrays."""
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(self.model_config)))
+
+    @property
+    def texts_in_step(self) -> int:
+        """What the texts of a micro-batch have to be a multiple of."""
+        return 1 if self.packing.packed else num_row_shards(self.mesh)
+
+    def plan_batches(self, lengths: TextLengths, batches: Sequence[np.ndarray]) -> Plan:
+        """Choose the shapes of a training's batches."""
+        section = self.config.training
+        return plan_batches(
+            lengths,
+            batches,
+            self.packing,
+            batch_size=section.batch_size,
+            parts=section.batch_size // (section.micro_batch_size or section.batch_size),
+            max_length=max_length_of(self.config),
+        )
+
     def param_shardings(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Any:
         """The tree of shardings of the parameters."""
         return param_shardings(self.model_config, self.mesh if mesh is None else mesh, layout)
+
+    @property
+    def trained_params(self) -> Any:
+        """The parameters as shapes and in the dtypes that they are trained in."""
+        return computing_params(self.model_config, jnp.dtype(self.config.training.param_dtype))
 
     @property
     def trained_shardings(self) -> Any:
@@ -97,16 +153,29 @@ class Programs(Generic[ConfigT]):
             return self.param_shardings(TRAIN)
         return adapter_shardings(self.model_config, self.adapter, self.mesh, TRAIN)
 
+    @property
+    def trained_axes(self) -> Any:
+        """The tree of names of axes of what is trained."""
+        config, adapter = self.model_config, self.adapter
+        return param_axes(config) if adapter is None else adapter_axes(config, adapter)
+
+    @property
+    def adapter_params(self) -> int | None:
+        """Numbers in the adapters' arrays; None where all parameters are trained."""
+        if self.adapter is None:
+            return None
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapters(self.model_config, self.adapter)))
+
     def step_config(self, row_loss: RowLoss, *, load_balance_weight: float = 0.0) -> StepConfig:
         """The compiled optimiser step's identity."""
         section = self.config.training
         return StepConfig(
             model=self.model(TRAIN),
-            optimizer=make_optimizer(self.config.optimizer),
+            optimizer=make_optimizer(self.config.optimizer, self.trained_axes),
             row_loss=row_loss,
             chunk=section.logprob_chunk,
-            micro_batches=section.batch_size // (section.micro_batch_size or section.batch_size),
             load_balance_weight=load_balance_weight,
+            skips=section.skip_nonfinite > 0,
         )
 
     @cached_property

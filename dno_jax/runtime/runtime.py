@@ -23,12 +23,12 @@ from dno_jax.model.hf import folder, read_config
 from dno_jax.model.params import abstract_params, computing_params, unstack_layers
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
-from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, num_row_shards, on_submesh, reshard_donated
+from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
-from dno_jax.training.adapted import Places, adapter_of, load_apart, load_merged, save_adapter
+from dno_jax.training.adapted import Destination, adapter_of, load_apart, load_merged, save_adapter
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint, save_policy
 
 
@@ -53,7 +53,7 @@ class Runtime(Generic[ConfigT]):
         programs = Programs(config, model_config, make_mesh(config.mesh))
         _ = programs.attention_backend
         warn_of_dropout(config)
-        check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=num_row_shards(programs.mesh))
+        check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=programs.texts_in_step)
         return cls(programs, RunDir(config.run_dir), tokenizer)
 
     @classmethod
@@ -111,18 +111,27 @@ class Runtime(Generic[ConfigT]):
         shapes = abstract_params(self.model_config) if shapes is None else shapes
         if adapter_of(policy) is None:
             return load_policy(policy, shapes=shapes, shardings=self.programs.param_shardings(layout))
-        return load_merged(policy, Places(self.model_config, self.mesh, layout), shapes=shapes)
+        return load_merged(policy, Destination(self.model_config, self.mesh, layout), shapes=shapes)
 
-    def load_trained(self, policy: epath.Path) -> tuple[Any, Any]:
-        """Read a policy as training has it: what is trained, float32, and the weights that stand, or None.
+    def load_trained(self, policy: epath.Path, *, exact: bool = False) -> tuple[Any, Any]:
+        """Read a policy as training and scoring have it: what is trained, and the weights that stand, or None.
 
-        Where adapters are trained, the weights that stand are held as they are computed with.
+        Where adapters are trained these are float32, and the weights are held as they are computed with.
+
+        Args:
+            exact: whether all parameters, where they are trained, are to be in `training.param_dtype`; else float32.
+
+        Raises:
+            DnoError: they hold numbers that this dtype cannot show.
         """
-        adapter = self.programs.adapter
-        if adapter is None:
+        programs = self.programs
+        if programs.adapter is not None:
+            to, key = Destination(self.model_config, self.mesh, TRAIN), draw_key(Purpose.ADAPTER, self.config.seed)
+            return load_apart(policy, to, programs.adapter, key=key, shapes=self.computing_shapes)
+        if not exact:
             return self.load_policy(policy, TRAIN), None
-        places, key = Places(self.model_config, self.mesh, TRAIN), draw_key(Purpose.ADAPTER, self.config.seed)
-        return load_apart(policy, places, adapter, key=key, shapes=self.computing_shapes)
+        shapes, shardings = programs.trained_params, programs.param_shardings(TRAIN)
+        return load_policy(policy, shapes=shapes, shardings=shardings, exact=True), None
 
     @property
     def computing_shapes(self) -> Any:

@@ -16,7 +16,7 @@ from dno_jax.parallel.cluster import is_primary
 from dno_jax.parallel.sharding import replicated, reshard
 from dno_jax.records import Rollout
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.scoring import batches_by_length, frozen_logprobs
+from dno_jax.runtime.scoring import frozen_logprobs, scoring_batches
 from dno_jax.training.batches import TrainingRow
 
 # Where sampling.audit_bound is not given. Rounding differs from token to token: the sums of n tokens part by about
@@ -166,9 +166,9 @@ def _trainer_logprobs(runtime: Runtime[RunConfig], policy: epath.Path, rollouts:
         )
         for a, b in couples
     ]
-    batches = batches_by_length(np.asarray([row.length for row in rows]), size=size)
+    batches = scoring_batches(runtime, np.asarray([row.num_tokens for row in rows]), size=size)
     found = [0.0] * len(rollouts)
-    logprobs = frozen_logprobs(runtime, policy, ([rows[i] for i in batch] for batch in batches), size=size)
+    logprobs = frozen_logprobs(runtime, policy, rows, batches, size=size)
     for batch, values in zip(batches, logprobs, strict=True):
         whole = np.asarray(reshard(values, replicated(runtime.mesh)))  # a process holds only its own devices' rows
         for index, pair in zip(batch, whole[: len(batch)], strict=True):

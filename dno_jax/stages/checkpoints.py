@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -29,8 +30,10 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.exhausted import explained, weight_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.stage_dir import is_lookahead
-from dno_jax.training.adapted import Places, adapter_of, load_adapter
-from dno_jax.training.checkpoint import adapter_note, policy_fingerprint, save_policy
+from dno_jax.training.adapted import Destination, adapter_of, load_adapter
+from dno_jax.training.checkpoint import policy_fingerprint, save_policy
+from dno_jax.training.notes import adapter_note
+from dno_jax.training.rounding import widened
 
 ADAPTER_FOLDER = "adapter"  # of an export: what PEFT loads on top of the base
 _BLOCKS, _BLOCK_BYTES = 64, 4096  # of each file of weights, that tell its contents from another's
@@ -57,7 +60,10 @@ def import_initial(runtime: Runtime[RunConfig]) -> str:
     digest = policy_fingerprint(base)
     if digest is None:
         with explained("import of policy 0", weight_settings(runtime.programs)):
-            params = read_checkpoint(source, shardings=runtime.programs.param_shardings(TRAIN))
+            programs = runtime.programs
+            # Rounded once, here, to what is trained: each training then starts from the very policy that it is held to.
+            dtypes = jax.tree.map(lambda leaf: leaf.dtype, programs.trained_params)
+            params = widened(read_checkpoint(source, shardings=programs.param_shardings(TRAIN), dtype=dtypes))
             digest = save_policy(base, params)
             del params
     if adapters is not None:
@@ -201,8 +207,8 @@ def export(
             overwrite=overwrite,
         )
         if note is not None:
-            places = Places(runtime.model_config, runtime.mesh, TRAIN)
-            adapters = load_adapter(run_dir.policy(policy), places, note.adapter)
+            to = Destination(runtime.model_config, runtime.mesh, TRAIN)
+            adapters = load_adapter(run_dir.policy(policy), to, note.adapter)
             export_adapter(runtime, note.adapter, adapters, path)
     barrier(f"export {policy}")
 

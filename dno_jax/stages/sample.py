@@ -6,7 +6,7 @@ import contextlib
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from etils import epath
 
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
+from dno_jax.console import say
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
@@ -22,6 +23,7 @@ from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.reasoning import split_thought
 from dno_jax.records import Prompt, Rollout, Source
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
@@ -31,6 +33,8 @@ from dno_jax.stages import audit
 from dno_jax.stages.cut import CutShares
 from dno_jax.stages.draw import Draws, sample_to_shards
 from dno_jax.stages.teach import taught
+
+_MUCH_LONGER = 1.5  # times the tokens of the iteration before
 
 
 def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[], None] = lambda: None) -> Manifest:
@@ -95,6 +99,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
             dropped=dropped,
             seconds=time.perf_counter() - start,
             details=counted.lengths.figures()
+            | _growth(run_dir, iteration, counted.lengths.figures())
             | counted.cut.figures()
             | drawn
             | ({"truncated_prompts": truncated} if truncated else {})
@@ -102,6 +107,21 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
+
+
+def _growth(run_dir: RunDir, iteration: int, figures: Mapping[str, Any]) -> dict[str, float]:
+    """How much longer the policy's responses are than an iteration ago; a word where that runs away."""
+    before = run_dir.stage("sample", iteration - 1).manifest() if iteration else None
+    if before is None or not before.details.get("mean_tokens") or not figures:
+        return {}
+    growth = figures["mean_tokens"] / before.details["mean_tokens"]
+    if growth > _MUCH_LONGER:
+        say(
+            f"warning: sample {iteration}: responses have {figures['mean_tokens']:.0f} tokens on average, {growth:.2g} "
+            f"times as many as an iteration ago ({before.details['mean_tokens']:.0f}): does the judge like length? "
+            "loss.length_penalty, loss.length_normalised and the report's length figures are for that"
+        )
+    return {"length_growth": round(growth, 4)}
 
 
 def _specs(config: RunConfig, weight: float) -> tuple[SampleSpec, ...]:

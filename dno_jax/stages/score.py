@@ -20,7 +20,7 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scheme import Update, update_of
-from dno_jax.runtime.scoring import batches_by_length, frozen_logprobs
+from dno_jax.runtime.scoring import frozen_logprobs, scoring_batches
 from dno_jax.stage_dir import Manifest, StageDir
 from dno_jax.stages import audit
 from dno_jax.training.checkpoint import policy_fingerprint
@@ -138,7 +138,8 @@ def _score(
         return
     size = runtime.config.training.micro_batch_size or runtime.config.training.batch_size
     # A batch is a shard, so that a restart scores the very same batches.
-    batches = [left[batch] for batch in batches_by_length(pairs.lengths[left], size=size)]
+    batches = [left[batch] for batch in scoring_batches(runtime, pairs.lengths[left], size=size)]
+    prefix += "packed-" if runtime.programs.packing.packed else ""
     scored = pairs.placed(out.read(ReferenceScore))[1] if is_primary() else np.zeros(len(pairs), bool)
     missing = np.asarray([not scored[batch].all() for batch in batches])
     pending = np.flatnonzero(broadcast_from_primary(missing)).tolist()
@@ -146,9 +147,9 @@ def _score(
         return
     done = left.size - sum(batches[b].size for b in pending)
     rows = PairRows(pairs)
-    batched = ([rows[i] for i in batches[b]] for b in pending)
+    found = frozen_logprobs(runtime, policy, rows, batches, size=size, wanted=pending)
     with Meter(description, total=left.size, unit="pairs", done=done, enabled=is_primary()) as meter:
-        for index, logprobs in zip(pending, frozen_logprobs(runtime, policy, batched, size=size), strict=True):
+        for index, logprobs in zip(pending, found, strict=True):
             batch = batches[index]
             mine = {row: value for row, value in owned_rows(logprobs).items() if row < batch.size}
             if mine:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from dno_jax import stopping
 from dno_jax.addresses import Purpose
 from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
@@ -99,6 +100,7 @@ def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples)
     return now
 
 
+@stopping.finishing()
 def _fine_tune(
     runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any, *, start: float, frozen: Any, base: str | None
 ) -> epath.Path:
@@ -225,13 +227,15 @@ def _shortened(runtime: Runtime[SftConfig], example: Example, longest: int, *, p
 
 
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> tuple[Any, Any]:
-    """What is trained, and the weights that stand beside it, or None."""
+    """What is trained, in the dtypes that it is trained in, and the weights that stand beside it, or None."""
     shardings, adapter = runtime.programs.param_shardings(TRAIN), runtime.programs.adapter
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.programs.trained_params)
     if config.model.init_config is not None:
         key = draw_key(Purpose.INITIAL_WEIGHTS, config.seed)
-        return jax.jit(init_params, static_argnums=0, out_shardings=shardings)(runtime.model_config, key), None
+        fresh = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(runtime.model_config, key)
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), fresh, dtypes), None
     if adapter is None or config.adapter is None:
-        return read_checkpoint(config.model.path, shardings=shardings), None
+        return read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes), None
     if config.adapter.path is not None:
         adapters = read_adapter(runtime, config.adapter.path)
     else:

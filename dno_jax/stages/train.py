@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
+from dno_jax import stopping
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
-from dno_jax.parallel.cluster import barrier, is_primary, wait_until
-from dno_jax.parallel.sharding import row_sharding, to_device
+from dno_jax.parallel.cluster import CommonStop, barrier, broadcast_from_primary, is_primary, wait_until
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
-from dno_jax.stages.score import INITIAL, reference_identity
+from dno_jax.stages.score import INITIAL, reference_identity, samples_of
 from dno_jax.training.adapted import base_of
-from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
+from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps, text_lengths
+from dno_jax.training.carried import load_moments, save_moments
 from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states
-from dno_jax.training.metrics import MetricsWriter, NotFinite
+from dno_jax.training.flops import peak_flops, train_flops, work_of
+from dno_jax.training.metrics import Course, MetricsWriter, NotFinite, skipped_before
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import learning_rate_schedule
+from dno_jax.training.optimizers import learning_rate_schedule
+from dno_jax.training.rounding import widened
 from dno_jax.training.state import init_state, state_shardings
 from dno_jax.training.step import StepConfig, train_step
+from dno_jax.training.trace import Trace
 
 
+@stopping.finishing()
 def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
     """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the resulting policy.
 
@@ -62,19 +70,29 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     pairs = PairTable.load(run_dir.stage("pair", iteration))
     previous = pairs.logprobs(scored.read(ReferenceScore))
     initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
-    rows = PairRows(pairs, previous, initial)
+    sampled = samples_of(run_dir, update.previous)
+    rows = PairRows(pairs, previous, initial, sampled_from=None if sampled is None else sampled.iteration)
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
     with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
-        trained, frozen = runtime.load_trained(update.previous)
-        base = None if frozen is None else base_of(update.previous)[1]
+        trained, frozen = runtime.load_trained(update.previous, exact=True)
         result = train(
             runtime,
             trained,
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
-            Training(stage_name, iteration, stage.path / "states", config.max_length, scored=scored, base=base),
+            Training(
+                stage_name,
+                iteration,
+                stage.path / "states",
+                max_length=config.max_length,
+                scored=scored,
+                carried=update.previous if config.optimizer.carry else None,
+                base=None if frozen is None else base_of(update.previous)[1],
+            ),
             frozen=frozen,
         )
+        if config.optimizer.carry:
+            save_moments(update.result, result.opt_state)
         digest = runtime.save_trained(update.result, result.params, previous=update.previous)
     barrier(f"trained {stage.path}")
     if is_primary():
@@ -104,6 +122,7 @@ class Training:
         states_path: where its states lie until it is done.
         max_length: tokens of the longest sequence.
         scored: whose reference step 0 must show to be of its own policy; None where there is no reference.
+        carried: the policy whose optimiser state it starts from; None starts a new one.
         base: fingerprint of the weights that stand; None where all are trained.
     """
 
@@ -112,12 +131,14 @@ class Training:
     states_path: Any
     max_length: int
     scored: StageDir | None = None
+    carried: epath.Path | None = None
     base: str | None = None
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    params: Any
+    params: Any  # float32
+    opt_state: Any
     num_steps: int
     metrics: dict[str, float]  # of the last step
 
@@ -134,7 +155,8 @@ def train(
     """Run every optimiser step over the rows, resuming from the last saved state.
 
     Args:
-        params: where to start, in the TRAIN layout; donated. Of adapters where there are frozen ones.
+        params: where to start, in the TRAIN layout and the dtypes that are trained; donated. Of adapters where there
+            are frozen ones.
         frozen: parameters that stand, or None.
     """
     config = runtime.config
@@ -142,42 +164,62 @@ def train(
     steps = num_steps(len(rows), batch_size=section.batch_size, num_epochs=section.num_epochs)
     stage, iteration = training.stage, training.iteration
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
+    rounding = key_data(Purpose.ROUNDING, config.seed, iteration, stage)
     shardings = state_shardings(step.optimizer, runtime.programs.trained_shardings, params)
+    step = replace(step, places=tuple(jax.tree.leaves(shardings)))
     state = init_state(params, step.optimizer, shardings)
-    checkpoints = StateCheckpoints(training.states_path, save_every=section.save_every, base=training.base)
+    checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states, base=training.base)
+    stop = CommonStop(f"{stage}/{iteration}")
     restored = checkpoints.restore(state, shardings)
+    if restored is None and training.carried is not None:
+        state = state.replace(opt_state=load_moments(training.carried, state.opt_state, shardings.opt_state))
     state = state if restored is None else restored
     first = int(state.step)
-    order = batch_order(
-        len(rows),
-        batch_size=section.batch_size,
-        num_epochs=section.num_epochs,
-        seed=config.seed,
-        iteration=iteration,
-        start=first,
+    lengths = text_lengths(rows)
+    order = list(
+        batch_order(
+            len(rows),
+            batch_size=section.batch_size,
+            num_epochs=section.num_epochs,
+            seed=config.seed,
+            iteration=iteration,
+            lengths=(lengths.prompt + lengths.response).max(axis=1) if section.group_by_length else None,
+        )
     )
-    writer = MetricsWriter(
-        runtime.run_dir,
-        iteration=iteration,
-        stage=stage,
-        tensorboard=config.report.tensorboard,
-        enabled=is_primary(),
-        first_step=first,
-    )
+    plan = runtime.programs.plan_batches(lengths, order)  # of all steps, wherever this call begins
+    course = Course(iteration, stage, first_step=first, max_skipped=section.skip_nonfinite, peak=_peak_flops(runtime))
+    if section.skip_nonfinite:
+        counted = skipped_before(runtime.run_dir, course) if is_primary() else 0
+        course = replace(course, skipped=int(broadcast_from_primary(np.asarray(counted))))
+    writer = MetricsWriter(runtime.run_dir, course, tensorboard=config.report.tensorboard, enabled=is_primary())
+    share_prompt = runtime.programs.packing.packed and runtime.programs.packing.share_prompt
+    trace = Trace(section.profile, runtime.run_dir.path / "profile" / f"{stage}_{iteration:03d}")
     try:
         with Meter(f"{stage:<9} {iteration}", total=steps, unit="steps", done=first, enabled=is_primary()) as meter:
-            for index, indices in enumerate(order, start=first):
+            if stop.is_due(first):
+                raise KeyboardInterrupt
+            for index, indices in enumerate(order[first:], start=first):
+                trace.step(index)
                 chosen = [rows[i] for i in indices]
-                batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length)
-                placed = to_device(batch, jax.tree.map(lambda x: row_sharding(runtime.mesh, ndim=x.ndim), batch))
+                batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length, plan=plan)
+                placed = batch.place(runtime.mesh)
                 learning_rate = float(np.asarray(rate(index)))
-                state, metrics = train_step(state, placed, jax.numpy.float32(learning_rate), config=step, frozen=frozen)
-                tokens = sum(
-                    len(p) + len(r) for row in chosen for p, r in zip(row.prompt_ids, row.response_ids, strict=True)
+                rate_now = jax.numpy.float32(learning_rate)
+                state, metrics = train_step(state, placed, rate_now, config=step, frozen=frozen, rounding=rounding)
+                tokens = sum(row.num_tokens for row in chosen)
+                work = work_of(runtime.model_config, lengths.take(indices), share_prompt=share_prompt)
+                writer.write(
+                    index,
+                    metrics,
+                    names=[row.name for row in chosen],
+                    learning_rate=learning_rate,
+                    tokens=float(tokens),
+                    flops=train_flops(runtime.model_config, work, adapter_params=runtime.programs.adapter_params),
+                    padding=float(np.mean(batch.places.position < 0)),
+                    responses=float(lengths.response[indices].size),
                 )
-                names = [row.name for row in chosen]
-                writer.write(index, metrics, names=names, learning_rate=learning_rate, tokens=float(tokens))
-                saved = index + 1 < steps and checkpoints.is_due(index + 1)
+                stops = index + 1 < steps and stop.is_due(index + 1)
+                saved = stops or (index + 1 < steps and (index + 1) % section.save_every == 0)
                 if saved or index == 0 or index + 1 == steps:  # what is kept is looked at before
                     writer.flush()
                 if training.scored is not None and index == 0:
@@ -185,14 +227,23 @@ def train(
                 if saved:
                     checkpoints.save(state, step=index + 1)
                 meter.advance(1, note=f"loss {writer.last['loss']:.4f}" if writer.last else "")
+                if stops:
+                    raise KeyboardInterrupt
     except NotFinite as error:
         raise DnoError(_not_finite(error, training, checkpoints.last_step, config)) from None
     finally:
-        # Also after an error: what is still being written, states and metrics, is worth keeping.
-        checkpoints.close()
-        writer.close()
+        with ExitStack() as ends:  # also after an error: states and metrics that are being written are worth keeping
+            for end in (trace.close, writer.close, checkpoints.close):
+                ends.callback(end)
     last = {name: round(value, 6) for name, value in writer.last.items()}
-    return TrainResult(params=state.params, num_steps=steps, metrics=last)
+    return TrainResult(widened(state.params), state.opt_state, num_steps=steps, metrics=last)
+
+
+def _peak_flops(runtime: Runtime[ConfigT]) -> float | None:
+    """FLOP/s of all devices of the run at their best, where it is known."""
+    devices = runtime.mesh.devices
+    peak = peak_flops(devices.flat[0].device_kind)
+    return None if peak is None else peak * devices.size
 
 
 def _not_finite(error: NotFinite, training: Training, saved: int | None, config: RunConfig | SftConfig) -> str:
@@ -208,6 +259,7 @@ def _not_finite(error: NotFinite, training: Training, saved: int | None, config:
         f"{training.stage} of iteration {training.iteration}, step {error.step}: the loss is {error.loss:g} and the "
         f"gradient's norm {error.grad_norm:g}; training stops, and nothing of this step is kept ("
         + ("no state was saved before" if saved is None else f"the last saved state is that after step {saved}")
+        + (f"; {error.skipped} steps were skipped before, as training.skip_nonfinite allows" if error.skipped else "")
         + ").\n"
         f"The batch's rows: {names}.\n"
         "The same command takes the same step again. A smaller learning rate is what mostly helps "

@@ -19,19 +19,13 @@ from dno_jax.model.adapters import AdapterConfig, merging
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import abstract_adapters, init_adapters
 from dno_jax.parallel.sharding import AnyMesh, Layout
-from dno_jax.training.checkpoint import (
-    ADAPTER,
-    adapter_note,
-    load_policy,
-    policy_fingerprint,
-    policy_remedy,
-    save_policy,
-)
+from dno_jax.training.checkpoint import load_policy, policy_fingerprint, policy_remedy, save_policy
+from dno_jax.training.notes import ADAPTER, adapter_note
 from dno_jax.training.state import adapter_shardings, param_shardings
 
 
 @dataclass(frozen=True)
-class Places:
+class Destination:
     """Whose arrays, and where they go."""
 
     config: ModelConfig
@@ -116,7 +110,7 @@ def save_adapter(path: epath.Path, adapters: Any, adapter: AdapterConfig, *, bes
     return save_policy(path, adapters, adapter=json.dumps(asdict(note), indent=2) + "\n")
 
 
-def load_merged(path: epath.Path, places: Places, *, shapes: Any) -> Any:
+def load_merged(path: epath.Path, to: Destination, *, shapes: Any) -> Any:
     """Read a policy that is an adapter merged into the weights that it stands beside.
 
     W + alpha / rank * A B is computed in float32, where the weights go, one array at a time, each cast at once.
@@ -127,18 +121,18 @@ def load_merged(path: epath.Path, places: Places, *, shapes: Any) -> Any:
     note, (base, _) = adapter_of(path), base_of(path)
     assert note is not None
     adapter = note.adapter
-    adapters = load_adapter(path, places, adapter)
+    adapters = load_adapter(path, to, adapter)
     change = merging(adapters, adapter)
     return load_policy(
         base,
         shapes=shapes,
-        shardings=places.params,
+        shardings=to.params,
         change=lambda place, leaf: change([key.key for key in place], leaf),
     )
 
 
 def load_apart(
-    path: epath.Path, places: Places, adapter: AdapterConfig, *, key: jax.Array, shapes: Any
+    path: epath.Path, to: Destination, adapter: AdapterConfig, *, key: jax.Array, shapes: Any
 ) -> tuple[Any, Any]:
     """Read a policy as training and scoring have it: its adapter, and the weights that it stands beside.
 
@@ -154,14 +148,14 @@ def load_apart(
     if note is not None and note.adapter != adapter:
         raise DnoError(f"{path}: holds {note.adapter}, the configuration has {adapter}; {policy_remedy(path)}")
     if note is None:
-        place = places.adapters(adapter)
-        adapters = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=place)(places.config, adapter, key)
+        place = to.adapters(adapter)
+        adapters = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=place)(to.config, adapter, key)
     else:
-        adapters = load_adapter(path, places, adapter)
-    return adapters, load_policy(base, shapes=shapes, shardings=places.params)
+        adapters = load_adapter(path, to, adapter)
+    return adapters, load_policy(base, shapes=shapes, shardings=to.params)
 
 
-def load_adapter(path: epath.Path, places: Places, adapter: AdapterConfig) -> Any:
+def load_adapter(path: epath.Path, to: Destination, adapter: AdapterConfig) -> Any:
     """Read the adapter of a policy alone, float32."""
-    shapes = abstract_adapters(places.config, adapter)
-    return load_policy(path, shapes=shapes, shardings=places.adapters(adapter))
+    shapes = abstract_adapters(to.config, adapter)
+    return load_policy(path, shapes=shapes, shardings=to.adapters(adapter))

@@ -22,12 +22,12 @@ from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, gather_from_processes, is_primary
+from dno_jax.training.notes import ADAPTER, adapter_note, identity
 from dno_jax.training.state import TrainState
 
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
-_FINGERPRINT, _PARAMS = "FINGERPRINT", "params"
-ADAPTER = "ADAPTER.json"  # of a policy that is an adapter: its shape, and the policy beside whose weights it stands
+_FINGERPRINT, _PARAMS, _PRUNED = "FINGERPRINT", "params", "PRUNED"
 _BASE = "BASE"  # beside the fingerprint of a train state
 _WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
@@ -40,7 +40,7 @@ def save_policy(path: epath.Path, params: Any, *, adapter: str | None = None) ->
     Args:
         adapter: what ADAPTER.json is to hold, where `params` are an adapter; it is a part of the policy's identity.
     """
-    digest = _named(fingerprint(params), adapter)
+    digest = identity(fingerprint(params), adapter)
     if is_primary():
         (path / _FINGERPRINT).unlink(missing_ok=True)  # it would mark half-written weights as whole
         if adapter is None:
@@ -48,14 +48,29 @@ def save_policy(path: epath.Path, params: Any, *, adapter: str | None = None) ->
         else:
             write_atomically(path / ADAPTER, adapter)
     barrier(f"policy {path} open")
+    _hush_unfinished()
     checkpointer = ocp.StandardCheckpointer()
     checkpointer.save(path / _PARAMS, params, force=True)
     checkpointer.wait_until_finished()
     checkpointer.close()
     if is_primary():
+        (path / _PRUNED).unlink(missing_ok=True)
         write_atomically(path / _FINGERPRINT, digest + "\n")
     barrier(f"policy {path}")
     return digest
+
+
+def prune_policy(path: epath.Path) -> None:
+    """Remove a policy's weights. Its fingerprint stays: it names what other stages were made from."""
+    write_atomically(path / _PRUNED, "its weights were removed, as training.keep_policies says\n")
+    for folder in path.iterdir():
+        if folder.is_dir():
+            folder.rmtree()
+
+
+def is_pruned(path: epath.Path) -> bool:
+    """Whether a policy's weights were removed on purpose."""
+    return (path / _PRUNED).exists()
 
 
 def policy_fingerprint(path: epath.Path) -> str | None:
@@ -73,19 +88,13 @@ def policy_fingerprint(path: epath.Path) -> str | None:
     return text.decode()
 
 
-def _named(digest: str, adapter: str | None) -> str:
-    """The fingerprint of a policy from that of its arrays and, where these are an adapter, its note."""
-    return digest if adapter is None else hashlib.sha256(f"{adapter}{digest}".encode()).hexdigest()
-
-
-def adapter_note(path: epath.Path) -> str | None:
-    """What ADAPTER.json of a policy holds; None where the policy has weights of its own."""
-    note = path / ADAPTER
-    return note.read_text() if note.exists() else None
-
-
 def load_policy(
-    path: epath.Path, *, shapes: Any, shardings: Any, change: Callable[[Any, jax.Array], jax.Array] | None = None
+    path: epath.Path,
+    *,
+    shapes: Any,
+    shardings: Any,
+    exact: bool = False,
+    change: Callable[[Any, jax.Array], jax.Array] | None = None,
 ) -> Any:
     """Read a policy straight into sharded arrays, and hold it to its fingerprint; each process reads what it holds.
 
@@ -95,30 +104,47 @@ def load_policy(
     Args:
         shapes: tree of ShapeDtypeStructs (model.params.abstract_params).
         shardings: the same tree of shardings, of any mesh.
-        change: called with the path and the array of each leaf, float32, after it was read and before it is cast;
-            what it returns takes the array's place.
+        exact: whether it must be the very policy in the dtypes that are wanted.
+        change: called with path and array of each leaf, float32, before it is cast; gives what takes its place.
 
     Raises:
-        DnoError: there is no whole policy at `path`, or it is not the one that was written.
+        DnoError: there is no whole policy at `path`, it is not the one that was written, or it would be rounded and
+            may not be.
     """
     noted = policy_fingerprint(path)
     if noted is None:
         raise DnoError(
             f"{path}: no whole policy there (it has no {_FINGERPRINT} file); run the stage that writes it first"
         )
+    if is_pruned(path):
+        raise DnoError(
+            f"{path}: this policy's weights were removed, as training.keep_policies said; to have it again, "
+            f"{policy_remedy(path)}"
+        )
     wanted = dict(jax.tree.leaves_with_path(shapes))
     places = dict(zip(wanted, jax.tree.leaves(shardings), strict=True))
     written = {name: jax.ShapeDtypeStruct(leaf.shape, _WRITTEN, sharding=places[name]) for name, leaf in wanted.items()}
-    change = change or (lambda place, array: array)
     as_written = all(leaf.dtype == _WRITTEN for leaf in wanted.values())
     sums: dict[Any, np.ndarray] = {}
     found: dict[Any, jax.Array] = {}
+    rounded: dict[Any, Any] = {}
     for group in [list(wanted)] if as_written else [[name] for name in wanted]:
-        read = _undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
+        read = undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
-        found |= {name: change(name, read.pop(name)).astype(wanted[name].dtype) for name in group}
+        for name in group:
+            array = read.pop(name) if change is None else change(name, read.pop(name))
+            found[name] = array.astype(wanted[name].dtype)
+            if exact and not as_written:
+                rounded[name] = jnp.any(found[name].astype(_WRITTEN) != array)
     digest = _digest(_in_tree(list(written.items())), list(sums.values()))
-    check_fingerprint(path, noted, _named(digest, adapter_note(path)))
+    check_fingerprint(path, noted, identity(digest, adapter_note(path)))
+    if lost := [name for name, is_rounded in rounded.items() if bool(is_rounded)]:
+        raise DnoError(
+            f"{path}: {len(lost)} of its arrays hold numbers that training.param_dtype={wanted[lost[0]].dtype} cannot "
+            f"show ({jax.tree_util.keystr(lost[0])} is one), so that training would start from another policy. A run "
+            "that has this dtype from its beginning rounds policy 0 once, at its import: give another run_dir, or set "
+            "training.param_dtype=float32"
+        )
     return jax.tree.unflatten(jax.tree.structure(shapes), [found[name] for name in wanted])
 
 
@@ -142,7 +168,7 @@ def policy_remedy(path: epath.Path) -> str:
     return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
 
 
-def _undamaged(path: epath.Path, read: Callable[[], T]) -> T:
+def undamaged(path: epath.Path, read: Callable[[], T]) -> T:
     """Read a policy's files; what they are refused with is a DnoError."""
     found, damage = _tried(read)
     if damage is not None:
@@ -166,12 +192,12 @@ def _tried(read: Callable[[], T]) -> tuple[T | None, str | None]:
             raise
         first = str(inmost).strip().split("\n")[0]
         damage = f"cannot be read ({type(inmost).__name__}: {first[:200]})"
-    _hush_unfinished_reads()
+    _hush_unfinished()
     return None, damage
 
 
-def _hush_unfinished_reads() -> None:
-    """Where one read fails Orbax leaves the others hanging; each complains at length whenever it ends."""
+def _hush_unfinished() -> None:
+    """Where one read or write fails Orbax leaves the others hanging; each complains at length whenever it ends."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
@@ -198,7 +224,7 @@ def stored_fingerprint(path: epath.Path) -> str:
     Raises:
         DnoError: they cannot be read.
     """
-    return _named(_undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree)), adapter_note(path))
+    return identity(undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree)), adapter_note(path))
 
 
 def damaged_states(path: epath.Path) -> dict[int, str]:
@@ -246,10 +272,11 @@ class StateCheckpoints:
         base: fingerprint of the weights that stand, where states are of adapters beside them.
     """
 
-    def __init__(self, path: epath.Path, *, save_every: int, base: str | None = None):
-        options = ocp.CheckpointManagerOptions(save_interval_steps=save_every, max_to_keep=2, create=True)
+    def __init__(self, path: epath.Path, *, keep: int = 2, base: str | None = None):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.path = path
         self._base = base
+        _hush_unfinished()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     @property
@@ -257,15 +284,11 @@ class StateCheckpoints:
         """The step after which the newest saved state is; None where there is none."""
         return self._manager.latest_step()
 
-    def is_due(self, step: int) -> bool:
-        """Whether the state after so many steps is to be saved: `save_every` divides them."""
-        return self._manager.should_save(step)
-
     def save(self, state: TrainState, *, step: int) -> None:
-        """Start writing the state after `step` optimiser steps, if it is due."""
-        if self.is_due(step):
-            noted = {_FINGERPRINT: _state_digest(state), _BASE: self._base}
-            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted)
+        """Start writing the state after `step` optimiser steps."""
+        noted = {_FINGERPRINT: _state_digest(state), _BASE: self._base}
+        # Forced: Orbax by itself would leave out, and write, others than those that are asked for.
+        self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted, force=True)
 
     def restore(self, like: TrainState, shardings: TrainState) -> TrainState | None:
         """Return the last whole state, or None where there is none.

@@ -11,21 +11,45 @@ from typing import Any
 
 import jax
 
+from dno_jax.console import say
 from dno_jax.run_dir import RunDir
+from dno_jax.training.board import Board
+from dno_jax.training.health import Health
 
 
 @dataclass(eq=False)
 class NotFinite(Exception):
-    """A step whose loss or gradient is NaN or infinite.
+    """A step whose loss or gradient is NaN or infinite, where no more of them may be skipped.
 
     Attributes:
         names: of the batch's rows.
+        skipped: steps of the training that were skipped before.
     """
 
     step: int
     loss: float
     grad_norm: float
     names: Sequence[str]
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class Course:
+    """Which training figures are of, and what its steps may be.
+
+    Attributes:
+        first_step: that this call takes.
+        skipped: steps without a finite loss that earlier calls skipped.
+        max_skipped: how many there may be.
+        peak: FLOP/s of all devices at their best; None where it is not known.
+    """
+
+    iteration: int
+    stage: str
+    first_step: int = 0
+    skipped: int = 0
+    max_skipped: int = 0
+    peak: float | None = None
 
 
 class MetricsWriter:
@@ -35,29 +59,28 @@ class MetricsWriter:
         NotFinite: from `write` and `flush`, when the metrics of the step before, or of this one, have been written.
     """
 
-    def __init__(
-        self, run_dir: RunDir, *, iteration: int, stage: str, tensorboard: bool, enabled: bool, first_step: int
-    ):
+    def __init__(self, run_dir: RunDir, course: Course, *, tensorboard: bool, enabled: bool):
         self._run_dir = run_dir
-        self._place = {"iteration": iteration, "stage": stage}
+        self._course = course
+        self._skipped = course.skipped
         self._enabled = enabled
         self._pending: tuple[int, dict[str, Any], Sequence[str], dict[str, float]] | None = None
         self._clock = time.perf_counter()
-        self._board = None
+        self._board: Board | None = None
+        self._health = Health(f"{course.stage} {course.iteration}", say if enabled else _nobody)
         self.last: dict[str, float] = {}
         if enabled:
-            run_dir.forget_metrics(iteration=iteration, stage=stage, from_step=first_step)
+            run_dir.forget_metrics(iteration=course.iteration, stage=course.stage, from_step=course.first_step)
         if enabled and tensorboard:
-            from tensorboardX import SummaryWriter
-
-            folder = run_dir.tensorboard_path / f"{stage}_{iteration:03d}"
-            self._board = SummaryWriter(str(folder), purge_step=first_step)
+            folder = run_dir.tensorboard_path / f"{course.stage}_{course.iteration:03d}"
+            self._board = Board(folder, first_step=course.first_step)
 
     def write(self, step: int, metrics: dict[str, Any], *, names: Sequence[str], **host: float) -> None:
-        """Queue one step's device metrics and host figures (`tokens` becomes tokens_per_second).
+        """Queue one step's device metrics and host figures.
 
         Args:
             names: of the batch's rows, to be told where the step has no finite loss or gradient.
+            host: `tokens` becomes tokens_per_second, `flops` tflops_per_second and, where the peak is known, mfu.
         """
         self.flush()
         self._pending = (step, metrics, names, host)
@@ -69,21 +92,51 @@ class MetricsWriter:
         self._pending = None
         row = {name: float(value) for name, value in jax.device_get(metrics).items()} | host
         now = time.perf_counter()
+        row["step_seconds"] = seconds = max(now - self._clock, 1e-9)
         if "tokens" in row:
-            row["tokens_per_second"] = row.pop("tokens") / max(now - self._clock, 1e-9)
+            row["tokens_per_second"] = row.pop("tokens") / seconds
+        if "flops" in row:
+            flops = row.pop("flops") / seconds
+            row["tflops_per_second"] = flops / 1e12
+            if self._course.peak is not None:
+                row["mfu"] = flops / self._course.peak
         self._clock = now
-        self.last = row
+        row = self._health.look(step, row)
+        finite = math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+        if finite or not self.last:
+            self.last = row
         if self._enabled:
-            rounded = {name: float(f"{value:.7g}") for name, value in row.items()}
-            self._run_dir.append_metrics({**self._place, "step": step, **rounded})
+            place = {"iteration": self._course.iteration, "stage": self._course.stage, "step": step}
+            self._run_dir.append_metrics(place | {name: float(f"{value:.7g}") for name, value in row.items()})
             if self._board is not None:
-                for name, value in row.items():
-                    self._board.add_scalar(f"{self._place['stage']}/{name}", value, step)
-        if not math.isfinite(row["loss"]) or not math.isfinite(row["grad_norm"]):
-            raise NotFinite(step, row["loss"], row["grad_norm"], names)
+                self._board.write(step, {f"{self._course.stage}/{name}": value for name, value in row.items()})
+        if not finite:
+            if self._skipped >= self._course.max_skipped:
+                raise NotFinite(step, row["loss"], row["grad_norm"], names, self._skipped)
+            self._skipped += 1
+            if self._enabled:
+                say(
+                    f"warning: {self._course.stage} {self._course.iteration}, step {step}: the loss is {row['loss']:g} "
+                    f"and the gradient's norm {row['grad_norm']:g}; the step is skipped, which may happen to "
+                    f"{self._course.max_skipped - self._skipped} more (training.skip_nonfinite). Its rows: "
+                    f"{', '.join(names[:16])}"
+                )
 
     def close(self) -> None:
         with suppress(NotFinite):  # training has stopped: what it stopped for is to be told
             self.flush()
         if self._board is not None:
             self._board.close()
+
+
+def skipped_before(run_dir: RunDir, course: Course) -> int:
+    """Count the steps that earlier calls of a training skipped and that are not taken again, by metrics.jsonl."""
+    return sum(
+        row.get("skipped") == 1.0 and row.get("step", 0) < course.first_step
+        for row in run_dir.read_metrics()
+        if (row.get("iteration"), row.get("stage")) == (course.iteration, course.stage)
+    )
+
+
+def _nobody(text: str) -> None:
+    del text

@@ -83,6 +83,8 @@ def _value(function: Callable[..., Array], terms: Terms) -> Array:
 
 
 _PREVIOUS = ReferenceSection()
+# Of the policy's own samples: how many a pair has, and the sum of (log pi/pi_t)^2 (health.py makes an estimate of it).
+OWN, OWN_SQUARES = "own_samples", "own_squared_shift"
 
 
 @lru_cache  # one function per configuration: it is part of the compiled step's identity
@@ -102,6 +104,9 @@ def preference_loss(section: LossSection, reference: ReferenceSection = _PREVIOU
                 value, chosen_logprob=logprob[:, 0], num_tokens=num_tokens[:, 0], weight=section.nll_weight
             )
         reward = losses.implicit_reward(logprob=terms.policy, reference_logprob=terms.reference, beta=section.beta)
+        shift = logprob - batch.previous_logprob
+        own = jnp.ones_like(shift) if batch.own is None else batch.own
+        same = (logprob[:, 0] == logprob[:, 1]) & (batch.previous_logprob[:, 0] == batch.previous_logprob[:, 1])
         return value, {
             "accuracy": (reward[:, 0] > reward[:, 1]).astype(jnp.float32),
             "margin": reward[:, 0] - reward[:, 1],
@@ -109,6 +114,10 @@ def preference_loss(section: LossSection, reference: ReferenceSection = _PREVIOU
             "rejected_reward": reward[:, 1],
             "chosen_logprob": logprob[:, 0],
             "rejected_logprob": logprob[:, 1],
+            "chosen_shift": shift[:, 0] / jnp.maximum(num_tokens[:, 0], 1),
+            "tied": (same | (batch.target == 0.5)).astype(jnp.float32),
+            OWN: jnp.sum(own, axis=1),
+            OWN_SQUARES: jnp.sum(own * shift**2, axis=1),
         }
 
     return loss

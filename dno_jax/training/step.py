@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,48 +10,47 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, UInt32
 
-from dno_jax.logprobs import sequence_logprobs
-from dno_jax.model.block import LOAD
+from dno_jax.model.block import LOAD, Constrain, identity
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
+from dno_jax.training.rounding import stored, widened
+from dno_jax.training.skipping import keep_if_finite
 from dno_jax.training.state import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
 
 
 def response_logprobs(
-    hidden: Float[Array, "B T D"],
+    hidden: Float[Array, "R T D"],
     params: Any,
+    part: PairBatch,
     *,
     config: ModelConfig,
-    token: Int[ArrayLike, "B T"],
-    response_mask: Bool[ArrayLike, "B T"],
-    response_length: int,
     chunk: int,
-) -> Float[Array, " B"]:
-    """Return log pi(y|x) of each row, nats: the sum over response tokens. Policy and reference both come from here.
+    constrain: Constrain = identity,
+) -> Float[Array, "P C"]:
+    """Return log pi(y|x) of each text, nats: the sum over response tokens. Policy and reference both come from here.
 
     Args:
         hidden: after the final norm.
         params: of the decoder, for its output head.
-        response_mask: true on response tokens, contiguous in a row; a row without any gives 0.
-        response_length: static upper bound of a row's response tokens; the head runs on so many positions per row only.
-        chunk: tokens per slice of the output head.
+        part: one micro-batch; a text without response tokens gives 0.
+        chunk: tokens per slice of the output head, on each device.
+        constrain: the decoder's, which says where rows and head lie.
     """
-    token, response_mask = jnp.asarray(token), jnp.asarray(response_mask)
-    # The hidden state at s - 1 predicts the token at s.
-    source = jnp.argmax(response_mask, axis=1)[:, None] - 1 + jnp.arange(response_length)[None]
-    inside = (source >= 0) & (source < token.shape[1] - 1)
-    source = jnp.clip(source, 0, token.shape[1] - 2)
-    window = jnp.take_along_axis(hidden, source[..., None], axis=1)
-    target = jnp.take_along_axis(token, source + 1, axis=1)
-    logprob = head_logprobs(config, params, window, target, chunk=chunk)
-    return sequence_logprobs(logprob, inside & jnp.take_along_axis(response_mask, source + 1, axis=1))
+    count, width = part.weight.shape[0], part.num_tokens.shape[1]
+    window = jnp.take_along_axis(hidden, jnp.asarray(part.source)[..., None], axis=1)
+    text = jnp.asarray(part.text)
+    token = jnp.asarray(part.response_token)
+    logprob = head_logprobs(config, params, window, token, chunk=chunk, valid=text >= 0, constrain=constrain)
+    # Masked sums: a scatter would fail where rows are split over devices.
+    own = text[None] == jnp.arange(count * width, dtype=text.dtype)[:, None, None]
+    return jnp.sum(jnp.where(own, logprob[None], 0.0), axis=(1, 2)).reshape(count, width)
 
 
 def variables_of(trained: Any, frozen: Any = None) -> dict[str, Any]:
@@ -66,32 +64,22 @@ def variables_of(trained: Any, frozen: Any = None) -> dict[str, Any]:
 
 
 def batch_logprobs(
-    model: Decoder, params: Any, batch: PairBatch, *, chunk: int, frozen: Any = None
+    model: Decoder, params: Any, part: PairBatch, *, chunk: int, frozen: Any = None
 ) -> Float[Array, "P C"]:
-    """Return log pi(y|x) of every sequence of a batch."""
-    return _logprobs_and_load(model, variables_of(params, frozen), batch, chunk=chunk)[0]
+    """Return log pi(y|x) of every text of a micro-batch."""
+    return _logprobs_and_load(model, variables_of(params, frozen), part, chunk=chunk)[0]
 
 
 def _logprobs_and_load(
-    model: Decoder, variables: dict[str, Any], batch: PairBatch, *, chunk: int
+    model: Decoder, variables: dict[str, Any], part: PairBatch, *, chunk: int
 ) -> tuple[Float[Array, "P C"], ExpertLoad | None]:
-    """Return log pi(y|x) of every sequence, and the load of every layer's experts; None where there are none."""
-    rows, count, length = batch.token.shape
-    token = jnp.reshape(jnp.asarray(batch.token), (rows * count, length))
-    position = jnp.reshape(jnp.asarray(batch.position), token.shape)
+    """Return log pi(y|x) of every text, and the load of every layer's experts; None where there are none."""
     left: Any
-    (hidden, _), left = model.apply(variables, token, position, mutable=["intermediates"])
+    places = jax.tree.map(jnp.asarray, part.places)
+    (hidden, _), left = model.apply(variables, jnp.asarray(part.token), places, mutable=["intermediates"])
     load = left["intermediates"]["layers"][LOAD][0] if model.config.num_experts else None
-    logprob = response_logprobs(
-        hidden,
-        variables["params"],
-        config=model.config,
-        token=token,
-        response_mask=jnp.reshape(batch.response_mask, token.shape),
-        response_length=batch.response_length,
-        chunk=chunk,
-    )
-    return jnp.reshape(logprob, (rows, count)), load
+    own: Any = {"config": model.config, "constrain": model.constrain}
+    return response_logprobs(hidden, variables["params"], part, chunk=chunk, **own), load
 
 
 @dataclass(frozen=True)
@@ -102,23 +90,32 @@ class StepConfig:
         model: with its mesh, layout and kernels.
         optimizer: made with a learning rate of 1, which the step multiplies its updates by.
         row_loss: the loss of each row, unreduced.
-        chunk: tokens per slice of the output head.
-        micro_batches: forward passes per step; they divide the batch's rows.
+        chunk: tokens per slice of the output head, on each device.
+        places: shardings of the next state's arrays, in their order, so that it lies as the state before and is no
+            argument to compile for again; None leaves them to the compiler.
         load_balance_weight: of the load-balance loss of a mixture of experts, which is added to what is minimised and
             not to `loss`. It is no sum over tokens: with micro-batches, the mean of theirs by tokens is minimised.
+        skips: whether a step without a finite loss and gradient leaves parameters and moments as they are.
     """
 
     model: Decoder
     optimizer: optax.GradientTransformation
     row_loss: RowLoss
     chunk: int
-    micro_batches: int = 1
     load_balance_weight: float = 0.0
+    places: tuple[jax.sharding.Sharding, ...] | None = None
+    skips: bool = False
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def train_step(
-    state: TrainState, batch: PairBatch, learning_rate: Float[Array, ""], *, config: StepConfig, frozen: Any = None
+    state: TrainState,
+    batch: PairBatch,
+    learning_rate: Float[Array, ""],
+    *,
+    config: StepConfig,
+    frozen: Any = None,
+    rounding: UInt32[ArrayLike, " 2"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimiser step on the weighted mean loss of a batch.
 
@@ -126,9 +123,11 @@ def train_step(
     divided once by the whole weight.
 
     Args:
-        batch: rows over (data, fsdp, expert); their number is a multiple of micro_batches.
+        batch: its rows of tokens over (data, fsdp, expert).
         learning_rate: multiplies the optimiser's updates.
         frozen: the decoder's parameters where the state's are adapters beside them, else None.
+        rounding: the training's Threefry key, by which parameters and moments that are held in bfloat16 are rounded;
+            the step and the array are folded in here. None where all are float32.
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
@@ -136,56 +135,58 @@ def train_step(
         of experts also load_balance and busiest_expert of the whole batch (moe.load_balance_loss, busiest_share).
     """
     total_weight = jnp.maximum(jnp.sum(batch.weight), 1e-9)
-    total_tokens = jnp.maximum(jnp.sum(batch.position >= 0), 1)
+    total_tokens = jnp.maximum(jnp.sum(batch.places.position >= 0), 1)
 
     def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
         logprob, load = _logprobs_and_load(config.model, variables_of(params, frozen), part, chunk=config.chunk)
-        num_tokens = jnp.sum(part.response_mask, axis=-1)
-        loss, metrics = config.row_loss(logprob, num_tokens, part)
+        loss, metrics = config.row_loss(logprob, part.num_tokens, part)
         weight = part.weight / total_weight
         summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
         ratio = jnp.abs(logprob - part.previous_logprob)
         summed["max_abs_log_ratio"] = jnp.max(jnp.where(part.weight[:, None] > 0, ratio, 0.0))
         total = summed["loss"]
         if load is not None and config.load_balance_weight:
-            share = jnp.sum(part.position >= 0) / total_tokens
+            share = jnp.sum(part.places.position >= 0) / total_tokens
             total = total + config.load_balance_weight * share * load_balance_loss(load)
         return total, jax.lax.stop_gradient((summed, load))
 
     gradient = jax.grad(weighted_loss, has_aux=True)
-    if config.micro_batches == 1:
-        grads, (metrics, load) = gradient(state.params, batch)
+    first = batch.part(0)
+    if batch.token.shape[0] == 1:
+        grads, (metrics, load) = widened(gradient(state.params, first))
     else:
-        parts = jax.tree.map(partial(_split, parts=config.micro_batches, place=config.model.constrain), batch)
 
         def add(carry: Any, part: PairBatch) -> tuple[Any, None]:
-            found = gradient(state.params, part)
+            found = widened(gradient(state.params, part))  # added up in float32, whatever parameters are held in
             largest = jnp.maximum(carry[1][0]["max_abs_log_ratio"], found[1][0]["max_abs_log_ratio"])
             grads, (metrics, load) = jax.tree.map(jnp.add, carry, found)
             return (grads, (metrics | {"max_abs_log_ratio": largest}, load)), None
 
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-            jax.eval_shape(gradient, state.params, jax.tree.map(lambda leaf: leaf[0], parts)),
+            jax.eval_shape(lambda *own: widened(gradient(*own)), state.params, first),
         )
-        (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, parts)
+        (grads, (metrics, load)), _ = jax.lax.scan(add, zeros, batch)
 
     updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
     if load is not None:
         metrics |= {"load_balance": load_balance_loss(load), "busiest_expert": busiest_share(load)}
-    metrics["response_tokens"] = jnp.sum(batch.response_mask & (batch.weight > 0)[:, None, None]).astype(jnp.float32)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: learning_rate * update, updates))
-    return TrainState(step=state.step + 1, params=params, opt_state=opt_state), metrics
-
-
-def _split(leaf: Array, *, parts: int, place: Callable[[Array, tuple], Array]) -> Array:
-    """[P, ...] -> [parts, P / parts, ...], striding so that each part takes rows from every device."""
-    shaped = jnp.moveaxis(leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]), 1, 0)
-    return place(shaped, (None, "batch", *(None,) * (leaf.ndim - 1)))
+    metrics["response_tokens"] = jnp.sum(batch.num_tokens * (batch.weight > 0)[..., None]).astype(jnp.float32)
+    params = optax.apply_updates(widened(state.params), jax.tree.map(lambda update: learning_rate * update, updates))
+    params, opt_state = stored((params, opt_state), like=(state.params, state.opt_state), key=rounding, step=state.step)
+    stepped = TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+    if config.places is not None:
+        places = jax.tree.unflatten(jax.tree.structure(stepped), config.places)
+        stepped = jax.lax.with_sharding_constraint(stepped, places)
+    return keep_if_finite(state, stepped, metrics) if config.skips else (stepped, metrics)
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"))
 def score_step(params: Any, batch: PairBatch, *, model: Decoder, chunk: int, frozen: Any = None) -> Float[Array, "P C"]:
-    """Return the log-probabilities of a batch under a policy that stands: the reference of the next training."""
-    return batch_logprobs(model, params, batch, chunk=chunk, frozen=frozen)
+    """Return the log-probabilities of a batch under a policy that stands: the reference of the next training.
+
+    Args:
+        batch: of one micro-batch.
+    """
+    return batch_logprobs(model, params, batch.part(0), chunk=chunk, frozen=frozen)

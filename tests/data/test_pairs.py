@@ -141,7 +141,7 @@ def test_a_table_has_the_pairs_in_order_of_id_with_their_own_ids(stage):
             assert found.tolist() in (list(kept.prompt_token_ids), list(kept.token_ids))
         assert row.prompt_ids[0].tolist() == list(chosen.prompt_token_ids)
         assert [ids.tolist() for ids in row.response_ids] == [list(chosen.token_ids), list(rejected.token_ids)]
-        assert loaded.lengths[index] == row.length
+        assert loaded.lengths[index] == max(map(len, row.response_ids)) + len(row.prompt_ids[0])
         assert (row.previous_logprob, row.initial_logprob) == ((-index, -2 * index), (0.0, 0.0))
         assert (row.reward, row.target, row.weight) == ((0.75, 0.25), 0.9, 2.0)
     assert loaded.sampler_logprob.tolist() == [[-1.5, -1.5]] * 50

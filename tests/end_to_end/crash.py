@@ -1,7 +1,7 @@
-"""A process that kills itself by SIGKILL at a named point of the command line.
+"""A process that kills itself by SIGKILL, or stops itself by another signal, at a named point of the command line.
 
 A point is "<what>:<n>": at the n-th call of <what> (from 1) the process dies as by kill -9, before the call does
-anything, or, for "after-...", right after it.
+anything, or, for "after-...", right after it. "<what>:<n>@SIGTERM" sends that signal instead.
 """
 
 from __future__ import annotations
@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
 
 
-def die_at(
-    owner: object, name: str, count: int, *, after: bool = False, only: Callable[..., bool] = lambda *a, **k: True
+def send_at(
+    owner: object,
+    name: str,
+    count: int,
+    *,
+    after: bool = False,
+    only: Callable[..., bool] = lambda *a, **k: True,
+    number: int = signal.SIGKILL,
 ) -> None:
     original, seen = getattr(owner, name), 0
 
@@ -20,10 +27,10 @@ def die_at(
         nonlocal seen
         seen += only(*args, **kwargs)
         if seen == count and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         result = original(*args, **kwargs)
         if seen == count and after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return result
 
     setattr(owner, name, killer)
@@ -35,6 +42,8 @@ def arm(point: str) -> None:
     from dno_jax.stages import checkpoints, pair, train
     from dno_jax.training import checkpoint
 
+    point, _, name = point.partition("@")
+    die_at = partial(send_at, number=signal.Signals[name or "SIGKILL"])
     what, number = point.rsplit(":", 1)
     after, what = what.startswith("after-"), what.removeprefix("after-")
     if what.startswith("shard-"):  # a shard of this stage

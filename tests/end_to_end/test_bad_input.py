@@ -157,7 +157,9 @@ def test_mesh_that_does_not_divide_the_model(command):
 
 
 def test_mesh_that_does_not_divide_the_batch(command):
-    assert "training.micro_batch_size is 6" in command("training.batch_size=12", "training.micro_batch_size=6")
+    assert "training.micro_batch_size is 6" in command(
+        "training.packing=off", "training.batch_size=12", "training.micro_batch_size=6"
+    )
 
 
 def test_slots_that_do_not_fit_in_memory(command, tmp_path):

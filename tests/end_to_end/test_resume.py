@@ -55,16 +55,16 @@ def folder(tmp_path_factory):
 
 
 def write_config(folder, run_dir, **changes):
-    path = folder / f"{run_dir}.yaml"
+    path = folder / f"{run_dir.replace('/', '-')}.yaml"
     tree = deep_merge(small_tree(folder, run_dir=run_dir), {"training": {"save_every": 1}})
     path.write_text(yaml.safe_dump(tree | changes))
     return path
 
 
-def contents(run_dir):
+def contents(run_dir, iterations=2):
     """Everything that decides a result: rows of all stages and the fingerprints of all policies."""
     rows = {}
-    for t in range(2):
+    for t in range(iterations):
         for stage, kind in (("sample", Rollout), ("annotate", Judgement), ("score", ReferenceScore)):
             rows[stage, t] = sorted(row.model_dump_json() for row in run_dir.stage(stage, t).read(kind))
         rows["pair", t] = read_rows(run_dir.stage("pair", t))
@@ -72,7 +72,7 @@ def contents(run_dir):
         rows["dropped", t] = [
             run_dir.stage(name, t).require().dropped for name in stage_names(run_dir.load_config(), t)
         ]
-    policies = [policy_fingerprint(run_dir.policy(t)) for t in range(3)]
+    policies = [policy_fingerprint(run_dir.policy(t)) for t in range(iterations + 1)]
     metrics = [
         (row["iteration"], row["step"], row["loss"]) for row in run_dir.read_metrics() if row["stage"] == "train"
     ]

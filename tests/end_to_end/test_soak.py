@@ -17,9 +17,10 @@ from dno_jax.annotation.ledger.store import VerdictStore
 from dno_jax.fake_judge import FakeJudge
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 from tests.end_to_end.processes import begin, start
 from tests.end_to_end.test_resume import contents, finish, write_config
-from tests.small import small_tree
+from tests.small import small_tree, write_prompts
 from tests.stages.judged import sampled_run, worth
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,51 @@ def test_forty_kills_at_random_moments_change_nothing(folder, capsys):
     assert contents(RunDir(folder / "broken")) == contents(RunDir(folder / "whole"))
     with capsys.disabled():
         print(f"\n[soak: {kills} kills, a whole run takes {longest:.0f} s]")
+
+
+def test_twenty_sigterms_at_random_moments_over_all_stages_change_nothing(folder, capsys):
+    """A teacher among them, and states and policies that are being written; each ends by status 75."""
+    rng, stopped, slowest = random.Random(8), 0, 0.0
+    stages: set[str] = set()
+    with FakeJudge(delay=0.05) as server:
+        asked = {"base_url": server.url, "api_key_env": None, "model": "judge", "max_concurrency": 2}
+        changes = {
+            "annotation": {"kind": "openai", "openai": asked, "teacher": asked},
+            "pairing": {"reward": "score", "positive_floor": 3, "margin": 1, "student_margin": 1},
+        }
+        write_prompts(folder / "untaught.jsonl", 12, gold=False)
+        tree = small_tree(folder)
+        changes["prompts"] = tree["prompts"] | {"path": str(folder / "untaught.jsonl")}
+        whole = write_config(folder, "straight", **changes)
+        begun = time.monotonic()
+        finish(whole)
+        longest = time.monotonic() - begun
+        path = write_config(folder, "asked", **changes)
+        run_dir = RunDir(folder / "asked")
+        while stopped < 20:
+            process = begin("run", path)
+            process.join(rng.uniform(2.0, max(longest / 3, 4.0)))
+            if process.exitcode is None:
+                asked_at = time.monotonic()
+                process.terminate()
+                process.join(120)
+                slowest = max(slowest, time.monotonic() - asked_at)
+            if process.exitcode == 0:
+                expected, found = contents(RunDir(folder / "straight")), contents(run_dir)
+                assert found == expected
+                subprocess.run(["rm", "-rf", str(folder / "asked")], check=True)  # and from the start again
+                continue
+            assert process.exitcode == 75
+            stopped += 1
+            if run_dir.config_path.exists():
+                config = run_dir.load_config()
+                undone = [n for t in range(2) for n in stage_names(config, t) if run_dir.stage(n, t).manifest() is None]
+                stages.update(undone[:1])
+        finish(path)
+        assert contents(run_dir) == contents(RunDir(folder / "straight"))
+    with capsys.disabled():
+        print(f"\n[soak: {stopped} SIGTERMs in {', '.join(sorted(stages))}; the slowest end took {slowest:.1f} s]")
+    assert len(stages) > 3
 
 
 def test_kills_under_a_faulty_judge_lose_no_verdict(folder, capsys):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dno_jax.model.attention import NO_WINDOW, CudnnAttention, SplashAttention, attend, visible, xla_attention
+from dno_jax.model.attention import CudnnAttention, SplashAttention, attend, xla_attention
+from dno_jax.model.places import NO_WINDOW, Places, visible
 
 
 def qkv(B=2, T=5, S=7, N=6, K=2, H=4, seed=0):
@@ -40,7 +41,7 @@ def _step(columns, *, rows=3, key_heads=2, group=2, head_dim=8, dtype=jnp.float3
 
 
 def _by_columns(q, k, v, length, columns):
-    mask = visible(length, jnp.arange(columns)[None])
+    mask = visible(Places(length), Places(jnp.arange(columns)[None]))
     return attend(q, k[..., :columns], v[..., :columns], mask, scale=q.shape[-1] ** -0.5)
 
 
@@ -50,7 +51,7 @@ def test_one_query_a_row_equals_jax(columns, dtype):
     """Of an unquantised cache, also one that is narrower than the model: nothing is rounded that was not stored so."""
     q, k, v, length = _step(max(columns, 2), dtype=dtype)
     k, v = (array[..., :columns] for array in (k, v))
-    mask = visible(length, jnp.arange(columns)[None])
+    mask = visible(Places(length), Places(jnp.arange(columns)[None]))
     wide = [array.transpose(0, 3, 1, 2).astype(jnp.float32) for array in (k, v)]
     expected = jax.nn.dot_product_attention(q, *wide, mask=mask[:, None])
     np.testing.assert_allclose(_by_columns(q, k, v, length, columns), expected, atol=2e-6)
@@ -81,7 +82,7 @@ def test_blocks_of_queries_change_nothing(length):
     kept = np.ones((4, length), bool)
     kept[1, : length // 3] = kept[2, length // 2 :] = kept[3, 10:20] = False
     position = jnp.asarray(np.where(kept, np.cumsum(kept, axis=1) - 1, -1), jnp.int32)
-    mask = visible(position, position)
+    mask = visible(Places(position), Places(position))
     weight = jnp.asarray(kept, jnp.float32)[:, :, None, None]
 
     def ours(q, k, v):
@@ -118,7 +119,7 @@ def test_visibility_is_decided_by_positions_alone():
     query = jnp.array([[-1, 0, 2]])
     key = jnp.array([[2, -1, 0, 1, 3]])
     expected = [[[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1, 1, 0]]]
-    np.testing.assert_array_equal(visible(query, key), np.array(expected, bool))
+    np.testing.assert_array_equal(visible(Places(query), Places(key)), np.array(expected, bool))
 
 
 def padded_rows(length):
@@ -154,7 +155,7 @@ def test_kernels_equal_xla(attention, length, softcap):
     real = (position >= 0)[:, :, None, None]
 
     def total(attend_with, window, *operands):
-        out = attend_with(*operands, position_BT=position, window=window, scale=0.2, softcap=softcap)
+        out = attend_with(*operands, places=Places(position), window=window, scale=0.2, softcap=softcap)
         masked = jnp.where(real, out, 0.0)
         return jnp.sum(jnp.sin(masked)), (masked, out)
 
@@ -182,7 +183,7 @@ def test_kernels_equal_xla(attention, length, softcap):
 def test_kernels_keep_bfloat16_near_float32(attention):
     """2 ** -7: half a unit in the last of 8 bits for the result, the weights and the scaled queries each, doubled."""
     q, k, v = (array.astype(jnp.bfloat16) for array in qkv(B=1, T=128, S=128, N=2, K=1, H=128))
-    settings = {"position_BT": jnp.arange(128)[None], "window": NO_WINDOW, "scale": 128**-0.5, "softcap": None}
+    settings = {"places": Places(jnp.arange(128)[None]), "window": NO_WINDOW, "scale": 128**-0.5, "softcap": None}
     found = attention(q, k, v, **settings)
     wanted = xla_attention(*(array.astype(jnp.float32) for array in (q, k, v)), **settings)
     assert found.dtype == jnp.bfloat16
@@ -192,7 +193,7 @@ def test_kernels_keep_bfloat16_near_float32(attention):
 def test_cudnn_refuses_a_soft_cap():
     q, k, v = qkv(T=8, S=8)
     with pytest.raises(ValueError, match="softcap"):
-        CUDNN(q, k, v, position_BT=jnp.zeros((2, 8), jnp.int32), window=NO_WINDOW, scale=1.0, softcap=30.0)
+        CUDNN(q, k, v, places=Places(jnp.zeros((2, 8), jnp.int32)), window=NO_WINDOW, scale=1.0, softcap=30.0)
 
 
 @pytest.mark.parametrize("attention", [SPLASH, CUDNN], ids=["splash", "cudnn"])
@@ -202,7 +203,7 @@ def test_windows_wider_than_the_text_make_no_branches(attention):
         position = jnp.zeros((2, length), jnp.int32)
 
         def run(window):
-            return attention(q, k, v, position_BT=position, window=window, scale=1.0, softcap=None)
+            return attention(q, k, v, places=Places(position), window=window, scale=1.0, softcap=None)
 
         return str(jax.make_jaxpr(run)(jnp.int32(96)))
 
@@ -217,7 +218,7 @@ def test_cudnn_becomes_cudnns_kernel(monkeypatch):
     attention = CudnnAttention((32, NO_WINDOW))
 
     def total(q, k, v, position, window):
-        out = attention(q, k, v, position_BT=position, window=window, scale=0.125, softcap=None)
+        out = attention(q, k, v, places=Places(position), window=window, scale=0.125, softcap=None)
         return jnp.sum(out.astype(jnp.float32))
 
     def lowered(dtype):

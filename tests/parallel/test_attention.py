@@ -9,16 +9,17 @@ import pytest
 
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.errors import DnoError
-from dno_jax.model.attention import NO_WINDOW, CudnnAttention, SplashAttention, xla_attention
+from dno_jax.model.attention import CudnnAttention, SplashAttention, xla_attention
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import init_params
+from dno_jax.model.places import NO_WINDOW, Places
 from dno_jax.parallel.attention import ShardedAttention, choose_backend, make_attention
-from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
+from dno_jax.parallel.mesh import make_mesh, one_device_mesh
+from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import init_state, param_shardings, state_shardings
 from dno_jax.training.step import StepConfig, train_step
 
@@ -88,7 +89,8 @@ def test_attention_is_a_value():
     assert made[0] == made[1] != made[2]
     assert hash(made[0]) == hash(made[1])
     assert made[0].attention.windows == (512, NO_WINDOW)
-    assert make_attention("xla", mesh=mesh_of(2, 2, 2), layout=TRAIN) is xla_attention
+    assert make_attention("xla", mesh=one_device_mesh(), layout=TRAIN) is xla_attention
+    assert make_attention("xla", mesh=mesh_of(2, 2, 2), layout=TRAIN).attention is xla_attention
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -103,7 +105,7 @@ def test_each_device_attends_for_its_own_rows_and_heads(kernel):
     sharded = ShardedAttention(mesh, TRAIN, KERNELS[kernel])
 
     def total(attention, window, q, k, v):
-        out = attention(q, k, v, position_BT=position, window=window, scale=0.3, softcap=None)
+        out = attention(q, k, v, places=Places(position), window=window, scale=0.3, softcap=None)
         out = jnp.where((position >= 0)[:, :, None, None], out, 0.0)
         return jnp.sum(jnp.sin(out)), out
 
@@ -130,7 +132,7 @@ def test_on_a_mesh_too_cudnn_becomes_cudnns_kernel(monkeypatch):
 
     def total(q, k, v):
         position = jnp.zeros((4, 128), jnp.int32)
-        out = attention(q, k, v, position_BT=position, window=NO_WINDOW, scale=0.1, softcap=None)
+        out = attention(q, k, v, places=Places(position), window=NO_WINDOW, scale=0.1, softcap=None)
         return jnp.sum(out.astype(jnp.float32))
 
     q, k = (jax.ShapeDtypeStruct((4, 128, heads, 64), jnp.bfloat16) for heads in (8, 4))
@@ -159,7 +161,7 @@ def test_the_training_step_is_the_same_with_a_kernel(kernel):
     mesh = mesh_of(2, 2, 2)
     optimizer = make_optimizer(OptimizerSection())
     places = param_shardings(config, mesh, TRAIN)
-    placed = to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
+    placed = batch.place(mesh)
     results = []
     windowless = dataclasses.replace(KERNELS[kernel], windows=(NO_WINDOW,))
     for attention in (xla_attention, ShardedAttention(mesh, TRAIN, windowless)):

@@ -258,7 +258,10 @@ def test_where_nothing_samples_there_is_no_table_of_slots(small, dno_plan):
         (("sampling.slots=0",), "sampling.slots: Input should be greater than or equal to 1"),
         (("sampling.kv_dtype=int4",), "sampling.kv_dtype: Input should be 'auto', 'float32'"),
         (("prompts.max_length=2048",), "sequences of up to 2064 tokens exceed the model's context of 64"),
-        (("training.micro_batch_size=4",), "training.micro_batch_size is 4, which the mesh's data*fsdp*expert=8"),
+        (
+            ("training.packing=off", "training.micro_batch_size=2"),
+            "training.micro_batch_size is 2 pairs of 2 texts, which the mesh's data*fsdp*expert=8",
+        ),
         (("prompts.path=nowhere.jsonl",), "nowhere.jsonl: no such file"),
         (("model.path=nowhere",), "nowhere"),
     ],

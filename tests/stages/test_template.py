@@ -21,6 +21,7 @@ from dno_jax.runtime.runtime import Runtime, load_tokenizer
 from dno_jax.stages import annotate, pair, sample
 from dno_jax.stages.sft import supervised_examples, supervised_rows
 from dno_jax.training.batches import make_batch
+from tests.batches import response_tokens
 from tests.pairs import in_order_of_id
 from tests.running import export, prepare, run_stage
 from tests.small import TEMPLATE, WORDS, small_tree
@@ -100,7 +101,7 @@ def test_only_what_follows_the_prefix_is_trained_with_at_most_one_end_token(run)
     finishes = set()
     for index, made in enumerate(pairs):
         for side, name in enumerate((made.chosen_id, made.rejected_id)):
-            trained = batch.token[index, side][batch.response_mask[index, side]]
+            trained = response_tokens(batch, index, side)
             np.testing.assert_array_equal(trained, rollouts[name].token_ids)
             stopped = rollouts[name].finish == "stop"
             assert (np.sum(trained == 2), trained[-1] == 2) == (stopped, stopped)

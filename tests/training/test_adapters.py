@@ -26,12 +26,12 @@ from dno_jax.model.params import (
     unstack_layers,
 )
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
-from dno_jax.training.adapted import Places, base_of, load_apart, save_adapter
+from dno_jax.parallel.sharding import TRAIN, Constrain
+from dno_jax.training.adapted import Destination, base_of, load_apart, save_adapter
 from dno_jax.training.batches import make_batch
 from dno_jax.training.checkpoint import save_policy
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState, adapter_shardings, init_state, param_shardings, state_shardings
 from dno_jax.training.step import StepConfig, batch_logprobs, score_step, train_step
 
@@ -109,6 +109,12 @@ def batch(rows):
     return make_batch(rows[:8], batch_size=8, max_length=48)
 
 
+@pytest.fixture(scope="module")
+def halves(rows):
+    """The same rows in two micro-batches."""
+    return make_batch(rows[:8], batch_size=8, max_length=48, parts=2)
+
+
 def test_at_full_rank_beside_the_identity_the_gradient_is_the_dense_one(config, params, batch):
     """With A = [I 0] the gradient of B is that of W, and 0 in the rows that no input reaches."""
     adapter = AdapterConfig.of(config, rank=64, alpha=64.0)  # the widest input: down's
@@ -119,12 +125,14 @@ def test_at_full_rank_beside_the_identity_the_gradient_is_the_dense_one(config, 
         adapters["layers"][f"{name}_a"] = jnp.broadcast_to(identity, shape)
         adapters["layers"][f"{name}_b"] *= 0
 
-    def loss(model, trained, frozen, batch):
-        logprob = batch_logprobs(model, trained, batch, chunk=64, frozen=frozen)
-        return LOSS(logprob, jnp.zeros((8, 2)), batch)[0].mean()
+    def loss(model, trained, frozen, part):
+        logprob = batch_logprobs(model, trained, part, chunk=64, frozen=frozen)
+        return LOSS(logprob, jnp.zeros((8, 2)), part)[0].mean()
 
-    dense = jax.jit(jax.grad(partial(loss, Decoder(config))))(params, None, batch)["layers"]
-    found = jax.jit(jax.grad(partial(loss, Decoder(config, adapter=adapter))))(adapters, params, batch)["layers"]
+    dense = jax.jit(jax.grad(partial(loss, Decoder(config))))(params, None, batch.part(0))["layers"]
+    found = jax.jit(jax.grad(partial(loss, Decoder(config, adapter=adapter))))(adapters, params, batch.part(0))[
+        "layers"
+    ]
     for name in LINEAR:
         expected, size = dense[name], found[f"{name}_a"].shape
         inputs = math.prod(size[1:-1])
@@ -135,23 +143,19 @@ def test_at_full_rank_beside_the_identity_the_gradient_is_the_dense_one(config, 
         assert not np.any(own[:, inputs:])
 
 
-def ten_steps(config, params, batch, mesh, *, micro_batches):
+def ten_steps(config, params, batch, mesh, reference):
     """Losses of ten steps of a new adapter of rank 8, which starts at the reference; and what is left."""
     adapter = AdapterConfig.of(config, rank=8, alpha=16.0)
     model = Decoder(config, constrain=Constrain(mesh, TRAIN), adapter=adapter)
-    optimizer = make_optimizer(OptimizerSection())
+    optimizer = make_optimizer(OptimizerSection(), adapter_axes(config, adapter))
     places = adapter_shardings(config, adapter, mesh, TRAIN)
     key = jax.random.key(5)
     adapters = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=places)(config, adapter, key)
     frozen = jax.device_put(params, param_shardings(config, mesh, TRAIN))
-
-    def placed(batch):
-        return to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
-
-    reference = np.asarray(score_step(adapters, placed(batch), model=model, chunk=64, frozen=frozen))
-    batch = placed(batch.replace(previous_logprob=reference))
-    state = init_state(adapters, optimizer, state_shardings(optimizer, places, adapters))
-    step = StepConfig(model, optimizer, LOSS, chunk=64, micro_batches=micro_batches)
+    batch = batch.replace(previous_logprob=reference.reshape(batch.previous_logprob.shape)).place(mesh)
+    shardings = state_shardings(optimizer, places, adapters)
+    state = init_state(adapters, optimizer, shardings)
+    step = StepConfig(model, optimizer, LOSS, chunk=64, places=tuple(jax.tree.leaves(shardings)))
     history = []
     for _ in range(10):
         state, metrics = train_step(state, batch, jnp.float32(1e-3), config=step, frozen=frozen)
@@ -163,7 +167,7 @@ def mesh_of(devices, **axes):
     return make_mesh(MeshSection(**axes), devices)
 
 
-def test_on_every_mesh_the_loss_leaves_log_2_alike(config, params, batch):
+def test_on_every_mesh_the_loss_leaves_log_2_alike(config, params, batch, halves):
     """With B = 0 in place of A the first step of Adam goes by rounding, and on some meshes the loss stays."""
     devices = jax.devices()
     meshes = {
@@ -174,9 +178,10 @@ def test_on_every_mesh_the_loss_leaves_log_2_alike(config, params, batch):
         "tensor 2": mesh_of(devices[:4], data=1, fsdp=2, tensor=2),
     }
     curves = {}
+    reference = np.asarray(score_step(params, batch, model=Decoder(config), chunk=64))
     for name, mesh in meshes.items():
-        micro_batches = 2 if name == "permuted" else 1  # whose gradients are added up
-        history, state, places = ten_steps(config, params, batch, mesh, micro_batches=micro_batches)
+        own = halves if name == "permuted" else batch  # whose gradients are added up
+        history, state, places = ten_steps(config, params, own, mesh, reference)
         assert history[0] == pytest.approx(math.log(2), abs=1e-6)
         assert history[-1] < 0.692, name
         curves[name] = history
@@ -213,7 +218,7 @@ def test_beside_experts_attention_has_adapters_and_experts_are_refused_by_name()
 def test_whatever_it_began_from_an_adapter_names_the_weights_it_stands_beside(config, params, tmp_path):
     """As the schemes have it: auxiliary policies, restarts from policy 0, and a centre that moves."""
     root, mesh = epath.Path(tmp_path), make_mesh(MeshSection(data=1), jax.devices()[:1])
-    places, adapter = Places(config, mesh, TRAIN), AdapterConfig.of(config, rank=2, alpha=3.0)
+    places, adapter = Destination(config, mesh, TRAIN), AdapterConfig.of(config, rank=2, alpha=3.0)
     base = save_policy(root / "000", jax.device_put(params, places.params))
     adapters = jax.device_put(noise(abstract_adapters(config, adapter)), places.adapters(adapter))
     names = [save_adapter(root / "001-auxiliary", adapters, adapter, beside=root / "000")]
@@ -249,17 +254,16 @@ def torch_history(folder, adapter_folder, batch, *, beta, rate, steps):
     model = peft.PeftModel.from_pretrained(base, str(adapter_folder), is_trainable=True).eval()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
-    kept = batch.position >= 0
+    batch = batch.part(0)
+    texts = [batch.places.position[row] >= 0 for row in range(len(batch.token))]  # chosen, rejected, chosen ...
 
     def logprobs():
         values = []
-        for row in range(len(batch.token)):
-            for side in range(2):
-                used = kept[row, side]
-                ids = torch.tensor(batch.token[row, side][used][None].astype(np.int64))
-                scores = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1)
-                mask = torch.tensor(batch.response_mask[row, side][used][1:].astype(bool))
-                values.append(scores.gather(1, ids[0, 1:, None])[:, 0][mask].sum())
+        for row, used in enumerate(texts):
+            ids = torch.tensor(batch.token[row][used][None].astype(np.int64))
+            scores = torch.log_softmax(model(ids).logits[0, :-1].double(), dim=-1)
+            taken = scores.gather(1, ids[0, 1:, None])[:, 0]
+            values.append(taken[-int(batch.num_tokens[row // 2, row % 2]) :].sum())
         return torch.stack(values).reshape(-1, 2)
 
     with torch.no_grad():
@@ -297,7 +301,7 @@ def test_ten_steps_match_torch_and_peft_step_by_step(checkpoint, rows, tmp_path)
 
     model = Decoder(config, remat="full", adapter=adapter)
     reference = np.asarray(score_step(adapters, batch, model=model, chunk=64, frozen=params))
-    batch = batch.replace(previous_logprob=reference)
+    batch = batch.replace(previous_logprob=reference[None])
     optimizer = make_optimizer(OptimizerSection(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0))
     state = TrainState(step=jnp.int32(0), params=adapters, opt_state=optimizer.init(adapters))
     step = StepConfig(model, optimizer, LOSS, chunk=64)

@@ -18,10 +18,10 @@ from dno_jax.model.moe import busiest_share, load_balance_loss, ragged_experts
 from dno_jax.model.params import init_params
 from dno_jax.parallel.experts import ShardedExperts, sharded_experts
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding, to_device
+from dno_jax.parallel.sharding import DECODE, TRAIN, Constrain, row_sharding
 from dno_jax.training.batches import make_batch
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState, init_state, param_shardings, state_shardings
 from dno_jax.training.step import StepConfig, batch_logprobs, train_step
 
@@ -57,8 +57,7 @@ def prepare(mixture, params, batch, axes, *, remat="full", local=None):
     experts = sharded_experts(mesh) if local is None else ShardedExperts(mesh, local)
     model = Decoder(mixture, remat=remat, constrain=Constrain(mesh, TRAIN), experts=experts)
     places = param_shardings(mixture, mesh, TRAIN)
-    placed = to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
-    return model, jax.device_put(params, places), placed, places
+    return model, jax.device_put(params, places), batch.place(mesh), places
 
 
 def step(mixture, params, batch, axes=(1, 1, 1, 1), *, remat="none", local=None, **kwargs):
@@ -99,8 +98,9 @@ def test_gradients_on_a_mesh_equal_one_devices(mixture, mixture_params, batch):
         model, params, placed, _ = prepare(mixture, mixture_params, batch, axes, **kwargs)
 
         def loss(p):
-            value, _ = LOSS(batch_logprobs(model, p, placed, chunk=64), jnp.zeros((8, 2)), placed)
-            return jnp.sum(value * placed.weight)
+            part = placed.part(0)
+            value, _ = LOSS(batch_logprobs(model, p, part, chunk=64), jnp.zeros((8, 2)), part)
+            return jnp.sum(value * part.weight)
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
@@ -117,24 +117,27 @@ def test_gradients_on_a_mesh_equal_one_devices(mixture, mixture_params, batch):
 
 
 def test_the_load_is_of_the_tokens_that_are_no_padding(mixture, mixture_params, batch, plain):
-    token, position = (jnp.asarray(a.reshape(16, 48)) for a in (batch.token, batch.position))
-    _, left = Decoder(mixture).apply({"params": mixture_params}, token, position, mutable=["intermediates"])
+    token, places = jnp.asarray(batch.token[0]), jax.tree.map(jnp.asarray, batch.part(0).places)
+    _, left = Decoder(mixture).apply({"params": mixture_params}, token, places, mutable=["intermediates"])
     load = left["intermediates"]["layers"][LOAD][0]
-    assert float(load.num_tokens[0]) == (batch.position >= 0).sum() < batch.position.size
+    assert float(load.num_tokens[0]) == (batch.places.position >= 0).sum() < batch.places.position.size
     assert plain[1]["load_balance"] == pytest.approx(float(load_balance_loss(load)), rel=1e-5)
     assert plain[1]["busiest_expert"] == pytest.approx(float(busiest_share(load)), rel=1e-5)
     assert 2.0 < plain[1]["load_balance"] < 4.0  # k when even, E at worst
 
 
-def test_micro_batches_report_the_whole_batchs_load(mixture, mixture_params, batch, plain):
-    assert_same(step(mixture, mixture_params, batch, micro_batches=4), plain)
+def test_micro_batches_report_the_whole_batchs_load(mixture, mixture_params, rows, plain):
+    assert_same(step(mixture, mixture_params, make_batch(rows[:6], batch_size=8, max_length=48, parts=4)), plain)
 
 
 def test_micro_batches_weigh_in_by_their_tokens(mixture, mixture_params, rows):
     """Two micro-batches of the same rows: the mean of their losses is the loss of both."""
-    twice = make_batch([row for row in rows[:4] for _ in range(2)], batch_size=8, max_length=48)
-    whole = step(mixture, mixture_params, twice, load_balance_weight=30.0)
-    assert_same(step(mixture, mixture_params, twice, load_balance_weight=30.0, micro_batches=2), whole)
+    rows = [row for row in rows[:4] for _ in range(2)]
+    whole, parted = (make_batch(rows, batch_size=8, max_length=48, parts=parts) for parts in (1, 2))
+    # The longest is dealt out first, so that of two equal ones each micro-batch gets one.
+    assert (parted.num_tokens[0].sum(0) == parted.num_tokens[1].sum(0)).all()
+    expected = step(mixture, mixture_params, whole, load_balance_weight=30.0)
+    assert_same(step(mixture, mixture_params, parted, load_balance_weight=30.0), expected)
 
 
 def test_the_weight_evens_the_load_and_zero_leaves_it(mixture, mixture_params, batch, plain):
@@ -144,8 +147,8 @@ def test_the_weight_evens_the_load_and_zero_leaves_it(mixture, mixture_params, b
         assert metrics[name] == pytest.approx(plain[1][name], rel=1e-5)
 
     def spread(params):
-        token, position = (jnp.asarray(a.reshape(16, 48)) for a in (batch.token, batch.position))
-        _, left = Decoder(mixture).apply({"params": params}, token, position, mutable=["intermediates"])
+        token, places = jnp.asarray(batch.token[0]), jax.tree.map(jnp.asarray, batch.part(0).places)
+        _, left = Decoder(mixture).apply({"params": params}, token, places, mutable=["intermediates"])
         return float(load_balance_loss(left["intermediates"]["layers"][LOAD][0]))
 
     assert spread(state.params) < spread(plain[0].params)

@@ -6,13 +6,12 @@ import math
 import pytest
 
 from dno_jax.run_dir import RunDir
-from dno_jax.training.metrics import MetricsWriter, NotFinite
+from dno_jax.training.metrics import Course, MetricsWriter, NotFinite
 
 
 @pytest.fixture
 def writer(tmp_path):
-    place = {"iteration": 0, "stage": "train", "tensorboard": False, "enabled": True, "first_step": 0}
-    return MetricsWriter(RunDir(tmp_path), **place)
+    return MetricsWriter(RunDir(tmp_path), Course(0, "train"), tensorboard=False, enabled=True)
 
 
 def good(step):

@@ -12,6 +12,7 @@ from dno_jax import losses
 from dno_jax.config import LossSection, ReferenceSection
 from dno_jax.losses.registry import LOSSES, Loss
 from dno_jax.model.decoder import Decoder
+from dno_jax.model.places import Places
 from dno_jax.training.batches import PairBatch, TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.step import batch_logprobs
@@ -39,9 +40,12 @@ def pair_batch(**changed):
         "target": rng.uniform(0, 1, ROWS),
         "weight": np.ones(ROWS),
     } | changed
-    one = jnp.zeros((ROWS, 2, 4), jnp.int32)
+    none = jnp.zeros((2 * ROWS, 4), jnp.int32)
     floats = {name: jnp.asarray(value, jnp.float32) for name, value in columns.items()}
-    return PairBatch(token=one, position=one, response_mask=one.astype(bool), response_length=4, **floats)
+    return PairBatch(
+        token=none, places=Places(none), source=none, response_token=none, text=none - 1,
+        num_tokens=jnp.zeros((ROWS, 2), jnp.int32), **floats,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -113,6 +117,7 @@ def test_what_a_loss_declares_is_what_its_function_takes(name):
     assert loss.own_win_rates == ("win_rate" in takes)
     assert loss.regularised == ("tau" in takes)
     assert loss.on_policy == ("clip_range" in takes)
+    assert set(loss.reads) == takes.keys() & {"clip_range", "max_reward"}
 
 
 def hinge_loss(*, chosen_logprob, rejected_logprob, previous_chosen_logprob, rejected_num_tokens, beta):
@@ -300,10 +305,11 @@ def test_micro_batches_and_meshes_take_the_whole_batchs_step(name, config, param
     section = OPTIMIZER.model_copy(update={"eps": 1e-6})
     step = partial(take_steps, config, params, [batch], row_loss=row_loss, section=section)
     whole = step()
-    assert_same(step(micro_batches=4), whole)
+    parted = make_batch(made, batch_size=8, max_length=LENGTH, parts=4)
+    assert_same(take_steps(config, params, [parted], row_loss=row_loss, section=section), whole)
     assert_same(step(axes=(2, 2, 2)), whole)
     # The loss is the mean by weight, here by brute force from the policy's own log-probabilities.
-    logprob = batch_logprobs(Decoder(config), params, batch, chunk=64)
-    value, _ = row_loss(logprob, jnp.asarray(batch.response_mask).sum(-1), jax.tree.map(jnp.asarray, batch))
-    weight = np.asarray(batch.weight, np.float64)
+    part = jax.tree.map(jnp.asarray, batch.part(0))
+    value, _ = row_loss(batch_logprobs(Decoder(config), params, part, chunk=64), part.num_tokens, part)
+    weight = np.asarray(part.weight, np.float64)
     assert whole[1][0]["loss"] == pytest.approx(float((weight * np.asarray(value)).sum() / weight.sum()), rel=1e-5)

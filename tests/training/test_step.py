@@ -8,10 +8,11 @@ import pytest
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.parallel.mesh import make_mesh
-from dno_jax.parallel.sharding import TRAIN, Constrain, row_sharding, to_device
-from dno_jax.training.batches import TrainingRow, make_batch
+from dno_jax.parallel.sharding import TRAIN, Constrain
+from dno_jax.training.batches import TrainingRow, make_batch, text_lengths
 from dno_jax.training.objectives import preference_loss, supervised_loss
-from dno_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from dno_jax.training.optimizers import learning_rate_schedule, make_optimizer
+from dno_jax.training.packing import Packing, plan_batches
 from dno_jax.training.state import init_state, param_shardings, state_shardings
 from dno_jax.training.step import (
     StepConfig,
@@ -33,7 +34,6 @@ def take_steps(
     *,
     axes=(1, 1, 1),
     remat="none",
-    micro_batches=1,
     row_loss=LOSS,
     chunk=64,
     section=OPTIMIZER,
@@ -48,23 +48,18 @@ def take_steps(
     state = init_state(placed, optimizer, state_shardings(optimizer, places, placed))
     history = []
     for batch in batches:
-        batch = to_device(batch, jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batch))
-        state, metrics = train_step(
-            state,
-            batch,
-            jnp.float32(1e-3),
-            config=StepConfig(model, optimizer, row_loss, chunk=chunk, micro_batches=micro_batches),
-        )
+        step = StepConfig(model, optimizer, row_loss, chunk=chunk)
+        state, metrics = train_step(state, batch.place(mesh), jnp.float32(1e-3), config=step)
         history.append(jax.tree.map(float, metrics))
     return jax.tree.map(np.asarray, state), history
 
 
 @pytest.fixture(scope="module")
 def batches(rows):
-    return [
-        make_batch(rows[:8], batch_size=8, max_length=LENGTH),
-        make_batch(rows[8:], batch_size=8, max_length=LENGTH),
-    ]
+    order = [np.arange(8), np.arange(8, 16)]
+    plan = plan_batches(text_lengths(rows), order, Packing(granule=48), batch_size=8, max_length=LENGTH)
+    assert len(plan.shapes) == 1
+    return [make_batch(part, batch_size=8, max_length=LENGTH, plan=plan) for part in (rows[:8], rows[8:])]
 
 
 @pytest.fixture(scope="module")
@@ -98,10 +93,10 @@ def test_gradients_on_a_mesh_equal_one_devices(config, params, batches):
         data, fsdp, tensor = axes
         mesh = make_mesh(MeshSection(data=data, fsdp=fsdp, tensor=tensor), jax.devices()[: math.prod(axes)])
         model = Decoder(config, constrain=Constrain(mesh, TRAIN))
-        batch = to_device(batches[0], jax.tree.map(lambda leaf: row_sharding(mesh, ndim=leaf.ndim), batches[0]))
+        part = batches[0].place(mesh).part(0)
 
         def loss(p):
-            value, _ = LOSS(batch_logprobs(model, p, batch, chunk=64), jnp.zeros((8, 2)), batch)
+            value, _ = LOSS(batch_logprobs(model, p, part, chunk=64), jnp.zeros((8, 2)), part)
             return value.mean()
 
         return jax.jit(jax.value_and_grad(loss))(jax.device_put(params, param_shardings(config, mesh, TRAIN)))
@@ -118,19 +113,16 @@ def test_gradients_on_a_mesh_equal_one_devices(config, params, batches):
 
 
 @pytest.fixture(scope="module")
-def padded_batch(rows):
+def whole(config, params, rows):
     """Three rows of eight are filler: a mean by micro-batch would weigh the others differently."""
-    return make_batch(rows[:5], batch_size=8, max_length=LENGTH)
+    return take_steps(config, params, [make_batch(rows[:5], batch_size=8, max_length=LENGTH)])
 
 
-@pytest.fixture(scope="module")
-def whole(config, params, padded_batch):
-    return take_steps(config, params, [padded_batch])
-
-
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_accumulation_normalises_by_the_whole_batch(config, params, padded_batch, whole, micro_batches):
-    found = take_steps(config, params, [padded_batch], micro_batches=micro_batches)
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_normalises_by_the_whole_batch(config, params, rows, whole, parts):
+    batch = make_batch(rows[:5], batch_size=8, max_length=LENGTH, parts=parts)
+    assert batch.token.shape[0] == parts
+    found = take_steps(config, params, [batch])
     assert_same(found, whole)
     assert found[1][0]["max_abs_log_ratio"] == pytest.approx(whole[1][0]["max_abs_log_ratio"], rel=1e-5)
 
@@ -142,8 +134,9 @@ def test_accumulation_of_supervised_rows_is_a_mean_over_tokens(config, params, r
     ]
     batch = make_batch(examples, batch_size=8, max_length=LENGTH)
     whole = take_steps(config, params, [batch], row_loss=supervised_loss)
-    assert_same(take_steps(config, params, [batch], row_loss=supervised_loss, micro_batches=4), whole)
-    logprob = np.asarray(batch_logprobs(Decoder(config), params, batch, chunk=64))
+    parted = make_batch(examples, batch_size=8, max_length=LENGTH, parts=4)
+    assert_same(take_steps(config, params, [parted], row_loss=supervised_loss), whole)
+    logprob = np.asarray(batch_logprobs(Decoder(config), params, batch.part(0), chunk=64))
     tokens = sum(len(example.response_ids[0]) for example in examples)
     assert whole[1][0]["loss"] == pytest.approx(-float(logprob.sum()) / tokens, rel=1e-5)
 
@@ -185,22 +178,18 @@ def test_logprobs_equal_one_forward_pass_a_token(config, params, rows):
 def test_prompt_and_padding_positions_get_no_gradient_from_the_head(config, params, rows):
     """d log-prob / d hidden is zero wherever the hidden state predicts no response token."""
     batch = make_batch(rows[:4], batch_size=4, max_length=LENGTH)
-    token, mask = batch.token.reshape(8, LENGTH), batch.response_mask.reshape(8, LENGTH)
-    hidden = np.random.default_rng(0).normal(size=(8, LENGTH, config.hidden_size)).astype(np.float32)
+    part = batch.part(0)
+    hidden = np.random.default_rng(0).normal(size=(*part.token.shape, config.hidden_size)).astype(np.float32)
+    predicts = np.zeros(part.token.shape, bool)
+    texts = [text for one in rows[:4] for text in zip(one.prompt_ids, one.response_ids, strict=True)]
+    for row, (prompt, response) in enumerate(texts):
+        predicts[row, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
 
     def total(h):
-        return response_logprobs(
-            h,
-            params,
-            config=config,
-            token=token,
-            response_mask=mask,
-            response_length=batch.response_length,
-            chunk=64,
-        ).sum()
+        return response_logprobs(h, params, part, config=config, chunk=64).sum()
 
     slope = np.asarray(jax.grad(total)(jnp.asarray(hidden)))
-    np.testing.assert_array_equal(np.any(slope != 0.0, axis=-1), np.roll(mask, -1, axis=1))
+    np.testing.assert_array_equal(np.any(slope != 0.0, axis=-1), predicts)
 
 
 def test_an_empty_response_gives_zero_and_a_finite_loss(config, params, rows):
@@ -215,7 +204,7 @@ def test_overfitting_makes_the_chosen_response_the_likelier_one(config, params, 
     model = Decoder(config)
     batch = make_batch(rows[:4], batch_size=4, max_length=LENGTH)
     reference = np.asarray(score_step(params, batch, model=model, chunk=64))
-    batch = batch.replace(previous_logprob=reference)
+    batch = batch.replace(previous_logprob=reference[None])
     state, history = take_steps(config, params, [batch] * 50)
     assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert history[0]["max_abs_log_ratio"] < 1e-4
@@ -234,7 +223,7 @@ def test_one_program_for_every_step(config, params, batches, axes):
 def test_bfloat16_compute_stays_near_float32(config, params, batches):
     exact = np.asarray(score_step(params, batches[0], model=Decoder(config), chunk=64))
     low = np.asarray(score_step(params, batches[0], model=Decoder(config, dtype=jnp.bfloat16), chunk=64))
-    tokens = batches[0].response_mask.sum(-1)
+    tokens = batches[0].num_tokens[0]
     # 8 bits of mantissa in every activation: about 0.01 nats a token, and no drift with length.
     assert np.all(np.abs(low - exact) / tokens < 0.02)
 

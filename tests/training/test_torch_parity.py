@@ -14,7 +14,7 @@ from dno_jax.model import hf
 from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
-from dno_jax.training.optimizer import make_optimizer
+from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState
 from dno_jax.training.step import StepConfig, score_step, train_step
 
@@ -88,7 +88,7 @@ def test_ten_steps_match_torch_step_by_step(shared_data, pairs):
     reference = np.asarray(score_step(params, batch, model=model, chunk=128))
     # Sums of up to 128 log-probabilities of size 5: 1e-6 of rounding each.
     np.testing.assert_allclose(reference, expected_reference, atol=2e-3)
-    batch = batch.replace(previous_logprob=reference)
+    batch = batch.replace(previous_logprob=reference[None])
 
     optimizer = make_optimizer(OptimizerSection(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0))
     params = jax.tree.map(jnp.asarray, params)

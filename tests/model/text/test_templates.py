@@ -8,7 +8,6 @@ import gzip
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dno_jax.errors import DnoError
@@ -16,6 +15,7 @@ from dno_jax.model.text.templates import lint
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.model.text.truncation import shorten_chat
 from dno_jax.training.batches import TrainingRow, make_batch
+from tests.batches import response_tokens
 from tests.model.tokenizers import CHATML, SENTENCES, make_tokenizer, turns, user
 
 HEADER = "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -251,12 +251,11 @@ def test_one_end_token_is_trained_where_padding_is_the_end_token(load):
     cut = whole[:-1]  # finish == "length"
     batch = make_batch([TrainingRow((prompt, prompt), (whole, ended)), TrainingRow((prompt, prompt), (cut, whole))],
                        batch_size=4, max_length=64)  # fmt: skip
-    trained = [[batch.token[p, c][batch.response_mask[p, c]].tolist() for c in range(2)] for p in range(2)]
+    trained = [[response_tokens(batch, p, c).tolist() for c in range(2)] for p in range(2)]
     assert trained == [[list(whole), list(ended)], [list(cut), list(whole)]]
     ends = [[sum(token in chat.end_ids for token in row) for row in pair] for pair in trained]
     assert ends == [[1, 1], [0, 1]]
-    assert not batch.response_mask[2:].any()
-    assert np.all(batch.position[~(batch.position >= 0)] == -1)
+    assert not batch.num_tokens[0, 2:].any()
 
 
 # The real templates, each with a tokenizer that has the tokens it writes: (name, tokenizer, what comes of it).

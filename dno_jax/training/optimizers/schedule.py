@@ -1,8 +1,6 @@
-"""AdamW with warm-up, a schedule and a clip of the global norm, all optax's."""
+"""The learning rate of every step: warm-up and a schedule, optax's."""
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import optax
 
@@ -30,16 +28,3 @@ def learning_rate_schedule(section: OptimizerSection, *, num_steps: int, iterati
         return after
     # The first step already moves: step i of the warm-up has (i + 1) / warmup of the peak.
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1)), after], [warmup])
-
-
-@lru_cache
-def make_optimizer(section: OptimizerSection) -> optax.GradientTransformation:
-    """Return the optimiser with a learning rate of 1: the step multiplies its updates by the schedule's value.
-
-    So the compiled step is the same program for every iteration and every number of steps. The state starts anew in
-    each iteration, because the objective does.
-    """
-    return optax.chain(
-        optax.clip_by_global_norm(section.max_grad_norm),
-        optax.adamw(1.0, b1=section.b1, b2=section.b2, eps=section.eps, weight_decay=section.weight_decay),
-    )

@@ -1,0 +1,105 @@
+"""How much arithmetic a model's training asks for, and how much of it a chip can do: the two sides of MFU.
+
+What is counted is what the model needs, on tokens that are no padding; what is recomputed to save memory is not.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from dno_jax.model.config import ModelConfig
+from dno_jax.training.packing import TextLengths
+
+# Dense bfloat16 peaks of one device, FLOP/s, by the beginning of jax's name for it; from the makers' data sheets and
+# (TPUs) Cloud documentation. MFU is taken against these whatever the dtype.
+PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989.4e12,  # SXM
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA A10": 125e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,  # v5e
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,  # v6e
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The peak of a device by jax's name for its kind; None where it is not known, as of CPUs."""
+    found = [name for name in PEAKS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
+    return PEAKS[max(found, key=len)] if found else None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model has to go through.
+
+    Attributes:
+        tokens: that are no padding; a prompt that several responses share counts once where it is computed once.
+        seen: (query, key) that attention joins, summed over layers.
+        predicted: tokens whose probability is asked for: the output head runs on these.
+    """
+
+    tokens: int
+    seen: int
+    predicted: int
+
+
+def work_of(config: ModelConfig, lengths: TextLengths, *, share_prompt: bool = False) -> Work:
+    """Count the work of some texts, each attended to causally within the layers' windows."""
+    prompt, whole = lengths.prompt, lengths.prompt + lengths.response
+    again = np.where(lengths.same_prompt, prompt.shape[1] - 1, 0) if share_prompt else np.zeros(len(prompt), int)
+    tokens = int(whole.sum() - (again * prompt[:, 0]).sum())
+    windows = Counter(config.windows or [int(whole.max(initial=1))] * config.num_hidden_layers)
+    seen = sum(
+        layers * (_seen(whole, window).sum() - (again * _seen(prompt[:, 0], window)).sum())
+        for window, layers in windows.items()
+    )
+    return Work(tokens, int(seen), int(lengths.response.sum()))
+
+
+def _seen(length: np.ndarray, window: int) -> np.ndarray:
+    """Pairs of a query and a key at or before it, at most `window` keys per query."""
+    inside = np.minimum(length, window).astype(np.int64)
+    return inside * (inside + 1) // 2 + (length - inside) * np.int64(window)
+
+
+def body_params(config: ModelConfig) -> int:
+    """Numbers of the matrices that a token is multiplied by in all layers: N. Of a mixture, those of its experts."""
+    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    experts = config.num_experts_per_tok if config.num_experts else 1
+    mlp = 3 * config.intermediate_size * experts + config.num_experts  # and the router
+    return config.num_hidden_layers * config.hidden_size * (heads + mlp)
+
+
+def forward_flops(config: ModelConfig, work: Work) -> float:
+    """FLOPs of log-probabilities: a pass of the reference. A multiplication and its addition are two."""
+    head = config.hidden_size * config.vocab_size
+    return float(
+        2 * body_params(config) * work.tokens
+        + 4 * config.num_attention_heads * config.head_dim * work.seen
+        + 2 * head * work.predicted
+    )
+
+
+def train_flops(config: ModelConfig, work: Work, *, adapter_params: int | None = None) -> float:
+    """FLOPs of a training step: forward, and the gradients of what flows and of what is trained.
+
+    Args:
+        adapter_params: numbers of the adapters' matrices where these alone are trained: no gradient of the base's
+            weights is needed, and 4 N stands in the place of 6 N. Attention has no weights: it costs the same.
+    """
+    forward = forward_flops(config, work)
+    if adapter_params is None:
+        return 3 * forward
+    attention = 4 * config.num_attention_heads * config.head_dim * work.seen
+    return 2 * forward + attention + 6 * adapter_params * work.tokens
