@@ -17,7 +17,7 @@ import pytest
 
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
-from dno_jax.model.params import abstract_params
+from dno_jax.model.params import abstract_adapters, abstract_params
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.preferences import soft_target
 from dno_jax.records import Message
@@ -33,7 +33,7 @@ from tests.config.test_kinds import leaves
 from tests.configured import deep_merge
 from tests.small import small_tree, write_checkpoint
 
-SECTIONS = ("model", "mesh", "loss", "reference", "outer", "optimizer", "training")
+SECTIONS = ("model", "mesh", "loss", "reference", "outer", "optimizer", "training", "adapter")
 TEMPLATE = (
     "{{ bos_token }}{% if strftime_now('%Y') == '2025' %}bam {% endif %}{{ mood }} "
     "{% for m in messages %}{{ m.content }} bes {% endfor %}"
@@ -93,6 +93,10 @@ CASES = {
     "training.num_epochs": Case(2),
     "training.logprob_chunk": Case(16),
     "training.skip_nonfinite": Case(3),
+    "adapter.rank": Case(2, {"adapter": {"rank": 4}}),
+    "adapter.alpha": Case(8.0, {"adapter": {"rank": 4}}),
+    "adapter.targets": Case(["q_proj"], {"adapter": {"rank": 4}}),
+    "adapter.path": Case("folder"),
     "model.path": Case("experts"),
     "model.dtype": Case("bfloat16"),
     "model.remat": Case("none"),
@@ -107,6 +111,7 @@ CASES = {
 }  # fmt: skip
 # Read by the stage, between its steps: what such a field changes is tested there.
 ELSEWHERE = {
+    "adapter.path": ("end_to_end/test_adapters.py", "test_a_run_starts_from_an_adapter_of_pefts"),
     "optimizer.carry": ("stages/test_restart.py", "test_carried_moments_go_on_and_new_ones_start_at_zero"),
 }
 FIELDS = {
@@ -197,16 +202,18 @@ def seen(make):
         step = programs.step_config(
             preference_loss(config.loss_at(0), config.reference), load_balance_weight=config.loss.load_balance_weight
         )
-        params, places = abstract_params(runtime.model_config), programs.param_shardings(TRAIN)
+        whole, frozen = abstract_params(runtime.model_config), None
+        params, places = whole, programs.trained_shardings
+        if programs.adapter is not None:
+            params = abstract_adapters(runtime.model_config, programs.adapter)
+            frozen = jax.tree.map(_placed, whole, programs.param_shardings(TRAIN))
         shardings = state_shardings(step.optimizer, places, params)
         state = jax.eval_shape(
             lambda: TrainState(jnp.int32(0), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params),
                                step.optimizer.init(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params)))
         )  # fmt: skip
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
-        )
-        return train_step.lower(state, batch.place(runtime.mesh), jnp.float32(1e-3), config=step).as_text()
+        state, placed = jax.tree.map(_placed, state, shardings), batch.place(runtime.mesh)
+        return train_step.lower(state, placed, jnp.float32(1e-3), config=step, frozen=frozen).as_text()
 
     @dataclass
     class Seen:
@@ -218,6 +225,10 @@ def seen(make):
             return look(self.text) == look(other.text) and program(self.text) == program(other.text)
 
     return lambda *changes: Seen(json.dumps(make(*changes).model_dump(mode="json")))
+
+
+def _placed(leaf, place):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _messages():
