@@ -4,6 +4,7 @@ num_x counts, max_x is an inclusive bound, x_id identifies. A relative path in a
 one in an override to the directory the command runs in. Nothing here imports jax.
 """
 
+from dno_jax.config.adapter import AdapterSection
 from dno_jax.config.annotation import (
     AnnotationSection,
     ChatSection,
@@ -45,6 +46,7 @@ from dno_jax.config.yaml_reader import read_yaml
 
 __all__ = [
     "MIN_TEMPERATURE",
+    "AdapterSection",
     "AnnotationSection",
     "ChatSection",
     "CompletionServerSection",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dno_jax.config.adapter import AdapterSection, refuse_rounded_adapters
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
 from dno_jax.config.sampling import SamplingSection
@@ -50,6 +51,7 @@ class RunConfig(Section):
     loss: LossSection = LossSection()
     reference: ReferenceSection = ReferenceSection()
     outer: OuterSection = OuterSection()
+    adapter: AdapterSection | None = None
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
@@ -60,6 +62,11 @@ class RunConfig(Section):
         description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
         json_schema_extra=COSTS,
     )
+
+    @model_validator(mode="after")
+    def _adapters_are_float32(self) -> RunConfig:
+        refuse_rounded_adapters(self.adapter, self.training)
+        return self
 
     @model_validator(mode="after")
     def _judges_fit(self) -> RunConfig:
@@ -230,6 +237,7 @@ class SftConfig(Section):
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
     data: SftDataSection
+    adapter: AdapterSection | None = None
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
@@ -250,4 +258,14 @@ class SftConfig(Section):
                         f"{section}.{name}: concerns what one iteration leaves to the next, and supervised fine-tuning "
                         "has one; leave it out"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_a_base(self) -> SftConfig:
+        refuse_rounded_adapters(self.adapter, self.training)
+        if self.adapter is not None and self.model.init_config is not None:
+            raise ValueError(
+                "adapter with model.init_config: adapters are trained beside the weights of a checkpoint, and random "
+                "ones are no base; leave one of the two out"
+            )
         return self

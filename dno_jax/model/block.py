@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.logprobs import head_token_logprobs
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.attention import Attention, attend
 from dno_jax.model.cache import KVCache, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.config import ModelConfig
@@ -108,6 +109,7 @@ class Block(nn.Module):
     attention: Attention
     experts: Experts
     write: WriteCache
+    adapter: AdapterConfig | None = None
 
     @nn.compact
     def __call__(
@@ -159,12 +161,38 @@ class Block(nn.Module):
         # The last `out` axes of the kernel are the output's, and the bias has just those.
         kernel = jnp.asarray(declare(self, name, init=NORMAL, shape=shape, axes=axes), self.dtype)
         rows, width = y.shape[:2], math.prod(shape[:-out])
-        y = product(y.reshape(*rows, width), kernel.reshape(width, -1), precision_for(self.dtype))
+        x = y.reshape(*rows, width)
+        y = product(x, kernel.reshape(width, -1), precision_for(self.dtype))
         y = y.reshape(*rows, *shape[-out:])
         if bias:
             value = declare(self, f"{name}_bias", init=ZEROS, shape=shape[-out:], axes=axes[-out:])
             y = y + value.astype(self.dtype)[None, None]
+        if self.adapter is not None and name in self.adapter.targets:
+            y = y + self._adapted(x, name, shape=shape, axes=axes, out=out, adapter=self.adapter)
         return y
+
+    def _adapted(
+        self,
+        x: jax.Array,
+        name: str,
+        *,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        out: int,
+        adapter: AdapterConfig,
+    ) -> jax.Array:
+        """What an adapter adds to a projection of x [B, T, inputs]: (x A) B alpha / rank, in the activations' dtype."""
+
+        def factor(half: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+            boxed = nn.with_partitioning(ZEROS, axes)  # `init_adapters` draws what is no zero
+            held: Any = self.variable("adapters", f"{name}_{half}", boxed, None, shape, jnp.float32)
+            return held.value.astype(self.dtype)
+
+        rank, precision = adapter.rank, precision_for(self.dtype)
+        a = factor("a", (*shape[:-out], rank), (*axes[:-out], "rank")).reshape(-1, rank)
+        b = factor("b", (rank, *shape[-out:]), ("rank", *axes[-out:])).reshape(rank, -1)
+        narrow = self.constrain(scaled(product(x, a, precision), adapter.scale), ("batch", "length", "rank"))
+        return product(narrow, b, precision).reshape(*x.shape[:2], *shape[-out:])
 
     def _attention(
         self,

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dno_jax.logprobs import einsum_float32, softcapped
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.attention import Attention, xla_attention
 from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
 from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
@@ -46,6 +47,7 @@ class Decoder(nn.Module):
         attention: mixes whole sequences; hashable. Not used by calls that see a cache.
         experts: runs tokens through their experts, in a mixture of experts; hashable.
         write: puts a call's keys and values into the cache; hashable.
+        adapter: adapters of the layers' matrices, in a collection "adapters" beside "params" (adapters.py); or None.
     """
 
     config: ModelConfig
@@ -55,6 +57,7 @@ class Decoder(nn.Module):
     attention: Attention = xla_attention
     experts: Experts = dense_experts
     write: WriteCache = write_layer
+    adapter: AdapterConfig | None = None
 
     @nn.compact
     def __call__(
@@ -96,12 +99,12 @@ class Decoder(nn.Module):
         x = x * jnp.asarray(config.embed_scale, self.dtype)  # rounded to the dtype first, as Gemma was trained
         x = self.constrain(x, ("batch", "length", "embed"))
         cos, sin = rope_angles(config, position)
-        parts = (config, self.dtype, self.constrain, self.attention, self.experts, self.write)
+        parts = (config, self.dtype, self.constrain, self.attention, self.experts, self.write, self.adapter)
         if cache is None:
             in_axes: Any = (0, *[nn.broadcast] * 4)  # flax's own hint is int
             stack = nn.scan(
                 _remat_block(self.remat),
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, "adapters": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=in_axes,
                 length=config.num_hidden_layers,
@@ -115,10 +118,12 @@ class Decoder(nn.Module):
             )  # once for all: on a mesh it takes a word from every device
             layers, written = self.variables["params"]["layers"], []
             for index, own in enumerate(cache):
-                params = layers[index] if isinstance(layers, tuple) else _layer(layers, index)
+                held = {"params": layers[index] if isinstance(layers, tuple) else _layer(layers, index)}
+                if self.adapter is not None:
+                    held["adapters"] = _layer(self.variables["adapters"]["layers"], index)
                 numbers = _layer(layer_numbers(config), index)
                 block = Block(*parts, parent=None)
-                (x, own), _ = block.apply({"params": params}, (x, own), numbers, cos, sin, places, reach)
+                (x, own), _ = block.apply(held, (x, own), numbers, cos, sin, places, reach)
                 written.append(own)
             cache = tuple(written)
 

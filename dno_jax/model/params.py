@@ -1,7 +1,8 @@
-"""The parameter tree of a model: fresh, as shapes, and as names of axes."""
+"""The parameter tree of a model, and that of adapters beside it: fresh, as shapes, and as names of axes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dno_jax.model.adapters import LINEAR, AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
 
@@ -21,12 +23,18 @@ def _without_mesh() -> Any:
 
 @partial(jax.jit, static_argnums=0)
 def _init(config: ModelConfig, key: jax.Array) -> Any:
+    return _variables(config, key)["params"]
+
+
+def _variables(config: ModelConfig, key: jax.Array, adapter: AdapterConfig | None = None) -> Any:
     token = jnp.zeros((1, 1), jnp.int32)
-    return Decoder(config).init(key, token, token)["params"]
+    return Decoder(config, adapter=adapter).init(key, token, token)
 
 
-def _boxed(config: ModelConfig) -> Any:
-    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+def _boxed(config: ModelConfig, adapter: AdapterConfig | None = None) -> Any:
+    """The tree as shapes in boxes that name axes; that of the adapters, where they are given."""
+    found = jax.eval_shape(lambda: _variables(config, jax.random.key(0), adapter))
+    return found["params" if adapter is None else "adapters"]
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
@@ -60,6 +68,35 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
     with _without_mesh():
         specs = nn.get_partition_spec(_boxed(config))
     return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def abstract_adapters(config: ModelConfig, adapter: AdapterConfig) -> dict[str, Any]:
+    """Return the tree of a model's adapters as jax.ShapeDtypeStruct."""
+    with _without_mesh():
+        return nn.unbox(_boxed(config, adapter))
+
+
+def adapter_axes(config: ModelConfig, adapter: AdapterConfig) -> dict[str, Any]:
+    """Return the tree of a model's adapters as tuples of axis names, such as ("layers", "embed", "rank")."""
+    with _without_mesh():
+        specs = nn.get_partition_spec(_boxed(config, adapter))
+    return jax.tree.map(tuple, specs, is_leaf=lambda x: isinstance(x, jax.sharding.PartitionSpec))
+
+
+def init_adapters(config: ModelConfig, adapter: AdapterConfig, key: jax.Array) -> dict[str, Any]:
+    """Return fresh adapters, which change nothing yet: A is 0, B normal.
+
+    B's deviation is 1 over the root of its outputs: the gradient that comes to A through it keeps its size.
+    """
+
+    def fresh(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name, _, half = path[-1].key.rpartition("_")
+        if half == "a":
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        drawn = jax.random.normal(jax.random.fold_in(key, LINEAR.index(name)), leaf.shape, leaf.dtype)
+        return drawn * math.prod(leaf.shape[2:]) ** -0.5
+
+    return jax.tree.map_with_path(fresh, abstract_adapters(config, adapter))
 
 
 def unstack_layers(params: Mapping[str, Any], *, donate: bool = False) -> dict[str, Any]:

@@ -53,6 +53,7 @@ _ACTIVATIONS: Table = (
     ("head_dim", ()),
     ("mlp", ("tensor",)),
     ("vocab", ("tensor",)),
+    ("rank", ()),
 )
 _TENSOR: Table = (
     ("layers", ()),
@@ -65,6 +66,7 @@ _TENSOR: Table = (
     ("experts", ("expert",)),
     ("routes", ()),
     ("labels", ()),
+    ("rank", ()),
 )
 
 # Training gathers each layer's weights when it needs them; decoding would gather them again for every token.

@@ -22,14 +22,14 @@ from dno_jax.config import RunConfig
 from dno_jax.data.prompts import PromptSplit, TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.params import abstract_params
+from dno_jax.model.params import abstract_adapters, abstract_params
 from dno_jax.parallel.mesh import abstract_mesh, make_mesh
 from dno_jax.parallel.sharding import AnyMesh, num_row_shards
 from dno_jax.plan.annotation import AnnotationPlan, plan_annotation
 from dno_jax.plan.costs import cost_tables
 from dno_jax.records import Prompt
 from dno_jax.runtime.capacity import device_capacity
-from dno_jax.runtime.fit import check_fit, read_shape
+from dno_jax.runtime.fit import check_fit, read_shape, trained_adapter
 from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.runtime import load_tokenizer
 from dno_jax.runtime.slots import plan_on, wanted_by_stage
@@ -164,9 +164,13 @@ def render(plan: RunPlan) -> RenderableType:
     """Show a plan to a person."""
     config, model, mesh = plan.config, plan.model_config, plan.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
+    trained = f"{parameters:,} parameters"
+    if (adapter := trained_adapter(config, model)) is not None:
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_adapters(model, adapter)))
+        trained += f", of adapters of rank {adapter.rank} beside them {count:,}, which are trained"
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     shape = (
-        f"model: {model.family}, {parameters:,} parameters, computed in {config.model.dtype}\n"
+        f"model: {model.family}, {trained}, computed in {config.model.dtype}\n"
         f"mesh: {axes}; devices: {mesh.size:,}; row shards: {num_row_shards(mesh):,}\n"
     )
     tables = [_count_table(plan.counts)]

@@ -23,6 +23,7 @@ from dno_jax.errors import DnoError
 from dno_jax.files import digest_of
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import MANIFEST, STAGES, Manifest, StageDir, stage_names
+from dno_jax.training.adapted import base_of
 from dno_jax.training.checkpoint import (
     check_fingerprint,
     damaged_states,
@@ -90,7 +91,7 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
     """Read everything that a run directory has a digest of, on the host's processors alone."""
     start, found = time.perf_counter(), Verified()
     for folder in sorted((run_dir.path / "policies").iterdir()) if (run_dir.path / "policies").exists() else ():
-        if folder.name.split("-")[0].isdecimal():
+        if folder.name == run_dir.base_path.name or folder.name.split("-")[0].isdecimal():
             _policy(found, run_dir, folder)
     for iteration in run_dir.begun():
         for name in stage_names(config, iteration) if iteration < config.iterations else ():
@@ -107,7 +108,7 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
 def _policy(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
     """Hold a policy's weights to the fingerprint beside them, and that to what its training noted."""
     number, _, auxiliary = folder.name.partition("-")
-    trained = int(number) - 1
+    trained = int(number) - 1 if number.isdecimal() else -1  # the base of all others is imported
     stage = "train_auxiliary" if auxiliary else "train"
     with _caught(found, run_dir, folder, redo=(trained, stage) if trained >= 0 else None):
         noted = policy_fingerprint(folder)
@@ -119,6 +120,7 @@ def _policy(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
         _count(found, *_files_below(folder))
         if not is_pruned(folder):
             check_fingerprint(folder, noted, stored_fingerprint(folder))
+        base_of(folder)
         if manifest is not None:
             check_fingerprint(folder, manifest.details["fingerprint"], noted)
 

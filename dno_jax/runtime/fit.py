@@ -8,6 +8,7 @@ from pathlib import Path
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf import folder, read_config, read_dropout
 from dno_jax.model.text.tokenizer import ChatTokenizer
@@ -59,6 +60,7 @@ def check_fit(
             f"loss.load_balance_weight is {config.loss.load_balance_weight}, but {config.model.path} is no mixture "
             "of experts; set it to 0"
         )
+    trained_adapter(config, model_config)
     check_ids(tokenizer, model_config)
     _check_ends(config, tokenizer)
     count = config.training.micro_batch_size or config.training.batch_size
@@ -69,6 +71,17 @@ def check_fit(
             f"training.micro_batch_size is {count} {what}, which the mesh's data*fsdp*expert={row_shards} devices do "
             "not divide; make it a multiple, or set training.packing to on"
         )
+
+
+def trained_adapter(config: RunConfig | SftConfig, model_config: ModelConfig) -> AdapterConfig | None:
+    """The adapters that are trained; None where all parameters are.
+
+    Raises:
+        DnoError: the model takes no such adapters.
+    """
+    if (section := config.adapter) is None:
+        return None
+    return AdapterConfig.of(model_config, rank=section.rank, alpha=section.alpha, targets=section.targets)
 
 
 def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:

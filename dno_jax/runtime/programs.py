@@ -17,18 +17,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dno_jax.config import RunConfig, SftConfig
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
-from dno_jax.model.params import abstract_params, computing_params, param_axes
+from dno_jax.model.params import abstract_adapters, abstract_params, adapter_axes, computing_params, param_axes
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
 from dno_jax.parallel.mesh import Submesh, own_submesh
 from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout, num_row_shards
+from dno_jax.runtime.fit import trained_adapter
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.packing import Packing, Plan, TextLengths, plan_batches
-from dno_jax.training.state import param_shardings
+from dno_jax.training.state import adapter_shardings, param_shardings
 from dno_jax.training.step import StepConfig
 
 _COMPILING = 4e11  # floating-point operations that a CPU does in the time that it takes to compile a training step
@@ -71,8 +73,13 @@ class Programs(Generic[ConfigT]):
             softcap=self.model_config.attention_softcap,
         )
 
+    @cached_property
+    def adapter(self) -> AdapterConfig | None:
+        """The adapters that are trained; None where all parameters are."""
+        return trained_adapter(self.config, self.model_config)
+
     def model(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Decoder:
-        """The decoder with activations pinned to a layout.
+        """The decoder with activations pinned to a layout. Adapters are apart in TRAIN, and merged in DECODE.
 
         Args:
             mesh: a submesh of the run's own; None is the whole.
@@ -88,6 +95,7 @@ class Programs(Generic[ConfigT]):
                 self.attention_backend, mesh=mesh, layout=layout, windows=self.model_config.windows
             ),
             write=ShardedWrite(mesh, layout),
+            adapter=self.adapter if layout == TRAIN else None,
         )
 
     @cached_property
@@ -138,12 +146,32 @@ class Programs(Generic[ConfigT]):
         """The parameters as shapes and in the dtypes that they are trained in."""
         return computing_params(self.model_config, jnp.dtype(self.config.training.param_dtype))
 
+    @property
+    def trained_shardings(self) -> Any:
+        """The tree of shardings of what is trained: parameters, or adapters."""
+        if self.adapter is None:
+            return self.param_shardings(TRAIN)
+        return adapter_shardings(self.model_config, self.adapter, self.mesh, TRAIN)
+
+    @property
+    def trained_axes(self) -> Any:
+        """The tree of names of axes of what is trained."""
+        config, adapter = self.model_config, self.adapter
+        return param_axes(config) if adapter is None else adapter_axes(config, adapter)
+
+    @property
+    def adapter_params(self) -> int | None:
+        """Numbers in the adapters' arrays; None where all parameters are trained."""
+        if self.adapter is None:
+            return None
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapters(self.model_config, self.adapter)))
+
     def step_config(self, row_loss: RowLoss, *, load_balance_weight: float = 0.0) -> StepConfig:
         """The compiled optimiser step's identity."""
         section = self.config.training
         return StepConfig(
             model=self.model(TRAIN),
-            optimizer=make_optimizer(self.config.optimizer, param_axes(self.model_config)),
+            optimizer=make_optimizer(self.config.optimizer, self.trained_axes),
             row_loss=row_loss,
             chunk=section.logprob_chunk,
             load_balance_weight=load_balance_weight,

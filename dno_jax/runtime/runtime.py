@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import MeshSection, ModelConfigSection, RunConfig
 from dno_jax.data.prompts import PromptSet
 from dno_jax.errors import DnoError
@@ -27,7 +28,8 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
-from dno_jax.training.checkpoint import load_policy, policy_fingerprint
+from dno_jax.training.adapted import Destination, adapter_of, load_apart, load_merged, save_adapter
+from dno_jax.training.checkpoint import load_policy, policy_fingerprint, save_policy
 
 
 @dataclass(frozen=True)
@@ -100,22 +102,47 @@ class Runtime(Generic[ConfigT]):
         """Entries of a manifest's `inputs` that name policies by their fingerprints."""
         return {f"policies/{path.name}": policy_fingerprint(path) or "missing" for path in policies}
 
-    def load_policy(self, policy: epath.Path, layout: Layout) -> Any:
-        """Read a policy, float32, into arrays of a layout."""
-        return load_policy(
-            policy, shapes=abstract_params(self.model_config), shardings=self.programs.param_shardings(layout)
-        )
+    def load_policy(self, policy: epath.Path, layout: Layout, *, shapes: Any = None) -> Any:
+        """Read a policy's weights into arrays of a layout, an adapter merged into those that it stands beside.
 
-    def load_for_training(self, policy: epath.Path) -> Any:
-        """Read a policy as it is trained, where that is the very policy.
+        Args:
+            shapes: with the dtypes that are wanted; None: float32.
+        """
+        shapes = abstract_params(self.model_config) if shapes is None else shapes
+        if adapter_of(policy) is None:
+            return load_policy(policy, shapes=shapes, shardings=self.programs.param_shardings(layout))
+        return load_merged(policy, Destination(self.model_config, self.mesh, layout), shapes=shapes)
+
+    def load_trained(self, policy: epath.Path, *, exact: bool = False) -> tuple[Any, Any]:
+        """Read a policy as training and scoring have it: what is trained, and the weights that stand, or None.
+
+        Where adapters are trained these are float32, and the weights are held as they are computed with.
+
+        Args:
+            exact: whether all parameters, where they are trained, are to be in `training.param_dtype`; else float32.
 
         Raises:
-            DnoError: it holds numbers that `training.param_dtype` cannot show.
+            DnoError: they hold numbers that this dtype cannot show.
         """
         programs = self.programs
-        return load_policy(
-            policy, shapes=programs.trained_params, shardings=programs.param_shardings(TRAIN), exact=True
-        )
+        if programs.adapter is not None:
+            to, key = Destination(self.model_config, self.mesh, TRAIN), draw_key(Purpose.ADAPTER, self.config.seed)
+            return load_apart(policy, to, programs.adapter, key=key, shapes=self.computing_shapes)
+        if not exact:
+            return self.load_policy(policy, TRAIN), None
+        shapes, shardings = programs.trained_params, programs.param_shardings(TRAIN)
+        return load_policy(policy, shapes=shapes, shardings=shardings, exact=True), None
+
+    @property
+    def computing_shapes(self) -> Any:
+        """The parameters as jax.ShapeDtypeStruct, in the dtypes that they are computed with in."""
+        return computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
+
+    def save_trained(self, policy: epath.Path, trained: Any, *, previous: epath.Path) -> str:
+        """Write the policy that training made of another; return its fingerprint."""
+        if self.programs.adapter is None:
+            return save_policy(policy, trained)
+        return save_adapter(policy, trained, self.programs.adapter, beside=previous)
 
     def load_for_decoding(self, policy: epath.Path) -> Any:
         """Read a policy as it is computed with and lay it out for decoding; no token's step casts weights again.
@@ -125,11 +152,15 @@ class Runtime(Generic[ConfigT]):
         ever holds all float32 weights, which may not fit where these do. From there they move to the DECODE layout on
         the devices.
         """
-        shapes = computing_params(self.model_config, jnp.dtype(self.config.model.dtype))
-        read = load_policy(policy, shapes=shapes, shardings=self.programs.param_shardings(TRAIN))
+        read = self.load_policy(policy, TRAIN, shapes=self.computing_shapes)
         params = reshard_donated(read, self.programs.param_shardings(DECODE))
         own = on_submesh(params, self.programs.param_shardings(DECODE, mesh=self.submesh.mesh))
         return unstack_layers(own, donate=True)
+
+
+def draw_key(purpose: Purpose, *address: Any) -> jax.Array:
+    """The key of draws on devices, of a purpose and an address."""
+    return jax.random.wrap_key_data(jnp.asarray(key_data(purpose, *address)), impl="threefry2x32")
 
 
 def _on_any_devices(config: ConfigT, model_config: ModelConfig) -> Programs[ConfigT]:

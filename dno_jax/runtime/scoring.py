@@ -49,11 +49,12 @@ def frozen_logprobs(
     config, programs = runtime.config, runtime.programs
     lengths = text_lengths(rows)
     plan = plan_batches(lengths, batches, programs.packing, batch_size=size, max_length=config.max_length)
-    params, model = runtime.load_policy(policy, TRAIN), programs.model(TRAIN)
+    (params, frozen), model = runtime.load_trained(policy), programs.model(TRAIN)
     before: jax.Array | None = None
     for index in range(len(batches)) if wanted is None else wanted:
         batch = make_batch([rows[i] for i in batches[index]], batch_size=size, max_length=config.max_length, plan=plan)
-        logprobs = score_step(params, batch.place(runtime.mesh), model=model, chunk=config.training.logprob_chunk)
+        chunk = config.training.logprob_chunk
+        logprobs = score_step(params, batch.place(runtime.mesh), model=model, chunk=chunk, frozen=frozen)
         if before is not None:
             yield before
         before = logprobs

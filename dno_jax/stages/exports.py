@@ -102,4 +102,6 @@ def _fine_tuned(folder: RunDir, path: str, wanted: Wanted) -> str:
         overwrite=wanted.overwrite,
     )
     shutil.copyfile(source / "README.md", Path(path) / "README.md")  # it names the base and the examples
+    if (source / checkpoints.ADAPTER_FOLDER).exists():
+        shutil.copytree(source / checkpoints.ADAPTER_FOLDER, Path(path) / checkpoints.ADAPTER_FOLDER)
     return "the fine-tuned model"

@@ -36,7 +36,8 @@ def needed_after(config: RunConfig, run_dir: RunDir, iteration: int) -> set[epat
     newest, keep = iteration + 1, config.training.keep_policies
     count = newest + 1 if keep == "all" or config.outer.scheme == "average" else int(keep)
     recent = range(max(newest + 1 - count, 0), newest + 1)
-    needed = {run_dir.policy(0)} | {place(policy) for policy in recent for place in (run_dir.policy, run_dir.auxiliary)}
+    needed = {run_dir.policy(0), run_dir.base_path}  # beside which adapters stand
+    needed |= {place(policy) for policy in recent for place in (run_dir.policy, run_dir.auxiliary)}
     best = run_dir.stage("evaluate", iteration).require().details["best"]
     needed.add(run_dir.policy(int(best)))
     for later in range(newest, max(config.iterations, newest + 1)):  # there may be more one day

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from dno_jax import stopping
-from dno_jax.addresses import Purpose, key_data
+from dno_jax.addresses import Purpose
 from dno_jax.config import SftConfig, changes, deciding
 from dno_jax.console import say
 from dno_jax.data.reading import Reading, examples_of
@@ -24,14 +23,22 @@ from dno_jax.data.sources import named, read_rows
 from dno_jax.errors import DnoError
 from dno_jax.files import digest_of, read_note, write_atomically
 from dno_jax.model import hf
-from dno_jax.model.params import init_params
+from dno_jax.model.adapters import merging
+from dno_jax.model.params import init_adapters, init_params
 from dno_jax.model.text.truncation import shorten_chat
 from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, Message
 from dno_jax.runtime.exhausted import explained, training_settings
-from dno_jax.runtime.runtime import Runtime
-from dno_jax.stages.checkpoints import checkpoint_digest, read_checkpoint
+from dno_jax.runtime.runtime import Runtime, draw_key
+from dno_jax.stages.checkpoints import (
+    adapter_digest,
+    by_adapters,
+    checkpoint_digest,
+    export_adapter,
+    read_adapter,
+    read_checkpoint,
+)
 from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import Training, train
 from dno_jax.training.batches import TrainingRow
@@ -60,14 +67,15 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
         if is_primary():
             say(f"{target} is there already: nothing to do")
         return target
-    params = _initial(runtime, config)
+    params, frozen = _initial(runtime, config)
     with runtime.run_dir.held() if is_primary() else nullcontext():
         if is_primary():
             runtime.run_dir.create(config)
             write_atomically(runtime.run_dir.path / _STARTED, json.dumps(started, indent=2) + "\n")
             save_template(runtime)
         barrier("sft config")
-        return _fine_tune(runtime, examples.rows, params, start=start)
+        base = None if frozen is None else started["weights"]
+        return _fine_tune(runtime, examples.rows, params, start=start, frozen=frozen, base=base)
 
 
 def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples) -> dict[str, Any]:
@@ -81,6 +89,8 @@ def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples)
         if config.model.init_config
         else checkpoint_digest(source),
     }
+    if config.adapter is not None and config.adapter.path is not None:
+        now["adapter"] = adapter_digest(config.adapter.path)
     if place.exists() and (changed := changes(read_note(place), now)):
         lines = "\n  ".join(changed)
         raise DnoError(
@@ -91,7 +101,9 @@ def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples)
 
 
 @stopping.finishing()
-def _fine_tune(runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any, *, start: float) -> epath.Path:
+def _fine_tune(
+    runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any, *, start: float, frozen: Any, base: str | None
+) -> epath.Path:
     config, target = runtime.config, runtime.run_dir.export_path
     with explained("sft", training_settings(runtime.programs)):
         result = train(
@@ -99,23 +111,30 @@ def _fine_tune(runtime: Runtime[SftConfig], rows: list[TrainingRow], params: Any
             params,
             rows,
             runtime.programs.step_config(supervised_loss),
-            Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length),
+            Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, base=base),
+            frozen=frozen,
         )
+        for leaf in jax.tree.leaves(frozen):  # the base is read once more, to be merged with
+            leaf.delete()
+        whole = result.params if base is None else _merged(runtime, config, result.params)
     hf.save(
         str(target),
         runtime.model_config,
-        result.params,
+        whole,
         source=hf.folder(config.model.init_config or config.model.path, weights=config.model.init_config is None),
         tokenizer=hf.folder(config.model.path),
         chat_template=runtime.tokenizer.template,
         facts=hf.ExportFacts(
             method="supervised fine-tuning"
-            + (" of random weights of its shape" if config.model.init_config is not None else ""),
+            + (" of random weights of its shape" if config.model.init_config is not None else "")
+            + by_adapters(config),
             loss="cross-entropy of the responses",
             num_examples=len(rows),
             template_options=config.model.template_options,
         ),
     )
+    if runtime.programs.adapter is not None:
+        export_adapter(runtime, runtime.programs.adapter, result.params, str(target))
     if is_primary():
         remove_states(runtime.run_dir.path / "states")
         loss = result.metrics["loss"]
@@ -207,14 +226,36 @@ def _shortened(runtime: Runtime[SftConfig], example: Example, longest: int, *, p
     return None if left is None else ids(left)
 
 
-def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> Any:
-    """Return where to start, in the dtypes that are trained."""
-    shardings = runtime.programs.param_shardings(TRAIN)
+def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> tuple[Any, Any]:
+    """What is trained, in the dtypes that it is trained in, and the weights that stand beside it, or None."""
+    shardings, adapter = runtime.programs.param_shardings(TRAIN), runtime.programs.adapter
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.programs.trained_params)
-    if config.model.init_config is None:
-        return read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes)
-    fresh = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(
-        runtime.model_config,
-        jax.random.wrap_key_data(jnp.asarray(key_data(Purpose.INITIAL_WEIGHTS, config.seed)), impl="threefry2x32"),
-    )
-    return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), fresh, dtypes)
+    if config.model.init_config is not None:
+        key = draw_key(Purpose.INITIAL_WEIGHTS, config.seed)
+        fresh = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(runtime.model_config, key)
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), fresh, dtypes), None
+    if adapter is None or config.adapter is None:
+        return read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes), None
+    if config.adapter.path is not None:
+        adapters = read_adapter(runtime, config.adapter.path)
+    else:
+        adapters = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=runtime.programs.trained_shardings)(
+            runtime.model_config, adapter, draw_key(Purpose.ADAPTER, config.seed)
+        )
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.computing_shapes)
+    return adapters, read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes)
+
+
+def _merged(runtime: Runtime[SftConfig], config: SftConfig, adapters: Any) -> Any:
+    """The adapters and their base in one, in the dtypes that are exported."""
+    adapter, source = runtime.programs.adapter, hf.folder(config.model.path, weights=True)
+    assert adapter is not None
+    shapes, change = hf.stored_shapes(runtime.model_config, source=source), merging(adapters, adapter)
+
+    def one(path: tuple[str, ...], leaf: Any) -> Any:  # merged in float32 and cast, before the next is read
+        wanted = shapes
+        for key in path:
+            wanted = wanted[key]
+        return change(path, leaf).astype(wanted.dtype)
+
+    return read_checkpoint(config.model.path, shardings=runtime.programs.param_shardings(TRAIN), change=one)

@@ -19,7 +19,6 @@ from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import CommonStop, barrier, broadcast_from_primary, is_primary, wait_until
-from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import ReferenceScore
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import ConfigT, Runtime
@@ -27,9 +26,10 @@ from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity, samples_of
+from dno_jax.training.adapted import base_of
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps, text_lengths
 from dno_jax.training.carried import load_moments, save_moments
-from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states, save_policy
+from dno_jax.training.checkpoint import StateCheckpoints, policy_fingerprint, remove_states
 from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.metrics import Course, MetricsWriter, NotFinite, skipped_before
 from dno_jax.training.objectives import preference_loss
@@ -74,9 +74,10 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     rows = PairRows(pairs, previous, initial, sampled_from=None if sampled is None else sampled.iteration)
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
     with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+        trained, frozen = runtime.load_trained(update.previous, exact=True)
         result = train(
             runtime,
-            runtime.load_for_training(update.previous),
+            trained,
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
             Training(
@@ -86,11 +87,13 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
                 max_length=config.max_length,
                 scored=scored,
                 carried=update.previous if config.optimizer.carry else None,
+                base=None if frozen is None else base_of(update.previous)[1],
             ),
+            frozen=frozen,
         )
         if config.optimizer.carry:
             save_moments(update.result, result.opt_state)
-        digest = save_policy(update.result, result.params)
+        digest = runtime.save_trained(update.result, result.params, previous=update.previous)
     barrier(f"trained {stage.path}")
     if is_primary():
         remove_states(stage.path / "states")
@@ -120,6 +123,7 @@ class Training:
         max_length: tokens of the longest sequence.
         scored: whose reference step 0 must show to be of its own policy; None where there is no reference.
         carried: the policy whose optimiser state it starts from; None starts a new one.
+        base: fingerprint of the weights that stand; None where all are trained.
     """
 
     stage: str
@@ -128,6 +132,7 @@ class Training:
     max_length: int
     scored: StageDir | None = None
     carried: epath.Path | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -144,11 +149,15 @@ def train(
     rows: Sequence[TrainingRow],
     step: StepConfig,
     training: Training,
+    *,
+    frozen: Any = None,
 ) -> TrainResult:
     """Run every optimiser step over the rows, resuming from the last saved state.
 
     Args:
-        params: where to start, in the TRAIN layout and the dtypes that are trained; donated.
+        params: where to start, in the TRAIN layout and the dtypes that are trained; donated. Of adapters where there
+            are frozen ones.
+        frozen: parameters that stand, or None.
     """
     config = runtime.config
     section = config.training
@@ -156,10 +165,10 @@ def train(
     stage, iteration = training.stage, training.iteration
     rate = learning_rate_schedule(config.optimizer, num_steps=steps, iteration=iteration)
     rounding = key_data(Purpose.ROUNDING, config.seed, iteration, stage)
-    shardings = state_shardings(step.optimizer, runtime.programs.param_shardings(TRAIN), params)
+    shardings = state_shardings(step.optimizer, runtime.programs.trained_shardings, params)
     step = replace(step, places=tuple(jax.tree.leaves(shardings)))
     state = init_state(params, step.optimizer, shardings)
-    checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states)
+    checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states, base=training.base)
     stop = CommonStop(f"{stage}/{iteration}")
     restored = checkpoints.restore(state, shardings)
     if restored is None and training.carried is not None:
@@ -195,9 +204,8 @@ def train(
                 batch = make_batch(chosen, batch_size=section.batch_size, max_length=training.max_length, plan=plan)
                 placed = batch.place(runtime.mesh)
                 learning_rate = float(np.asarray(rate(index)))
-                state, metrics = train_step(
-                    state, placed, jax.numpy.float32(learning_rate), config=step, rounding=rounding
-                )
+                rate_now = jax.numpy.float32(learning_rate)
+                state, metrics = train_step(state, placed, rate_now, config=step, frozen=frozen, rounding=rounding)
                 tokens = sum(row.num_tokens for row in chosen)
                 work = work_of(runtime.model_config, lengths.take(indices), share_prompt=share_prompt)
                 writer.write(
@@ -206,7 +214,7 @@ def train(
                     names=[row.name for row in chosen],
                     learning_rate=learning_rate,
                     tokens=float(tokens),
-                    flops=train_flops(runtime.model_config, work),
+                    flops=train_flops(runtime.model_config, work, adapter_params=runtime.programs.adapter_params),
                     padding=float(np.mean(batch.places.position < 0)),
                     responses=float(lengths.response[indices].size),
                 )

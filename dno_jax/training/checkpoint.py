@@ -22,22 +22,31 @@ from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.parallel.cluster import barrier, gather_from_processes, is_primary
+from dno_jax.training.notes import ADAPTER, adapter_note, identity
 from dno_jax.training.state import TrainState
 
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
 _FINGERPRINT, _PARAMS, _PRUNED = "FINGERPRINT", "params", "PRUNED"
+_BASE = "BASE"  # beside the fingerprint of a train state
 _WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
-def save_policy(path: epath.Path, params: Any) -> str:
+def save_policy(path: epath.Path, params: Any, *, adapter: str | None = None) -> str:
     """Write a policy; FINGERPRINT, written last, marks it whole. Return the fingerprint.
 
     Every process calls this: each writes its own shards.
+
+    Args:
+        adapter: what ADAPTER.json is to hold, where `params` are an adapter; it is a part of the policy's identity.
     """
-    digest = fingerprint(params)
-    if is_primary() and (path / _FINGERPRINT).exists():  # it would mark half-written weights as whole
-        (path / _FINGERPRINT).unlink()
+    digest = identity(fingerprint(params), adapter)
+    if is_primary():
+        (path / _FINGERPRINT).unlink(missing_ok=True)  # it would mark half-written weights as whole
+        if adapter is None:
+            (path / ADAPTER).unlink(missing_ok=True)
+        else:
+            write_atomically(path / ADAPTER, adapter)
     barrier(f"policy {path} open")
     _hush_unfinished()
     checkpointer = ocp.StandardCheckpointer()
@@ -79,7 +88,14 @@ def policy_fingerprint(path: epath.Path) -> str | None:
     return text.decode()
 
 
-def load_policy(path: epath.Path, *, shapes: Any, shardings: Any, exact: bool = False) -> Any:
+def load_policy(
+    path: epath.Path,
+    *,
+    shapes: Any,
+    shardings: Any,
+    exact: bool = False,
+    change: Callable[[Any, jax.Array], jax.Array] | None = None,
+) -> Any:
     """Read a policy straight into sharded arrays, and hold it to its fingerprint; each process reads what it holds.
 
     Arrays that are wanted in another dtype are read one at a time: as they were written, for the fingerprint is of
@@ -89,6 +105,7 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any, exact: bool = 
         shapes: tree of ShapeDtypeStructs (model.params.abstract_params).
         shardings: the same tree of shardings, of any mesh.
         exact: whether it must be the very policy in the dtypes that are wanted.
+        change: called with path and array of each leaf, float32, before it is cast; gives what takes its place.
 
     Raises:
         DnoError: there is no whole policy at `path`, it is not the one that was written, or it would be rounded and
@@ -115,11 +132,12 @@ def load_policy(path: epath.Path, *, shapes: Any, shardings: Any, exact: bool = 
         read = undamaged(path, partial(_read_arrays, path / _PARAMS, shapes, {name: written[name] for name in group}))
         sums |= dict(zip(read, jax.device_get(_all_bit_sums(list(read.values()))), strict=True))
         for name in group:
-            array = read.pop(name)
+            array = read.pop(name) if change is None else change(name, read.pop(name))
             found[name] = array.astype(wanted[name].dtype)
             if exact and not as_written:
                 rounded[name] = jnp.any(found[name].astype(_WRITTEN) != array)
-    check_fingerprint(path, noted, _digest(_in_tree(list(written.items())), list(sums.values())))
+    digest = _digest(_in_tree(list(written.items())), list(sums.values()))
+    check_fingerprint(path, noted, identity(digest, adapter_note(path)))
     if lost := [name for name, is_rounded in rounded.items() if bool(is_rounded)]:
         raise DnoError(
             f"{path}: {len(lost)} of its arrays hold numbers that training.param_dtype={wanted[lost[0]].dtype} cannot "
@@ -142,9 +160,9 @@ def check_fingerprint(path: epath.Path, noted: str, found: str) -> None:
 def policy_remedy(path: epath.Path) -> str:
     """Say how a policy on disk that is damaged can be had again."""
     number, _, auxiliary = path.name.partition("-")
-    if not number.isdecimal():
+    if number != "base" and not number.isdecimal():
         return "restore it from a copy"
-    if not int(number):
+    if number == "base" or not int(number):
         return f"restore it from a copy, or remove {path} and run again: the same one is imported from model.path"
     stage = "train-auxiliary" if auxiliary else "train"
     return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
@@ -206,7 +224,7 @@ def stored_fingerprint(path: epath.Path) -> str:
     Raises:
         DnoError: they cannot be read.
     """
-    return undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree))
+    return identity(undamaged(path, partial(_stored_digest, path / _PARAMS, _in_tree)), adapter_note(path))
 
 
 def damaged_states(path: epath.Path) -> dict[int, str]:
@@ -240,15 +258,24 @@ def _stored_digest(path: epath.Path, named: Callable[[Sequence[tuple[Any, Any]]]
 
 def _noted_of(state: epath.Path) -> str | None:
     """The fingerprint that a train state was written with; earlier versions noted none."""
-    return (json.loads((state / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}).get(_FINGERPRINT)
+    return _metadata_of(state).get(_FINGERPRINT)
+
+
+def _metadata_of(state: epath.Path) -> dict[str, Any]:
+    return json.loads((state / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata") or {}
 
 
 class StateCheckpoints:
-    """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays."""
+    """The last train states of one iteration, saved while training runs, each with the fingerprint of its arrays.
 
-    def __init__(self, path: epath.Path, *, keep: int = 2):
+    Args:
+        base: fingerprint of the weights that stand, where states are of adapters beside them.
+    """
+
+    def __init__(self, path: epath.Path, *, keep: int = 2, base: str | None = None):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.path = path
+        self._base = base
         _hush_unfinished()
         self._manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
@@ -259,7 +286,7 @@ class StateCheckpoints:
 
     def save(self, state: TrainState, *, step: int) -> None:
         """Start writing the state after `step` optimiser steps."""
-        noted = {_FINGERPRINT: _state_digest(state)}
+        noted = {_FINGERPRINT: _state_digest(state), _BASE: self._base}
         # Forced: Orbax by itself would leave out, and write, others than those that are asked for.
         self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata=noted, force=True)
 
@@ -295,6 +322,12 @@ class StateCheckpoints:
     def _read(self, step: int, target: TrainState) -> tuple[TrainState | None, str | None]:
         """Return a state, or what is wrong with it."""
         restore = partial(self._manager.restore, step, args=ocp.args.StandardRestore(target))
+        base, damage = _tried(lambda: _metadata_of(self.path / str(step)).get(_BASE))
+        if damage is None and base != self._base:
+            raise DnoError(
+                f"{self.path}/{step}: a state beside weights of fingerprint {base}, where {self._base} are trained "
+                "beside; remove that folder, and training begins anew"
+            )
         found, damage = _tried(lambda: (_noted_of(self.path / str(step)), cast(TrainState, restore())))
         if found is None:
             return None, damage

@@ -10,21 +10,28 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.params import abstract_params, param_axes
+from dno_jax.model.params import abstract_adapters, abstract_params, adapter_axes, param_axes
 from dno_jax.parallel.sharding import AnyMesh, Layout, replicated, weight_shardings
 
 
 @flax.struct.dataclass
 class TrainState:
     step: Any  # scalar int32, optimiser steps taken
-    params: Any  # the decoder's tree and nothing else, in training.param_dtype
+    params: Any  # what is trained: the decoder's tree in training.param_dtype, or that of adapters beside it in float32
     opt_state: Any
 
 
 def param_shardings(config: ModelConfig, mesh: AnyMesh, layout: Layout) -> Any:
     """Return the tree of shardings of the decoder's parameters."""
     return weight_shardings(mesh, layout, axes=param_axes(config), shapes=abstract_params(config))
+
+
+def adapter_shardings(config: ModelConfig, adapter: AdapterConfig, mesh: AnyMesh, layout: Layout) -> Any:
+    """Return the tree of shardings of adapters beside the decoder's parameters."""
+    axes, shapes = adapter_axes(config, adapter), abstract_adapters(config, adapter)
+    return weight_shardings(mesh, layout, axes=axes, shapes=shapes)
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params_shardings: Any, params: Any) -> TrainState:

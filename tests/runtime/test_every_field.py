@@ -17,6 +17,7 @@ import pytest
 
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
+from dno_jax.model.params import abstract_adapters, abstract_params
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.preferences import soft_target
 from dno_jax.records import Message
@@ -32,7 +33,7 @@ from tests.config.test_kinds import leaves
 from tests.configured import deep_merge
 from tests.small import small_tree, write_checkpoint
 
-SECTIONS = ("model", "mesh", "loss", "reference", "outer", "optimizer", "training")
+SECTIONS = ("model", "mesh", "loss", "reference", "outer", "optimizer", "training", "adapter")
 TEMPLATE = (
     "{{ bos_token }}{% if strftime_now('%Y') == '2025' %}bam {% endif %}{{ mood }} "
     "{% for m in messages %}{{ m.content }} bes {% endfor %}"
@@ -101,6 +102,10 @@ CASES = {
     "training.logprob_chunk": Case(16),
     "training.param_dtype": Case("bfloat16"),
     "training.skip_nonfinite": Case(3),
+    "adapter.rank": Case(2, {"adapter": {"rank": 4}}),
+    "adapter.alpha": Case(8.0, {"adapter": {"rank": 4}}),
+    "adapter.targets": Case(["q_proj"], {"adapter": {"rank": 4}}),
+    "adapter.path": Case("folder"),
     "model.path": Case("experts"),
     "model.dtype": Case("bfloat16"),
     "model.remat": Case("none"),
@@ -116,6 +121,7 @@ CASES = {
 }  # fmt: skip
 # Read by the stage, between its steps: what such a field changes is tested there.
 ELSEWHERE = {
+    "adapter.path": ("end_to_end/test_adapters.py", "test_a_run_starts_from_an_adapter_of_pefts"),
     "optimizer.carry": ("stages/test_restart.py", "test_carried_moments_go_on_and_new_ones_start_at_zero"),
 }
 FIELDS = {
@@ -206,15 +212,15 @@ def seen(make):
         step = programs.step_config(
             preference_loss(config.loss_at(0), config.reference), load_balance_weight=config.loss.load_balance_weight
         )
-        params, places = programs.trained_params, programs.param_shardings(TRAIN)
-        shardings = state_shardings(step.optimizer, places, params)
+        params, frozen = programs.trained_params, None
+        if programs.adapter is not None:
+            params = abstract_adapters(runtime.model_config, programs.adapter)
+            frozen = jax.tree.map(_placed, abstract_params(runtime.model_config), programs.param_shardings(TRAIN))
+        shardings = state_shardings(step.optimizer, programs.trained_shardings, params)
         state = jax.eval_shape(lambda held: TrainState(jnp.int32(0), held, step.optimizer.init(held)), params)
-        state = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
-        )
+        state, placed = jax.tree.map(_placed, state, shardings), batch.place(runtime.mesh)
         key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        batch = batch.place(runtime.mesh)
-        return train_step.lower(state, batch, jnp.float32(1e-3), config=step, rounding=key).as_text()
+        return train_step.lower(state, placed, jnp.float32(1e-3), config=step, frozen=frozen, rounding=key).as_text()
 
     @dataclass
     class Seen:
@@ -226,6 +232,10 @@ def seen(make):
             return look(self.text) == look(other.text) and program(self.text) == program(other.text)
 
     return lambda *changes: Seen(json.dumps(make(*changes).model_dump(mode="json")))
+
+
+def _placed(leaf, place):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
 def _messages():

@@ -78,10 +78,10 @@ def trained(make_config):
         real, place = stage.train_step, Training("train", 0, states, max_length=config.max_length)
         taken = []
 
-        def poisoned(state, batch, rate, *, config, rounding):
+        def poisoned(state, batch, rate, **options):
             taken.append(int(state.step))
             weight = jnp.where(taken[-1] in bad, jnp.nan, 1.0) * batch.weight
-            return real(state, batch.replace(weight=weight), rate, config=config, rounding=rounding)
+            return real(state, batch.replace(weight=weight), rate, **options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stage, "train_step", poisoned)

@@ -2,7 +2,7 @@
 
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
 from dno_jax.model.hf.config_json import read_config, read_dropout, read_end_token_ids, read_pad_token_id
-from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save
+from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save, stored_shapes
 from dno_jax.model.hf.files import weight_files
 from dno_jax.model.hf.hub import folder
 from dno_jax.model.hf.importer import check, load
@@ -21,6 +21,7 @@ __all__ = [
     "read_end_token_ids",
     "read_pad_token_id",
     "save",
+    "stored_shapes",
     "untrained_rows",
     "weight_files",
 ]

@@ -100,11 +100,11 @@ def save(
         write_tokenizer(beside, temporary, chat_template=chat_template)
 
     try:
-        _on_primary(begin, path=path)
+        on_primary(begin, path=path)
         _write_tensors(temporary, plan, params, max_shard_bytes=max_shard_bytes)
         _compare_tensors(temporary, config, plan, params)
         _compare_logits(temporary, config, plan, params)
-        _on_primary(lambda: _rename_into_place(temporary, path), path=path)
+        on_primary(lambda: _rename_into_place(temporary, path), path=path)
     finally:
         if _is_primary():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -158,7 +158,7 @@ def _agree(error: Exception | None) -> None:
         raise DnoError("export: process 0 gave up; its message says why")
 
 
-def _on_primary(act: Callable[[], None], *, path: Path) -> None:
+def on_primary(act: Callable[[], None], *, path: Path) -> None:
     error: Exception | None = None
     if _is_primary():
         try:
@@ -177,12 +177,12 @@ def _write_tensors(directory: Path, plan: list[Planned], params: Mapping[str, An
         with ExitStack() as stack:
             opened: ShardFile | None = None
             for tensor in tensors:
-                parts = [_gather(params, part) for part in tensor.parts]
+                parts = [gather(params, part) for part in tensor.parts]
                 # After an error all keep bringing tensors together: whoever stopped would leave the others waiting.
                 if _is_primary() and error is None:
                     try:
                         opened = opened or stack.enter_context(closing(ShardFile(directory / file, tensors)))
-                        opened.append(tensor, tensor.compose([_on_host(part) for part in parts]))
+                        opened.append(tensor, tensor.compose([on_host(part) for part in parts]))
                     except Exception as caught:
                         error = caught
                 del parts  # before the next ones come
@@ -203,7 +203,7 @@ def _take(leaf: jax.Array, index: tuple[jax.Array, ...], *, everywhere: NamedSha
     return leaf if everywhere is None else jax.lax.with_sharding_constraint(leaf, everywhere)
 
 
-def _gather(params: Mapping[str, Any], part: tuple[Any, tuple[int, ...]]) -> Any:
+def gather(params: Mapping[str, Any], part: tuple[Any, tuple[int, ...]]) -> Any:
     """Return one layer of one leaf, where process 0 can read it; with several processes it is on every device."""
     tensor, index = part
     leaf = tree_leaf(params, tensor.path)
@@ -219,7 +219,7 @@ def _everywhere(leaf: jax.Array) -> NamedSharding:
     return NamedSharding(leaf.sharding.mesh, PartitionSpec())
 
 
-def _on_host(array: Any) -> np.ndarray:
+def on_host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         array = array.addressable_data(0)
     return np.asarray(array)
@@ -245,10 +245,10 @@ def _compare_tensors(directory: Path, config: ModelConfig, plan: list[Planned], 
                 if written.dtype != meant.dtype or written.tobytes() != meant.tobytes():
                     differ.append(planned.name)
             for tensor, index in planned.parts:
-                gathered = _gather(params, (tensor, index))
+                gathered = gather(params, (tensor, index))
                 if files is not None and error is None:
                     try:
-                        meant = _on_host(gathered).reshape((1,) * len(index) + tensor.shape)
+                        meant = on_host(gathered).reshape((1,) * len(index) + tensor.shape)
                         if not _equal(Reader(files, pool, np.dtype(np.float32)), tensor, index, meant, planned.dtype):
                             differ.append(f"{'/'.join(tensor.path)} ({planned.name})")
                     except Exception as caught:
@@ -273,11 +273,8 @@ def _equal(reader: Reader, tensor: Tensor, index: tuple[int, ...], meant: np.nda
 
 def _compare_logits(directory: Path, config: ModelConfig, plan: list[Planned], params: Mapping[str, Any]) -> None:
     """Compare the logits of what was written with those of what was meant, in the shardings of the parameters."""
-    dtypes: dict[str, Any] = {}
-    for planned in plan:
-        for tensor, _ in planned.parts:
-            put_leaf(dtypes, tensor.path, planned.dtype)
     # A tree: load reads each leaf as the file holds it, so that the second copy is no larger than it must be.
+    dtypes = _dtypes(plan)
     on_devices = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(dict(params)))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(params)) if on_devices else None
     written = _probe(config, load(directory, shardings=shardings, dtype=dtypes, finite=False)[1])
@@ -287,6 +284,21 @@ def _compare_logits(directory: Path, config: ModelConfig, plan: list[Planned], p
             f"{directory}: the checkpoint read back gives other logits, or some that are not finite. "
             "Nothing was put in place."
         )
+
+
+def _dtypes(plan: list[Planned]) -> dict[str, Any]:
+    """The dtype that each parameter has in the files, in our tree."""
+    dtypes: dict[str, Any] = {}
+    for planned in plan:
+        for tensor, _ in planned.parts:
+            put_leaf(dtypes, tensor.path, planned.dtype)
+    return dtypes
+
+
+def stored_shapes(config: ModelConfig, *, source: str | Path, dtype: Any = None) -> dict[str, Any]:
+    """Return the parameter tree as jax.ShapeDtypeStruct, with the dtypes in which `save` would write it."""
+    dtypes = _dtypes(plan_tensors(config, source=Path(source), dtype=dtype))
+    return jax.tree.map(lambda leaf, kind: jax.ShapeDtypeStruct(leaf.shape, kind), abstract_params(config), dtypes)
 
 
 def _as_stored(leaf: Any, dtype: np.dtype) -> Any:
@@ -315,7 +327,7 @@ def _probe_logits(params: Any, *, config: ModelConfig, everywhere: NamedSharding
 def _probe(config: ModelConfig, params: Mapping[str, Any]) -> np.ndarray:
     leaf = jax.tree.leaves(dict(params))[0]
     everywhere = _everywhere(leaf) if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable else None
-    return _on_host(_probe_logits(params, config=config, everywhere=everywhere))
+    return on_host(_probe_logits(params, config=config, everywhere=everywhere))
 
 
 def _recover(path: Path) -> None:

@@ -98,7 +98,7 @@ def push(path: str | Path, repo: str) -> str:
     """
     from huggingface_hub.errors import HfHubHTTPError
 
-    files, there = {file.name for file in Path(path).iterdir()}, []
+    files, there = {str(file.relative_to(path)) for file in Path(path).rglob("*")}, []
     with _explained(repo, None, pushing=True):
         with suppress(HfHubHTTPError):  # a new repository may have nothing to list
             there = _api().list_repo_files(repo)

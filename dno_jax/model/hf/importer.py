@@ -41,6 +41,7 @@ def load(
     dtype: Any = np.float32,
     progress: Progress | None = None,
     finite: bool = True,
+    change: Callable[[tuple[str, ...], Any], Any] | None = None,
 ) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a checkpoint.
 
@@ -52,6 +53,7 @@ def load(
         dtype: of the parameters; or a tree of dtypes like the parameters.
         progress: called with (bytes just read, bytes that this process reads in all).
         finite: refuse weights that are NaN or infinite.
+        change: called with the path and the value of each parameter once it is read; what it returns takes its place.
 
     Returns:
         (config, params), params in the tree of params.abstract_params(config).
@@ -76,7 +78,8 @@ def load(
         params: dict[str, Any] = {}
         for leaf in leaves:
             wanted = tree_leaf(dtype, leaf.tensor.path) if isinstance(dtype, dict) else dtype
-            put_leaf(params, leaf.tensor.path, leaf.read(Reader(files, pool, np.dtype(wanted), finite=finite)))
+            value = leaf.read(Reader(files, pool, np.dtype(wanted), finite=finite))
+            put_leaf(params, leaf.tensor.path, value if change is None else change(leaf.tensor.path, value))
     return config, params
 
 

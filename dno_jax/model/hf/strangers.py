@@ -53,7 +53,8 @@ def _what_it_is(path: Path) -> str:
         return (
             f"this is a PEFT adapter ({first(r'adapter.*')}), changes to another model and no model itself: merge it "
             "into its base and save that (AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
-            ".save_pretrained(...), and the tokenizer's save_pretrained), then give that directory"
+            ".save_pretrained(...), and the tokenizer's save_pretrained), then give that directory; to train it on, "
+            "give its base as model.path and this as adapter.path"
         )
     if shards := [name for name in names if _SHARD.fullmatch(name)]:
         found = _SHARD.fullmatch(shards[0])
