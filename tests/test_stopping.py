@@ -40,7 +40,7 @@ DEAF = """
     import ctypes
     library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     stopping.allow({grace})
-    at_work()
+    threading.Timer(0.3, at_work).start()
     library.pthread_mutex_lock(mutex)
     library.pthread_mutex_lock(mutex)  # in a library, for ever: Python's own handlers never run
 """
@@ -57,9 +57,10 @@ ASYNC = """
 """
 TALKS = """
     with stopping.conversing():
-        at_work()
-        for _ in range(2):
-            try: time.sleep(60)
+        for turn in range(2):
+            try:
+                if not turn: at_work()
+                time.sleep(60)
             except KeyboardInterrupt: print("heard", flush=True)
     print(stopping.asked(), flush=True)
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import multiprocessing
 import os
 import sys
@@ -55,6 +56,7 @@ def _main(arguments: list[str], point: str | None, stderr: str) -> None:
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream.fileno())
         os.close(file)
+    logging.getLogger().handlers.clear()  # what libraries set up in the server: a process of its own has none yet
     if point:
         arm(point)
     sys.argv = ["dno", *arguments]

@@ -36,7 +36,7 @@ def test_a_run_ends_the_same_however_often_its_disk_is_full(tmp_path):
     path = write_config(tmp_path, "disk/run", iterations=1, training=TRAINING)
     stages = set()
     with disk(tmp_path / "disk", "200k") as change:
-        for size in ("200k", "300k", "700k", "1100k", "1300k"):  # pairs, states, and what comes by chance
+        for size in ("250k", "900k"):  # amid the pairs, and the states
             assert change(f"size={size}") == 0
             done = start("run", path)
             assert done.returncode in (0, 2), done.stderr[-3000:]
@@ -51,8 +51,7 @@ def test_a_run_ends_the_same_however_often_its_disk_is_full(tmp_path):
         finish(path)
         assert contents(run_dir, iterations=1) == contents(RunDir(tmp_path / "whole"), iterations=1)
         assert change("ro") == 0
-        for command in (("run", path), ("train", path)):
-            refused = start(*command)
-            assert refused.returncode == 2
-            assert f"{run_dir.path}: cannot be written" in refused.stderr
+        refused = start("run", path)
+        assert refused.returncode == 2
+        assert f"{run_dir.path}: cannot be written" in refused.stderr
         assert start("status", run_dir.path).returncode == 0

@@ -75,7 +75,7 @@ def test_twenty_sigterms_at_random_moments_over_all_stages_change_nothing(folder
         asked = {"base_url": server.url, "api_key_env": None, "model": "judge", "max_concurrency": 2}
         changes = {
             "annotation": {"kind": "openai", "openai": asked, "teacher": asked},
-            "pairing": {"reward": "score", "positive_floor": 3, "margin": 1, "student_margin": 1},
+            "pairing": {"reward": "score", "positive_floor": 3, "margin": 1, "student_margin": 1, "cut": "keep"},
         }
         write_prompts(folder / "untaught.jsonl", 12, gold=False)
         tree = small_tree(folder)
