@@ -19,7 +19,7 @@ def prune(config: RunConfig, run_dir: RunDir, iteration: int) -> None:
     """
     if run_dir.stage("evaluate", iteration + 1).manifest_path.exists():
         return
-    needed = needed_after(config, run_dir, iteration)
+    needed = needed_after(config, run_dir, iteration) | {run_dir.base_path}  # beside which adapters stand
     folder = run_dir.path / "policies"
     for path in sorted(path for path in folder.iterdir() if path.is_dir() and path not in needed):
         if policy_fingerprint(path) and not is_pruned(path) and int(path.name[:3]) <= iteration:
@@ -36,8 +36,7 @@ def needed_after(config: RunConfig, run_dir: RunDir, iteration: int) -> set[epat
     newest, keep = iteration + 1, config.training.keep_policies
     count = newest + 1 if keep == "all" or config.outer.scheme == "average" else int(keep)
     recent = range(max(newest + 1 - count, 0), newest + 1)
-    needed = {run_dir.policy(0), run_dir.base_path}  # beside which adapters stand
-    needed |= {place(policy) for policy in recent for place in (run_dir.policy, run_dir.auxiliary)}
+    needed = {run_dir.policy(0)} | {place(policy) for policy in recent for place in (run_dir.policy, run_dir.auxiliary)}
     best = run_dir.stage("evaluate", iteration).require().details["best"]
     needed.add(run_dir.policy(int(best)))
     for later in range(newest, max(config.iterations, newest + 1)):  # there may be more one day
