@@ -78,7 +78,7 @@ def head_token_logprobs(
     # Slices run along T so that a sharded batch axis stays whole in each of them.
     width = max(1, min(length, chunk // max(batch, 1)))
     padding = -length % width
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    hidden = jnp.asarray(jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))))
     token = jnp.pad(token, ((0, 0), (0, padding)))
     # Nothing is added. But in a shard_map a head that devices share is now each one's own, like their rows, and so are
     # rows beside parts of the head: gradients are added up over devices once, here, and not in every slice.
@@ -86,7 +86,7 @@ def head_token_logprobs(
     hidden = hidden + jnp.zeros_like(head, shape=())
     if valid is not None:  # of one slice, some are
         valid = None if width == length else jnp.pad(jnp.asarray(valid), ((0, 0), (0, padding)))
-    return _logprobs_by_slice(hidden, head, token, valid, _How(width, softcap, split))[:, :length]
+    return jnp.asarray(_logprobs_by_slice(hidden, head, token, valid, _How(width, softcap, split)))[:, :length]
 
 
 class _How(NamedTuple):

@@ -390,8 +390,8 @@ def main() -> None:
     """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
     try:
         status = process.run(app)
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except Exception as error:
+        sys.excepthook(type(error), error, error.__traceback__)
         status = 1
     if status not in (0, stopping.STOPPED, stopping.INTERRUPTED) and "dno_jax.parallel.cluster" in sys.modules:
         from dno_jax.parallel.cluster import end_at_once

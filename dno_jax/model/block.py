@@ -192,7 +192,7 @@ class Block(nn.Module):
         a = factor("a", (*shape[:-out], rank), (*axes[:-out], "rank")).reshape(-1, rank)
         b = factor("b", (rank, *shape[-out:]), ("rank", *axes[-out:])).reshape(rank, -1)
         narrow = self.constrain(scaled(product(x, a, precision), adapter.scale), ("batch", "length", "rank"))
-        return product(narrow, b, precision).reshape(*x.shape[:2], *shape[-out:])
+        return jnp.reshape(product(narrow, b, precision), (*x.shape[:2], *shape[-out:]))
 
     def _attention(
         self,

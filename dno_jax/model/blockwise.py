@@ -41,7 +41,7 @@ def blockwise_attention(
         q_KGTH = _pad(q, padding).astype(jnp.float32).reshape(T + padding, K, N // K, H).transpose(1, 2, 0, 3)
         k_KTH, v_KTH = (_pad(array, padding).astype(jnp.float32).transpose(1, 0, 2) for array in (k, v))
         own = jax.tree.map(lambda array: jnp.pad(array, (0, padding), constant_values=-1)[None], own)
-        mixed = _mix(q_KGTH, k_KTH, v_KTH, own, jnp.asarray(window, jnp.int32), scale, softcap)
+        mixed: Array = _mix(q_KGTH, k_KTH, v_KTH, own, jnp.asarray(window, jnp.int32), scale, softcap)
         return mixed.transpose(2, 0, 1, 3)[:T].reshape(T, N, H)
 
     return jax.lax.map(one_row, (q_BTNH, k_BTKH, v_BTKH, places)).astype(q_BTNH.dtype)

@@ -48,7 +48,7 @@ def initialize(
         _join(coordinator, num_processes, process_id)
 
 
-def _join(*where: str | int) -> None:
+def _join(*where: Any) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
     jax.distributed.initialize(*where)
     # Gloo gives processes 30 seconds to meet for the first time: here all have just come, later one may be reading.

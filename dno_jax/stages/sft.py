@@ -253,7 +253,7 @@ def _merged(runtime: Runtime[SftConfig], config: SftConfig, adapters: Any) -> An
     shapes, change = hf.stored_shapes(runtime.model_config, source=source), merging(adapters, adapter)
 
     def one(path: tuple[str, ...], leaf: Any) -> Any:  # merged in float32 and cast, before the next is read
-        wanted = shapes
+        wanted: Any = shapes
         for key in path:
             wanted = wanted[key]
         return change(path, leaf).astype(wanted.dtype)

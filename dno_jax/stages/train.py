@@ -167,7 +167,7 @@ def train(
     rounding = key_data(Purpose.ROUNDING, config.seed, iteration, stage)
     shardings = state_shardings(step.optimizer, runtime.programs.trained_shardings, params)
     step = replace(step, places=tuple(jax.tree.leaves(shardings)))
-    state = init_state(params, step.optimizer, shardings)
+    state: Any = init_state(params, step.optimizer, shardings)
     checkpoints = StateCheckpoints(training.states_path, keep=section.keep_states, base=training.base)
     stop = CommonStop(f"{stage}/{iteration}")
     restored = checkpoints.restore(state, shardings)

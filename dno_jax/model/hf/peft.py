@@ -186,7 +186,8 @@ def read(path: str | Path, config: ModelConfig) -> Given:
         )
     place, tree = read_json(path, CONFIG_FILE)
     _refuse(tree, place=place)
-    rank, alpha = tree.get("r"), tree.get("lora_alpha")
+    rank: Any = tree.get("r")
+    alpha: Any = tree.get("lora_alpha")
     if not _is_number(rank) or rank != int(rank) or rank < 1 or not _is_number(alpha) or not alpha > 0:
         raise DnoError(
             f"{place}: r is {shown(rank)}, lora_alpha is {shown(alpha)}; expected at least 1, and a number above 0"

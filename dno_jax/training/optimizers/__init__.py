@@ -44,7 +44,7 @@ def _made(section: OptimizerSection, axes: tuple[Axes, ...] | None) -> optax.Gra
     own = _KINDS[section.name](section, axes)
     inner = optax.chain(optax.clip_by_global_norm(section.max_grad_norm), own)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return inner.update(widened(grads), widened(state), widened(params))
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(widened(updates), widened(state), widened(params))
 
     return optax.GradientTransformation(lambda params: inner.init(widened(params)), update)

@@ -69,15 +69,15 @@ def per_matrix(
         found = [of_each("init", names, leaf, like=leaf) for names, leaf in zip(axes, leaves, strict=True)]
         return jax.tree.unflatten(tree, found)
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        leaves, tree = jax.tree.flatten(grads)
-        updates, states = [], []
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(updates)
+        moves, states = [], []
         for names, grad, own, param in zip(
             axes, leaves, tree.flatten_up_to(state), jax.tree.leaves(params), strict=True
         ):
             moved, own = of_each("update", names, grad, own, param, like=grad)
-            updates.append(jnp.reshape(moved, grad.shape))
+            moves.append(jnp.reshape(moved, grad.shape))
             states.append(own)
-        return jax.tree.unflatten(tree, updates), jax.tree.unflatten(tree, states)
+        return jax.tree.unflatten(tree, moves), jax.tree.unflatten(tree, states)
 
     return optax.GradientTransformation(init, update)
