@@ -134,7 +134,7 @@ def _backward(
         def computed() -> tuple[Array, Array]:
             _, pull = _slice_logprobs(part, head, target, how)
             of_logits = pull(slope)[0].astype(hidden.dtype)
-            of_head = einsum_float32("btd,btv->dv", part, of_logits)
+            of_head = einsum_float32("btd,btv->dv", part, of_logits, place=_explicit_place(head))
             return total + of_head, einsum_float32("btv,dv->btd", of_logits, head).astype(hidden.dtype)
 
         return _if_any(valid, start, how, computed, lambda: (total, jnp.zeros_like(part)))
@@ -179,20 +179,32 @@ def sequence_logprobs(logprob: Float[ArrayLike, "*B T"], mask: Bool[ArrayLike, "
     return jnp.sum(jnp.where(mask, jnp.asarray(logprob, jnp.float32), 0.0), axis=-1)
 
 
-def einsum_float32(equation: str, a: ArrayLike, b: ArrayLike) -> Array:
+def _explicit_place(array: Array) -> jax.sharding.NamedSharding | None:
+    """Where an array lies on a mesh of Explicit axes, which ask where a sum over rows that are split is to lie."""
+    place = jax.typeof(array).sharding
+    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in place.mesh.axis_types)
+    return place if explicit else None
+
+
+def einsum_float32(
+    equation: str, a: ArrayLike, b: ArrayLike, *, place: jax.sharding.NamedSharding | None = None
+) -> Array:
     """Return einsum(equation, a, b) accumulated and returned in float32, multiplied in the operands' own dtype.
 
     float32 operands are multiplied as float32 (an accelerator would take bfloat16 or TF32 passes by default).
+
+    Args:
+        place: where the result is to lie, on a mesh of Explicit axes alone.
     """
     a, b = jnp.asarray(a), jnp.asarray(b)
     if a.dtype == jnp.float32:
-        return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST)
+        return jnp.einsum(equation, a, b, precision=jax.lax.Precision.HIGHEST, out_sharding=place)
 
     def native(a: Array, b: Array) -> Array:
-        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32, out_sharding=place)
 
     def widened(a: Array, b: Array) -> Array:
         # XLA's CPU back-end lacks some of these products; that of two bfloat16 numbers is exact in float32.
-        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32))
+        return jnp.einsum(equation, a.astype(jnp.float32), b.astype(jnp.float32), out_sharding=place)
 
     return jax.lax.platform_dependent(a, b, cpu=widened, default=native)

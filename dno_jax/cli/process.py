@@ -56,7 +56,7 @@ def run(app: Callable[..., Any]) -> int:
     except KeyboardInterrupt:  # before the command has begun, or after it
         status = stopping.INTERRUPTED
     if status == stopping.INTERRUPTED and stopping.exit_status() == stopping.STOPPED:
-        typer.echo("dno: stopped by SIGTERM; the same command goes on from what is saved", err=True)
+        typer.echo(printable("dno: stopped by SIGTERM; the same command goes on from what is saved"), err=True)
         return stopping.STOPPED
     return status if isinstance(status, int) else 0
 

@@ -28,7 +28,7 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
-from dno_jax.training.adapted import Destination, adapter_of, load_apart, load_merged, save_adapter
+from dno_jax.training.adapted import Destination, adapter_of, first_key, load_apart, load_merged, save_adapter
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint, save_policy
 
 
@@ -126,7 +126,7 @@ class Runtime(Generic[ConfigT]):
         """
         programs = self.programs
         if programs.adapter is not None:
-            to, key = Destination(self.model_config, self.mesh, TRAIN), draw_key(Purpose.ADAPTER, self.config.seed)
+            to, key = Destination(self.model_config, self.mesh, TRAIN), first_key(self.config.seed)
             return load_apart(policy, to, programs.adapter, key=key, shapes=self.computing_shapes)
         if not exact:
             return self.load_policy(policy, TRAIN), None

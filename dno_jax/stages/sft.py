@@ -41,6 +41,7 @@ from dno_jax.stages.checkpoints import (
 )
 from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import Training, train
+from dno_jax.training.adapted import first_key
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
 from dno_jax.training.objectives import supervised_loss
@@ -240,7 +241,7 @@ def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> tuple[Any, Any]:
         adapters = read_adapter(runtime, config.adapter.path)
     else:
         adapters = jax.jit(init_adapters, static_argnums=(0, 1), out_shardings=runtime.programs.trained_shardings)(
-            runtime.model_config, adapter, draw_key(Purpose.ADAPTER, config.seed)
+            runtime.model_config, adapter, first_key(config.seed)
         )
     dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.computing_shapes)
     return adapters, read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes)

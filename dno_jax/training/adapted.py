@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
+from dno_jax.addresses import Purpose, key_data
 from dno_jax.errors import DnoError
 from dno_jax.model.adapters import AdapterConfig, merging
 from dno_jax.model.config import ModelConfig
@@ -22,6 +24,11 @@ from dno_jax.parallel.sharding import AnyMesh, Layout
 from dno_jax.training.checkpoint import load_policy, policy_fingerprint, policy_remedy, save_policy
 from dno_jax.training.notes import ADAPTER, adapter_note
 from dno_jax.training.state import adapter_shardings, param_shardings
+
+
+def first_key(seed: int) -> jax.Array:
+    """The key that a run's or a fine-tuning's first adapters are drawn by."""
+    return jax.random.wrap_key_data(jnp.asarray(key_data(Purpose.ADAPTER, seed)), impl="threefry2x32")
 
 
 @dataclass(frozen=True)
