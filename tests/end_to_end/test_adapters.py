@@ -93,6 +93,7 @@ def test_beside_training_the_base_is_held_in_the_compute_dtype(finished):
         assert leaf.dtype == ("float32" if path[-1].key.endswith("norm") else "bfloat16"), path
 
 
+@pytest.mark.soak
 def test_on_another_mesh_the_merged_policy_is_the_same(finished):
     config, run_dir = finished
     one = Runtime.reading(config.model_copy(update={"mesh": MeshSection(data=8)}))
@@ -126,6 +127,7 @@ def test_the_export_is_the_policy_merged_and_the_folder_for_peft(finished, tmp_p
     assert "adapter/adapter_model.safetensors" in noted["files"]
 
 
+@pytest.mark.soak
 def test_five_steps_kill_and_the_rest_end_where_all_of_them_do(finished, tmp_path, monkeypatch):
     """States hold adapters and the fingerprint of their base: the second half is of the same bits."""
     config, run_dir = finished
@@ -190,6 +192,7 @@ def peft_folder(path, checkpoint, **changes):
     return adapters
 
 
+@pytest.mark.soak
 def test_a_run_starts_from_an_adapter_of_pefts(small_folder, tmp_path):
     tree = small_tree(small_folder)
     adapters = peft_folder(tmp_path / "peft", Path(tree["model"]["path"]), use_rslora=True)

@@ -31,6 +31,7 @@ def disk(place, size):
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.soak
 def test_a_run_ends_the_same_however_often_its_disk_is_full(tmp_path):
     finish(write_config(tmp_path, "whole", iterations=1, training=TRAINING))
     path = write_config(tmp_path, "disk/run", iterations=1, training=TRAINING)

@@ -68,6 +68,7 @@ def steps_taken(run_dir):
     return len([row for row in run_dir.read_metrics() if row["stage"] == "train"])
 
 
+@pytest.mark.soak
 def test_two_processes_stop_at_the_same_step_and_one_goes_on(folder):
     path = write_config(folder, "two", iterations=1, training=NEVER | {"num_epochs": 100})
     run_dir = RunDir(folder / "two")
@@ -87,6 +88,7 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(folder):
     assert start("run", path, point="step:1").returncode == -signal.SIGKILL  # by one process, and from there
 
 
+@pytest.mark.soak
 def test_a_run_whose_coordinator_dies_ends_and_one_process_goes_on(folder):
     path = write_config(folder, "orphan", iterations=1, training=NEVER | {"num_epochs": 100, "save_every": 2})
     run_dir = RunDir(folder / "orphan")
