@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,15 @@ from dno_jax.config.training import (
     TrainingSection,
 )
 from dno_jax.stopping import GRACE_SECONDS
+
+GraceSeconds = Annotated[
+    float,
+    Field(
+        gt=0.0,
+        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    ),
+]
 
 _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the whole run's
 
@@ -56,12 +65,7 @@ class RunConfig(Section):
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = Field(default=ReportSection())
-    grace_seconds: float = Field(
-        default=GRACE_SECONDS,
-        gt=0.0,
-        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
-        json_schema_extra=COSTS,
-    )
+    grace_seconds: GraceSeconds = GRACE_SECONDS
 
     @model_validator(mode="after")
     def _adapters_are_float32(self) -> RunConfig:
@@ -241,12 +245,7 @@ class SftConfig(Section):
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
-    grace_seconds: float = Field(
-        default=GRACE_SECONDS,
-        gt=0.0,
-        description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
-        json_schema_extra=COSTS,
-    )
+    grace_seconds: GraceSeconds = GRACE_SECONDS
 
     @model_validator(mode="after")
     def _one_iteration(self) -> SftConfig:

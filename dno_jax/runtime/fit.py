@@ -69,7 +69,7 @@ def check_fit(
         what = "pairs of 2 texts" if texts == 2 else "texts"
         raise DnoError(
             f"training.micro_batch_size is {count} {what}, which the mesh's data*fsdp*expert={row_shards} devices do "
-            "not divide; make it a multiple, or set training.packing to on"
+            "not divide; make it a multiple, or let texts be packed (training.packing)"
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dno_jax.config import RunConfig, SftConfig
+from dno_jax.errors import DnoError
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
@@ -100,8 +101,17 @@ class Programs(Generic[ConfigT]):
 
     @cached_property
     def packing(self) -> Packing:
-        """How the texts of a batch are laid out in rows."""
+        """How the texts of a batch are laid out in rows.
+
+        Raises:
+            DnoError: they are to be packed, and the attention cannot keep them apart.
+        """
         backend, section = self.attention_backend, self.config.training
+        if section.packing == "on" and backend == "cudnn":
+            raise DnoError(
+                "training.packing is on, but this run attends by cuDNN, which jax gives no segments to keep texts "
+                "apart; set training.packing to auto, or model.attention to xla"
+            )
         on_cpu = not isinstance(self.mesh, Mesh) or self.mesh.devices.flat[0].platform == "cpu"
         longest = max_length_of(self.config)
         # A sixteenth of the longest text leaves few shapes; splash attention's tiles are of 128.

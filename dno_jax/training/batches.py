@@ -211,17 +211,6 @@ def _filled(rows: Sequence[TrainingRow], layout: Layout, shape: BatchShape, pack
     )
 
 
-def length_bucket(length: int, *, max_length: int) -> int:
-    """Return the padded length: max_length halved as often as the longest row allows, at least 32.
-
-    Few shapes, few compiles.
-    """
-    bucket = max_length
-    while bucket // 2 >= max(length, 32) and bucket % 2 == 0:
-        bucket //= 2
-    return bucket
-
-
 def num_steps(num_rows: int, *, batch_size: int, num_epochs: int) -> int:
     """Optimiser steps; the last batch of an epoch may be partly filler, so that every row is used."""
     return -(-num_rows // batch_size) * num_epochs

@@ -11,15 +11,18 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dno_jax.config import RunConfig
+from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.model.attention import xla_attention
 from dno_jax.model.params import init_params
+from dno_jax.parallel.mesh import abstract_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN
 from dno_jax.runtime import runtime as runtime_module
+from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.training.checkpoint import save_policy
 from tests.small import small_tree
+from tests.training.conftest import CONFIG as SHAPE
 
 
 def edit(path, **changes):
@@ -100,3 +103,16 @@ def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_c
     places = {**places, "layers": (layer,) * len(found["layers"])}
     for leaf, place in zip(jax.tree.leaves(found), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
+def test_packing_is_refused_where_the_attention_cannot_keep_texts_apart():
+    tree = {"run_dir": "r", "model": {"path": "m", "attention": "cudnn", "dtype": "bfloat16"}, "prompts": {"path": "p"},
+            "annotation": {"kind": "openai"}}  # fmt: skip
+
+    def programs(packing):
+        config = parse_config(RunConfig, tree | {"training": {"packing": packing}}, place="test")
+        return Programs(config, SHAPE, abstract_mesh(config.mesh, 8))
+
+    with pytest.raises(DnoError, match=r"training\.packing is on, but this run attends by cuDNN"):
+        _ = programs("on").packing
+    assert not programs("auto").packing.packed

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dno_jax.training.batches import TrainingRow, batch_order, length_bucket, make_batch, num_steps
+from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps
 from tests.batches import response_tokens
 
 
@@ -33,14 +33,6 @@ def test_refuses_what_does_not_fit():
         make_batch([row], batch_size=1, max_length=39)
     with pytest.raises(ValueError, match="2 rows for a batch of 1"):
         make_batch([row, row], batch_size=1, max_length=64)
-
-
-def test_few_shapes():
-    for max_length in (64, 96, 768, 4096, 1000):
-        buckets = {length_bucket(n, max_length=max_length) for n in range(1, max_length + 1)}
-        assert max(buckets) == max_length
-        assert len(buckets) <= 8
-        assert all(length_bucket(n, max_length=max_length) >= n for n in range(1, max_length + 1))
 
 
 @pytest.mark.parametrize(("num_rows", "batch_size"), [(10, 4), (8, 4), (3, 8)])

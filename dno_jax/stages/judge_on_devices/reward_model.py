@@ -45,7 +45,6 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
 from dno_jax.stages.checkpoints import read_checkpoint
 from dno_jax.stages.judge_on_devices.shards import CloseShard, DeviceJudge, judge_on_devices
-from dno_jax.training.batches import length_bucket
 
 _FILES_AT_ONCE = 8
 
@@ -315,3 +314,14 @@ def _digest_files(files: tuple[tuple[Path, int, int], ...]) -> bytes:
         digests = pool.map(digest_of, (file for file, _, _ in files))
         lines = [f"{file.name} {digest}\n" for (file, _, _), digest in zip(files, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).digest()
+
+
+def length_bucket(length: int, *, max_length: int) -> int:
+    """Return the padded length: max_length halved as often as the longest row allows, at least 32.
+
+    Few shapes, few compiles.
+    """
+    bucket = max_length
+    while bucket // 2 >= max(length, 32) and bucket % 2 == 0:
+        bucket //= 2
+    return bucket

@@ -24,6 +24,7 @@ from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import checkpoints, pair, sample
 from dno_jax.stages.judge_on_devices import reward_model
+from dno_jax.stages.judge_on_devices.reward_model import length_bucket
 from tests.configured import deep_merge
 from tests.model.checkpoints import edit_config, edit_tensors
 from tests.pairs import read_pairs
@@ -391,3 +392,11 @@ def test_the_configuration_asks_for_a_path_and_for_another_judge_of_held_out_pro
         parse_config(RunConfig, deep_merge(tree, {"prompts": {"held_out": 2}}), place="test")
     with pytest.raises(DnoError, match="gives pairwise verdicts, no scores"):
         parse_config(RunConfig, deep_merge(tree, {"pairing": {"reward": "score"}}), place="test")
+
+
+def test_few_shapes():
+    for max_length in (64, 96, 768, 4096, 1000):
+        buckets = {length_bucket(n, max_length=max_length) for n in range(1, max_length + 1)}
+        assert max(buckets) == max_length
+        assert len(buckets) <= 8
+        assert all(length_bucket(n, max_length=max_length) >= n for n in range(1, max_length + 1))
