@@ -58,10 +58,10 @@ CASES = {
     "slurm, names": (slurm(SLURM_STEP_NODELIST="alpha,beta"), "alpha:62016", 2, 1, None),
     "slurm, another port": (slurm(JAX_COORDINATOR_PORT="1234"), "gpu007:1234", 2, 1, None),
     "slurm, CPUs": (without(slurm(), "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"), "gpu007:62016", 2, 1, None),
-    "mpirun within a job of SLURM": ({**slurm(), **OMPI}, "10.96.0.1:64000", 16, 9, (1,)),
-    "mpirun": (OMPI, "10.96.0.1:64000", 16, 9, (1,)),
+    "mpirun within a job of SLURM": ({**slurm(), **OMPI}, "10.96.0.1:62624", 16, 9, (1,)),
+    "mpirun": (OMPI, "10.96.0.1:62624", 16, 9, (1,)),
     "mpirun, IPv6": (
-        OMPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp6://[fe80::1,fe80::2]:4"}, "[fe80::1]:64000", 16, 9, (1,),
+        OMPI | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp6://[fe80::1,fe80::2]:4"}, "[fe80::1]:62624", 16, 9, (1,),
     ),
     "mpirun of Open MPI 5 on one host": (
         without(OMPI, "OMPI_MCA_orte_hnp_uri") | {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "1"},
@@ -70,7 +70,8 @@ CASES = {
     "mpirun, told where": (OMPI | {"JAX_COORDINATOR_ADDRESS": "10.0.0.9:99"}, "10.0.0.9:99", 16, 9, (1,)),
     "an Indexed Job": (POD | {"JAX_NUM_PROCESSES": "4"}, "dno-0.dno-pods:55527", 4, 3, None),
     "an Indexed Job, told where": (
-        POD | {"HOSTNAME": "dno-3", "NNODES": "4", "JAX_COORDINATOR_ADDRESS": "dno-0.any"}, "dno-0.any:55527", 4, 3, None,
+        POD | {"HOSTNAME": "dno-3", "NNODES": "4", "JAX_COORDINATOR_ADDRESS": "dno-0.any"},
+        "dno-0.any:55527", 4, 3, None,
     ),
     "a JobSet": (JOBSET | {"NNODES": "4"}, "run-workers-0-0.run:55527", 4, 3, None),
     "a JobSet of two jobs": (
