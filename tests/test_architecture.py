@@ -33,7 +33,7 @@ LEVELS = [
     ["parallel"],
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
-    ["report", "stages", "plan"],
+    ["report", "stages", "plan", "launch"],
     ["iteration"],
     ["cli", "__main__"],
 ]

@@ -15,6 +15,7 @@ from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
 from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
+from dno_jax.cli.launch import launch
 from dno_jax.cli.prompts import prompts
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
@@ -328,6 +329,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(launch, name="launch", help="Manifests for clusters.")
 app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
