@@ -4,8 +4,8 @@
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
-It lies in a file system: in an object store nothing can be appended to, locked, or renamed at once. Nothing here imports
-jax.
+It lies in a file system: in an object store nothing can be appended to, locked, or renamed at once. Nothing imports
+jax here.
 """
 
 from __future__ import annotations
