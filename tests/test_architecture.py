@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
-        "stopping",
         "display",
+        "stopping",
         "records",
         "files",
         "addresses",

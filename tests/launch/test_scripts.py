@@ -78,7 +78,10 @@ FAILS = 'id="${@: -1}"; echo "$id" >>"$LOG"; if [ "$id" = 1 ]; then exit 7; fi; 
 STOPS = """trap 'echo "told" >>"$LOG"; exit 75' TERM
 echo at work >>"$LOG"
 while :; do sleep 0.05; done"""
-DEAF = 'echo at work >>"$LOG"; [ "${@: -1}" = 0 ] && exit 75; kill -STOP $$'
+DEAF = """echo at work >>"$LOG"
+[ "${@: -1}" = 0 ] || kill -STOP $$
+while [ "$(wc -l <"$LOG")" -lt 2 ]; do /bin/sleep 0.02; done
+exit 75"""
 
 
 def test_a_local_run_ends_with_the_status_of_the_first_to_fail(tmp_path, commands):
