@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,8 @@ from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
+from dno_jax.cli.launch import launch
 from dno_jax.cli.prompts import prompts
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
@@ -53,9 +54,6 @@ With = Annotated[
     typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
 ]
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
-Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
-NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
 
 
 @app.command()
@@ -88,7 +86,7 @@ def run(
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
@@ -157,7 +155,7 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
         process_id: ProcessId = None,
     ) -> None:
         settings = _stage_settings(name, config, overrides, variants, iteration)
-        _join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         options = {"stage_name": name} if module in ("score", "train") else {}
         _run_on_devices(name, module or name, settings, iteration, **options)
 
@@ -194,7 +192,7 @@ def annotate(
     settings = _stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
-        _join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
     else:
         _run_on_host("annotate", settings, iteration)
@@ -219,7 +217,7 @@ def sft(
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
     settings = _load(config, overrides, variants, kind="SftConfig")
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
 
@@ -331,6 +329,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(launch, name="launch", help="Manifests for clusters.")
 app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
@@ -380,21 +379,12 @@ def _bytes(text: str, *, option: str) -> int:
     return int(float(number) * unit)
 
 
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.cluster import initialize
-
-    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
-
-
 def main() -> None:
     """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
+    failure = None
     try:
         status = process.run(app)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 1
-    if status not in (0, stopping.STOPPED, stopping.INTERRUPTED) and "dno_jax.parallel.cluster" in sys.modules:
-        from dno_jax.parallel.cluster import end_at_once
-
-        end_at_once(status)
+        status, failure = 1, error
+    leave(status, failure)
     raise SystemExit(status)
