@@ -1,6 +1,6 @@
 """The run directory: where everything lies, who may write in it, and by which configuration it was made.
 
-    <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html tensorboard/ .lock
+    <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html report/ tensorboard/ .lock
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
@@ -41,6 +41,7 @@ class RunDir:
         self.annotations_path = self.path / "annotations.sqlite"
         self.receipts_path = self.path / "receipts.json"
         self.report_path = self.path / "report.html"
+        self.report_files_path = self.path / "report"
         self.tensorboard_path = self.path / "tensorboard"
         self.template_path = self.path / "template.txt"
         self.source_path = self.path / "policies" / "SOURCE.json"

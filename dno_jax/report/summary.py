@@ -94,8 +94,8 @@ def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
     return table
 
 
-def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
-    """One row per iteration: pairs by kind (S student, G gold, D data), replayed ones, seconds by stage; its judge."""
+def iteration_table(run_dir: RunDir, config: RunConfig, *, judge: bool = True) -> RenderableType:
+    """One row per iteration: pairs by kind (S student, T teacher, D data), replayed ones, seconds by stage; its judge."""
     evaluated = _evaluated(run_dir, config.iterations)
     stages = stage_names(config, 0)
     manifests = {t: {name: run_dir.stage(name, t).require() for name in stage_names(config, t)} for t in evaluated}
@@ -117,6 +117,8 @@ def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
         for t, done in manifests.items()
         if (shares := done["pair"].details.get("cut"))
     ]
+    if not judge:
+        return Group(table, *cut)
     return Group(table, *cut, quality_lines(_judge_figures(run_dir, config.iterations), config.annotation.quality))
 
 
@@ -126,7 +128,7 @@ def _judge_figures(run_dir: RunDir, iterations: int) -> dict[int, dict[str, Any]
 
 
 def _short(kind: str) -> str:
-    return kind.replace("student", "S").replace("gold", "G").replace("data", "D")
+    return kind.replace("student", "S").replace("gold", "T").replace("data", "D")
 
 
 def _evaluated(run_dir: RunDir, iterations: int) -> list[int]:
