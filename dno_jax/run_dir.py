@@ -136,6 +136,29 @@ class RunDir:
         finally:
             os.close(file)
 
+    def holder(self) -> str | None:
+        """Who works in the directory now; None where nobody does, or nobody can tell."""
+        try:
+            file = os.open(self.lock_path, os.O_RDONLY)
+        except OSError:  # nobody has yet, or it lies in an object store
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        return None
+
+    def paid(self) -> float | None:
+        """Dollars that judges and teachers have been paid, where there are receipts."""
+        try:
+            return float(json.loads(self.receipts_path.read_text())["usd"])
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return None
+
     def _lock(self, file: int) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,8 +16,8 @@ _CURVES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "logprobs",
         "Log-probabilities of responses",
-        "Mean log-probability (nats) of chosen and rejected responses. Both falling is usual; chosen falling as fast as "
-        "rejected is not.",
+        "Mean log-probability (nats) of chosen and rejected responses. Both falling is usual; chosen falling as fast "
+        "as rejected is not.",
         {"chosen_logprob": "chosen", "rejected_logprob": "rejected"},
     ),
     (

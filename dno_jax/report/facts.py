@@ -1,4 +1,4 @@
-"""What a run has written down of itself, read once for its report; what cannot be read is told, and the rest is shown."""
+"""What a run has written down of itself, read once for its report; what cannot be read is told."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Facts:
 
     @property
     def wall_seconds(self) -> float:
-        return sum(row.get("wall_seconds") or 0.0 for row in self.metrics if row.get("stage") == ITERATION)
+        found = (row.get("wall_seconds") or 0.0 for row in self.metrics if row.get("stage") == ITERATION)
+        return float(sum(found))
 
     def tried(self, read: Callable[[], T]) -> T | None:
         """What a reader returns; where something is damaged or gone, that is told and nothing is returned."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dno_jax.report.comparison import BETTER, comparison_figures
 from dno_jax.report.facts import Facts
 from dno_jax.report.judge import NAMES
 from dno_jax.report.shapes import Figure, Shape
 from dno_jax.report.training import ITERATION
 
-BETTER, PAIRS, JUDGE, COSTS, SAMPLER = "better", "pairs", "judge", "costs", "sampler"
+PAIRS, JUDGE, COSTS, SAMPLER = "pairs", "judge", "costs", "sampler"
 
 
 def figures(facts: Facts) -> Iterator[Figure]:
@@ -18,7 +19,7 @@ def figures(facts: Facts) -> Iterator[Figure]:
     for figure in (
         _win_rates(facts),
         _lengths(facts),
-        _matrix(facts),
+        *comparison_figures(facts),
         _funnel(facts),
         _kinds(facts),
         _cut(facts),
@@ -30,11 +31,6 @@ def figures(facts: Facts) -> Iterator[Figure]:
     ):
         if figure.rows:
             yield figure
-
-
-def player(name: str) -> str:
-    """What a player of the held-out game is called."""
-    return {"gold": "the teacher", "average": "the mixture"}.get(name, f"policy {name}")
 
 
 def pair_kind(kind: str) -> str:
@@ -86,27 +82,6 @@ def _lengths(facts: Facts) -> Figure:
         ("policy", "of", "words", "low", "high", "tokens"),
         rows,
         Shape("intervals", "policy", "words"),
-    )
-
-
-def _matrix(facts: Facts) -> Figure:
-    details = facts.evaluated or {}
-    matrix = details.get("matrix", ())
-    names = details.get("players") or [str(index) for index in range(len(matrix))]
-    rows = [
-        (player(names[i]), player(names[j]), rate)
-        for i, own in enumerate(matrix)
-        for j, rate in enumerate(own)
-        if i != j and rate is not None
-    ]
-    return Figure(
-        "matrix",
-        BETTER,
-        "Who beats whom",
-        "How often the policy of a row beats the policy of a column on held-out prompts.",
-        ("policy", "against", "win rate"),
-        rows,
-        Shape("heat", "against", "win rate", "policy", percent=True),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -24,6 +23,7 @@ from dno_jax.display import hide_keys, printable
 from dno_jax.files import write_atomically
 from dno_jax.report import figures as known
 from dno_jax.report import plots
+from dno_jax.report.comparison import BETTER, comparison_words
 from dno_jax.report.curves import TRAINING, curves
 from dno_jax.report.distributions import distributions
 from dno_jax.report.facts import Facts, read_facts
@@ -31,12 +31,13 @@ from dno_jax.report.judge import quality_table
 from dno_jax.report.samples import browser, lengths, read_samples
 from dno_jax.report.shapes import Figure
 from dno_jax.report.summary import is_measured, iteration_table, policy_table, stage_statuses, status_table, told_policy
-from dno_jax.report.tables import PlainTable, plain
+from dno_jax.report.tables import PlainTable, duration, plain
 from dno_jax.report.training import training_table
 from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 
 _SECTIONS = (
-    (known.BETTER, "Did it get better?"),
+    (BETTER, "Did it get better?"),
     ("samples", "Samples"),
     (known.PAIRS, "Pairs"),
     (TRAINING, "Training"),
@@ -92,7 +93,7 @@ def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -
         num_prompts=packed.prompts,
         places=list(dict.fromkeys(one.place for one in samples)),
     )
-    write_atomically(run_dir.report_path, text)
+    _write(run_dir.report_path, text)
     if pictures:
         _write_pictures(run_dir.report_files_path, found, specs)
     return run_dir.report_path
@@ -100,9 +101,15 @@ def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -
 
 def _write_pictures(folder: epath.Path, found: Iterable[Figure], specs: Mapping[str, Any]) -> None:
     for figure in found:
-        write_atomically(folder / f"{figure.name}.csv", figure.csv())
+        _write(folder / f"{figure.name}.csv", figure.csv())
         if figure.name in specs:
-            write_atomically(folder / f"{figure.name}.svg", plots.svg(figure))
+            _write(folder / f"{figure.name}.svg", plots.svg(figure))
+
+
+def _write(path: epath.Path, text: str) -> None:
+    """Write a file unless it says so already: a run that is started again leaves what is finished alone."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
 
 
 def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
@@ -116,13 +123,14 @@ def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
         words[section] += said
 
     for section, make in (
-        (known.BETTER, lambda: policy_table(run_dir, iterations=config.iterations)),
+        (BETTER, lambda: policy_table(run_dir, iterations=config.iterations)),
         (known.PAIRS, lambda: iteration_table(run_dir, config, judge=False)),
         (TRAINING, lambda: training_table(run_dir) or ""),
         (known.COSTS, lambda: status_table(stage_statuses(run_dir, config))),
     ):
         if (made := facts.tried(make)) is not None:
             add(section, made)
+    words[BETTER] += comparison_words(facts)
     for iteration, details in facts.details("annotate"):
         if details.get("quality"):
             add(known.JUDGE, quality_table(details["quality"], config.annotation.quality, iteration=iteration))
@@ -166,18 +174,13 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
         told = facts.tried(lambda: told_policy(run_dir, iteration=evaluated[-1])) or ""
         measured = facts.tried(lambda: is_measured(run_dir, evaluated[-1]))
         tiles.append(("best policy" if measured else "newest policy", str(details["best"]), told))
-    done, total = len(facts.manifests), len(stage_statuses(run_dir, facts.config))
+    done, total = len(facts.manifests), sum(len(stage_names(facts.config, t)) for t in range(iterations))
     tiles.append(("iterations", f"{len(evaluated)} of {iterations}", f"{done} of {total} stages are done"))
     if facts.wall_seconds:
-        tiles.append(("wall time", _duration(facts.wall_seconds), "of finished iterations"))
+        tiles.append(("wall time", duration(facts.wall_seconds), "of finished iterations"))
     if "usd" in facts.receipts:
         tiles.append(("paid", f"${facts.receipts['usd']:,.2f}", "to judges and teachers"))
     return [(what, number, printable(of)) for what, number, of in tiles]
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
 
 
 def _versions(facts: Facts) -> str:

@@ -1,4 +1,4 @@
-"""Plots: Vega-Lite by altair, drawn in the page by Vega itself, and SVG by vl-convert; both come with the extra `report`.
+"""Plots: Vega-Lite by altair, drawn in the page by Vega itself; SVG by vl-convert. The extra `report` brings both.
 
 Without them the page has its tables. Nothing is fetched: the library that draws lies in the package vl-convert.
 """
@@ -15,7 +15,18 @@ from dno_jax.report.shapes import Figure, Shape
 
 EXTRA = 'pip install "dno_jax[report]"'
 # Of middle brightness, told apart by the colour-blind, and seen on white as on black.
-_COLOURS = ["#3b82d6", "#e08214", "#1a9e77", "#c8548f", "#8b6fd6", "#7f8c2d", "#c0504d", "#4bacc6", "#8a8a8a", "#b8860b"]
+_COLOURS = [
+    "#3b82d6",
+    "#e08214",
+    "#1a9e77",
+    "#c8548f",
+    "#8b6fd6",
+    "#7f8c2d",
+    "#c0504d",
+    "#4bacc6",
+    "#8a8a8a",
+    "#b8860b",
+]
 ROWS = "rows"  # what a specification calls the figure's numbers
 _HEIGHT = 230
 _SVG_WIDTH = 680
@@ -120,7 +131,8 @@ def _bars(alt: Any, figure: Figure, shape: Shape) -> Any:
 
 
 def _histogram(alt: Any, figure: Figure, shape: Shape) -> Any:
-    return alt.Chart(alt.NamedData(name=ROWS)).mark_line(interpolate="step", strokeWidth=2, point=len(figure.rows) < 60, **_colour(shape)).encode(
+    chart = alt.Chart(alt.NamedData(name=ROWS)).mark_line(interpolate="step", strokeWidth=2, **_colour(shape))
+    return chart.encode(
         x=alt.X(field=shape.x, type="quantitative", title=shape.x),
         y=alt.Y(field=shape.y, type="quantitative", title=shape.y),
         tooltip=_tooltip(alt, figure),
@@ -131,12 +143,16 @@ def _histogram(alt: Any, figure: Figure, shape: Shape) -> Any:
 def _lines(alt: Any, figure: Figure, shape: Shape) -> Any:
     colours = {row[figure.columns.index(shape.colour)] for row in figure.rows}
     legend = {} if len(colours) > 1 else {"legend": None}
-    return alt.Chart(alt.NamedData(name=ROWS)).mark_line(strokeWidth=1.5, interpolate="linear").encode(
-        x=alt.X(field=shape.x, type="quantitative", title="step, iterations one after the other"),
-        y=alt.Y(field=shape.y, type="quantitative", title=None, scale=alt.Scale(zero=False)),
-        color=alt.Color(field=shape.colour, type="nominal", sort=None, **legend),
-        detail=[alt.Detail(field="iteration", type="nominal"), alt.Detail(field="training", type="nominal")],
-        tooltip=_tooltip(alt, figure),
+    return (
+        alt.Chart(alt.NamedData(name=ROWS))
+        .mark_line(strokeWidth=1.5, interpolate="linear")
+        .encode(
+            x=alt.X(field=shape.x, type="quantitative", title="step, iterations one after the other"),
+            y=alt.Y(field=shape.y, type="quantitative", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color(field=shape.colour, type="nominal", sort=None, **legend),
+            detail=[alt.Detail(field="iteration", type="nominal"), alt.Detail(field="training", type="nominal")],
+            tooltip=_tooltip(alt, figure),
+        )
     )
 
 
@@ -150,9 +166,7 @@ def _words(figure: Figure, column: str) -> list[str]:
 
 def _tooltip(alt: Any, figure: Figure) -> list[Any]:
     numbers = {name for name, cell in zip(figure.columns, figure.rows[0], strict=True) if not isinstance(cell, str)}
-    return [
-        alt.Tooltip(field=name, type="quantitative" if name in numbers else "nominal") for name in figure.columns
-    ]
+    return [alt.Tooltip(field=name, type="quantitative" if name in numbers else "nominal") for name in figure.columns]
 
 
 def _format(alt: Any, shape: Shape) -> dict[str, Any]:

@@ -58,16 +58,14 @@ class Figure:
     @property
     def records(self) -> list[dict[str, Any]]:
         """The rows by column; words of others do not act."""
-        return [
-            {name: printable(cell) if isinstance(cell, str) else cell for name, cell in zip(self.columns, row, strict=True)}
-            for row in self.rows
-        ]
+        rows = ([printable(cell) if isinstance(cell, str) else cell for cell in row] for row in self.rows)
+        return [dict(zip(self.columns, row, strict=True)) for row in rows]
 
     @property
     def shown_rows(self) -> Sequence[tuple[Any, ...]]:
         """At most so many rows that a person reads them: evenly chosen, the last one among them."""
         step = -(-len(self.rows) // _SHOWN_ROWS)
-        return self.rows if step <= 1 else [*self.rows[: -1 : step], self.rows[-1]]
+        return self.rows if step <= 1 else [*self.rows[:-1:step], self.rows[-1]]
 
     def csv(self) -> str:
         """All rows, for a spreadsheet. Words that one would compute are kept from it by a quote."""

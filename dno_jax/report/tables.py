@@ -38,6 +38,12 @@ def shares_text(shares: Mapping[str, float]) -> str:
     return ", ".join(f"{100.0 * share:.3g} % of {name}" for name, share in shares.items() if share)
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the unit in which a person would say them."""
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:,.1f} h"
+
+
 @dataclass(frozen=True)
 class PlainTable:
     """A table of the terminal as words, for other pages: the same numbers, whatever the width."""

@@ -26,6 +26,7 @@
   const draw = async (place) => {
     const name = place.dataset.name;
     const spec = JSON.parse($(`spec-${name}`).textContent);
+    spec.config.legend.columns = place.clientWidth < 420 ? 2 : 3;
     const made = await vegaEmbed(place, spec, {
       renderer: "svg", ast: true, actions: false, loader: { load: refuse, http: refuse, file: refuse },
     });
