@@ -16,6 +16,7 @@ from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
 from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
 from dno_jax.cli.launch import launch
+from dno_jax.cli.looking import report, status
 from dno_jax.cli.prompts import prompts
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
@@ -96,6 +97,7 @@ def run(
             console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
+        console.print(f"report: {folder.report_path}", soft_wrap=True)
 
 
 def _stage_settings(
@@ -303,22 +305,6 @@ def plan(
     console.print(planning.render(found))
 
 
-@app.command()
-def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
-    ] = False,
-) -> None:
-    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
-    from dno_jax.console import console
-    from dno_jax.report import status as report
-    from dno_jax.run_dir import RunDir
-
-    for table in report.tables(RunDir(str(run_dir)), verify=verify):
-        console.print(table)
-
-
 class _TemplateByDefault(TyperGroup):
     """A group whose first argument may be left out: `dno inspect CONFIG` is `dno inspect template CONFIG`."""
 
@@ -353,6 +339,8 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(status)
+app.command()(report)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)

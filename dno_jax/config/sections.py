@@ -227,3 +227,9 @@ class ReportSection(Section):
     tensorboard: bool = Field(
         default=True, description="write event files into the run directory", json_schema_extra=COSTS
     )
+    wandb: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a project of Weights & Biases that curves are sent to (extra `wandb`); None: none",
+        json_schema_extra=COSTS,
+    )
