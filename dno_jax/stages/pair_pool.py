@@ -101,9 +101,9 @@ class PairPool:
 
     @cached_property
     def _standing(self) -> dict[int, Rollout]:
-        """Place of each judged text that may be trained on -> the first response that gave it and may be, too."""
+        """Place of each judged text that may be trained on -> the response judged, or the first that may be trained."""
         found: dict[int, Rollout] = {}
-        for rollout in sorted(self.samples, key=lambda row: row.sample):
+        for rollout in (*self.judged, *sorted(self.samples, key=lambda row: row.sample)):
             if self._is_trained(rollout, self.trained):
                 found.setdefault(self.place[self.shown[rollout.rollout_id]], rollout)
         return dict(sorted(found.items()))

@@ -16,11 +16,11 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum())
 
 
-def two_passes(P, log_auxiliary, log_policy, *, eta, steps):
+def two_passes(P, log_auxiliary, log_policy, *, eta, steps, meet=lambda policy: policy):
     """Optimistic mirror descent as published: pi' moves by r_t, and pi_{t+1} is a second such step from it."""
     played = [np.exp(log_policy)]
     for _ in range(steps):
-        rewards = P @ played[-1]
+        rewards = P @ meet(played[-1])
         log_auxiliary = log_softmax(log_auxiliary + rewards / eta)
         played.append(np.exp(log_softmax(log_auxiliary + rewards / eta)))
     return np.stack(played)
@@ -59,6 +59,15 @@ def test_a_run_that_begins_with_its_own_first_reward_is_two_passes_from_a_step_b
         np.testing.assert_allclose(found, two_passes(P, behind, start, eta=2.0, steps=100), rtol=0, atol=1e-12)
     assert games.duality_gap(CYCLE, one_regression(CYCLE, np.log(REFERENCE), eta=1, steps=1000,
                                                    first=lambda reward: reward)[-1]) < 1e-9  # fmt: skip
+
+
+def test_given_the_same_estimates_both_are_still_the_same():
+    rng, start = np.random.default_rng(7), np.log(REFERENCE)
+    found = games.solve(CYCLE, algorithm="onpo", eta=2, initial=REFERENCE, iterations=300, num_opponents=8, seed=7)
+    expected = two_passes(
+        CYCLE, start, start, eta=2, steps=300, meet=lambda policy: rng.multinomial(8, policy / policy.sum()) / 8
+    )
+    np.testing.assert_allclose(found.policies, expected, rtol=0, atol=1e-11)
 
 
 # --- Nash mirror prox
