@@ -220,7 +220,7 @@ def test_sections_that_do_not_fit_together_are_refused(tmp_path, changes, messag
     [
         MATCHING | {"loss.name": "sppo", "pairing.replay": 0.3},  # a regression may replay
         MATCHING | MIXTURE | {"loss.name": "nash_md_pg"},
-        MIXTURE | WIN_RATES | {"loss.name": "inpo", "outer.scheme": "optimistic", "prompts.split": "shared"},
+        MIXTURE | MATCHING | {"loss.name": "inpo", "outer.scheme": "optimistic", "prompts.split": "shared"},
         MIXTURE | {"reference.tau": 0.1},  # tau = beta: the reference is pi_ref
         MIXTURE | {"reference.tau": 0.5, "loss.beta_schedule": "nash_md"},  # beta is not read
         {"reference.kind": "initial", "outer.scheme": "proximal", "outer.every": 3},

@@ -180,7 +180,10 @@ def test_the_samples_of_the_policy_before_stand_beside_its_own(tmp_path):
 REFUSED = {
     "disjoint prompts": ({"prompts": {"split": "disjoint"}}, r"prompts\.split=disjoint .* set prompts\.split=shared"),
     "nothing sampled": ({"sampling": {"source": "data"}}, r"sampling\.source=data; set sampling\.source=policy"),
-    "points": ({"pairing": {"reward": "score"}}, r"set pairing\.reward=win_rate and pairing\.opponents=policy"),
+    "points": (
+        {"pairing": {"reward": "score"}, "annotation": {"kind": "openai"}},
+        r"set pairing\.reward=win_rate and pairing\.opponents=policy",
+    ),
     "the pool": ({"pairing": {"opponents": "pool"}}, r"they are win_rate and pool"),
     "verdicts": ({"pairing": {"rule": "verdict"}}, r"pairing\.rule=verdict, which has no opponents.*pairing\.rule=all"),
     "nobody": ({"annotation": {"kind": "gold"}}, r"needs a judge, and annotation\.kind=gold asks nobody"),
