@@ -69,10 +69,6 @@ class RunDir:
         """Orbax checkpoint of the weights that every policy stands beside, where policy 0 is an adapter too."""
         return self.path / "policies" / "base"
 
-    def auxiliary(self, policy: int) -> epath.Path:
-        """Orbax checkpoint of pi'_t of the optimistic scheme; the first is policy 0 itself."""
-        return self.path / "policies" / f"{policy:03d}-auxiliary" if policy else self.policy(0)
-
     def iteration_path(self, iteration: int) -> epath.Path:
         return self.path / "iterations" / f"{iteration:03d}"
 

@@ -144,7 +144,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     stage.run(settings, folder, iteration)
 
 
-def _device_stage(name: str, summary: str, *, module: str | None = None) -> None:
+def _device_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs the devices."""
 
     def command(
@@ -158,14 +158,13 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
     ) -> None:
         settings = _stage_settings(name, config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
-        options = {"stage_name": name} if module in ("score", "train") else {}
-        _run_on_devices(name, module or name, settings, iteration, **options)
+        _run_on_devices(name, name, settings, iteration)
 
     command.__doc__ = summary
-    app.command(name.replace("_", "-"))(command)
+    app.command(name)(command)
 
 
-def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
+def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
     from dno_jax.runtime.runtime import Runtime
@@ -173,7 +172,7 @@ def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int,
 
     stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
     with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration, **options)
+        stage.run(runtime, iteration)
 
 
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
@@ -203,8 +202,6 @@ def annotate(
 _host_stage("pair", "Choose the training pairs.")
 _device_stage("score", "Write the reference log-probabilities of the pairs.")
 _device_stage("train", "Train policy t into policy t+1.")
-_device_stage("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
-_device_stage("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
 _device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
 
 
