@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +16,9 @@ from dno_jax.cli.game import game
 from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
 from dno_jax.cli.launch import launch
 from dno_jax.cli.looking import report, status
+from dno_jax.cli.plan import plan
 from dno_jax.cli.prompts import prompts
+from dno_jax.cli.quantities import read_bytes
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
 from dno_jax.cli.version import show_version
@@ -261,45 +262,12 @@ def export(
         policy=policy,
         base=base,
         dtype=dtype,
-        max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
+        max_shard_bytes=read_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
         push=push,
         public=public,
     )
     exports.run(RunDir(run_dir), str(path), wanted)
-
-
-@app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    variants: With = None,
-    memory: Annotated[
-        str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
-    ] = None,
-    devices: Annotated[
-        int | None, typer.Option(help="how many to plan for; those that this machine lacks need --memory")
-    ] = None,
-    response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a response that a judge reads; by default the longest possible")
-    ] = None,
-    reply_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a judge's reply; by default the longest possible")
-    ] = None,
-) -> None:
-    """Show what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
-    from dno_jax.console import console
-    from dno_jax.plan import run as planning
-
-    capacity = None if memory is None else _bytes(memory, option="--memory")
-    found = planning.plan_run(
-        _load(config, overrides, variants),
-        memory=capacity,
-        num_devices=devices,
-        response_tokens=response_tokens,
-        reply_tokens=reply_tokens,
-    )
-    console.print(planning.render(found))
 
 
 class _TemplateByDefault(TyperGroup):
@@ -338,6 +306,7 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
 
 app.command()(status)
 app.command()(report)
+app.command()(plan)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)
@@ -351,17 +320,6 @@ def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, 
     settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
     stopping.allow(settings.grace_seconds)
     return settings
-
-
-def _bytes(text: str, *, option: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)|([KMGT])i)B", text)
-    if found is None or not float(found[1]):
-        from dno_jax.errors import DnoError
-
-        raise DnoError(f"{option} is {text!r}; expected a number above 0 and a unit, such as 500MB, 5GB or 16GiB")
-    number, decimal, binary = found.groups()
-    unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
-    return int(float(number) * unit)
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from dno_jax.config.adapter import AdapterSection, refuse_rounded_adapters
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
+from dno_jax.config.mesh import MeshSection
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    MeshSection,
     ModelConfigSection,
     PairingSection,
     PromptsSection,

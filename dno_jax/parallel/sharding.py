@@ -265,7 +265,18 @@ def on_submesh(tree: Any, shardings: Any) -> Any:
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
-    """Move device arrays to other shardings without passing through the host; compiled once for equal shardings."""
+    """Move device arrays to other shardings without passing through the host; compiled once for equal shardings.
+
+    The meshes may lay the same devices out in another order.
+    """
+    orders = {
+        tuple(place.mesh.devices.flat)
+        for one in (jax.tree.map(lambda array: array.sharding, tree), shardings)
+        for place in jax.tree.leaves(one)
+        if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)
+    }
+    if len(orders) > 1:
+        return jax.device_put(tree, shardings)
     return jax.jit(_same, out_shardings=shardings)(tree)
 
 
