@@ -75,6 +75,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 def longest_texts(programs: Programs[ConfigT], *, num_rows: int) -> TextLengths:
     """Return the lengths of rows whose texts are all as long as they may be."""
     config, longest = programs.config, max_length_of(programs.config)
+    num_rows = min(num_rows, _MOST_BATCHES * config.training.batch_size)
     texts, prompt = 1, longest // 4
     if isinstance(config, RunConfig):
         texts, prompt = 2, min(config.prompts.max_length, longest - 1)
@@ -216,4 +217,3 @@ def fill_call(programs: Programs[RunConfig], slots: SlotPlan) -> Call:
     options = {"iteration": jax.ShapeDtypeStruct((), jnp.int32), "programs": slots.programs}
     kinds = {"parameters": params, "KV cache": state.slots, "queue": state.queue, "prompts": prompts}
     return Call(fill, (params, state, prompts), options, kinds)
-
