@@ -89,7 +89,7 @@ def train_load(programs: Programs[RunConfig], lengths: TextLengths, call: Call) 
     parts = call.arguments[1].token.shape[0]
     width = jnp.dtype(programs.config.model.dtype).itemsize
     weights = (2 + again) * parts * programs.num_parameters * width / programs.mesh.shape["tensor"]
-    return Load(needed / devices, executed / devices, 2 * state + weights)
+    return Load(needed / devices, executed / devices, float(2 * state + weights))
 
 
 def score_load(programs: Programs[RunConfig], lengths: TextLengths) -> Load:
@@ -97,7 +97,7 @@ def score_load(programs: Programs[RunConfig], lengths: TextLengths) -> Load:
     devices, work = programs.mesh.size, _work(programs, lengths)
     needed = forward_flops(programs.model_config, work) / devices
     width = jnp.dtype(programs.config.model.dtype).itemsize
-    return Load(needed, needed, programs.num_parameters * width / programs.mesh.shape["tensor"])
+    return Load(needed, needed, float(programs.num_parameters * width / programs.mesh.shape["tensor"]))
 
 
 def _work(programs: Programs[RunConfig], lengths: TextLengths) -> Work:
@@ -119,7 +119,7 @@ def decode_load(slots: SlotPlan) -> Load:
     # Two sums a layer of all rows' hidden states, and the logits of one part of the vocabulary at each device.
     sent = policies * rows * (2 * layers * config.hidden_size * width + config.vocab_size * 4) if tensor > 1 else 0
     messages = policies * (2 * layers + 1) if tensor > 1 else 0
-    return Load(needed, needed, policies * slots.weight_bytes + cache, float(sent), messages)
+    return Load(needed, needed, float(policies * slots.weight_bytes + cache), float(sent), messages)
 
 
 def prefill_load(slots: SlotPlan) -> Load:
@@ -133,7 +133,8 @@ def prefill_load(slots: SlotPlan) -> Load:
     width = jnp.dtype(slots.programs.model.dtype).itemsize
     sent = 2 * config.num_hidden_layers * tokens * config.hidden_size * width if tensor > 1 else 0
     pieces = -(-shape.prompt_length // shape.prefill_chunk)
-    return Load(needed, needed, pieces * slots.num_policies * slots.weight_bytes, slots.num_policies * float(sent))
+    read = float(pieces * slots.num_policies * slots.weight_bytes)
+    return Load(needed, needed, read, slots.num_policies * float(sent))
 
 
 def decode_seconds(slots: SlotPlan, time: Time, *, tokens: int, tokens_per_second: float | None = None) -> float:

@@ -39,6 +39,8 @@ from dno_jax.runtime.slots import plan_on, wanted_by_stage
 from dno_jax.runtime.training_memory import TrainingMemory, refuse_training, training_memory
 from dno_jax.sampling.memory import SlotPlan
 
+_MANY = 1 << 20  # prompts, where nobody says how many there are
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -181,8 +183,9 @@ def plan_run(
     else:
         check_fit(config, model_config=shape.config, tokenizer=texts.tokenizer, row_shards=programs.texts_in_step)
     counts = _prompt_counts(config, texts)
-    training = refuse_training(programs, target.capacity)
-    sampling, submeshes = _plan_sampling(programs, counts, target, shape, texts)
+    most = max((count.prompts for name, count in counts.items() if name != "held out"), default=_MANY)
+    training = refuse_training(programs, target.capacity, num_rows=most)
+    sampling, submeshes = _plan_sampling(programs, counts, target, shape, texts, most)
     compiled = asked.topology is not None and asked.compiled and target.devices is not None
     notes = [note for note in (target.note, texts.note) if note]
     return RunPlan(
@@ -195,7 +198,7 @@ def plan_run(
         sampling=sampling,
         submeshes=submeshes,
         training=training,
-        programs=plan_programs(programs, sampling, target, asked=replace(asked, compiled=compiled)),
+        programs=plan_programs(programs, sampling, target, asked=replace(asked, compiled=compiled), num_rows=most),
         annotation=_annotation(config, texts, asked),
         notes=tuple(notes),
     )
@@ -249,21 +252,19 @@ def _prompt_counts(config: RunConfig, texts: Texts) -> dict[str, PromptCount]:
     return counts
 
 
-_MANY = 1 << 20  # prompts, where nobody says how many there are
-
-
 def _plan_sampling(
     programs: Programs[RunConfig],
     counts: dict[str, PromptCount],
     target: Target,
     shape: Shape,
     texts: Texts,
+    most: int,
 ) -> tuple[dict[str, SlotPlan], int]:
     config, mesh, submeshes = programs.config, programs.decode_mesh, 1
-    if isinstance(mesh, Mesh):
+    # libtpu compiles for whole slices alone; a device has the same in both.
+    if isinstance(mesh, Mesh) and target.platform != "tpu":
         submesh = own_submesh(mesh)
         mesh, submeshes = submesh.mesh, submesh.count
-    most = max((count.prompts for name, count in counts.items() if name != "held out"), default=_MANY)
     held_out = counts["held out"].prompts if "held out" in counts else config.prompts.held_out
     wanted = wanted_by_stage(config, num_prompts=-(-most // submeshes), num_held_out=-(-held_out // submeshes))
     ids = texts.tokenizer.vocab_size if texts.tokenizer else None
@@ -285,15 +286,17 @@ def plan_programs(
     target: Target,
     *,
     asked: Asked,
+    num_rows: int = 0,
     only: tuple[str, ...] | None = None,
 ) -> dict[str, ProgramPlan]:
     """Say what each program takes: compiled, or by arithmetic.
 
     Args:
+        num_rows: pairs of a training: longer ones have their batches cut closer.
         only: these, of train, score, prefill and decode; None: all.
     """
     config = programs.config
-    lengths = longest_texts(programs, num_rows=config.training.batch_size)
+    lengths = longest_texts(programs, num_rows=max(num_rows, config.training.batch_size))
     shapes = {"train": largest(train_plan(programs, lengths)), "score": largest(score_plan(programs, lengths))}
     slots = sampling.get("sample") or next(iter(sampling.values()), None)
 

@@ -53,7 +53,7 @@ def shape_of(config: RunConfig, name: str | None = None) -> Shape:
     place = folder(config.model.path)
     if not (place / "config.json").exists():
         raise DnoError(
-            f"model.path {config.model.path}: no config.json there, which is all that a plan needs; give the "
-            f"folder or id of one (model.path=PLACE), or --model with one of {', '.join(shapes())}"
+            f"model.path {config.model.path}: no config.json there, all that a plan needs of a model; give the folder "
+            f"or id of one (model.path=PLACE), or --model with one of {', '.join(shapes())}"
         )
     return Shape(str(config.model.path), read_shape(config), read_end_token_ids(place))

@@ -110,7 +110,7 @@ def pairs_per_prompt(config: RunConfig) -> float:
 
 def _replayed(config: RunConfig, iteration: int) -> float:
     """Share of an iteration's pairs that is of earlier ones, at most."""
-    return sum(config.pairing.replay * config.pairing.replay_decay**age for age in range(iteration))
+    return sum((config.pairing.replay * config.pairing.replay_decay**age for age in range(iteration)), 0.0)
 
 
 def _tokens(plan: RunPlan, most: int) -> int:

@@ -75,6 +75,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 def longest_texts(programs: Programs[ConfigT], *, num_rows: int) -> TextLengths:
     """Return the lengths of rows whose texts are all as long as they may be."""
     config, longest = programs.config, max_length_of(programs.config)
+    num_rows = min(num_rows, _MOST_BATCHES * config.training.batch_size)
     texts, prompt = 1, longest // 4
     if isinstance(config, RunConfig):
         texts, prompt = 2, min(config.prompts.max_length, longest - 1)
@@ -127,8 +128,7 @@ def abstract_batch(programs: Programs[ConfigT], shape: BatchShape) -> PairBatch:
         weight=single,
         own=pairs,
     )
-    mesh: Any = programs.mesh  # an abstract one will do
-    return placed(batch, batch.shardings(mesh))
+    return placed(batch, batch.shardings(programs.mesh))
 
 
 def trained_state(programs: Programs[ConfigT]) -> tuple[TrainState, Any]:
@@ -194,7 +194,7 @@ def decode_call(programs: Programs[RunConfig], slots: SlotPlan) -> Call:
     mesh, policies = slots.programs.mesh, slots.num_policies
     params = (decoding_params(programs, mesh),) * policies
     state, outputs = abstract_start(slots.programs, policies=policies)
-    rows = row_sharding(_as_mesh(mesh), ndim=1)
+    rows = row_sharding(mesh, ndim=1)
     marks = jax.ShapeDtypeStruct(outputs.done.shape, jnp.bool_, sharding=rows)
     weight = jax.ShapeDtypeStruct((), jnp.float32)
     options = {"fresh": marks, "cancelled": marks, "programs": slots.programs}
@@ -211,13 +211,9 @@ def fill_call(programs: Programs[RunConfig], slots: SlotPlan) -> Call:
     width = prompt_bucket(shape.prompt_length, max_length=shape.prompt_length, piece=shape.prefill_chunk)
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(sizes, dtype, sharding=row_sharding(_as_mesh(mesh), ndim=len(sizes)))
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=row_sharding(mesh, ndim=len(sizes)))
 
     prompts = Prompts(array(rows, width), array(rows), array(rows, dtype=jnp.uint32), array(rows), array(rows))
     options = {"iteration": jax.ShapeDtypeStruct((), jnp.int32), "programs": slots.programs}
     kinds = {"parameters": params, "KV cache": state.slots, "queue": state.queue, "prompts": prompts}
     return Call(fill, (params, state, prompts), options, kinds)
-
-
-def _as_mesh(mesh: AnyMesh) -> Any:
-    return mesh

@@ -111,7 +111,7 @@ def refusal(
 
 
 def smallest_change(
-    programs: Programs[ConfigT], *, room: float, scale: float = 1.0, num_rows: int | None = None
+    programs: Programs[ConfigT], *, room: int, scale: float = 1.0, num_rows: int | None = None
 ) -> list[str] | None:
     """Return the first overrides that bring training under `room` bytes of a device; None where none do.
 
