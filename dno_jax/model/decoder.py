@@ -93,9 +93,7 @@ class Decoder(nn.Module):
         elif not config.tie_word_embeddings:
             declare(self, "head", init=NORMAL, shape=table_shape[::-1], axes=("embed", "vocab"))
 
-        # Whole rows before the look-up: a gather from split rows makes the partitioner replicate its [B, T, D] result.
-        table = self.constrain(jnp.asarray(table), ("vocab", "embed"))
-        x = jnp.take(table, token, axis=0).astype(self.dtype)
+        x = self.constrain.look_up(jnp.asarray(table), token, dtype=self.dtype)
         x = x * jnp.asarray(config.embed_scale, self.dtype)  # rounded to the dtype first, as Gemma was trained
         x = self.constrain(x, ("batch", "length", "embed"))
         cos, sin = rope_angles(config, position)
