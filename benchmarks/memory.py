@@ -37,8 +37,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
+from dno_jax.logprobs import head_token_logprobs, token_logprobs
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
@@ -65,6 +67,26 @@ STATES: dict[str, tuple[str, dict[str, Any]]] = {
     "adafactor_bf16": ("bfloat16", {"name": "adafactor"}),
     "lora": ("adapter", {}),
 }
+
+
+# The output head alone, 8 x 4,096 tokens of 4,096 numbers and 128,256 words, bfloat16: in slices of --chunk, and whole.
+HEADS = ("head", "head_whole")
+
+
+def compiled_head(name: str, mesh: Any, options: argparse.Namespace) -> Any:
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def held(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    def total(hidden: jax.Array, head: jax.Array, token: jax.Array) -> jax.Array:
+        if name == "head":
+            return jnp.sum(head_token_logprobs(hidden, head, token, chunk=options.chunk))
+        logits = jnp.einsum("btd,dv->btv", hidden, head, preferred_element_type=jnp.float32)
+        return jnp.sum(token_logprobs(logits, token))
+
+    arguments = held(8, 4096, 4096), held(4096, 128256), held(8, 4096, dtype=jnp.int32)
+    return jax.jit(jax.value_and_grad(total, (0, 1))).lower(*arguments).compile()
 
 
 def placed(tree: Any, shardings: Any) -> Any:
@@ -241,7 +263,7 @@ def devices_of(options: argparse.Namespace) -> list[Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a card's description, or a slice of TPUs such as v5e:4x4")
-    parser.add_argument("states", nargs="*", help=", ".join(STATES))
+    parser.add_argument("states", nargs="*", help=", ".join([*STATES, *HEADS]))
     parser.add_argument("--devices", type=int, default=1, help="cards of a host")
     parser.add_argument("--slices", type=int, default=1, help="slices of TPUs, or hosts of cards")
     parser.add_argument("--data", type=int, default=1)
@@ -258,7 +280,7 @@ def main() -> None:
     chosen = ("pairs", "length", "layers", "chunk", "parts", "slices")
     for name in options.states or STATES:
         start = time.process_time()
-        program = compiled(name, mesh, options)
+        program = (compiled_head if name in HEADS else compiled)(name, mesh, options)
         seconds = round(time.process_time() - start, 1)
         if options.hlo is not None:
             (options.hlo / f"{name}.txt").write_text(program.as_text())

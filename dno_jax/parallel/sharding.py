@@ -182,20 +182,16 @@ def map_shards(
 
 @dataclass(frozen=True)
 class Constrain:
-    """Pins an activation to its place; injected into the model, which knows names but no mesh.
-
-    An array without a "batch" axis is a weight, gathered for its use; its gradient returns to where the weight lies.
-    """
+    """Pins an activation to its place; injected into the model, which knows names but no mesh."""
 
     mesh: AnyMesh
     layout: Layout
 
     def __call__(self, array: jax.Array, axes: Axes) -> jax.Array:
         mesh = mesh_here(self.mesh)
-        place = NamedSharding(mesh, free(mesh, self.layout.activation_spec(axes)))
-        if "batch" in axes:
-            return jax.lax.with_sharding_constraint(array, place)
-        return _gather(array, place, NamedSharding(mesh, self.layout.weight_spec(axes)))
+        return jax.lax.with_sharding_constraint(
+            array, NamedSharding(mesh, free(mesh, self.layout.activation_spec(axes)))
+        )
 
     def look_up(self, table: jax.Array, token: jax.Array, *, dtype: Any) -> jax.Array:
         """Return table[token] in a dtype, the rows of tokens split over devices as the table's columns and rows are.
@@ -270,25 +266,6 @@ class Constrain:
         (found,) = self.layout.weight_spec((axis,))
         assert found is None or isinstance(found, str)
         return found if found is not None and self.mesh.shape[found] > 1 else None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> jax.Array:
-    """Lay a weight out at `place`. Left alone, its gradient would be summed whole on every device and then cut."""
-    del home
-    return jax.lax.with_sharding_constraint(weight, place)
-
-
-def _gather_forward(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> tuple[jax.Array, None]:
-    return _gather(weight, place, home), None
-
-
-def _gather_backward(place: NamedSharding, home: NamedSharding, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    del place
-    return (jax.lax.with_sharding_constraint(cotangent, home),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
