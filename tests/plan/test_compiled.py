@@ -56,7 +56,10 @@ def offline(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapter": {"rank": 2}, "training": {"packing": "off"}}])
+LORA = {"adapter": {"rank": 2}, "training": {"packing": "off"}}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(LORA, marks=pytest.mark.soak)])
 def test_a_plan_compiles_what_the_stages_then_run(offline, changes, tmp_path, monkeypatch):
     config = parse_config(RunConfig, deep_merge(offline, {"run_dir": str(tmp_path / "run"), **changes}), place="test")
     planned = plan_run(config, asked=Asked(topology="cpu:8", memory=2**34)).programs

@@ -123,7 +123,7 @@ def test_a_run_that_cannot_train_is_refused_with_the_smallest_change_that_fits()
     changed = load_config(RunConfig, PAPER, change)
     assert plan_run(changed, asked=asked).training.total < asked.memory
     micro = load_config(RunConfig, PAPER, ["training.micro_batch_size=64", "training.batch_size=64"])
-    short = Asked(num_devices=4, memory=read_bytes("60GiB", option="-"), model="mistral-7b")
+    short = Asked(num_devices=4, memory=read_bytes("42GiB", option="-"), model="mistral-7b")
     with pytest.raises(DnoError, match=r"the smallest change that fits: training.micro_batch_size=\d+\."):
         plan_run(micro, asked=short)
 
