@@ -56,7 +56,7 @@ def offline(tmp_path_factory):
     )
 
 
-LORA = {"adapter": {"rank": 2}, "training": {"packing": "off"}}
+LORA = {"adapter": {"rank": 2}, "training": {"packing": "off"}, "sampling": {"mesh": {"data": -1}}}
 
 
 @pytest.mark.parametrize("changes", [{}, pytest.param(LORA, marks=pytest.mark.soak)])
