@@ -21,6 +21,7 @@ from common import load_model, random_ids, report
 from dno_jax.config import LossSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
+from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.packing import Packing, plan_batches
@@ -89,10 +90,12 @@ def main() -> None:
     for own in order[: options.steps + 1]:
         batches.append(make_batch([rows[i] for i in own], batch_size=options.batch, max_length=longest, plan=plan))
     host = (time.process_time() - host) / len(batches)
-    compile_seconds, temporary = time.perf_counter(), 0
+    compile_seconds, temporary, predicted = time.perf_counter(), 0, 0
     for shape in {batch.token.shape + batch.source.shape: batch for batch in batches}.values():
         compiled = train_step.lower(state, shape, rate, config=step_config).compile()
-        temporary = max(temporary, compiled.memory_analysis().temp_size_in_bytes)
+        memory = compiled.memory_analysis()
+        temporary = max(temporary, memory.temp_size_in_bytes)
+        predicted = max(predicted, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
     compile_seconds = time.perf_counter() - compile_seconds
     if options.parts == 1:
         scored = [score_step(params, batch, model=model, chunk=options.chunk) for batch in batches]
@@ -108,6 +111,8 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - before)
     tokens = np.asarray([sum(rows[i].num_tokens for i in own) for own in order[1 : len(batches)]])
+    work = work_of(config, lengths.take(np.concatenate(order[1 : len(batches)])), share_prompt=packing.share_prompt)
+    flops, peak = train_flops(config, work) / sum(seconds), peak_flops(jax.devices()[0].device_kind)
     report(
         "train",
         model=Path(options.model).name,
@@ -125,6 +130,9 @@ def main() -> None:
         plan_seconds=plan_seconds,
         compile_seconds=compile_seconds,
         temporary_mib=temporary / 2**20,
+        predicted_mib=predicted / 2**20,
+        tflops_per_second=flops / 1e12,
+        mfu=None if peak is None else flops / peak,
     )
 
 
