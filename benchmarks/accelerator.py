@@ -47,7 +47,21 @@ def parts(*, small: bool, folder: Path) -> list[Part]:
             Part("demo", (*demo, "sampling.num_samples=2")),
         ]
     narrow = ("--dtype", "bfloat16")
-    train = (*narrow, "--prompt", "256", "--response", "768", "--steps", "6", "--chunk", "8192")
+    train = (
+        *narrow,
+        "--layout",
+        "padded",
+        "--attention",
+        "own",
+        "--prompt",
+        "256",
+        "--response",
+        "768",
+        "--steps",
+        "6",
+        "--chunk",
+        "8192",
+    )
     sample = (*narrow, "--prompt", "256", "--new", "256", "--samples", "4", "--repeats", "2", "--top-p", "0.95")
     return [
         bench("attention", "attention", "--batch", "8", "--length", "2048", "--window", "1024"),
@@ -65,7 +79,8 @@ def run(part: Part, *, seconds: float) -> dict[str, Any]:
     try:
         done = subprocess.run(
             [sys.executable, *part.arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {"seconds": round(time.monotonic() - start, 1), "failed": f"not at an end after {seconds:.0f} s"}

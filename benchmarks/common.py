@@ -15,7 +15,6 @@ from dno_jax.model import hf
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
 
-
 # hidden_size, intermediate_size, layers, heads, key-value heads, head_dim, tied embeddings; 32,000 words.
 _SHAPES = {
     "llama25m": (384, 1024, 8, 6, 6, 64, False),

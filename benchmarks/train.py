@@ -20,6 +20,9 @@ from common import load_model, random_ids, report
 
 from dno_jax.config import LossSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
+from dno_jax.parallel.attention import make_attention
+from dno_jax.parallel.mesh import one_device_mesh
+from dno_jax.parallel.sharding import TRAIN
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
 from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.objectives import preference_loss
@@ -62,6 +65,9 @@ def main() -> None:
     parser.add_argument("--remat", default="full", choices=["none", "full", "dots"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument(
+        "--attention", default="xla", choices=["xla", "cudnn", "splash", "own"], help="own: the device's"
+    )
     options = parser.parse_args()
 
     config, params = load_model(options.model)
@@ -81,7 +87,10 @@ def main() -> None:
     computed = sum(plan.lay_out(lengths.take(own))[1].num_tokens for own in order)
     needed = sum(plan.lay_out(lengths.take(own))[0].num_tokens for own in order)
 
-    model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat)
+    own = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    backend = own if options.attention == "own" else options.attention
+    attention = make_attention(backend, mesh=one_device_mesh(), layout=TRAIN, windows=config.windows)
+    model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat, attention=attention)
     optimizer = make_optimizer(OptimizerSection())
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
     step_config = StepConfig(model, optimizer, preference_loss(LossSection(beta=0.1)), chunk=options.chunk)
@@ -117,6 +126,7 @@ def main() -> None:
         "train",
         model=Path(options.model).name,
         layout=options.layout,
+        attention=backend,
         batch_pairs=options.batch,
         shapes=[[shape.parts, shape.rows, shape.length, shape.window] for shape in plan.shapes],
         padding_share=1 - needed / computed,

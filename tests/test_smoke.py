@@ -28,8 +28,8 @@ def test_hours_and_dollars_are_of_all_devices_and_the_judge_is_beside_them():
 def test_rows_are_two_responses_of_a_prompt_as_often_as_batches_want():
     def rollout(prompt, sample, ids):
         return Rollout(
-            rollout_id=f"{prompt}/{sample}", prompt_id=prompt, sample=sample, text="t", prompt_token_ids=[1, 2], token_ids=ids,
-            logprob=-1.0, finish="stop", policy=0, source="policy",
+            rollout_id=f"{prompt}/{sample}", prompt_id=prompt, sample=sample, text="t", prompt_token_ids=[1, 2],
+            token_ids=ids, logprob=-1.0, finish="stop", policy=0, source="policy",
         )  # fmt: skip
 
     rows = smoke._rows([rollout("a", 0, [3]), rollout("a", 1, [4, 5]), rollout("b", 0, [6, 7])], count=5)
