@@ -43,7 +43,8 @@ _MIXTRAL_EXPERTS = {
 }
 _QWEN_EXPERTS = {"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")}
 _SHARED_MLP = dict.fromkeys(("gate", "up"), "shared_mlp.input_linear") | {"down": "shared_mlp.output_linear"}
-_FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+_FUSED_MLP = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+_FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | _FUSED_MLP
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class Family:
         sliding: (values, layer) -> whether a layer has the sliding window where layer_types does not say.
         theta: transformers' default of rope_theta.
         local_theta: that of layers with a sliding window, where these have a rotation of their own.
+        rotates_in_windows: where there is a sliding window, the layers without one have no rotation.
+        interleaved: dimensions 2i and 2i + 1 of a head rotate together, not i and i + half. In our tree they lie in
+            Llama's order: the rows of q and k are put so on the way in, and back on the way out.
         names: our leaf -> Hugging Face's name within a layer, with {} for the expert. Leaves of one name share a
             tensor, in our order.
     """
@@ -81,6 +85,8 @@ class Family:
     sliding: Callable[[Values, int], bool] | None = None
     theta: float = 10_000.0
     local_theta: float | None = None
+    rotates_in_windows: bool = False
+    interleaved: bool = False
     names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
 
 
@@ -139,6 +145,16 @@ _GEMMA_2 = {
 _GEMMA_ONLY = {"use_bidirectional_attention": (False, None)}
 _GEMMA_FIXED = {"norm_offset": 1.0}
 _EMBED_SCALE: tuple[Meaning, ...] = (("hidden_size", "embed_scale", int, math.sqrt),)
+# Norms of inputs keep Llama's names here; those of outputs have names of their own.
+_GLM_4_NORMS = {"attention_post_norm": "post_self_attn_layernorm", "mlp_post_norm": "post_mlp_layernorm"}
+_GLM = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
 _OLMO_2 = {"num_key_value_heads": None, "max_position_embeddings": 2048, "attention_bias": False}
 _OLMO_2_FIXED = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
 
@@ -379,5 +395,64 @@ FAMILIES: dict[str, Family] = {
         meaning=(("shared_intermediate_size", "intermediate_size", int, None),),
         layer_kinds=("attention", "full_attention"),
         names=_NAMES | _SHARED_MLP,
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        reward="SeedOssForSequenceClassification",
+        keys={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+        },
+        meaning=(("attention_out_bias", "output_bias", bool, None),),
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        reward="Exaone4ForSequenceClassification",
+        keys={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "layer_types": None,
+        },
+        only={"sliding_window_pattern": (4, "LLLG", 0, None)},
+        fixed={"pre_norm": False, "post_norm": True, "qk_norm": "head"},
+        sliding=lambda values, layer: values["sliding_window"] is not None and (layer + 1) % 4 != 0,
+        rotates_in_windows=True,
+        names=_NAMES | _POST_NORMS,
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM",
+        keys={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+        },
+        meaning=tuple(("use_bias", bias, bool, None) for bias in ("attention_bias", "output_bias", "mlp_bias")),
+        theta=500_000.0,
+        interleaved=True,
+    ),
+    "glm": Family(
+        "GlmForCausalLM",
+        reward="GlmForSequenceClassification",
+        keys=_GLM,
+        fixed={"output_bias": False},
+        interleaved=True,
+        names=_NAMES | _FUSED_MLP,
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        reward="Glm4ForSequenceClassification",
+        keys=_GLM,
+        fixed={"output_bias": False, "post_norm": True},
+        interleaved=True,
+        names=_NAMES | _FUSED_MLP | _GLM_4_NORMS,
     ),
 }
