@@ -42,8 +42,8 @@ def parts(*, small: bool, folder: Path) -> list[Part]:
         kernel = ("--batch", "2", "--length", "128", "--heads", "4", "--kv-heads", "2", "--dtype", "float32")
         return [
             bench("attention", "attention", *kernel, "--repeats", "2"),
-            bench("train 1B", "train", "--model", "llama25m", *train),
-            bench("decode 1B", "sample", "--model", "llama25m", *sample),
+            bench("train 25M", "train", "--model", "llama25m", *train),
+            bench("decode 25M", "sample", "--model", "llama25m", *sample),
             Part("demo", (*demo, "sampling.num_samples=2")),
         ]
     narrow = ("--dtype", "bfloat16")
