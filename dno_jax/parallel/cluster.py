@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import re
@@ -58,7 +59,7 @@ def initialize(
     process joins nothing.
 
     Args:
-        heartbeat_seconds: without a sign of life, after which a process is taken for dead and the others end.
+        heartbeat_seconds: without a sign of life, after which a process is taken for dead, and the others end.
 
     Raises:
         DnoError: the environment does not say enough, the processes do not meet, or jax sees fewer devices or processes
@@ -120,6 +121,7 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
         heartbeat_seconds,
     )
     _joined = _Joined(others, Heartbeat(others))
+    atexit.register(_joined.heartbeat.rest)  # before jax's own, as it comes later
     stopping.when_asked(partial(_leave_word, STOP, "asked"))
     # Gloo gives processes 30 seconds to meet for the first time: here all have just come, later one may be reading.
     barrier("joined")
@@ -128,6 +130,8 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
 def _check_port(coordinator: str) -> None:
     """See that process 0 can listen: jax would end it without a word of ours."""
     port = int(coordinator.rsplit(":", 1)[1])
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # which says where it listens instead
+        return
     try:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6):
