@@ -1,6 +1,6 @@
 """The run directory: where everything lies, who may write in it, and by which configuration it was made.
 
-    <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html tensorboard/ .lock
+    <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html report/ tensorboard/ .lock
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
@@ -51,6 +51,7 @@ class RunDir:
         self.annotations_path = self.path / "annotations.sqlite"
         self.receipts_path = self.path / "receipts.json"
         self.report_path = self.path / "report.html"
+        self.report_files_path = self.path / "report"
         self.tensorboard_path = self.path / "tensorboard"
         self.template_path = self.path / "template.txt"
         self.source_path = self.path / "policies" / "SOURCE.json"
@@ -67,10 +68,6 @@ class RunDir:
     def base_path(self) -> epath.Path:
         """Orbax checkpoint of the weights that every policy stands beside, where policy 0 is an adapter too."""
         return self.path / "policies" / "base"
-
-    def auxiliary(self, policy: int) -> epath.Path:
-        """Orbax checkpoint of pi'_t of the optimistic scheme; the first is policy 0 itself."""
-        return self.path / "policies" / f"{policy:03d}-auxiliary" if policy else self.policy(0)
 
     def iteration_path(self, iteration: int) -> epath.Path:
         return self.path / "iterations" / f"{iteration:03d}"
@@ -141,6 +138,29 @@ class RunDir:
             yield
         finally:
             os.close(file)
+
+    def holder(self) -> str | None:
+        """Who works in the directory now; None where nobody does, or nobody can tell."""
+        try:
+            file = os.open(self.lock_path, os.O_RDONLY)
+        except OSError:  # nobody has yet, or it lies in an object store
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        return None
+
+    def paid(self) -> float | None:
+        """Dollars that judges and teachers have been paid, where there are receipts."""
+        try:
+            return float(json.loads(self.receipts_path.read_text())["usd"])
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return None
 
     def _lock(self, file: int) -> None:
         try:

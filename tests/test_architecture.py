@@ -30,7 +30,7 @@ LEVELS = [
         "preferences",
     ],
     ["config", "stage_dir", "run_dir", "model", "games"],
-    ["parallel"],
+    ["parallel", "tracker"],
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
     ["report", "stages", "plan", "launch"],

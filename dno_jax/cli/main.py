@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +15,10 @@ from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
 from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
 from dno_jax.cli.launch import launch
+from dno_jax.cli.looking import report, status
+from dno_jax.cli.plan import plan
 from dno_jax.cli.prompts import prompts
+from dno_jax.cli.quantities import read_bytes
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
 from dno_jax.cli.smoke import run_smoke
@@ -106,6 +108,7 @@ def run(
             console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
+        console.print(f"report: {folder.report_path}", soft_wrap=True)
 
 
 def _stage_settings(
@@ -152,7 +155,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     stage.run(settings, folder, iteration)
 
 
-def _device_stage(name: str, summary: str, *, module: str | None = None) -> None:
+def _device_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs the devices."""
 
     def command(
@@ -166,14 +169,13 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
     ) -> None:
         settings = _stage_settings(name, config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
-        options = {"stage_name": name} if module in ("score", "train") else {}
-        _run_on_devices(name, module or name, settings, iteration, **options)
+        _run_on_devices(name, name, settings, iteration)
 
     command.__doc__ = summary
-    app.command(name.replace("_", "-"))(command)
+    app.command(name)(command)
 
 
-def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
+def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
     from dno_jax.runtime.runtime import Runtime
@@ -181,7 +183,7 @@ def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int,
 
     stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
     with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration, **options)
+        stage.run(runtime, iteration)
 
 
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
@@ -211,8 +213,6 @@ def annotate(
 _host_stage("pair", "Choose the training pairs.")
 _device_stage("score", "Write the reference log-probabilities of the pairs.")
 _device_stage("train", "Train policy t into policy t+1.")
-_device_stage("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
-_device_stage("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
 _device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
 
 
@@ -272,61 +272,12 @@ def export(
         policy=policy,
         base=base,
         dtype=dtype,
-        max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
+        max_shard_bytes=read_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
         push=push,
         public=public,
     )
     exports.run(RunDir(run_dir), str(path), wanted)
-
-
-@app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    variants: With = None,
-    memory: Annotated[
-        str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
-    ] = None,
-    devices: Annotated[
-        int | None, typer.Option(help="how many to plan for; those that this machine lacks need --memory")
-    ] = None,
-    response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a response that a judge reads; by default the longest possible")
-    ] = None,
-    reply_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a judge's reply; by default the longest possible")
-    ] = None,
-) -> None:
-    """Show what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
-    from dno_jax.console import console
-    from dno_jax.plan import run as planning
-
-    capacity = None if memory is None else _bytes(memory, option="--memory")
-    found = planning.plan_run(
-        _load(config, overrides, variants),
-        memory=capacity,
-        num_devices=devices,
-        response_tokens=response_tokens,
-        reply_tokens=reply_tokens,
-    )
-    console.print(planning.render(found))
-
-
-@app.command()
-def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
-    ] = False,
-) -> None:
-    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
-    from dno_jax.console import console
-    from dno_jax.report import status as report
-    from dno_jax.run_dir import RunDir
-
-    for table in report.tables(RunDir(str(run_dir)), verify=verify):
-        console.print(table)
 
 
 class _TemplateByDefault(TyperGroup):
@@ -363,6 +314,9 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(status)
+app.command()(report)
+app.command()(plan)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)
@@ -376,17 +330,6 @@ def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, 
     settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
     stopping.allow(settings.grace_seconds)
     return settings
-
-
-def _bytes(text: str, *, option: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)|([KMGT])i)B", text)
-    if found is None or not float(found[1]):
-        from dno_jax.errors import DnoError
-
-        raise DnoError(f"{option} is {text!r}; expected a number above 0 and a unit, such as 500MB, 5GB or 16GiB")
-    number, decimal, binary = found.groups()
-    unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
-    return int(float(number) * unit)
 
 
 def main() -> None:
