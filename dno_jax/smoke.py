@@ -12,7 +12,7 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,8 +25,11 @@ from dno_jax.console import say
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.files import write_lines_atomically
+from dno_jax.parallel.chips import chip_of
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import num_row_shards
+from dno_jax.plan.roofline import BUSY
+from dno_jax.plan.run import Asked, plan_run
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.tables import stacked
 from dno_jax.run_dir import RunDir
@@ -44,13 +47,6 @@ from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.objectives import preference_loss
 
 PROMPTS, STEPS = 16, 2
-_BUSY = 0.9  # of the slots, while there are prompts left
-# Bytes/s of one device's memory, by the beginning of jax's name for it; from the makers' data sheets.
-_BANDWIDTH = {
-    "NVIDIA A100": 2.04e12, "NVIDIA H100": 3.35e12, "NVIDIA H200": 4.8e12, "NVIDIA B200": 8.0e12, "NVIDIA L4": 3.0e11,
-    "NVIDIA L40S": 8.64e11, "TPU v4": 1.2e12, "TPU v5 lite": 8.2e11, "TPU v5e": 8.2e11, "TPU v5": 2.77e12,
-    "TPU v6 lite": 1.64e12, "TPU v6e": 1.64e12,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,7 @@ class StageFigures:
         peak_bytes: of the fullest device since the start; None where it does not say.
         mfu, mbu: None where the chip is not known, or the other one limits.
         hours: of the whole run, all iterations.
+        planned_seconds, planned_bytes: what `dno plan` has in their place; None where it has nothing.
     """
 
     seconds: float
@@ -70,6 +67,8 @@ class StageFigures:
     mfu: float | None
     mbu: float | None
     hours: float
+    planned_seconds: float | None = None
+    planned_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +155,12 @@ def _measure(whole: Runtime[RunConfig], folder: str, price: float | None) -> Smo
         rows = _rows(rollouts, count=(STEPS + 1) * config.training.batch_size)
         found["score"] = _scored(runtime, rows, pairs=math.ceil(pairs * total))
         found["train"] = _trained(runtime, rows, pairs=math.ceil(pairs * total))
+        planned = plan_run(runtime.config, asked=Asked(compiled=False)).programs
+    for name, program in (("sample", "decode"), ("score", "score"), ("train", "train")):
+        if name in found and program in planned:
+            one = planned[program]
+            seconds = None if one.time is None else one.time.seconds
+            found[name] = replace(found[name], planned_seconds=seconds, planned_bytes=one.figures.peak)
     return Smoke(found, jax.device_count(), pairs, price)
 
 
@@ -216,26 +221,21 @@ def _sampled(runtime: Runtime[RunConfig], *, total: int) -> dict[str, StageFigur
     for finished in stream:
         tokens += sum(len(response.token_ids) for response in finished.responses)
     seconds = time.perf_counter() - start
-    figures = sampler.details["slots"]
-    steps = tokens / max(figures["utilisation"], 1e-9) / figures["slots"]
-    step = seconds / max(steps, 1.0)
-    mesh, mean = runtime.submesh.mesh, tokens / max(len(own) * config.sampling.num_samples, 1)
+    figures, mesh = sampler.details["slots"], runtime.submesh.mesh
+    slots = figures["slots"] * num_row_shards(mesh)
+    steps = tokens / max(figures["utilisation"], 1e-9) / slots
+    step, mean = seconds / max(steps, 1.0), tokens / max(len(own) * config.sampling.num_samples, 1)
     length = float(np.mean([len(item.token_ids) for item in kept])) + mean / 2
     shapes, model = runtime.computing_shapes, runtime.model_config
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     token_bytes = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
     token_bytes *= jnp.dtype(config.model.dtype).itemsize
-    read = weights * num_row_shards(mesh) + figures["slots"] * length * token_bytes
-    bandwidth = _bandwidth(mesh.devices.flat[0].device_kind)
-    rate = figures["slots"] / step * runtime.submesh.count  # with every slot busy
+    read = weights * num_row_shards(mesh) + slots * length * token_bytes
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    rate = slots / step * runtime.submesh.count  # with every slot busy
     drawn = mean * config.sampling.num_samples * total
-    mbu = None if bandwidth is None else read / step / (bandwidth * mesh.devices.size)
-    return {"sample": StageFigures(step, rate, _peak(), None, mbu, hours=drawn / (rate * _BUSY) / 3600)}
-
-
-def _bandwidth(kind: str) -> float | None:
-    found = [name for name in _BANDWIDTH if kind == name or kind.startswith((f"{name} ", f"{name}-"))]
-    return _BANDWIDTH[max(found, key=len)] if found else None
+    mbu = None if chip is None else read / step / (chip.bandwidth * mesh.devices.size)
+    return {"sample": StageFigures(step, rate, _peak(), None, mbu, hours=drawn / (rate * BUSY) / 3600)}
 
 
 def _rows(rollouts: Sequence[Rollout], *, count: int) -> list[TrainingRow]:
@@ -317,11 +317,13 @@ def smoke_table(found: Smoke) -> RenderableType:
             name, f"{stage.seconds:.3g}", shown(stage.tokens_per_second, "{:,.0f}"),
             shown(None if stage.peak_bytes is None else stage.peak_bytes / 2**30, "{:.1f} GiB"),
             shown(stage.mfu, "{:.1%}"), shown(stage.mbu, "{:.1%}"), f"{stage.hours:,.3g}",
+            shown(stage.planned_seconds, "{:.3g}"),
+            shown(None if stage.planned_bytes is None else stage.planned_bytes / 2**30, "{:.1f} GiB"),
         )
         for name, stage in found.stages.items()
     ]  # fmt: skip
-    rows.append(("all on devices", "", "", "", "", "", f"{found.hours:,.3g}"))
-    columns = ("", "s/step", "tokens/s", "peak", "MFU", "MBU", "hours of the run")
+    rows.append(("all on devices", "", "", "", "", "", f"{found.hours:,.3g}", "", ""))
+    columns = ("", "s/step", "tokens/s", "peak", "MFU", "MBU", "hours of the run", "planned s/step", "planned peak")
     return stacked("measured here, after compiling; hours of all iterations at this speed", columns, rows)
 
 
