@@ -21,6 +21,7 @@ from dno_jax.cli.prompts import prompts
 from dno_jax.cli.quantities import read_bytes
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
+from dno_jax.cli.smoke import run_smoke
 from dno_jax.cli.version import show_version
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ def run(
             help="redo this stage and all that follows, such as train or pair:1; earlier results are set aside",
         ),
     ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="measure 16 prompts and two steps of every stage here, and keep nothing")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="of one device, in dollars; for --smoke", show_default=False)
+    ] = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -89,6 +96,9 @@ def run(
     from dno_jax.run_dir import RunDir
 
     join(settings, coordinator, num_processes, process_id)
+    if smoke:
+        run_smoke(settings, price_per_hour)
+        return
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)

@@ -20,7 +20,7 @@ from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import plan, wanted_by_stage
 from dno_jax.runtime.training_memory import refuse_training
-from dno_jax.stages import checkpoints, redo, template
+from dno_jax.stages import checkpoints, disk, redo, template
 from dno_jax.stages.judge_on_devices import policy as policy_judge
 from dno_jax.stages.judge_on_devices import reward_model
 
@@ -75,6 +75,8 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
             policy_judge.check(runtime)
         if config.annotation.kind == "reward_model":
             reward_model.check(runtime)
+    if is_primary() and stage is None:
+        disk.check(runtime)
     if is_primary() and stage in (None, "evaluate"):
         _check_judges(config)
 
