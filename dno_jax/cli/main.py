@@ -15,7 +15,21 @@ from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.measure import compare, evaluate, sample
 from dno_jax.cli.prompts import prompts
+from dno_jax.cli.recipes import (
+    Config,
+    Coordinator,
+    Iteration,
+    NumProcesses,
+    Overrides,
+    ProcessId,
+    With,
+    join,
+    load,
+    run_on_devices,
+    stage_settings,
+)
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
 from dno_jax.cli.version import show_version
@@ -41,23 +55,6 @@ def _app(
     """What holds for every command."""
 
 
-Config = Annotated[
-    Path,
-    typer.Argument(help="a YAML file (see configs/); relative paths in it start at its folder", show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
-]
-With = Annotated[
-    list[Path] | None,
-    typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
-]
-Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
-Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
-NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
-
-
 @app.command()
 def run(
     config: Config,
@@ -80,7 +77,7 @@ def run(
     SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same
     command goes on.
     """
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
@@ -88,7 +85,7 @@ def run(
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    _join(coordinator, num_processes, process_id)
+    join(coordinator, num_processes, process_id)
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
@@ -100,33 +97,11 @@ def run(
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
 
 
-def _stage_settings(
-    name: str, config: Path, overrides: list[str] | None, variants: list[Path] | None, iteration: int
-) -> RunConfig:
-    """Read the configuration of a command that runs one stage.
-
-    Raises:
-        DnoError: the run has no such iteration, or the iteration no such stage.
-    """
-    from dno_jax.errors import DnoError
-    from dno_jax.stage_dir import stage_names
-
-    settings = _load(config, overrides, variants)
-    if not 0 <= iteration < settings.iterations:
-        raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
-    if name not in stage_names(settings, iteration):
-        raise DnoError(
-            f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
-            f"it has {', '.join(stage_names(settings, iteration))}"
-        )
-    return settings
-
-
 def _host_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs no device: any machine with the run directory will do."""
 
     def command(config: Config, overrides: Overrides = None, variants: With = None, iteration: Iteration = 0) -> None:
-        _run_on_host(name, _stage_settings(name, config, overrides, variants, iteration), iteration)
+        _run_on_host(name, stage_settings(name, config, overrides, variants, iteration), iteration)
 
     command.__doc__ = summary
     app.command(name)(command)
@@ -156,28 +131,17 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
         num_processes: NumProcesses = None,
         process_id: ProcessId = None,
     ) -> None:
-        settings = _stage_settings(name, config, overrides, variants, iteration)
-        _join(coordinator, num_processes, process_id)
+        settings = stage_settings(name, config, overrides, variants, iteration)
+        join(coordinator, num_processes, process_id)
         options = {"stage_name": name} if module in ("score", "train") else {}
-        _run_on_devices(name, module or name, settings, iteration, **options)
+        run_on_devices(name, module or name, settings, iteration, **options)
 
     command.__doc__ = summary
     app.command(name.replace("_", "-"))(command)
 
 
-def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
-    import importlib
-
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages.preflight import prepared
-
-    stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
-    with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration, **options)
-
-
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
-_device_stage("sample", "Sample K responses per prompt from policy t.")
+app.command()(sample)
 
 
 @app.command()
@@ -191,11 +155,11 @@ def annotate(
     process_id: ProcessId = None,
 ) -> None:
     """Judge the candidates; any machine with the run directory will do, unless the judge is a model on the devices."""
-    settings = _stage_settings("annotate", config, overrides, variants, iteration)
+    settings = stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
-        _join(coordinator, num_processes, process_id)
-        _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
+        join(coordinator, num_processes, process_id)
+        run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
     else:
         _run_on_host("annotate", settings, iteration)
 
@@ -205,7 +169,7 @@ _device_stage("score", "Write the reference log-probabilities of the pairs.")
 _device_stage("train", "Train policy t into policy t+1.")
 _device_stage("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
 _device_stage("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
-_device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
+app.command()(evaluate)
 
 
 @app.command()
@@ -218,8 +182,8 @@ def sft(
     process_id: ProcessId = None,
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
-    settings = _load(config, overrides, variants, kind="SftConfig")
-    _join(coordinator, num_processes, process_id)
+    settings = load(config, overrides, variants, kind="SftConfig")
+    join(coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
 
@@ -229,7 +193,7 @@ def sft(
 @app.command("import")
 def import_(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
@@ -296,7 +260,7 @@ def plan(
 
     capacity = None if memory is None else _bytes(memory, option="--memory")
     found = planning.plan_run(
-        _load(config, overrides, variants),
+        load(config, overrides, variants),
         memory=capacity,
         num_devices=devices,
         response_tokens=response_tokens,
@@ -345,7 +309,7 @@ def _inspect_group() -> None:
 @_inspect.command("template")
 def inspect_template(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax.console import PlainConsole
     from dno_jax.stages import template as stage
 
@@ -354,19 +318,12 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(compare)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)
 app.command()(game)
 app.command()(fake_judge)
-
-
-def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, *, kind: str = "RunConfig") -> Any:
-    from dno_jax import config
-
-    settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
-    stopping.allow(settings.grace_seconds)
-    return settings
 
 
 def _bytes(text: str, *, option: str) -> int:
@@ -378,12 +335,6 @@ def _bytes(text: str, *, option: str) -> int:
     number, decimal, binary = found.groups()
     unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
     return int(float(number) * unit)
-
-
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.cluster import initialize
-
-    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
 
 
 def main() -> None:

@@ -81,10 +81,7 @@ class Speakers:
         run_dir = RunDir(place)
         if (folder / "policies").is_dir():
             config = _with(run_dir.load_config(), overrides, run_dir=absolute(place))
-            numbers = tuple(sorted(int(path.name) for path in (folder / "policies").iterdir() if path.name.isdigit()))
-            if not numbers:
-                raise DnoError(f"{place}: no policy is there yet; `dno import` or `dno run` makes policy 0")
-            return cls(_start(config), numbers, _best(run_dir, config, numbers), is_run=True)
+            return cls.of_run(config)
         found = next((path for path in (folder, folder / "export") if (path / "config.json").is_file()), None)
         if found is None:
             raise DnoError(
@@ -92,6 +89,20 @@ class Speakers:
                 "of them, or a directory of `dno sft` that is finished"
             )
         return cls(_start(_of_checkpoint(str(found), overrides)), (0,), 0, is_run=False)
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> Speakers:
+        """Open the policies of a run whose configuration is known.
+
+        Raises:
+            DnoError: it holds no policy yet.
+        """
+        folder = RunDir(config.run_dir).path / "policies"
+        found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+        numbers = tuple(sorted(int(path.name) for path in found))
+        if not numbers:
+            raise DnoError(f"{config.run_dir}: no policy is there yet; `dno import` or `dno run` makes policy 0")
+        return cls(_start(config), numbers, _best(RunDir(config.run_dir), config, numbers), is_run=True)
 
     @property
     def longest_prompt(self) -> int:
