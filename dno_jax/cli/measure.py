@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dno_jax.cli.recipes import (
-    Config,
-    Coordinator,
-    Iteration,
-    NumProcesses,
-    Overrides,
-    ProcessId,
-    With,
-    join,
-    load,
-    run_on_devices,
-    stage_settings,
-)
+from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join
+from dno_jax.cli.recipes import Config, Iteration, Overrides, With, load, run_on_devices, stage_settings
 
 if TYPE_CHECKING:
     from dno_jax.stages.suites import Wanted
@@ -46,7 +35,7 @@ def sample(
     """Sample K responses per prompt from policy t; with --suite, answer the suite's prompts in its own format."""
     if suite is None:
         settings = stage_settings("sample", config, overrides, variants, iteration)
-        join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         run_on_devices("sample", "sample", settings, iteration)
         return
     from dno_jax.stages import suites
@@ -75,13 +64,15 @@ def evaluate(
 ) -> None:
     """Measure policy t+1 on held-out prompts; with --suite, answer a published suite and have it judged."""
     from dno_jax.console import console
+    from dno_jax.report.measured import matrix_table, suite_table
+    from dno_jax.run_dir import RunDir
 
     if suite is None:
         settings = stage_settings("evaluate", config, overrides, variants, iteration)
-        join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         run_on_devices("evaluate", "evaluate", settings, iteration)
+        console.print(matrix_table(RunDir(settings.run_dir).stage("evaluate", iteration).require().details))
         return
-    from dno_jax.report.tables import suite_table
     from dno_jax.stages import suites
 
     apart = tuple(None if path is None else str(path) for path in (reference, template, tables))
@@ -125,7 +116,7 @@ def compare(
     import json
 
     from dno_jax.console import console
-    from dno_jax.report.tables import comparison_tables
+    from dno_jax.report.measured import comparison_tables
     from dno_jax.stages import compare as stage
 
     settings = None if judge is None else load(judge, overrides, None)

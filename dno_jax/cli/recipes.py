@@ -1,4 +1,4 @@
-"""What several commands share: the arguments of a recipe, and how one is read and run."""
+"""The arguments of a recipe, which most commands take, and how one is read and run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ With = Annotated[
     typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
 ]
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
-Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
-NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
 
 
 def load(path: Path, overrides: list[str] | None, variants: list[Path] | None, *, kind: str = "RunConfig") -> Any:
@@ -59,7 +56,7 @@ def stage_settings(
     return settings
 
 
-def run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
+def run_on_devices(name: str, module: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
     from dno_jax.runtime.runtime import Runtime
@@ -67,10 +64,4 @@ def run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, 
 
     stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
     with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration, **options)
-
-
-def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.cluster import initialize
-
-    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+        stage.run(runtime, iteration)
