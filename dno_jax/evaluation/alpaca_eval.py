@@ -5,6 +5,7 @@ Preferences are AlpacaEval's: 1 where the reference is better, 2 where the model
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ STRENGTHS = np.logspace(-4.0, 4.0, 10)  # C: how little the weights are shrunk
 _FOLDS = 5
 _GAMED_WEIGHT = 0.1  # of each row of the two gamed baselines: a fifth in all
 _FEATURES = 3
-_MOST_STEPS = 500
+_MOST_STEPS = 100
 
 
 def shows_model_first(instruction: str) -> bool:
@@ -150,8 +151,8 @@ def fit(
 ) -> Float[np.ndarray, " 3"]:
     """Return the weights that minimise |w|_1 + C sum of weighted log losses, `won` being soft labels in [0, 1].
 
-    Proximal Newton: the quadratic model with the L1 term is solved by coordinate descent, and the step is halved until
-    the objective falls.
+    Proximal Newton: the quadratic model with the L1 term is solved exactly, and the step is halved until the objective
+    falls.
     """
     weights = np.zeros(design.shape[1])
 
@@ -164,32 +165,34 @@ def fit(
         expected = _sigmoid(design @ weights)
         slope = strength * (design.T @ (weight * (expected - won)))
         curve = strength * (design.T @ (design * (weight * expected * (1.0 - expected))[:, None]))
-        curve = curve + 1e-12 * np.eye(len(weights))
+        curve = curve + 1e-9 * np.eye(len(weights))
         target = _quadratic(slope, curve, weights)
         length = 1.0
-        while (found := objective(weights + length * (target - weights))) > value and length > 1e-10:
+        while (found := objective(weights + length * (target - weights))) > value and length > 1e-8:
             length *= 0.5
         moved = length * np.abs(target - weights).max()
         if found > value:
             break
         weights, value = weights + length * (target - weights), found
-        if moved < 1e-11:
+        if moved < 1e-10:
             break
     return weights
 
 
 def _quadratic(slope: np.ndarray, curve: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Minimise slope (w - start) + (w - start) curve (w - start) / 2 + |w|_1."""
-    weights = start.copy()
-    for _ in range(2000):
-        before = weights.copy()
-        for j in range(len(weights)):
-            gradient = slope[j] + curve[j] @ (weights - start)
-            aim = weights[j] - gradient / curve[j, j]
-            weights[j] = np.sign(aim) * max(abs(aim) - 1.0 / curve[j, j], 0.0)
-        if np.abs(weights - before).max() < 1e-13:
-            break
-    return weights
+    """Minimise slope (w - start) + (w - start) curve (w - start) / 2 + |w|_1, by the signs that the weights may have.
+
+    Of the 27 patterns of signs one is consistent; it is nearly always the one before.
+    """
+    linear = slope - curve @ start
+    for signs in (np.sign(start), *map(np.asarray, itertools.product((-1.0, 0.0, 1.0), repeat=len(start)))):
+        on, weights = signs != 0.0, np.zeros(len(start))
+        if on.any():
+            weights[on] = np.linalg.solve(curve[np.ix_(on, on)], -(linear[on] + signs[on]))
+        gradient = linear + curve @ weights
+        if np.all(weights * signs >= 0.0) and np.all(np.abs(gradient[~on]) <= 1.0 + 1e-9):
+            return weights
+    return start
 
 
 def _chosen(design: np.ndarray, won: np.ndarray, weight: np.ndarray, group: np.ndarray) -> float:

@@ -97,12 +97,8 @@ class Speakers:
         Raises:
             DnoError: it holds no policy yet.
         """
-        folder = RunDir(config.run_dir).path / "policies"
-        found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
-        numbers = tuple(sorted(int(path.name) for path in found))
-        if not numbers:
-            raise DnoError(f"{config.run_dir}: no policy is there yet; `dno import` or `dno run` makes policy 0")
-        return cls(_start(config), numbers, _best(RunDir(config.run_dir), config, numbers), is_run=True)
+        numbers, best = policies_of(config)
+        return cls(_start(config), numbers, best, is_run=True)
 
     @property
     def longest_prompt(self) -> int:
@@ -114,9 +110,7 @@ class Speakers:
         Raises:
             DnoError: there is no such policy.
         """
-        if policy not in self.numbers:
-            raise DnoError(f"there is no policy {policy}; there are {', '.join(map(str, self.numbers))}")
-        return policy
+        return check_policy(policy, self.numbers)
 
     def answer(self, policy: int, messages: Sequence[Message], *, draw: int, show: Show = lambda text: None) -> Said:
         """Answer a conversation; the same draw of the same conversation is the same answer.
@@ -271,6 +265,31 @@ def _of_checkpoint(path: str, overrides: Sequence[str]) -> RunConfig:
         "prompts": {"path": absolute(path), "max_length": max(1, min(_LONGEST_PROMPT, shape.context - max_new_tokens))},
     }
     return _with(parse_config(RunConfig, tree, place=path), overrides)
+
+
+def policies_of(config: RunConfig) -> tuple[tuple[int, ...], int]:
+    """Return the policies that a run holds, and the best of them: the newest where nothing has been evaluated.
+
+    Raises:
+        DnoError: it holds no policy yet.
+    """
+    run_dir = RunDir(config.run_dir)
+    folder = run_dir.path / "policies"
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    numbers = tuple(sorted(int(path.name) for path in found))
+    if not numbers:
+        raise DnoError(f"{config.run_dir}: no policy is there yet; `dno import` or `dno run` makes policy 0")
+    return numbers, _best(run_dir, config, numbers)
+
+
+def check_policy(policy: int, numbers: Sequence[int]) -> int:
+    """
+    Raises:
+        DnoError: there is no such policy.
+    """
+    if policy not in numbers:
+        raise DnoError(f"there is no policy {policy}; there are {', '.join(map(str, numbers))}")
+    return policy
 
 
 def _best(run_dir: RunDir, config: RunConfig, numbers: Sequence[int]) -> int:

@@ -38,7 +38,7 @@ from dno_jax.reasoning import split_thought
 from dno_jax.records import Judgement, Message, Prompt
 from dno_jax.run_dir import RunDir
 from dno_jax.stages.annotate import judge_late, judge_pools
-from dno_jax.stages.speak import Speakers
+from dno_jax.stages.speak import Speakers, check_policy, policies_of
 from dno_jax.training.checkpoint import policy_fingerprint
 
 SUITES = ("alpaca_eval",)
@@ -87,8 +87,8 @@ def sample(config: RunConfig, wanted: Wanted) -> epath.Path:
         DnoError: no such suite, no prompts or no run; or the outputs there are of another policy or other prompts.
     """
     items = _items(wanted)
-    speakers = Speakers.of_run(config)
-    number = speakers.default if wanted.policy is None else speakers.check(wanted.policy)
+    numbers, best = policies_of(config)
+    number = best if wanted.policy is None else check_policy(wanted.policy, numbers)
     folder = folder_of(RunDir(config.run_dir), wanted.suite, number)
     made_of = _made_of(config, wanted, number)
     if (folder / OUTPUTS).exists():
@@ -101,6 +101,7 @@ def sample(config: RunConfig, wanted: Wanted) -> epath.Path:
         return folder
     prompts = [item.prompt for item in items]
     answers: dict[str, str] = {}
+    speakers = Speakers.of_run(config)
     with Meter(f"{wanted.suite} {number}", total=len(prompts), unit="prompts") as meter:
         for prompt, (said,) in speakers.answer_all(number, prompts, num_samples=1):
             answers[prompt.prompt_id] = split_thought(said.text).answer or said.text
