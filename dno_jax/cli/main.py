@@ -137,6 +137,7 @@ def _host_stage(name: str, summary: str) -> None:
 def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
+    from dno_jax.report.page import refresh
     from dno_jax.run_dir import RunDir
     from dno_jax.stages import redo
 
@@ -144,6 +145,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     redo.check(settings, folder)
     folder.create(settings)
     stage.run(settings, folder, iteration)
+    refresh(folder, settings)
 
 
 def _device_stage(name: str, summary: str, *, module: str | None = None) -> None:
@@ -170,12 +172,16 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
 def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
     import importlib
 
+    from dno_jax.parallel.cluster import is_primary
+    from dno_jax.report.page import refresh
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
     stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
     with prepared(runtime, only=(name, iteration)):
         stage.run(runtime, iteration, **options)
+        if is_primary():
+            refresh(runtime.run_dir, runtime.config)
 
 
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")

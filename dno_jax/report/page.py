@@ -19,7 +19,9 @@ from etils import epath
 from markupsafe import Markup
 
 from dno_jax.config import RunConfig, dump_config
+from dno_jax.console import say
 from dno_jax.display import hide_keys, printable
+from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.report import figures as known
 from dno_jax.report import plots
@@ -99,6 +101,20 @@ def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -
     return run_dir.report_path
 
 
+def refresh(run_dir: RunDir, config: RunConfig, *, pictures: bool = False) -> None:
+    """Write the report anew while a run goes on: a fault of the report's own costs the run nothing but the report.
+
+    Raises:
+        DnoError: the disk is full, or may not be written.
+    """
+    try:
+        write_report(run_dir, config, pictures=pictures)
+    except DnoError:
+        raise
+    except Exception as error:
+        say(f"warning: report.html is not up to date ({type(error).__name__}: {error}); `dno report` writes it again")
+
+
 def _write_pictures(folder: epath.Path, found: Iterable[Figure], specs: Mapping[str, Any]) -> None:
     for figure in found:
         _write(folder / f"{figure.name}.csv", figure.csv())
@@ -140,8 +156,7 @@ def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
         words[known.JUDGE].insert(0, f"Iteration{'s' if ',' in of else ''} {of}: judged by {judge}.")
     if not tables[known.JUDGE]:
         words[known.JUDGE].append("Not measured: no iteration's judge has figures.")
-    if note:
-        words["samples"].append(note)
+    words["samples"] += [*facts.notes, *([note] if note else [])]
     if "usd" in facts.receipts:
         words[known.COSTS].append(f"Judges and teachers cost ${facts.receipts['usd']:,.2f} so far.")
     if not any(figure.section == known.SAMPLER for figure in found):

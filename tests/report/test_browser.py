@@ -33,8 +33,8 @@ def in_browser(work):
     return asyncio.run(run())
 
 
-def page_of(folder, **options):
-    config, run_dir = build(folder, **options)
+def page_of(run):
+    config, run_dir = run
     return Path(write_report(run_dir, config))
 
 
@@ -47,9 +47,9 @@ def quiet(tab, page):
     assert tab.requests == [page.resolve().as_uri()]
 
 
-@pytest.mark.parametrize("hostile", [False, True])
-def test_it_opens_quietly_and_draws_every_plot(hostile, tmp_path):
-    page = page_of(tmp_path, hostile=hostile)
+@pytest.mark.parametrize("kind", ["whole", "hostile"])
+def test_it_opens_quietly_and_draws_every_plot(kind, request):
+    page = page_of(request.getfixturevalue(kind))
 
     async def work(tab):
         for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
@@ -57,7 +57,7 @@ def test_it_opens_quietly_and_draws_every_plot(hostile, tmp_path):
             await tab.open(page, until=until())
             drawn = await tab.evaluate(
                 "[...document.querySelectorAll('.plot')].map((p) => "
-                "[p.dataset.name, p.querySelectorAll('svg .mark-group path, svg .mark-rect path').length])"
+                "[p.dataset.name, p.querySelectorAll('svg .role-mark path, svg .role-mark line').length])"
             )
             assert bool(drawn) == plots.installed()
             assert [name for name, marks in drawn if not marks] == []
@@ -67,14 +67,14 @@ def test_it_opens_quietly_and_draws_every_plot(hostile, tmp_path):
             tab.events.clear()
             assert await tab.evaluate("typeof window.owned") == "undefined"
             if folder := os.environ.get("DNO_TEST_PICTURES"):
-                name = f"{'hostile' if hostile else 'plain'}-{width}-{'dark' if dark else 'light'}.png"
+                name = f"{kind}-{width}-{'dark' if dark else 'light'}.png"
                 await tab.picture(Path(folder) / name)
 
     in_browser(work)
 
 
 def test_samples_are_searched_filtered_and_walked_by_keyboard(tmp_path):
-    page = page_of(tmp_path, prompts=140, held_out=6)
+    page = page_of(build(tmp_path, prompts=140, held_out=6))
 
     async def settled(tab, said):
         for _ in range(200):
@@ -122,8 +122,8 @@ def test_samples_are_searched_filtered_and_walked_by_keyboard(tmp_path):
     in_browser(work)
 
 
-def test_hostile_words_are_shown_as_words(tmp_path):
-    page = page_of(tmp_path, hostile=True, prompts=14, held_out=14, iterations=1)
+def test_hostile_words_are_shown_as_words(hostile):
+    page = page_of(hostile)
 
     async def work(tab):
         await tab.open(page, until=until())
@@ -146,8 +146,8 @@ def test_hostile_words_are_shown_as_words(tmp_path):
     in_browser(work)
 
 
-def test_it_is_read_without_scripts_and_printed(tmp_path):
-    page = page_of(tmp_path)
+def test_it_is_read_without_scripts_and_printed(whole):
+    page = page_of(whole)
 
     async def work(tab):
         await tab.call("Emulation.setScriptExecutionDisabled", value=True)

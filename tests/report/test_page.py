@@ -79,17 +79,12 @@ def page_of(config, run_dir, *, pictures=False):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("report"))
+def page(whole):
+    return page_of(*whole, pictures=True)
 
 
-@pytest.fixture(scope="module")
-def page(run):
-    return page_of(*run, pictures=True)
-
-
-def test_the_page_is_whole_and_asks_for_nothing(run, page):
-    _, run_dir = run
+def test_the_page_is_whole_and_asks_for_nothing(whole, page):
+    _, run_dir = whole
     assert page.stack == []
     assert len(page.ids) == len(set(page.ids))
     for tag, name, value in page.attributes:
@@ -110,8 +105,8 @@ def test_the_page_is_whole_and_asks_for_nothing(run, page):
     assert described <= set(page.ids)
 
 
-def test_its_tables_are_those_of_the_terminal(run, page):
-    config, run_dir = run
+def test_its_tables_are_those_of_the_terminal(whole, page):
+    config, run_dir = whole
     shown = {tuple(map(tuple, table)) for table in page.tables}
     for renderable in (policy_table(run_dir, iterations=config.iterations), iteration_table(run_dir, config),
                        training_table(run_dir), status_table(stage_statuses(run_dir, config))):  # fmt: skip
@@ -122,8 +117,8 @@ def test_its_tables_are_those_of_the_terminal(run, page):
     assert any("70 % [45, 75]" in row for table in page.tables for row in table)
 
 
-def test_every_figure_has_its_numbers_in_the_page_and_beside_it(run, page):
-    _, run_dir = run
+def test_every_figure_has_its_numbers_in_the_page_and_beside_it(whole, page):
+    _, run_dir = whole
     names = {path.name.removesuffix(".csv") for path in run_dir.report_files_path.iterdir() if path.suffix == ".csv"}
     assert {"win_rates", "lengths", "matrix", "funnel", "kinds", "margins", "scores", "tokens", "cut", "loss",
             "logprobs", "rewards", "grad_norm", "kl", "judge", "seconds", "audit"} <= names  # fmt: skip
@@ -134,13 +129,13 @@ def test_every_figure_has_its_numbers_in_the_page_and_beside_it(run, page):
         assert len(own) > 1
     rates = list(csv.DictReader((run_dir.report_files_path / "win_rates.csv").read_text().splitlines()))
     assert [(row["policy"], row["against"], float(row["win rate"])) for row in rates] == [
-        ("1", "policy 0", 0.6), ("1", "the teacher", 0.52), ("2", "policy 0", 0.7), ("2", "the previous policy", 0.6),
+        ("1", "policy 0", 0.6), ("2", "policy 0", 0.7), ("2", "the previous policy", 0.6), ("1", "the teacher", 0.52),
         ("2", "the teacher", 0.52),
     ]  # fmt: skip
 
 
-def test_samples_stand_side_by_side_with_scores_and_what_was_trained_on(run, page):
-    _, run_dir = run
+def test_samples_stand_side_by_side_with_scores_and_what_was_trained_on(whole, page):
+    _, run_dir = whole
     rows = {row["i"]: row for row in page.prompts}
     assert len(page.prompts) == 12 + 6
     held_out = rows["h0"]
@@ -159,8 +154,8 @@ def test_samples_stand_side_by_side_with_scores_and_what_was_trained_on(run, pag
     assert trained["j"] == ["The first is shorter, the second is right."]
 
 
-def test_words_of_others_are_no_code(tmp_path):
-    config, run_dir = build(tmp_path, hostile=True, prompts=14, held_out=14, iterations=1)
+def test_words_of_others_are_no_code(hostile):
+    config, run_dir = hostile
     page = page_of(config, run_dir, pictures=True)
     raw = run_dir.report_path.read_text()
     assert page.stack == []
@@ -183,8 +178,8 @@ def test_words_of_others_are_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["begun", "no weights", "no shards", "torn", "edited", "nothing"])
-def test_a_run_that_is_half_there_says_what_is_missing(damage, tmp_path):
-    config, run_dir = build(tmp_path)
+def test_a_run_that_is_half_there_says_what_is_missing(damage, copied, tmp_path):
+    config, run_dir = copied
     stages = {name: run_dir.stage(name, 1) for name in ("sample", "pair", "train", "evaluate")}
     if damage == "begun":
         for name in ("train", "evaluate"):
@@ -216,8 +211,8 @@ def test_a_run_that_is_half_there_says_what_is_missing(damage, tmp_path):
         assert any(row[:5] == ["1", "policy 0", "0.6", "0.45", "0.75"] for table in page.tables for row in table)
 
 
-def test_what_is_up_to_date_is_left_alone(run, page):
-    config, run_dir = run
+def test_what_is_up_to_date_is_left_alone(whole, page):
+    config, run_dir = whole
     paths = [run_dir.report_path, *run_dir.report_files_path.iterdir()]
     before = [path.stat().mtime for path in paths]
     write_report(run_dir, config)
@@ -230,12 +225,12 @@ def asked(count, size):
         for t in range(3) for n in range(3)]) for i in range(count)]  # fmt: skip
 
 
-def test_texts_are_cut_until_they_fit(monkeypatch):
+def test_texts_are_cut_until_they_fit():
     many = asked(210, 40)
-    whole = browser(many)
-    assert (len(whole.chunks), whole.prompts, whole.note) == (3, 210, "")
-    small = browser(many, most_bytes=sum(map(len, whole.chunks)) // 3)
-    assert sum(map(len, small.chunks)) <= sum(map(len, whole.chunks)) // 3
+    uncut = browser(many)
+    assert (len(uncut.chunks), uncut.prompts, uncut.note) == (3, 210, "")
+    small = browser(many, most_bytes=sum(map(len, uncut.chunks)) // 3)
+    assert sum(map(len, small.chunks)) <= sum(map(len, uncut.chunks)) // 3
     assert small.prompts == 210
     assert "texts are cut after" in small.note
     rows = [row for chunk in small.chunks for row in json.loads(gzip.decompress(base64.b64decode(chunk)))]
@@ -252,24 +247,24 @@ def test_of_more_prompts_than_a_page_holds_some_are_shown_and_that_is_said(tmp_p
     places = [row["p"] for row in page.prompts]
     assert places.count("held out") == 3
     assert 0 < places.count("iteration 0") < 300
-    assert any("prompts the first 256 are among the samples" in said for said in page.words)
+    assert any("prompts the first 256 are here" in said for said in page.words)
 
 
-def test_held_out_prompts_whose_file_is_gone_keep_their_answers(tmp_path):
-    config, run_dir = build(tmp_path)
-    (tmp_path / "held_out.jsonl").unlink()
-    page = page_of(config, run_dir)
+def test_held_out_prompts_whose_file_is_gone_keep_their_answers(copied, tmp_path):
+    config, run_dir = copied
+    gone = config.prompts.model_copy(update={"held_out_path": str(tmp_path / "gone.jsonl")})
+    page = page_of(config.model_copy(update={"prompts": gone}), run_dir)
     row = next(row for row in page.prompts if row["i"] == "h0")
     assert row["m"] == []
     assert [one["w"] for one in row["a"]] == ["policy 0", "policy 1", "policy 2"]
     assert any("Held-out prompts are shown by their ids alone" in said for said in page.words)
 
 
-def test_plots_are_drawn_of_the_figures_own_rows(run):
+def test_plots_are_drawn_of_the_figures_own_rows(whole):
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
-    _, run_dir = run
-    page = page_of(*run)
+    _, run_dir = whole
+    page = page_of(*whole)
     specs = {name.removeprefix("spec-"): json.loads(text) for _, name, text in page.scripts if name.startswith("spec-")}
     assert {"win_rates", "matrix", "loss", "tokens", "kinds"} <= set(specs)
     for name, spec in specs.items():
@@ -282,9 +277,9 @@ def test_plots_are_drawn_of_the_figures_own_rows(run):
     assert not any("Plots are left out" in said for said in page.words)
 
 
-def test_without_what_draws_them_the_numbers_are_there_open(run, monkeypatch):
+def test_without_what_draws_them_the_numbers_are_there_open(whole, monkeypatch):
     monkeypatch.setattr(plots, "installed", lambda: False)
-    page = page_of(*run)
+    page = page_of(*whole)
     assert len(page.code) == 1
     assert any(
         'Plots are left out, their numbers are here: pip install "dno_jax[report]"' in said for said in page.words
