@@ -73,7 +73,8 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
 
 def _report(runtime: Runtime[RunConfig], *, pictures: bool = False) -> None:
     if is_primary():
-        refresh(runtime.run_dir, runtime.config, pictures=pictures)
+        held_out = runtime.prompts.split.held_out
+        refresh(runtime.run_dir, runtime.config, pictures=pictures, held_out=held_out)
 
 
 def _on_primary(runtime: Runtime[RunConfig], name: str, iteration: int, stage: Callable[[], Manifest]) -> None:

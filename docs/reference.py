@@ -63,7 +63,7 @@ def commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 
 def _option(option: Any) -> str:
-    names = option.opts + option.secondary_opts if option.param_type_name == "option" else [option.human_readable_name]
+    names = option.opts + option.secondary_opts if option.param_type_name == "option" else [option.name.upper()]
     return f"| {', '.join(f'`{name}`' for name in names)} | {_cell(getattr(option, 'help', None) or '')} |"
 
 

@@ -181,7 +181,7 @@ def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int,
     with prepared(runtime, only=(name, iteration)):
         stage.run(runtime, iteration, **options)
         if is_primary():
-            refresh(runtime.run_dir, runtime.config)
+            refresh(runtime.run_dir, runtime.config, held_out=runtime.prompts.split.held_out)
 
 
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")

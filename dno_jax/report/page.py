@@ -23,6 +23,7 @@ from dno_jax.console import say
 from dno_jax.display import hide_keys, printable
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
+from dno_jax.records import Prompt
 from dno_jax.report import figures as known
 from dno_jax.report import plots
 from dno_jax.report.comparison import BETTER, comparison_words
@@ -62,17 +63,20 @@ class _Part:
     texts: list[tuple[str, str]]
 
 
-def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -> epath.Path:
+def write_report(
+    run_dir: RunDir, config: RunConfig, *, pictures: bool = True, held_out: Iterable[Prompt] | None = None
+) -> epath.Path:
     """Write the report of a run in whatever state it is; return the page's path.
 
     Args:
         pictures: write every figure beside the page too, as CSV and, where plots can be drawn, as SVG.
+        held_out: the held-out prompts, where they have been read already.
     """
     facts = read_facts(run_dir, config)
     drawn = plots.installed()
     if not drawn:
         facts.tell(f"Plots are left out, their numbers are here: {plots.EXTRA} brings what draws them.")
-    samples = read_samples(facts)
+    samples = read_samples(facts, held_out)
     found = [*known.figures(facts), *curves(facts), *distributions(facts, lengths(samples))]
     packed = browser(samples)
     parts = _parts(facts, found, note=packed.note)
@@ -101,14 +105,16 @@ def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -
     return run_dir.report_path
 
 
-def refresh(run_dir: RunDir, config: RunConfig, *, pictures: bool = False) -> None:
+def refresh(
+    run_dir: RunDir, config: RunConfig, *, pictures: bool = False, held_out: Iterable[Prompt] | None = None
+) -> None:
     """Write the report anew while a run goes on: a fault of the report's own costs the run nothing but the report.
 
     Raises:
         DnoError: the disk is full, or may not be written.
     """
     try:
-        write_report(run_dir, config, pictures=pictures)
+        write_report(run_dir, config, pictures=pictures, held_out=held_out)
     except DnoError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,12 +85,15 @@ class Browser:
     note: str
 
 
-def read_samples(facts: Facts) -> list[Asked]:
+def read_samples(facts: Facts, held_out: Iterable[Prompt] | None = None) -> list[Asked]:
     """Read prompts with all their answers: those held out first, then each iteration's.
 
     Of more prompts than a page holds, every iteration gives as many as the others, the first of its shards.
+
+    Args:
+        held_out: the held-out prompts, where they have been read; a run directory has only their ids.
     """
-    found = facts.tried(lambda: _held_out(facts, most=_MOST_PROMPTS // 2)) or []
+    found = facts.tried(lambda: _held_out(facts, held_out, most=_MOST_PROMPTS // 2)) or []
     sampled = [iteration for iteration, _ in facts.of("sample")]
     for number, iteration in enumerate(sampled):
         left = max(0, _MOST_PROMPTS - len(found)) // (len(sampled) - number)
@@ -157,13 +160,14 @@ def _row(asked: Asked, *, most: int, characters: int, cut: Counter[str]) -> dict
     return found | ({"u": printable(asked.unjudged[:300])} if asked.unjudged else {})
 
 
-def _held_out(facts: Facts, *, most: int) -> list[Asked]:
+def _held_out(facts: Facts, held_out: Iterable[Prompt] | None, *, most: int) -> list[Asked]:
     """Every policy's held-out answers, with the last evaluation's verdicts."""
     run_dir = facts.run_dir
     evaluated = [iteration for iteration, _ in facts.of("evaluate")]
     if not evaluated:
         return []
-    prompts = _held_out_prompts(facts)
+    known = _held_out_prompts(facts) if held_out is None else held_out
+    prompts = {prompt.prompt_id: prompt for prompt in known}
     asked: dict[str, Asked] = {}
     for iteration in evaluated:
         stage = run_dir.stage("evaluate", iteration)
@@ -185,17 +189,16 @@ def _held_out(facts: Facts, *, most: int) -> list[Asked]:
     return list(asked.values())
 
 
-def _held_out_prompts(facts: Facts) -> dict[str, Prompt]:
-    """By id, from the user's files, as a run directory has none; empty, with a word, where these are gone."""
+def _held_out_prompts(facts: Facts) -> Sequence[Prompt]:
+    """Read them from the user's files; none, with a word, where these are gone."""
     from dno_jax.data.prompts import load_prompts, split_prompts  # brings jax
 
     section = facts.config.prompts
     try:
-        found = load_prompts(section.held_out_path) if section.held_out_path else split_prompts(facts.config).held_out
+        return load_prompts(section.held_out_path) if section.held_out_path else split_prompts(facts.config).held_out
     except (DnoError, OSError, ValueError) as error:
         facts.tell(f"Held-out prompts are shown by their ids alone: {error}")
-        return {}
-    return {prompt.prompt_id: prompt for prompt in found}
+        return ()
 
 
 def _judged_held_out(asked: Asked, verdict: Judgement) -> None:

@@ -138,10 +138,11 @@ def test_hostile_words_are_shown_as_words(hostile):
         assert (await tab.evaluate("document.title")).startswith(printable("<b>run\x1b[31m"))
         # What a text would need, if it ever became code, the page itself may not do either.
         assert await tab.evaluate("fetch('data:,x').then(() => 'fetched', () => 'refused')") == "refused"
-        inline = (
-            "const s = document.createElement('script'); s.textContent = 'window.owned = 1'; document.body.append(s)"
+        inline = "const s = document.createElement('script'); s.textContent = 'window.owned = 1';"
+        assert (
+            await tab.evaluate(f"(() => {{ {inline} document.body.append(s); return typeof window.owned }})()")
+            == "undefined"
         )
-        assert await tab.evaluate(f"{inline}; typeof window.owned") == "undefined"
 
     in_browser(work)
 

@@ -13,6 +13,8 @@ from html.parser import HTMLParser
 import pytest
 
 from dno_jax.display import printable
+from dno_jax.errors import DnoError
+from dno_jax.report import page as page_module
 from dno_jax.report import plots
 from dno_jax.report import samples as samples_module
 from dno_jax.report.page import write_report
@@ -219,6 +221,28 @@ def test_what_is_up_to_date_is_left_alone(whole, page):
     assert [path.stat().mtime for path in paths] == before
 
 
+def test_a_fault_of_the_report_costs_the_run_nothing_else(whole, monkeypatch, capsys):
+    def fault(*_, **__):
+        raise RuntimeError("\x1b[31m")
+
+    monkeypatch.setattr(page_module, "read_facts", fault)
+    page_module.refresh(whole[1], whole[0])
+    assert "report.html is not up to date (RuntimeError: \\x1b[31m)" in capsys.readouterr().err
+    monkeypatch.setattr(page_module, "read_facts", lambda *_: (_ for _ in ()).throw(DnoError("full")))
+    with pytest.raises(DnoError, match="full"):
+        page_module.refresh(whole[1], whole[0])
+
+
+def test_figures_that_an_earlier_version_did_not_note_are_left_out_alone(copied):
+    config, run_dir = copied
+    stage = run_dir.stage("evaluate", 1)
+    details = stage.require().details | {"lengths": {"0": {"mean_words": 3.0}}}
+    stage.finish(config, inputs={}, rows=1, seconds=1.0, details=details)
+    page = page_of(config, run_dir)
+    assert any("The figure of lengths is left out: KeyError" in said for said in page.words)
+    assert "figure-win_rates" in page.ids
+
+
 def asked(count, size):
     return [Asked(f"p{i}", "iteration 0", [("user", "why?")], answers=[
         Answer(f"policy {t}", n, hashlib.sha256(f"{i}{t}{n}".encode()).hexdigest() * size, 9, "stop")
@@ -242,7 +266,7 @@ def test_texts_are_cut_until_they_fit():
 
 def test_of_more_prompts_than_a_page_holds_some_are_shown_and_that_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_module, "_MOST_PROMPTS", 6)
-    config, run_dir = build(tmp_path, prompts=600, samples=1)
+    config, run_dir = build(tmp_path, prompts=300, samples=1, iterations=1)
     page = page_of(config, run_dir)
     places = [row["p"] for row in page.prompts]
     assert places.count("held out") == 3
