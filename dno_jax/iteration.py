@@ -16,7 +16,6 @@ from dno_jax.report.page import refresh
 from dno_jax.report.status import standing
 from dno_jax.report.training import note_shares
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.scheme import updates
 from dno_jax.stage_dir import Manifest, is_lookahead
 from dno_jax.stages import checkpoints, evaluate, pair, pruning, score, teach, train
 from dno_jax.stages.overlap import sample_and_annotate
@@ -58,10 +57,9 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
         sample_and_annotate(runtime, iteration)
         _report(runtime)
     _on_primary(runtime, "pair", iteration, lambda: pair.run(config, run_dir, iteration))
-    for update in updates(config, run_dir, iteration):
-        score.run(runtime, iteration, stage_name=update.score)
-        train.run(runtime, iteration, stage_name=update.train)
-        _report(runtime)
+    score.run(runtime, iteration)
+    train.run(runtime, iteration)
+    _report(runtime)
     evaluate.run(runtime, iteration)
     if is_primary():
         note_shares(run_dir, config, iteration)

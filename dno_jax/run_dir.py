@@ -4,7 +4,8 @@
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
-Paths are etils.epath, so a run directory may lie in an object store. Nothing here imports jax.
+It lies in a file system: in an object store nothing can be appended to, locked, or renamed at once. Nothing imports
+jax here.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ class RunDir:
     """The root folder and where everything lies in it."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        # Orbax takes absolute paths only.
-        self.path = epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
+        """
+        Raises:
+            DnoError: it names an object store.
+        """
+        if "://" in os.fspath(path):
+            raise DnoError(
+                f"run_dir {os.fspath(path)}: object stores are not supported: figures are appended, verdicts are in "
+                "sqlite, and a file has to appear at once and be locked; give a directory of a file system that every "
+                "process sees (NFS, Lustre, Filestore, FSx), and copy what is finished to the bucket (launch/README.md)"
+            )
+        self.path = epath.Path(os.path.abspath(path))  # Orbax takes absolute paths only
         self.config_path = self.path / "config.yaml"
         self.format_path = self.path / "FORMAT"
         self.lock_path = self.path / ".lock"
@@ -58,10 +68,6 @@ class RunDir:
     def base_path(self) -> epath.Path:
         """Orbax checkpoint of the weights that every policy stands beside, where policy 0 is an adapter too."""
         return self.path / "policies" / "base"
-
-    def auxiliary(self, policy: int) -> epath.Path:
-        """Orbax checkpoint of pi'_t of the optimistic scheme; the first is policy 0 itself."""
-        return self.path / "policies" / f"{policy:03d}-auxiliary" if policy else self.policy(0)
 
     def iteration_path(self, iteration: int) -> epath.Path:
         return self.path / "iterations" / f"{iteration:03d}"
@@ -115,14 +121,11 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Keep the directory to this process; what writes shards or policies does so inside. A kill lets go of it too.
 
-        An object store has no locks, and neither have some file systems: nothing is held there.
+        Some file systems have no locks: nothing is held there.
 
         Raises:
             DnoError: another process holds it.
         """
-        if "://" in os.fspath(self.path):
-            yield
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o666)

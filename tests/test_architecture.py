@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
-        "stopping",
         "display",
+        "stopping",
         "records",
         "files",
         "addresses",
@@ -33,7 +33,7 @@ LEVELS = [
     ["parallel", "tracker"],
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
-    ["report", "stages", "plan"],
+    ["report", "stages", "plan", "launch"],
     ["iteration"],
     ["cli", "__main__"],
 ]

@@ -42,7 +42,7 @@ from dno_jax.training.trace import Trace
 
 
 @stopping.finishing()
-def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the resulting policy.
 
     Raises:
@@ -51,9 +51,9 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     """
     start = time.perf_counter()
     config, run_dir = runtime.config, runtime.run_dir
-    update = update_of(config, run_dir, iteration, stage=stage_name)
-    stage = run_dir.stage(stage_name, iteration)
-    scored = run_dir.stage(update.score, iteration)
+    update = update_of(config, run_dir, iteration)
+    stage = run_dir.stage("train", iteration)
+    scored = run_dir.stage("score", iteration)
     reference = scored.require()
     inputs = stage.input_digest(scored.manifest_path) | runtime.policy_inputs(update.previous)
     manifest = stage.finished(config, inputs)
@@ -71,10 +71,15 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     pairs = PairTable.load(run_dir.stage("pair", iteration))
     previous = pairs.logprobs(scored.read(ReferenceScore))
     initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
-    sampled = samples_of(run_dir, update.previous)
-    rows = PairRows(pairs, previous, initial, sampled_from=None if sampled is None else sampled.iteration)
+    rows = PairRows(
+        pairs,
+        previous,
+        initial,
+        sampled_from=samples_of(run_dir, update.previous).iteration,
+        anchored_from=samples_of(run_dir, update.initial or update.previous).iteration,
+    )
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
-    with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+    with explained(f"train of iteration {iteration}", training_settings(runtime.programs)):
         trained, frozen = runtime.load_trained(update.previous, exact=True)
         result = train(
             runtime,
@@ -82,7 +87,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
             Training(
-                stage_name,
+                "train",
                 iteration,
                 stage.path / "states",
                 max_length=config.max_length,
