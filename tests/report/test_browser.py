@@ -11,10 +11,13 @@ import pytest
 from dno_jax.display import printable
 from dno_jax.report import plots
 from dno_jax.report.page import write_report
+from dno_jax.run_dir import RunDir
+from tests.end_to_end.processes import start
 from tests.report.chromium import READY, SHOWN, chromium, opened
 from tests.report.synthetic import HOSTILE, build
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(chromium() is None, reason="chromium is not installed")]
+ROOT = Path(__file__).parents[2]
 COUNT = "document.getElementById('count').textContent"
 CHOSEN = "document.querySelector('[aria-selected=true]').textContent"
 FOCUS = "document.activeElement.id"
@@ -47,7 +50,18 @@ def quiet(tab, page):
     assert tab.requests == [page.resolve().as_uri()]
 
 
-@pytest.mark.parametrize("kind", ["whole", "hostile"])
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo as a newcomer runs it, one iteration of it."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    done = start("run", ROOT / "configs/demo.yaml", f"run_dir={folder}", "iterations=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"report: {folder}/report.html" in done.stderr
+    run_dir = RunDir(folder)
+    return run_dir.load_config(), run_dir
+
+
+@pytest.mark.parametrize("kind", ["whole", "hostile", "demo"])
 def test_it_opens_quietly_and_draws_every_plot(kind, request):
     page = page_of(request.getfixturevalue(kind))
 
