@@ -30,6 +30,7 @@ HELD_OUT = "held out"
 _MOST_PROMPTS = 6000  # that are read
 _MOST_BYTES = 8_000_000  # of the page that texts may take
 _CHUNK = 100  # prompts
+_TRIED = 8  # chunks by which it is told whether all would fit
 # How much of a prompt is shown: (answers of one writer, characters of an answer). The first that fits is taken.
 _LEVELS = ((16, 4000), (8, 2000), (4, 1500), (2, 1000), (1, 1000), (1, 500), (1, 250), (1, 100))
 _WORDS_OF_A_JUDGE = 1200
@@ -103,20 +104,23 @@ def read_samples(facts: Facts, held_out: Iterable[Prompt] | None = None) -> list
 
 def browser(asked: Sequence[Asked], *, most_bytes: int = _MOST_BYTES) -> Browser:
     """Compress prompts and answers, as much of each as fits into so many bytes together."""
+    groups = [asked[first : first + _CHUNK] for first in range(0, len(asked), _CHUNK)]
+    some = groups[:: max(1, len(groups) // _TRIED)]
     for most, characters in _LEVELS:
-        cut = Counter[str]()
-        chunks: list[str] = []
-        size = 0
-        for first in range(0, len(asked), _CHUNK):
-            rows = [_row(one, most=most, characters=characters, cut=cut) for one in asked[first : first + _CHUNK]]
-            packed = gzip.compress(json.dumps(rows, ensure_ascii=False).encode(), compresslevel=9, mtime=0)
-            chunks.append(base64.b64encode(packed).decode())
-            size += len(chunks[-1])
-            if size > most_bytes and (most, characters) != _LEVELS[-1]:
-                break
-        else:
-            return Browser(tuple(chunks), len(asked), _note(cut, most=most, characters=characters))
+        cut, last = Counter[str](), (most, characters) == _LEVELS[-1]
+        tried = sum(len(_packed(group, most=most, characters=characters, cut=Counter())) for group in some)
+        if tried * len(groups) > most_bytes * len(some) and not last:
+            continue
+        chunks = tuple(_packed(group, most=most, characters=characters, cut=cut) for group in groups)
+        if last or sum(map(len, chunks)) <= most_bytes:
+            return Browser(chunks, len(asked), _note(cut, most=most, characters=characters))
     raise AssertionError("the last level takes all")
+
+
+def _packed(asked: Sequence[Asked], *, most: int, characters: int, cut: Counter[str]) -> str:
+    rows = [_row(one, most=most, characters=characters, cut=cut) for one in asked]
+    packed = gzip.compress(json.dumps(rows, ensure_ascii=False).encode(), compresslevel=6, mtime=0)
+    return base64.b64encode(packed).decode()
 
 
 def _note(cut: Counter[str], *, most: int, characters: int) -> str:

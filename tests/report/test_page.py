@@ -258,3 +258,46 @@ def test_without_what_draws_them_the_numbers_are_there_open(whole, monkeypatch):
         'Plots are left out, their numbers are here: pip install "dno_jax[report]"' in said for said in page.words
     )
     assert sum(tag == "details" and name == "open" for tag, name, _ in page.attributes) >= 15
+
+
+def test_what_an_evaluation_says_of_all_players_is_shown(copied):
+    config, run_dir = copied
+    stage = run_dir.stage("evaluate", 1)
+    rate = {"value": 0.64, "low": 0.55, "high": 0.72, "n": 60, "prompts": 6}
+    comparison = {
+        "players": ["0", "1", "2", "gold"], "policies": ["0", "1", "2"],
+        "rates": [[0.5, 0.4, 0.3, None], [0.6, 0.5, 0.4, 0.51], [0.7, 0.6, 0.5, 0.52], [None, 0.49, 0.48, 0.5]],
+        "pairs": [{"player": "2", "opponent": "0", **rate, "value": 0.7, "ties": 0.1}],
+        "length_controlled": [{"player": "2", "opponent": "0", **rate}, {"player": "2", "opponent": "1", **rate}],
+        "neighbours": [{"player": "2", "opponent": "1", "rate": 0.6, "low": 0.48, "high": 0.7, "different": False}],
+        "nash": {"shares": {"0": 0.0, "1": 0.25, "2": 0.75}, "gap": 0.02, "gaps": {"0": 0.4, "1": 0.2, "2": 0.0}},
+        "choice": {"best": "2", "alike": ["1"], "flattery": 0.013},
+        "cycles": {"observed": 1, "triples": 4, "expected": 0.31, "p": 0.4},
+        "stop": "policy 2 does not beat policy 1: the interval includes 50 %",
+    }  # fmt: skip
+    details = stage.require().details
+    more = {"comparison": comparison, "judge": "<b>another</b>", "warnings": ["6 held-out prompts are few"]}
+    stage.finish(config, inputs={}, rows=1, seconds=1.0, details=details | more)
+    page = page_of(config, run_dir)
+    said = "\n".join(page.words)
+    for sentence in (
+        "warning: 6 held-out prompts are few",
+        "judged by <b>another</b>",
+        "does not beat policy 1",
+        "not told apart from it: policy 1",
+        "about 1.3 points",
+        "1 of 4 triples",
+        "would show 0.3",
+    ):
+        assert sentence in said
+    assert "Not measured: win rates at equal length" not in said
+    rows = {tuple(row) for table in page.tables for row in table}
+    assert ("policy 2", "policy 0", "0.7", "0.55", "0.72") in rows
+    assert ("the teacher", "policy 1", "0.49", "", "") in rows
+    assert ("policy 2", "policy 0", "0.64", "0.55", "0.72", "6") in rows
+    assert ("policy 2", "policy 1", "0.6", "0.48", "0.7", "no") in rows
+    assert ("policy 2", "0.75", "0") in rows or ("policy 2", "0.75", "0.0") in rows
+
+
+def test_what_was_not_compared_is_said(page):
+    assert any(said.startswith("Not measured: win rates at equal length, cycles, and the Nash") for said in page.words)
