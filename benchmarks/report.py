@@ -25,17 +25,23 @@ from tests.report.chromium import READY, SHOWN, chromium, opened
 from tests.report.synthetic import build
 
 
-async def _open(program: str, page: Path, *, times: int) -> dict[str, list[float]]:
-    """Seconds, each in a browser of its own, until samples are shown, all are unpacked, and all plots are drawn."""
+async def _open(program: str, page: Path, *, times: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds, each in a browser of its own, until samples are shown, all are unpacked, and all plots are drawn.
+
+    By the clock, and of the page's process alone, which other work on the machine does not lengthen.
+    """
     first = "document.querySelectorAll('#list li').length > 0"
-    found: dict[str, list[float]] = {"first_samples": [], "all_samples": [], "plots": []}
+    found: dict[str, list[tuple[float, float]]] = {"first_samples": [], "all_samples": [], "plots": []}
     for _ in range(times):
         for name, until in (("first_samples", first), ("all_samples", SHOWN), ("plots", READY)):
             if name == "plots" and not plots.installed():
                 continue
             async with opened(program) as tab:
                 await tab.look()
-                found[name].append(round(await tab.open(page, until=until), 2))
+                await tab.call("Performance.enable")
+                seconds = await tab.open(page, until=until)
+                metrics = {one["name"]: one["value"] for one in (await tab.call("Performance.getMetrics"))["metrics"]}
+                found[name].append((round(seconds, 2), round(metrics["ProcessTime"], 2)))
     return found
 
 
@@ -70,7 +76,7 @@ def main() -> None:
                     "rollouts_mb": round(texts / 1e6, 1),
                     "page_mb": round(page.stat().st_size / 1e6, 2),
                     "written": written,
-                    "opened_seconds": found,
+                    "opened_seconds_and_cpu": found,
                     "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
                     "plots": plots.installed(),
                     "machine": platform.processor() or platform.machine(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dno_jax.report.comparison import BETTER, comparison_figures
+from dno_jax.report.comparison import BETTER, comparison_figures, measured_figures
 from dno_jax.report.facts import Facts
 from dno_jax.report.judge import NAMES
 from dno_jax.report.shapes import Figure, Shape
@@ -17,7 +17,7 @@ PAIRS, JUDGE, COSTS, SAMPLER = "pairs", "judge", "costs", "sampler"
 def figures(facts: Facts) -> Iterator[Figure]:
     """Yield every figure that the run has numbers for; one that they do not make is told, and the others are shown."""
     singles = (_win_rates, _lengths, _funnel, _kinds, _cut, _judge, _scores, _seconds, _money, _audit)
-    for make in (comparison_figures, *singles):
+    for make in (comparison_figures, measured_figures, *singles):
         try:
             made = make(facts)
             found = [made] if isinstance(made, Figure) else list(made)

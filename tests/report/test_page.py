@@ -276,12 +276,26 @@ def test_what_an_evaluation_says_of_all_players_is_shown(copied):
         "stop": "policy 2 does not beat policy 1: the interval includes 50 %",
     }  # fmt: skip
     details = stage.require().details
+    right = {"value": 0.625, "low": 0.5, "high": 0.75, "n": 40, "prompts": 40}
+    guard = {
+        "questions": 40,
+        "accuracy": {"0": right, "2": right | {"value": 0.55}},
+        "warnings": ["sums are forgotten"],
+    }
     more = {"comparison": comparison, "judge": "<b>another</b>", "warnings": ["6 held-out prompts are few"]}
+    more["guard"] = guard
+    suite = run_dir.path / "suites" / "alpaca_eval" / "policy-002"
+    suite.mkdir(parents=True)
+    (suite / "results.json").write_text(
+        '{"policy": 2, "win_rate": 12.5, "standard_error": 1.25, "length_controlled_winrate": 13.5, "n_total": 805, '
+        '"avg_length": 1500}'
+    )
     stage.finish(config, inputs={}, rows=1, seconds=1.0, details=details | more)
     page = page_of(config, run_dir)
     said = "\n".join(page.words)
     for sentence in (
         "warning: 6 held-out prompts are few",
+        "warning: sums are forgotten",
         "judged by <b>another</b>",
         "does not beat policy 1",
         "not told apart from it: policy 1",
@@ -296,6 +310,8 @@ def test_what_an_evaluation_says_of_all_players_is_shown(copied):
     assert ("the teacher", "policy 1", "0.49", "", "") in rows
     assert ("policy 2", "policy 0", "0.64", "0.55", "0.72", "6") in rows
     assert ("policy 2", "policy 1", "0.6", "0.48", "0.7", "no") in rows
+    assert ("policy 2", "0.55", "0.5", "0.75", "40") in rows
+    assert ("alpaca_eval", "policy 2", "12.5", "1.25", "13.5", "805", "1,500") in rows
     assert ("policy 2", "0.75", "0") in rows or ("policy 2", "0.75", "0.0") in rows
 
 
