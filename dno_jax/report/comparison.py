@@ -89,8 +89,8 @@ def measured_figures(facts: Facts) -> Iterator[Figure]:
         "guard",
         BETTER,
         "Questions with answers",
-        "Share of the guard's questions that each policy answers rightly, with 95 % intervals: what a judge's liking may "
-        "cost.",
+        "Share of the guard's questions that each policy answers rightly, with 95 % intervals: what a judge likes may "
+        "cost them.",
         ("policy", "right", "low", "high", "questions"),
         [
             (player(name), own["value"], own.get("low"), own.get("high"), guard.get("questions"))
