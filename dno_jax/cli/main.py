@@ -113,6 +113,7 @@ def _host_stage(name: str, summary: str) -> None:
 def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
+    from dno_jax.report.page import refresh
     from dno_jax.run_dir import RunDir
     from dno_jax.stages import redo
 
@@ -120,6 +121,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     redo.check(settings, folder)
     folder.create(settings)
     stage.run(settings, folder, iteration)
+    refresh(folder, settings)
 
 
 def _device_stage(name: str, summary: str) -> None:
