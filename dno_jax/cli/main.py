@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +13,12 @@ from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
+from dno_jax.cli.launch import launch
+from dno_jax.cli.looking import report, status
+from dno_jax.cli.plan import plan
 from dno_jax.cli.prompts import prompts
+from dno_jax.cli.quantities import read_bytes
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
 from dno_jax.cli.version import show_version
@@ -53,9 +56,6 @@ With = Annotated[
     typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
 ]
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
-Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
-NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
 
 
 @app.command()
@@ -88,7 +88,7 @@ def run(
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
@@ -98,6 +98,7 @@ def run(
             console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
+        console.print(f"report: {folder.report_path}", soft_wrap=True)
 
 
 def _stage_settings(
@@ -157,7 +158,7 @@ def _device_stage(name: str, summary: str) -> None:
         process_id: ProcessId = None,
     ) -> None:
         settings = _stage_settings(name, config, overrides, variants, iteration)
-        _join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         _run_on_devices(name, name, settings, iteration)
 
     command.__doc__ = summary
@@ -193,7 +194,7 @@ def annotate(
     settings = _stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
-        _join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
     else:
         _run_on_host("annotate", settings, iteration)
@@ -216,7 +217,7 @@ def sft(
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
     settings = _load(config, overrides, variants, kind="SftConfig")
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
 
@@ -261,61 +262,12 @@ def export(
         policy=policy,
         base=base,
         dtype=dtype,
-        max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
+        max_shard_bytes=read_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
         push=push,
         public=public,
     )
     exports.run(RunDir(run_dir), str(path), wanted)
-
-
-@app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    variants: With = None,
-    memory: Annotated[
-        str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
-    ] = None,
-    devices: Annotated[
-        int | None, typer.Option(help="how many to plan for; those that this machine lacks need --memory")
-    ] = None,
-    response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a response that a judge reads; by default the longest possible")
-    ] = None,
-    reply_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a judge's reply; by default the longest possible")
-    ] = None,
-) -> None:
-    """Show what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
-    from dno_jax.console import console
-    from dno_jax.plan import run as planning
-
-    capacity = None if memory is None else _bytes(memory, option="--memory")
-    found = planning.plan_run(
-        _load(config, overrides, variants),
-        memory=capacity,
-        num_devices=devices,
-        response_tokens=response_tokens,
-        reply_tokens=reply_tokens,
-    )
-    console.print(planning.render(found))
-
-
-@app.command()
-def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
-    ] = False,
-) -> None:
-    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
-    from dno_jax.console import console
-    from dno_jax.report import status as report
-    from dno_jax.run_dir import RunDir
-
-    for table in report.tables(RunDir(str(run_dir)), verify=verify):
-        console.print(table)
 
 
 class _TemplateByDefault(TyperGroup):
@@ -328,6 +280,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(launch, name="launch", help="Manifests for clusters.")
 app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
@@ -351,6 +304,9 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(status)
+app.command()(report)
+app.command()(plan)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)
@@ -366,32 +322,12 @@ def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, 
     return settings
 
 
-def _bytes(text: str, *, option: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)|([KMGT])i)B", text)
-    if found is None or not float(found[1]):
-        from dno_jax.errors import DnoError
-
-        raise DnoError(f"{option} is {text!r}; expected a number above 0 and a unit, such as 500MB, 5GB or 16GiB")
-    number, decimal, binary = found.groups()
-    unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
-    return int(float(number) * unit)
-
-
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.cluster import initialize
-
-    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
-
-
 def main() -> None:
     """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
+    failure = None
     try:
         status = process.run(app)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 1
-    if status not in (0, stopping.STOPPED, stopping.INTERRUPTED) and "dno_jax.parallel.cluster" in sys.modules:
-        from dno_jax.parallel.cluster import end_at_once
-
-        end_at_once(status)
+        status, failure = 1, error
+    leave(status, failure)
     raise SystemExit(status)

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from dno_jax.config.adapter import AdapterSection, refuse_rounded_adapters
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
+from dno_jax.config.mesh import MeshSection
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    MeshSection,
     ModelConfigSection,
     PairingSection,
     PromptsSection,
@@ -25,13 +25,22 @@ from dno_jax.config.training import (
     ReferenceSection,
     TrainingSection,
 )
-from dno_jax.stopping import GRACE_SECONDS
+from dno_jax.stopping import GRACE_SECONDS, HEARTBEAT_SECONDS
 
 GraceSeconds = Annotated[
     float,
     Field(
         gt=0.0,
         description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    ),
+]
+
+HeartbeatSeconds = Annotated[
+    float,
+    Field(
+        ge=5.0,
+        description="of several processes: how long one may give no sign of life before the others end, to be resumed",
         json_schema_extra=COSTS,
     ),
 ]
@@ -66,6 +75,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = Field(default=ReportSection())
     grace_seconds: GraceSeconds = GRACE_SECONDS
+    heartbeat_seconds: HeartbeatSeconds = HEARTBEAT_SECONDS
 
     @model_validator(mode="after")
     def _adapters_are_float32(self) -> RunConfig:
@@ -324,6 +334,7 @@ class SftConfig(Section):
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
     grace_seconds: GraceSeconds = GRACE_SECONDS
+    heartbeat_seconds: HeartbeatSeconds = HEARTBEAT_SECONDS
 
     @model_validator(mode="after")
     def _one_iteration(self) -> SftConfig:

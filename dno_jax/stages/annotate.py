@@ -20,7 +20,7 @@ from dno_jax.annotation.pool import Annotator, Pool
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings
-from dno_jax.annotation.receipts import closing
+from dno_jax.annotation.receipts import closing, dollars
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
@@ -150,7 +150,8 @@ class _Work:
     async def run(self, *, abandoned: Callable[[], bool] | None) -> Survey:
         async with closing(self._annotator, self._run_dir):
             closed = self._closed()
-            with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools", done=self._judged) as meter:
+            label, paid = f"annotate  {self._stage.iteration}", lambda: dollars(self._annotator.receipt())
+            with Meter(label, total=0, unit="pools", done=self._judged, aside=paid) as meter:
                 if abandoned is None and self._sampled.manifest() is None:
                     await self._annotator.probe()  # told now, not when the first shard has been waited for
                 await _unless(abandoned, self._judge_labels())

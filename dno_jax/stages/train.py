@@ -26,6 +26,7 @@ from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity, samples_of
+from dno_jax.tracker import open_sinks
 from dno_jax.training.adapted import base_of
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps, text_lengths
 from dno_jax.training.carried import load_moments, save_moments
@@ -196,7 +197,9 @@ def train(
     if section.skip_nonfinite:
         counted = skipped_before(runtime.run_dir, course) if is_primary() else 0
         course = replace(course, skipped=int(broadcast_from_primary(np.asarray(counted))))
-    writer = MetricsWriter(runtime.run_dir, course, tensorboard=config.report.tensorboard, enabled=is_primary())
+    curve, first = f"{course.stage}_{course.iteration:03d}", course.first_step
+    sinks = open_sinks(config.report, runtime.run_dir, curve=curve, first_step=first, enabled=is_primary())
+    writer = MetricsWriter(runtime.run_dir, course, sinks=sinks, enabled=is_primary())
     share_prompt = runtime.programs.packing.packed and runtime.programs.packing.share_prompt
     trace = Trace(section.profile, runtime.run_dir.path / "profile" / f"{stage}_{iteration:03d}")
     try:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dno_jax.addresses import Purpose, rng
 from dno_jax.model.places import Places
-from dno_jax.parallel.sharding import replicated, row_sharding, to_device
+from dno_jax.parallel.sharding import AnyMesh, replicated, row_sharding, to_device
 from dno_jax.training.packing import BatchShape, Layout, Packing, Plan, TextLengths, plan_batches
 
 _WINDOW = 16  # batches among which rows are sorted by length
@@ -84,7 +84,7 @@ class PairBatch:
         """Lay a host's batch out on devices."""
         return to_device(self, self.shardings(mesh))
 
-    def shardings(self, mesh: Mesh) -> PairBatch:
+    def shardings(self, mesh: AnyMesh) -> PairBatch:
         """Return where its arrays lie: rows of tokens split over devices, what is of pairs on all."""
 
         def sharding(leaf: Any, of_tokens: bool) -> Any:

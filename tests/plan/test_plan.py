@@ -20,6 +20,7 @@ from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.question import Verdict, advance
 from dno_jax.cli import main as cli
+from dno_jax.cli.quantities import read_bytes
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.data.prompts import split_prompts, tokenize_prompts
 from dno_jax.errors import DnoError
@@ -318,10 +319,10 @@ def test_processors_share_their_hosts_memory(tmp_path, monkeypatch):
 
 def test_sizes_are_read_in_decimal_and_binary_units():
     texts = {"1B": 1, "1.5kB": 1500, "2 MB": 2 * 10**6, "16GiB": 16 * 2**30, "1.5 KiB": 1536, "2TiB": 2**41}
-    assert {text: cli._bytes(text, option="--memory") for text in texts} == texts
+    assert {text: read_bytes(text, option="--memory") for text in texts} == texts
     for text in ("", "GiB", "1", "1 gib", "1GiBs", "1e3GB", "1iB", "nan GiB"):
         with pytest.raises(DnoError, match="--memory is"):
-            cli._bytes(text, option="--memory")
+            read_bytes(text, option="--memory")
 
 
 JUDGE = {"model": "m", "api_key_env": None, "max_tokens": 200, "requests_per_minute": 60, "tokens_per_minute": 10**6}
