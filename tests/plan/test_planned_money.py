@@ -123,6 +123,9 @@ def test_meeting_the_policy_before_is_priced_and_its_own_verdicts_are_not_bought
             pairing={"reward": "win_rate", "opponents": "policy", "rule": "all"},
             outer={"scheme": "optimistic"},
         )
+        if not openai.get("both_orders", True):  # a teacher's response has another id in each iteration: another order
+            path = tmp_path / "prompts.jsonl"
+            path.write_text(path.read_text().replace(', "gold": "The data\'s own."', ""))
         split = split_prompts(config)
         plan = plan_annotation(
             config,
