@@ -133,8 +133,8 @@ def _measured(call: Call, compiled: Any, fingerprint: str) -> Figures:
     whole = arguments + int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
     peak = int(getattr(memory, "peak_memory_in_bytes", 0)) or whole
     peak = max(peak, arguments)
-    # Padding to tiles, and scalars, are nobody's in particular.
-    parts = {**parts, "other arguments": arguments - sum(parts.values())}
+    # Padding to tiles is nobody's in particular; arguments that a program does not read are left out.
+    parts = {**parts, "padded, or not read": arguments - sum(parts.values())}
     return Figures(parts, peak - arguments, peak, "compiled", tuple(collectives(compiled.as_text() or "")), fingerprint)
 
 
