@@ -50,7 +50,7 @@ COMPILING += ("report/test_verify.py",)
 HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py", "sampling/test_stops.py")
 HOST_SIDE += ("training/test_batches.py", "stages/test_answers.py")
 HOST_SIDE += ("model/test_as_brought.py", "model/test_hub.py", "model/test_rewritten.py")
-HOST_SIDE += ("stages/test_judged_answers.py",)
+HOST_SIDE += ("stages/test_judged_answers.py", "stages/test_two_policies.py", "parallel/test_launchers.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

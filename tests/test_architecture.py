@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
-        "stopping",
         "display",
+        "stopping",
         "records",
         "files",
         "addresses",
@@ -30,10 +30,10 @@ LEVELS = [
         "preferences",
     ],
     ["config", "stage_dir", "run_dir", "model", "games"],
-    ["parallel"],
+    ["parallel", "tracker"],
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
-    ["report", "stages", "plan"],
+    ["report", "stages", "plan", "launch"],
     ["iteration"],
     ["cli", "__main__"],
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,9 @@ from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
+from dno_jax.cli.launch import launch
+from dno_jax.cli.looking import report, status
 from dno_jax.cli.plan import plan
 from dno_jax.cli.prompts import prompts
 from dno_jax.cli.quantities import read_bytes
@@ -54,9 +56,6 @@ With = Annotated[
     typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
 ]
 Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
-Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
-NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
 
 
 @app.command()
@@ -89,7 +88,7 @@ def run(
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
@@ -99,6 +98,7 @@ def run(
             console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
+        console.print(f"report: {folder.report_path}", soft_wrap=True)
 
 
 def _stage_settings(
@@ -145,7 +145,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     stage.run(settings, folder, iteration)
 
 
-def _device_stage(name: str, summary: str, *, module: str | None = None) -> None:
+def _device_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs the devices."""
 
     def command(
@@ -158,15 +158,14 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
         process_id: ProcessId = None,
     ) -> None:
         settings = _stage_settings(name, config, overrides, variants, iteration)
-        _join(coordinator, num_processes, process_id)
-        options = {"stage_name": name} if module in ("score", "train") else {}
-        _run_on_devices(name, module or name, settings, iteration, **options)
+        join(settings, coordinator, num_processes, process_id)
+        _run_on_devices(name, name, settings, iteration)
 
     command.__doc__ = summary
-    app.command(name.replace("_", "-"))(command)
+    app.command(name)(command)
 
 
-def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
+def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
     from dno_jax.runtime.runtime import Runtime
@@ -174,7 +173,7 @@ def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int,
 
     stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
     with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration, **options)
+        stage.run(runtime, iteration)
 
 
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
@@ -195,7 +194,7 @@ def annotate(
     settings = _stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
-        _join(coordinator, num_processes, process_id)
+        join(settings, coordinator, num_processes, process_id)
         _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
     else:
         _run_on_host("annotate", settings, iteration)
@@ -204,8 +203,6 @@ def annotate(
 _host_stage("pair", "Choose the training pairs.")
 _device_stage("score", "Write the reference log-probabilities of the pairs.")
 _device_stage("train", "Train policy t into policy t+1.")
-_device_stage("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
-_device_stage("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
 _device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
 
 
@@ -220,7 +217,7 @@ def sft(
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
     settings = _load(config, overrides, variants, kind="SftConfig")
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
 
@@ -273,22 +270,6 @@ def export(
     exports.run(RunDir(run_dir), str(path), wanted)
 
 
-@app.command()
-def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
-    ] = False,
-) -> None:
-    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
-    from dno_jax.console import console
-    from dno_jax.report import status as report
-    from dno_jax.run_dir import RunDir
-
-    for table in report.tables(RunDir(str(run_dir)), verify=verify):
-        console.print(table)
-
-
 class _TemplateByDefault(TyperGroup):
     """A group whose first argument may be left out: `dno inspect CONFIG` is `dno inspect template CONFIG`."""
 
@@ -299,6 +280,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(launch, name="launch", help="Manifests for clusters.")
 app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
@@ -322,6 +304,8 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(status)
+app.command()(report)
 app.command()(plan)
 app.command()(chat)
 app.command()(generate)
@@ -338,21 +322,12 @@ def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, 
     return settings
 
 
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.cluster import initialize
-
-    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
-
-
 def main() -> None:
     """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
+    failure = None
     try:
         status = process.run(app)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 1
-    if status not in (0, stopping.STOPPED, stopping.INTERRUPTED) and "dno_jax.parallel.cluster" in sys.modules:
-        from dno_jax.parallel.cluster import end_at_once
-
-        end_at_once(status)
+        status, failure = 1, error
+    leave(status, failure)
     raise SystemExit(status)

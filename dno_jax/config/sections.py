@@ -118,6 +118,12 @@ class PairingSection(Section):
         "policy's samples (unbiased for P(y > pi_t)); the mixture's samples (P(y > pi_t^tau))",
         json_schema_extra=PAIRED,
     )
+    transform: Literal["identity", "sign", "logit"] = Field(
+        default="identity",
+        description="of a preference P before win rates are means of it: P; sign: 1, 1/2 or 0, whoever is preferred; "
+        "logit: 1/2 + log P/(1 - P), in nats, of P within [.01, .99]",
+        json_schema_extra=PAIRED,
+    )
     score_temperature: float = Field(
         default=0.0,
         ge=0.0,
@@ -169,7 +175,12 @@ class PairingSection(Section):
             "restrictive": ("positive_floor", "margin", "student_margin"),
             "best_worst": ("margin",),
         }
-        if self.reward == "win_rate":
+        if self.transform != "identity" and (self.reward == "score" or self.rule in ("verdict", "spin")):
+            raise ValueError(
+                f"transform is {self.transform}, and no win rate is taken with reward={self.reward} and "
+                f"rule={self.rule}; set reward=win_rate and a rule that compares rewards, such as all, or leave it out"
+            )
+        if self.reward == "win_rate" and self.transform != "logit":
             for name in read.get(self.rule, ()):
                 if not 0.0 <= getattr(self, name) <= 1.0:
                     raise ValueError(f"{name} is {getattr(self, name)}, no win rate; with reward=win_rate give 0 to 1")
@@ -191,4 +202,10 @@ class EvaluationSection(Section):
 class ReportSection(Section):
     tensorboard: bool = Field(
         default=True, description="write event files into the run directory", json_schema_extra=COSTS
+    )
+    wandb: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a project of Weights & Biases that curves are sent to (extra `wandb`); None: none",
+        json_schema_extra=COSTS,
     )

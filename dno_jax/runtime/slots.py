@@ -82,7 +82,7 @@ def wanted_by_stage(config: RunConfig, *, num_prompts: int, num_held_out: int) -
             beside=(responses(num_samples=opponents, num_policies=2),) if opponents and not mixes else (),
         )
     if config.annotation.kind == "self":
-        candidates = num_prompts * (section.num_samples + section.num_opponents)
+        candidates = num_prompts * max(map(config.num_candidates, range(config.iterations)))
         wanted["annotate"] = Wanted.readings(config, num_responses=candidates)
     if section.engine == "jax" and num_held_out:
         samples = config.evaluation.num_samples

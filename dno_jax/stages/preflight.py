@@ -14,7 +14,7 @@ from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
-from dno_jax.parallel.cluster import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, described, is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
 from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.runtime import Runtime
@@ -40,6 +40,8 @@ def prepared(
     """
     config, run_dir = runtime.config, runtime.run_dir
     place = None if redo_from is None else redo.parse_place(redo_from, config)
+    if is_primary():
+        say(described(runtime.mesh))
     check(runtime, only=only)
     with run_dir.held() if is_primary() else nullcontext():
         if is_primary():

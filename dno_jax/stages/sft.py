@@ -26,7 +26,7 @@ from dno_jax.model import hf
 from dno_jax.model.adapters import merging
 from dno_jax.model.params import init_adapters, init_params
 from dno_jax.model.text.truncation import shorten_chat
-from dno_jax.parallel.cluster import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, described, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, Message
 from dno_jax.runtime.capacity import device_capacity
@@ -65,6 +65,7 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
     refuse_training(runtime.programs, device_capacity(runtime.mesh.local_devices))
     examples = supervised_examples(runtime, config)
     if is_primary():
+        say(described(runtime.mesh))
         say(examples.line)
     started = _started(runtime, config, examples)
     if target.exists():

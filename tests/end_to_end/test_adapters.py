@@ -224,11 +224,14 @@ def test_a_run_starts_from_an_adapter_of_pefts(small_folder, tmp_path):
         prepare(config)
 
 
+RATED = {"rule": "all", "reward": "win_rate", "opponents": "policy", "replay": 0.0}
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "changes",
     [
-        {"outer": {"scheme": "optimistic"}, "iterations": 1},
+        {"outer": {"scheme": "extragradient"}, "iterations": 2, "prompts": {"split": "shared"}, "pairing": RATED},
         {"outer": {"scheme": "lookahead"}},
         {"outer": {"scheme": "proximal", "every": 1}, "reference": {"kind": "initial"}},
     ],
@@ -239,7 +242,7 @@ def test_every_scheme_trains_adapters(small_folder, tmp_path, changes):
     iteration.run(config)
     run_dir = RunDir(config.run_dir)
     names = sorted(path.name for path in run_dir.policy(0).parent.iterdir() if (path / "FINGERPRINT").exists())
-    assert len(names) == 1 + config.iterations * (2 if config.outer.scheme == "optimistic" else 1)
+    assert len(names) == 1 + config.iterations
     for name in names[1:]:
         note = json.loads((run_dir.path / "policies" / name / "ADAPTER.json").read_text())
         assert (note["base"], note["fingerprint"]) == ("000", policy_fingerprint(run_dir.policy(0)))

@@ -50,11 +50,15 @@ def test_a_run_that_is_stopped_in_every_stage_ends_bit_for_bit_the_same(folder, 
     assert contents(run_dir, iterations=1) == contents(whole, iterations=1)
 
 
-def processes(path, count, *, overrides=()):
-    """Start a run of several processes; return them and where they write."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def processes(path, count, *, overrides=()):
+    """Start a run of several processes; return them and where they write."""
+    port = free_port()
     said = [path.with_suffix(f".{number}.log") for number in range(count)]
     for file in said:
         file.touch()

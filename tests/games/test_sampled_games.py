@@ -16,7 +16,7 @@ from dno_jax.games.sampled import ALGORITHMS, solve_sampled
 CYCLE = games.cyclic_game()
 OFF_CENTRE = np.array([0.5, 0.3, 0.2])
 POLICY_GRADIENT = ("spo", "nash_md")
-SECONDARY = ("rebel", "sppo_hard", "online_dpo", "iterative_dpo_fixed", "egpo")
+SECONDARY = ("rebel", "sppo_hard", "online_dpo", "iterative_dpo_fixed", "egpo", "nash_mirror_prox")
 REGRESSIONS = [
     pytest.param(name, marks=pytest.mark.slow if name in SECONDARY else ())  # two seconds of compilation each
     for name in ALGORITHMS

@@ -11,7 +11,7 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import RopeConfig
-from dno_jax.model.hf.families import Family
+from dno_jax.model.hf.family import Family
 from dno_jax.model.hf.settings import MAX_NUMBER, shown
 from dno_jax.model.rope import longrope_attention_factor, yarn_attention_factor
 

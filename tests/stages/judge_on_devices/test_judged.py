@@ -338,7 +338,7 @@ def test_shards_are_batched_by_the_number_of_their_questions(tmp_path):
         sampling = {"num_samples": 5, "shard_prompts": 64}
         annotation = {"openai": openai}
         tree = judged_tree(tmp_path, "http://127.0.0.1:9/v1", sampling=sampling, annotation=annotation)
-        return annotate.shards_a_group(parse_config(RunConfig, tree, place="test"))
+        return annotate.shards_a_group(parse_config(RunConfig, tree, place="test"), 0)
 
     assert grouped(batch=True) == 256
     assert grouped(batch=True, form="pairwise") == 8  # of 30 questions a pool
