@@ -67,5 +67,5 @@ def test_a_search_finds_what_fits_in_few_compilations(config):
     assert found.overrides[:2] != wide.overrides[:2]
     again = plan_run(overridden(config, found.overrides), asked=asked(2**32)).programs["train"]
     assert again.figures.peak == found.peak
-    with pytest.raises(DnoError, match="--search: no micro batch and remat fits 1.00 KiB"):
+    with pytest.raises(DnoError, match=r"--search: no micro batch and remat fits 1\.00 KiB"):
         search(with_memory(plan, 1024))
