@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dno_jax import stopping
 from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
@@ -16,9 +15,11 @@ from dno_jax.cli.game import game
 from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
 from dno_jax.cli.launch import launch
 from dno_jax.cli.looking import report, status
+from dno_jax.cli.measure import compare, evaluate, sample
 from dno_jax.cli.plan import plan
 from dno_jax.cli.prompts import prompts
 from dno_jax.cli.quantities import read_bytes
+from dno_jax.cli.recipes import Config, Iteration, Overrides, With, load, run_on_devices, stage_settings
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
 from dno_jax.cli.smoke import run_smoke
@@ -43,20 +44,6 @@ def _app(
     ] = False,
 ) -> None:
     """What holds for every command."""
-
-
-Config = Annotated[
-    Path,
-    typer.Argument(help="a YAML file (see configs/); relative paths in it start at its folder", show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
-]
-With = Annotated[
-    list[Path] | None,
-    typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
-]
-Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
 
 
 @app.command()
@@ -87,11 +74,12 @@ def run(
     SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same
     command goes on.
     """
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
     from dno_jax.report.answers import answers_text, shown_answers
+    from dno_jax.report.measured import last_matrix
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
@@ -103,6 +91,7 @@ def run(
     if is_primary():
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
+        console.print(last_matrix(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
         if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
             console.print(answers_text(shown))
@@ -111,33 +100,11 @@ def run(
         console.print(f"report: {folder.report_path}", soft_wrap=True)
 
 
-def _stage_settings(
-    name: str, config: Path, overrides: list[str] | None, variants: list[Path] | None, iteration: int
-) -> RunConfig:
-    """Read the configuration of a command that runs one stage.
-
-    Raises:
-        DnoError: the run has no such iteration, or the iteration no such stage.
-    """
-    from dno_jax.errors import DnoError
-    from dno_jax.stage_dir import stage_names
-
-    settings = _load(config, overrides, variants)
-    if not 0 <= iteration < settings.iterations:
-        raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
-    if name not in stage_names(settings, iteration):
-        raise DnoError(
-            f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
-            f"it has {', '.join(stage_names(settings, iteration))}"
-        )
-    return settings
-
-
 def _host_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs no device: any machine with the run directory will do."""
 
     def command(config: Config, overrides: Overrides = None, variants: With = None, iteration: Iteration = 0) -> None:
-        _run_on_host(name, _stage_settings(name, config, overrides, variants, iteration), iteration)
+        _run_on_host(name, stage_settings(name, config, overrides, variants, iteration), iteration)
 
     command.__doc__ = summary
     app.command(name)(command)
@@ -146,6 +113,7 @@ def _host_stage(name: str, summary: str) -> None:
 def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
+    from dno_jax.report.page import refresh
     from dno_jax.run_dir import RunDir
     from dno_jax.stages import redo
 
@@ -153,6 +121,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     redo.check(settings, folder)
     folder.create(settings)
     stage.run(settings, folder, iteration)
+    refresh(folder, settings)
 
 
 def _device_stage(name: str, summary: str) -> None:
@@ -167,27 +136,16 @@ def _device_stage(name: str, summary: str) -> None:
         num_processes: NumProcesses = None,
         process_id: ProcessId = None,
     ) -> None:
-        settings = _stage_settings(name, config, overrides, variants, iteration)
+        settings = stage_settings(name, config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
-        _run_on_devices(name, name, settings, iteration)
+        run_on_devices(name, name, settings, iteration)
 
     command.__doc__ = summary
     app.command(name)(command)
 
 
-def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int) -> None:
-    import importlib
-
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages.preflight import prepared
-
-    stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
-    with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration)
-
-
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
-_device_stage("sample", "Sample K responses per prompt from policy t.")
+app.command()(sample)
 
 
 @app.command()
@@ -201,11 +159,11 @@ def annotate(
     process_id: ProcessId = None,
 ) -> None:
     """Judge the candidates; any machine with the run directory will do, unless the judge is a model on the devices."""
-    settings = _stage_settings("annotate", config, overrides, variants, iteration)
+    settings = stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
         join(settings, coordinator, num_processes, process_id)
-        _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
+        run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
     else:
         _run_on_host("annotate", settings, iteration)
 
@@ -213,7 +171,7 @@ def annotate(
 _host_stage("pair", "Choose the training pairs.")
 _device_stage("score", "Write the reference log-probabilities of the pairs.")
 _device_stage("train", "Train policy t into policy t+1.")
-_device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
+app.command()(evaluate)
 
 
 @app.command()
@@ -226,7 +184,7 @@ def sft(
     process_id: ProcessId = None,
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
-    settings = _load(config, overrides, variants, kind="SftConfig")
+    settings = load(config, overrides, variants, kind="SftConfig")
     join(settings, coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
@@ -237,7 +195,7 @@ def sft(
 @app.command("import")
 def import_(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
@@ -305,7 +263,7 @@ def _inspect_group() -> None:
 @_inspect.command("template")
 def inspect_template(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax.console import PlainConsole
     from dno_jax.stages import template as stage
 
@@ -316,20 +274,13 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
 
 app.command()(status)
 app.command()(report)
+app.command()(compare)
 app.command()(plan)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)
 app.command()(game)
 app.command()(fake_judge)
-
-
-def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, *, kind: str = "RunConfig") -> Any:
-    from dno_jax import config
-
-    settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
-    stopping.allow(settings.grace_seconds)
-    return settings
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import (
@@ -17,6 +18,7 @@ from dno_jax.config.base import (
     DateStr,
     Fraction,
     ModelPath,
+    PathStr,
     Section,
     contents,
     decides,
@@ -190,6 +192,18 @@ class PairingSection(Section):
         return self
 
 
+class GuardSection(Section):
+    """Questions with checkable answers, asked of every policy: a policy may please its judge and forget its sums."""
+
+    path: PathStr = Field(
+        description="JSONL of {question, answer}, GSM8K's rows too; see docs/evaluation.md",
+        json_schema_extra=contents("evaluate"),
+    )
+    num_samples: Count = Field(
+        default=1, description="answers per question and policy, sampled as the run samples", json_schema_extra=COSTS
+    )
+
+
 class EvaluationSection(Section):
     num_samples: Count = Field(
         default=1, description="responses per held-out prompt and policy", json_schema_extra=decides("evaluate")
@@ -197,6 +211,30 @@ class EvaluationSection(Section):
     annotation: AnnotationSection | None = Field(
         default=None, description="the judge; None: the run's own", json_schema_extra=decides("evaluate")
     )
+    external: dict[str, PathStr] = Field(
+        default={},
+        description="responses from elsewhere that policies are compared with, by name: files of {prompt_id, response} "
+        "or {instruction, output}",
+        json_schema_extra=contents("evaluate"),
+    )
+    min_prompts: Count | None = Field(
+        default=50, description="held-out prompts below which the run warns; None never does", json_schema_extra=COSTS
+    )
+    max_design_effect: float | None = Field(
+        default=2.0,
+        gt=0.0,
+        description="comparisons that are worth one, as verdicts on one prompt agree, above which the run warns",
+        json_schema_extra=COSTS,
+    )
+    guard: GuardSection | None = Field(default=None, description="questions with answers; None: none")
+
+    @field_validator("external")
+    @classmethod
+    def _names_are_no_players(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in ("gold", "average"):
+                raise ValueError(f"{name!r} is no name of responses: letters, digits and _.-, not gold or average")
+        return files
 
 
 class ReportSection(Section):

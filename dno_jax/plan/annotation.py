@@ -325,7 +325,8 @@ def _held_out_loads(
         for item in prompts:
             gold = _gold_tokens(item.prompt, count, taught)
             for _ in range(config.evaluation.num_samples):
-                yield item.prompt, [length(item)] * (iteration + 2) + gold
+                others = [length(item)] * len(config.evaluation.external)
+                yield item.prompt, [length(item)] * (iteration + 2) + gold + others
 
     return _sum([_loads(pools(t), count=count, new=1 if t else None) for t in range(config.iterations)])
 

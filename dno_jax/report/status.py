@@ -16,6 +16,7 @@ from rich.live import Live
 from dno_jax.config import RunConfig, SftConfig
 from dno_jax.console import console, say
 from dno_jax.report import verify as verification
+from dno_jax.report.measured import last_matrix
 from dno_jax.report.summary import (
     StageStatus,
     fine_tuning_table,
@@ -48,6 +49,7 @@ def tables(folder: RunDir, *, verify: bool = False) -> Iterator[RenderableType]:
             verification.check(folder, settings)
         yield status_table(stage_statuses(folder, settings))
         yield policy_table(folder, iterations=settings.iterations)
+        yield last_matrix(folder, iterations=settings.iterations)
         yield iteration_table(folder, settings)
     if trainings is not None:
         yield trainings
@@ -59,7 +61,7 @@ def facts(folder: RunDir) -> dict[str, Any]:
     Raises:
         DnoError: there is no run, or it is damaged.
     """
-    steps = [row for row in folder.read_metrics() if "loss" in row]
+    steps = [row for row in folder.read_metrics() if {"iteration", "stage", "step", "loss"} <= row.keys()]
     step = {name: steps[-1].get(name) for name in ("iteration", "stage", "step", "loss")} if steps else None
     found = {"run_dir": str(folder.path), "in_use_by": folder.holder(), "training": step}
     if folder.kind() is SftConfig:

@@ -64,7 +64,7 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
     """
     config, stage = runtime.config, None if only is None else only[0]
     runtime.programs.param_shardings(TRAIN)
-    if stage in (None, "train", "train_auxiliary"):
+    if stage in (None, "train"):
         refuse_training(runtime.programs, device_capacity(runtime.mesh.local_devices))
     if stage in (None, "sample", "evaluate"):
         runtime.programs.param_shardings(DECODE)

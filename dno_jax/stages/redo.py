@@ -10,7 +10,8 @@ from dno_jax.errors import DnoError
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import STAGES, stage_names, stale_message
 
-_KEPT_OF_EVALUATION = "policy-"  # folders of held-out responses: what they are of has not changed
+# Folders of held-out responses and of answers to the guard's questions: what they are of has not changed.
+_KEPT_OF_EVALUATION = ("policy-", "guard-")
 
 
 def check(config: RunConfig, run_dir: RunDir) -> None:
