@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import distributed, hardware_utils
 from jax.experimental import multihost_utils
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dno_jax import stopping
 from dno_jax.errors import DnoError
@@ -123,8 +124,20 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
     _joined = _Joined(others, Heartbeat(others))
     atexit.register(_joined.heartbeat.rest)  # before jax's own, as it comes later
     stopping.when_asked(partial(_leave_word, STOP, "asked"))
-    # Gloo gives processes 30 seconds to meet for the first time: here all have just come, later one may be reading.
-    barrier("joined")
+    _meet_on_devices()
+
+
+def _meet_on_devices() -> None:
+    """Add up a number of every device.
+
+    Gloo gives the processes of a group of devices 30 seconds to meet for the first time: here all have just come, later
+    one may be reading.
+    """
+    mesh = Mesh(np.asarray(jax.devices()), ("all",))
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
+    ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.ones(mesh.size, np.int32)[index])
+    total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))(ones)
+    assert int(total) == mesh.size
 
 
 def _check_port(coordinator: str) -> None:

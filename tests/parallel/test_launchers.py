@@ -110,7 +110,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(cluster.distributed.global_state, "client", client)
     monkeypatch.setattr(cluster.Heartbeat, "__init__", lambda *_: None)
-    for name in ("barrier", "_check_devices", "_check_port", "_wait_for_name"):
+    for name in ("_meet_on_devices", "_check_devices", "_check_port", "_wait_for_name"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster.stopping, "when_asked", lambda *_: None)
     monkeypatch.setattr(cluster, "_joined", None)
