@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from dno_jax.config import RunConfig
 from dno_jax.console import say
-from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import is_primary, wait_until
-from dno_jax.report.page import write_report
+from dno_jax.report.page import refresh
 from dno_jax.report.status import standing
 from dno_jax.report.training import note_shares
 from dno_jax.runtime.runtime import Runtime
@@ -71,15 +70,9 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
 
 
 def _report(runtime: Runtime[RunConfig], *, pictures: bool = False) -> None:
-    """Write the report anew. A disk that is full stops the run; a fault of the report's own only costs the report."""
-    if not is_primary():
-        return
-    try:
-        write_report(runtime.run_dir, runtime.config, pictures=pictures)
-    except DnoError:
-        raise
-    except Exception as error:
-        say(f"warning: report.html is not up to date ({type(error).__name__}: {error}); `dno report` writes it again")
+    if is_primary():
+        held_out = runtime.prompts.split.held_out
+        refresh(runtime.run_dir, runtime.config, pictures=pictures, held_out=held_out)
 
 
 def _on_primary(runtime: Runtime[RunConfig], name: str, iteration: int, stage: Callable[[], Manifest]) -> None:

@@ -22,18 +22,18 @@ def configuration() -> str:
     ]
     for kind, title in ((RunConfig, "A run"), (SftConfig, "`dno sft`")):
         parts.append(f"## {title}")
-        section = None
+        sections: dict[str, list[str]] = {}
         for field in described(kind):
-            own, _, name = field.name.rpartition(".")
-            if own != section:
-                section = own
-                if own:
-                    parts.append(f"### `{own}`{'' if kind is RunConfig else ' (sft)'}")
-                parts.append("| field | default | a change | what it is |\n|---|---|---|---|")
+            section, _, name = field.name.rpartition(".")
             value = "has to be given" if field.default is None else f"`{_cell(field.default)}`" if field.default else ""
             means = f"{field.kind} {', '.join(field.stages)}".strip() if field.kind else "a section"
             words = f"one of {', '.join(field.choices)}; " if field.choices else ""
-            parts[-1] += f"\n| `{name}` | {value} | {means} | {_cell(words + field.description)} |"
+            row = f"| `{name}` | {value} | {means} | {_cell(words + field.description)} |"
+            sections.setdefault(section, []).append(row)
+        for section, rows in sections.items():
+            if section:
+                parts.append(f"### `{section}`{'' if kind is RunConfig else ' (sft)'}")
+            parts.append("\n".join(["| field | default | a change | what it is |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,7 +63,7 @@ def commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, .
 
 
 def _option(option: Any) -> str:
-    names = option.opts + option.secondary_opts if option.param_type_name == "option" else [option.human_readable_name]
+    names = option.opts + option.secondary_opts if option.param_type_name == "option" else [option.name.upper()]
     return f"| {', '.join(f'`{name}`' for name in names)} | {_cell(getattr(option, 'help', None) or '')} |"
 
 

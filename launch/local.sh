@@ -42,7 +42,7 @@ for pid in "${pids[@]}"; do
     if [ -n "$asked" ]; then
       asked=
       end_all "${DNO_GRACE:-120}"
-      continue
+      [ "$one" -le 128 ] || continue
     fi
     break
   done

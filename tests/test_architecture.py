@@ -34,7 +34,7 @@ LEVELS = [
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
     ["report", "stages", "plan", "launch"],
-    ["iteration"],
+    ["iteration", "smoke"],
     ["cli", "__main__"],
 ]
 ORDER = [room for level in LEVELS for room in level]

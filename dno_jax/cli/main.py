@@ -22,6 +22,7 @@ from dno_jax.cli.quantities import read_bytes
 from dno_jax.cli.recipes import Config, Iteration, Overrides, With, load, run_on_devices, stage_settings
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
+from dno_jax.cli.smoke import run_smoke
 from dno_jax.cli.version import show_version
 
 if TYPE_CHECKING:
@@ -58,6 +59,12 @@ def run(
             help="redo this stage and all that follows, such as train or pair:1; earlier results are set aside",
         ),
     ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="measure 16 prompts and two steps of every stage here, and keep nothing")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="of one device, in dollars; for --smoke", show_default=False)
+    ] = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -77,6 +84,9 @@ def run(
     from dno_jax.run_dir import RunDir
 
     join(settings, coordinator, num_processes, process_id)
+    if smoke:
+        run_smoke(settings, price_per_hour)
+        return
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
@@ -103,6 +113,7 @@ def _host_stage(name: str, summary: str) -> None:
 def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
+    from dno_jax.report.page import refresh
     from dno_jax.run_dir import RunDir
     from dno_jax.stages import redo
 
@@ -110,6 +121,7 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     redo.check(settings, folder)
     folder.create(settings)
     stage.run(settings, folder, iteration)
+    refresh(folder, settings)
 
 
 def _device_stage(name: str, summary: str) -> None:

@@ -68,6 +68,7 @@ def plan(
     from dno_jax.config import RunConfig, load_config
     from dno_jax.console import console
     from dno_jax.plan.run import Asked, plan_run
+    from dno_jax.plan.search import refuse
     from dno_jax.plan.search import search as searched
     from dno_jax.plan.tables import as_json as json_of
     from dno_jax.plan.tables import render
@@ -95,4 +96,4 @@ def plan(
         typer.echo(json.dumps(json_of(found, found=best), indent=2))
     else:
         console.print(render(found, found=best))
-    found.refuse()
+    refuse(found)

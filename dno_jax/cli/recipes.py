@@ -59,9 +59,13 @@ def stage_settings(
 def run_on_devices(name: str, module: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
+    from dno_jax.parallel.cluster import is_primary
+    from dno_jax.report.page import refresh
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
     stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
     with prepared(runtime, only=(name, iteration)):
         stage.run(runtime, iteration)
+        if is_primary():
+            refresh(runtime.run_dir, runtime.config, held_out=runtime.prompts.split.held_out)

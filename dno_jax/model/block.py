@@ -26,10 +26,20 @@ from dno_jax.model.rope import query_growth, rotate
 
 @runtime_checkable
 class Constrain(Protocol):
-    """Where arrays lie, for a model that knows names of axes and no devices; hashable."""
+    """Where arrays lie, for a model that knows names of axes and no devices; hashable.
+
+    Attributes:
+        mesh: of those devices; None: there is one.
+    """
+
+    mesh: Any
 
     def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """Return the array, pinned to where axes of these names lie."""
+        ...
+
+    def look_up(self, table: jax.Array, token: jax.Array, *, dtype: Any) -> jax.Array:
+        """Return table[token] in a dtype, of a table and of tokens that lie so."""
         ...
 
     def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
@@ -41,9 +51,14 @@ class Constrain(Protocol):
 class Unconstrained:
     """The `constrain` of a single device."""
 
+    mesh: None = None
+
     def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         del axes
         return array
+
+    def look_up(self, table: jax.Array, token: jax.Array, *, dtype: Any) -> jax.Array:
+        return jnp.take(table, token, axis=0).astype(dtype)
 
     def token_logprobs(self, hidden: jax.Array, head: jax.Array, token: jax.Array, **options: Any) -> jax.Array:
         return head_token_logprobs(hidden, head, token, **options)

@@ -15,7 +15,6 @@ What a family has of these, ModelConfig says; a LayerNorm without parameters has
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -94,7 +93,7 @@ class Decoder(nn.Module):
         elif not config.tie_word_embeddings:
             declare(self, "head", init=NORMAL, shape=table_shape[::-1], axes=("embed", "vocab"))
 
-        x = _embedded(jnp.asarray(table), token, self.dtype, self.constrain)
+        x = self.constrain.look_up(jnp.asarray(table), token, dtype=self.dtype)
         x = x * jnp.asarray(config.embed_scale, self.dtype)  # rounded to the dtype first, as Gemma was trained
         x = self.constrain(x, ("batch", "length", "embed"))
         cos, sin = rope_angles(config, position)
@@ -131,36 +130,6 @@ class Decoder(nn.Module):
         hidden = norm(self, "final_norm", x, config=config, axes=axes, scale=scale)
         hidden = self.constrain(hidden, ("batch", "length", "embed"))
         return hidden, cache
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _embedded(table: jax.Array, token: jax.Array, dtype: Any, constrain: Constrain) -> jax.Array:
-    """Look tokens up in the embedding, as it is computed with.
-
-    Between devices it is cast first: float32 rows would be twice the bytes. The gradient of a token that comes often is
-    a long sum, and is added up in float32 all the same.
-    """
-    return _looked_up(table.astype(dtype), token, constrain)
-
-
-def _looked_up(table: jax.Array, token: jax.Array, constrain: Constrain) -> jax.Array:
-    # Whole rows before the look-up: a gather from split rows makes the partitioner replicate its [B, T, D] result.
-    return jnp.take(constrain(table, ("vocab", "embed")), token, axis=0)
-
-
-def _embedded_forward(table: jax.Array, token: jax.Array, dtype: Any, constrain: Constrain) -> tuple[jax.Array, Any]:
-    return _embedded(table, token, dtype, constrain), (table, token)
-
-
-def _embedded_backward(dtype: Any, constrain: Constrain, kept: Any, cotangent: jax.Array) -> tuple[jax.Array, Any]:
-    table, token = kept
-    wide = table.astype(jnp.float32)  # its shape alone is read
-    _, pull = jax.vjp(partial(_looked_up, token=token, constrain=constrain), wide)
-    (gradient,) = pull(cotangent.astype(jnp.float32))
-    return gradient.astype(table.dtype), None
-
-
-_embedded.defvjp(_embedded_forward, _embedded_backward)
 
 
 def _layer(stacked: Any, index: int) -> Any:

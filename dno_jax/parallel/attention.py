@@ -15,7 +15,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model.attention import Attention, CudnnAttention, SplashAttention, xla_attention
 from dno_jax.model.places import NO_WINDOW, Places
 from dno_jax.parallel.cluster import is_primary
-from dno_jax.parallel.sharding import AnyMesh, Layout
+from dno_jax.parallel.sharding import AnyMesh, Layout, map_shards
 
 _LOG = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ShardedAttention:
         def local(q: jax.Array, k: jax.Array, v: jax.Array, places: Places, window: jax.Array) -> jax.Array:
             return self.attention(q, k, v, places=places, window=window, scale=scale, softcap=softcap)
 
-        mapped = jax.shard_map(
+        mapped = map_shards(
             local,
             mesh=self.mesh,
             in_specs=(heads, kv_heads, kv_heads, spec(("batch", "length")), PartitionSpec()),

@@ -1,7 +1,7 @@
 """What one device of each kind can do, at its best: one table for MFU, for plans and for what is reserved of a GPU.
 
-From the makers' data sheets and Cloud documentation; a TPU's links are those of one direction, all of them together. A
-tpu7x chip is two devices.
+From the makers' data sheets and Cloud documentation (docs/training.md names those of the peaks); a TPU's links are
+those of one direction, all of them together. A tpu7x chip is two devices.
 """
 
 from __future__ import annotations
@@ -57,20 +57,24 @@ CHIPS = (
     _tpu("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 15.75, 8.2e11, 1.8e11),
     _tpu("v5p", ("TPU v5", "TPU v5p"), 459e12, 95.74, 2.77e12, 5.4e11),
     _tpu("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 31.25, 1.64e12, 3.6e11),
-    _tpu("tpu7x", ("TPU7x", "TPU v7x"), 1153e12, 94.75, 3.69e12, 3.0e11),
+    _tpu("tpu7x", ("TPU7x", "TPU v7x"), 1153.5e12, 94.75, 3.69e12, 3.0e11),
     _gpu("a100", "NVIDIA A100", 312e12, 79.2, 2.04e12, 3.0e11, 25e9),
     _gpu("h100-pcie", "NVIDIA H100 PCIe", 756e12, 79.6, 2.0e12, 3.2e10),
+    _gpu("h100-nvl", "NVIDIA H100 NVL", 835.5e12, 93.1, 3.9e12, 3.0e11),
     _gpu("h100", "NVIDIA H100", 989.4e12, 79.2, 3.35e12, 4.5e11),  # SXM
+    _gpu("h200-nvl", "NVIDIA H200 NVL", 835.5e12, 139.8, 4.8e12, 4.5e11),
     _gpu("h200", "NVIDIA H200", 989.4e12, 139.8, 4.8e12, 4.5e11),
     _gpu("b200", "NVIDIA B200", 2250e12, 178.4, 8.0e12, 9.0e11),
     _gpu("l4", "NVIDIA L4", 121e12, 22.0, 3.0e11, 3.2e10, 3e9),
-    _gpu("l40s", "NVIDIA L40S", 362e12, 44.4, 8.64e11, 3.2e10, 25e9),
+    _gpu("l40s", "NVIDIA L40S", 362.05e12, 44.4, 8.64e11, 3.2e10, 25e9),
     _gpu("a10", "NVIDIA A10", 125e12, 22.0, 6.0e11, 3.2e10, 3e9),
 )
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip by jax's name for its kind; None where it is not known, as of CPUs."""
+    """Return the chip by jax's name for its kind; None where it is not known, as of CPUs and of parts of a GPU."""
+    if " MIG " in device_kind:
+        return None
     found = [
         (len(kind), chip)
         for chip in CHIPS

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import re
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -56,7 +59,7 @@ def initialize(
     process joins nothing.
 
     Args:
-        heartbeat_seconds: without a sign of life, after which a process is taken for dead and the others end.
+        heartbeat_seconds: without a sign of life, after which a process is taken for dead, and the others end.
 
     Raises:
         DnoError: the environment does not say enough, the processes do not meet, or jax sees fewer devices or processes
@@ -83,32 +86,32 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
     assert meeting.num_processes is not None
     assert meeting.process_id is not None
     jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM to itself
+    if meeting.process_id == 0:
+        _check_port(meeting.coordinator)
+    # jax would abort; and whoever comes late, as after a preemption, may be met by the next start.
+    alone = (
+        f"process {meeting.process_id} of {meeting.num_processes} (by {meeting.told_by}) has not met the others at "
+        f"{meeting.coordinator} within {_MEET_SECONDS} s; see that all were started, that this address is process 0's "
+        "(pods have one by a headless service), and that its port is open between hosts"
+    )
+    limit = threading.Timer(_MEET_SECONDS, stopping.end_now, (alone, stopping.STOPPED))
+    limit.daemon = True
+    limit.start()
     if meeting.process_id:
         _wait_for_name(meeting.coordinator)
-    try:
-        jax.distributed.initialize(
-            meeting.coordinator,
-            meeting.num_processes,
-            meeting.process_id,
-            local_device_ids=meeting.local_device_ids,
-            cluster_detection_method="deactivate",  # it would give this process one GPU of several
-            initialization_timeout=_MEET_SECONDS,
-            heartbeat_timeout_seconds=math.ceil(heartbeat_seconds) + _JAX_LATER_SECONDS,
-        )
-    except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-        raise DnoError(
-            f"process {meeting.process_id} of {meeting.num_processes} has not met the others at {meeting.coordinator} "
-            f"(by {meeting.told_by}): {str(error).splitlines()[0][:200]}; see that all were started, that this address "
-            "is process 0's, and that its port is free and open"
-        ) from None
+    jax.distributed.initialize(
+        meeting.coordinator,
+        meeting.num_processes,
+        meeting.process_id,
+        local_device_ids=meeting.local_device_ids,
+        cluster_detection_method="deactivate",  # it would give this process one GPU of several
+        initialization_timeout=_MEET_SECONDS + _JAX_LATER_SECONDS,
+        heartbeat_timeout_seconds=math.ceil(heartbeat_seconds) + _JAX_LATER_SECONDS,
+    )
     client = distributed.global_state.client  # jax has no public way to it
     client.key_value_set(f"{_HOSTS}{meeting.process_id}", socket.gethostname())
-    try:
-        client.wait_at_barrier("dno_jax/met", _MEET_SECONDS * 1000)
-    except jax.errors.JaxRuntimeError as error:
-        raise DnoError(
-            f"the {meeting.num_processes} processes did not all come: {str(error).splitlines()[0][:200]}"
-        ) from None
+    client.wait_at_barrier("dno_jax/met", (_MEET_SECONDS + _JAX_LATER_SECONDS) * 1000)
+    limit.cancel()
     hosts = {int(key.rsplit("/", 1)[1]): host for key, host in client.key_value_dir_get(_HOSTS)}
     others = Others(
         client,
@@ -118,25 +121,34 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
         heartbeat_seconds,
     )
     _joined = _Joined(others, Heartbeat(others))
+    atexit.register(_joined.heartbeat.rest)  # before jax's own, as it comes later
     stopping.when_asked(partial(_leave_word, STOP, "asked"))
     # Gloo gives processes 30 seconds to meet for the first time: here all have just come, later one may be reading.
     barrier("joined")
 
 
+def _check_port(coordinator: str) -> None:
+    """See that process 0 can listen: jax would end it without a word of ours."""
+    port = int(coordinator.rsplit(":", 1)[1])
+    if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:  # which says where it listens instead
+        return
+    try:
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        with socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6):
+            pass
+    except OSError as error:
+        raise DnoError(
+            f"port {port}, at which the processes should meet, cannot be listened at ({error.strerror or error}); set "
+            "JAX_COORDINATOR_PORT to a free one on all hosts, or end what has it"
+        ) from None
+
+
 def _wait_for_name(coordinator: str) -> None:
     """Wait until the coordinator's name is known: a pod's is when it has started."""
-    host = coordinator.rsplit(":", 1)[0].strip("[]")
-    deadline = time.monotonic() + _MEET_SECONDS
     while True:
-        try:
-            socket.getaddrinfo(host, None)
+        with suppress(OSError):
+            socket.getaddrinfo(coordinator.rsplit(":", 1)[0].strip("[]"), None)
             return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise DnoError(
-                    f"{host}, where process 0 should be, has had no address for {_MEET_SECONDS} s ({error}); see that "
-                    "process 0 was started, and that the pods have a headless service"
-                ) from None
         time.sleep(1.0)
 
 

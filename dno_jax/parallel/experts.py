@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from dno_jax.model.moe import Experts, dense_experts, ragged_experts
-from dno_jax.parallel.sharding import ROW_AXES, AnyMesh
+from dno_jax.parallel.sharding import ROW_AXES, AnyMesh, map_shards
 
 # Where ragged_dot does the work of the groups alone. Elsewhere it is E masked products of all rows: on a CPU, at 64
 # experts, ten times slower than dense_experts.
@@ -55,7 +55,7 @@ class ShardedExperts:
             return jax.lax.psum(jax.lax.psum_scatter(y, "expert", tiled=True), "tensor")
 
         rows, wide = PartitionSpec(ROW_AXES), PartitionSpec("expert", None, "tensor")
-        run = jax.shard_map(
+        run = map_shards(
             shard,
             mesh=self.mesh,
             in_specs=(rows, rows, rows, wide, wide, PartitionSpec("expert", "tensor", None)),

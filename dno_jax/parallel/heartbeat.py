@@ -83,6 +83,10 @@ class Heartbeat:
         """Wait until all have come to their end, watching still; then watch no more."""
         with suppress(jax.errors.JaxRuntimeError):
             self._others.client.wait_at_barrier(_PARTED, _LONGEST_SECONDS * 1000)
+        self.rest()
+
+    def rest(self) -> None:
+        """Watch no more: at a process's exit jax's coordinator goes too."""
         self._over = True
 
     def _leave_end(self, status: int, why: str) -> None:

@@ -8,6 +8,7 @@ activation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -143,21 +144,81 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def mesh_here(mesh: AnyMesh) -> AnyMesh:
+    """Return a mesh as it is seen from where this is traced.
+
+    In a shard_map over some of its axes (training/step.py) that is the same mesh, those axes marked as taken.
+    """
+    inside = jax.sharding.get_abstract_mesh()
+    return inside if inside.manual_axes else mesh
+
+
+def free(mesh: AnyMesh, spec: PartitionSpec) -> PartitionSpec:
+    """Leave out of a spec the axes of a mesh that a shard_map around has taken: along these, arrays are in parts."""
+    taken = _taken(mesh)
+    parts = [() if part is None else (part if isinstance(part, tuple) else (part,)) for part in spec]
+    return PartitionSpec(*(tuple(axis for axis in part if axis not in taken) or None for part in parts))
+
+
+def _taken(mesh: AnyMesh) -> tuple[str, ...]:
+    return tuple(mesh.manual_axes) if isinstance(mesh, AbstractMesh) else ()
+
+
+def map_shards(
+    function: Callable[..., Any], *, mesh: AnyMesh, in_specs: Any, out_specs: Any, check_vma: bool = True
+) -> Callable[..., Any]:
+    """jax.shard_map over all axes of a mesh, or those that a shard_map around has not taken.
+
+    Inside of another, jax 0.10 and 0.12 lay residuals out along its axes too, unless `check_vma` is off.
+    """
+    mesh = mesh_here(mesh)
+    taken = _taken(mesh)
+    in_specs, out_specs = jax.tree.map(
+        lambda spec: free(mesh, spec), (in_specs, out_specs), is_leaf=lambda spec: isinstance(spec, PartitionSpec)
+    )
+    names, check = set(mesh.axis_names) - set(taken), check_vma and not taken
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=check)
+
+
 @dataclass(frozen=True)
 class Constrain:
-    """Pins an activation to its place; injected into the model, which knows names but no mesh.
-
-    An array without a "batch" axis is a weight, gathered for its use; its gradient returns to where the weight lies.
-    """
+    """Pins an activation to its place; injected into the model, which knows names but no mesh."""
 
     mesh: AnyMesh
     layout: Layout
 
     def __call__(self, array: jax.Array, axes: Axes) -> jax.Array:
-        place = NamedSharding(self.mesh, self.layout.activation_spec(axes))
-        if "batch" in axes:
-            return jax.lax.with_sharding_constraint(array, place)
-        return _gather(array, place, NamedSharding(self.mesh, self.layout.weight_spec(axes)))
+        mesh = mesh_here(self.mesh)
+        return jax.lax.with_sharding_constraint(
+            array, NamedSharding(mesh, free(mesh, self.layout.activation_spec(axes)))
+        )
+
+    def look_up(self, table: jax.Array, token: jax.Array, *, dtype: Any) -> jax.Array:
+        """Return table[token] in a dtype, the rows of tokens split over devices as the table's columns and rows are.
+
+        Tokens travel, and not the table: each device looks all tokens up in its own columns, and devices exchange what
+        they found. Backwards, each adds up the gradient of its own columns; so nothing as large as the table moves.
+        """
+        rows, across, along = self._splits()
+        if not rows and along is None:
+            return jnp.take(table, token, axis=0).astype(dtype)
+
+        def local(table: jax.Array, token: jax.Array) -> jax.Array:
+            token = token if across is None else jax.lax.all_gather(token, across, tiled=True)
+            if along is not None:
+                token = token - jax.lax.axis_index(along).astype(token.dtype) * table.shape[0]
+            # Of other devices' rows nothing: a gather takes the last for what is beyond them.
+            found = jnp.take(table, token, axis=0, mode="fill", fill_value=0).astype(dtype)
+            if along is not None:
+                found = jax.lax.psum(jnp.where((token >= 0)[..., None], found, 0), along)
+            if across is not None:
+                found = jax.lax.all_to_all(found, across, split_axis=0, concat_axis=2, tiled=True)
+            return found
+
+        spec = PartitionSpec(rows)
+        return map_shards(local, mesh=self.mesh, in_specs=(PartitionSpec(along, across), spec), out_specs=spec)(
+            table, token
+        )
 
     def token_logprobs(
         self,
@@ -178,8 +239,7 @@ class Constrain:
             options: chunk, in tokens of each device, and softcap.
         """
 
-        rows = tuple(axis for axis in ROW_AXES if self.mesh.shape[axis] > 1)
-        across, along = (self._split(name) for name in ("embed", "vocab"))
+        rows, across, along = self._splits()
         if not rows and along is None:
             return head_token_logprobs(hidden, head, token, valid=valid, **options)
 
@@ -192,33 +252,20 @@ class Constrain:
 
         spec = PartitionSpec(rows)
         specs = (spec, PartitionSpec(across, along), spec, spec)
-        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=spec)
+        mapped = map_shards(local, mesh=self.mesh, in_specs=specs, out_specs=spec)
         return mapped(hidden, head.astype(hidden.dtype), token, valid)
+
+    def _splits(self) -> tuple[tuple[str, ...], str | None, str | None]:
+        """Return the axes that split rows here, and those that split a table's columns and its vocabulary."""
+        mesh = mesh_here(self.mesh)
+        rows = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1 and axis not in _taken(mesh))
+        return rows, self._split("embed"), self._split("vocab")
 
     def _split(self, axis: str) -> str | None:
         """Return the one mesh axis of several devices over which an axis of weights is split; None: over none."""
         (found,) = self.layout.weight_spec((axis,))
         assert found is None or isinstance(found, str)
         return found if found is not None and self.mesh.shape[found] > 1 else None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> jax.Array:
-    """Lay a weight out at `place`. Left alone, its gradient would be summed whole on every device and then cut."""
-    del home
-    return jax.lax.with_sharding_constraint(weight, place)
-
-
-def _gather_forward(weight: jax.Array, place: NamedSharding, home: NamedSharding) -> tuple[jax.Array, None]:
-    return _gather(weight, place, home), None
-
-
-def _gather_backward(place: NamedSharding, home: NamedSharding, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    del place
-    return (jax.lax.with_sharding_constraint(cotangent, home),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

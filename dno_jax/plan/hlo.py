@@ -19,6 +19,8 @@ _START = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|async_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,23 @@ def _totals(text: str) -> Totals:
         own = {kind: Collective(kind, 1, size, size, shape)} if kind in KINDS else {}
         inner = _sum(of(name) for name in _CALLED.findall(line) if kind not in KINDS)
         if " while(" in line:
-            trips = _TRIPS.search(line)
-            count = int(trips[1]) if trips else 1
-            inner = {name: one.times(count) for name, one in inner.items()}
+            inner = {name: one.times(_trips(line, bodies)) for name, one in inner.items()}
         dearest = max((of(name) for name in _branches(line)), key=_bytes, default={})
         return _sum([own, inner, dearest])
 
     return of(entry)
+
+
+def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
+    """Return how often a loop runs: what the compiler says, or the bound that its condition compares a counter with."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    condition = _CONDITION.search(line)
+    own = bodies.get(condition[1], []) if condition else []
+    own = own + [inner for each in own for name in _CALLED.findall(each) for inner in bodies.get(name, [])]
+    if any(" and(" in each or " or(" in each for each in own):  # it ends by what it finds
+        return 1
+    return max((int(bound) for each in own for bound in _CONSTANT.findall(each)), default=1)
 
 
 def _sum(totals: Iterator[Totals] | list[Totals]) -> Totals:

@@ -89,7 +89,17 @@ def train_load(programs: Programs[RunConfig], lengths: TextLengths, call: Call) 
     parts = call.arguments[1].token.shape[0]
     width = jnp.dtype(programs.config.model.dtype).itemsize
     weights = (2 + again) * parts * programs.num_parameters * width / programs.mesh.shape["tensor"]
-    return Load(needed / devices, executed / devices, float(2 * state + weights))
+    axes = programs.mesh.shape
+    own = programs.num_parameters * width / axes["tensor"]
+    # Of every micro-batch: weights gathered forward and backward, gradients summed; along data, summed there and back.
+    passes = 3 if programs.adapter is None else 2
+    along = passes * _others(axes["fsdp"]) + 2 * (passes - 2) * _others(axes["data"]) / axes["fsdp"]
+    return Load(needed / devices, executed / devices, float(2 * state + weights), parts * own * along)
+
+
+def _others(devices: int) -> float:
+    """The share of an axis's arrays that lies on other devices."""
+    return 1.0 - 1.0 / devices
 
 
 def score_load(programs: Programs[RunConfig], lengths: TextLengths) -> Load:

@@ -140,18 +140,6 @@ class RunPlan:
     def model_config(self) -> ModelConfig:
         return self.shape.config
 
-    def refuse(self) -> None:
-        """
-        Raises:
-            DnoError: a compiled program does not fit; the message says by how much, and the smallest change that fits.
-        """
-        lacking = [name for name, one in self.programs.items() if not one.fits]
-        if not lacking:
-            return
-        from dno_jax.plan.search import suggestion
-
-        raise DnoError(suggestion(self, lacking))
-
 
 def plan_run(
     config: RunConfig,

@@ -18,8 +18,17 @@ from dno_jax.sampling.memory import show_bytes
 MOST_COMPILES = 6
 
 
-def suggestion(plan: RunPlan, lacking: list[str]) -> str:
-    """Say which compiled programs do not fit, by how much, and the smallest change that fits."""
+def refuse(plan: RunPlan) -> None:
+    """
+    Raises:
+        DnoError: a program does not fit; the message says by how much, and the smallest change that fits.
+    """
+    lacking = [name for name, one in plan.programs.items() if not one.fits]
+    if lacking:
+        raise DnoError(_suggestion(plan, lacking))
+
+
+def _suggestion(plan: RunPlan, lacking: list[str]) -> str:
     lines = []
     for name in lacking:
         one = plan.programs[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
@@ -55,12 +56,17 @@ class Texts:
                 some = part[first : first + _AT_ONCE]
                 if self.tokenizer is None:
                     ids = [min(sum(map(_guess, prompt.texts)), longest) for prompt in some]
-                    kept += [TokenizedPrompt(p, (0,) * count) for p, count in zip(some, ids, strict=True)]
+                    kept += [TokenizedPrompt(p, _zeros(count)) for p, count in zip(some, ids, strict=True)]
                 else:
                     found, reasons = tokenize_prompts(some, tokenizer=self.tokenizer, config=self.config)
                     kept, dropped = kept + found, dropped + reasons
                 meter.advance(len(some))
         return kept, dropped
+
+
+@cache  # their number alone is read, and 100,000 prompts need no tuples of their own
+def _zeros(count: int) -> tuple[int, ...]:
+    return (0,) * count
 
 
 def _guess(text: str) -> int:

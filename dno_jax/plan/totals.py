@@ -81,7 +81,7 @@ def totals(plan: RunPlan) -> Totals | None:
     if "evaluate" in plan.sampling and "held out" in plan.counts:
         stages["evaluate"] = _sampled(plan, "evaluate", [plan.counts["held out"]] * config.iterations)
     known = [stage.hours for stage in stages.values()]
-    total = None if None in known else sum(hour for hour in known if hour is not None)
+    total = None if None in known else sum((hour for hour in known if hour is not None), 0.0)
     device_hours = None if total is None else total * plan.target.count
     price = plan.asked.price_per_hour
     annotation = plan.annotation.parts if plan.annotation else {}
@@ -94,7 +94,7 @@ def totals(plan: RunPlan) -> Totals | None:
         usd=None if device_hours is None or price is None else device_hours * price,
         requests=sum(part.total.requests for part in annotation.values()),
         tokens=sum(part.total.tokens_in + part.total.tokens_out for part in annotation.values()),
-        judge_usd=None if None in bills else sum(bill for bill in bills if bill is not None),
+        judge_usd=None if None in bills else sum((bill for bill in bills if bill is not None), 0.0),
         disk=disk(plan, responses=sum(_tokens(plan, count.response_tokens) for count in plan.counts.values())),
     )
 

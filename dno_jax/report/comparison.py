@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from dno_jax.files import read_note
 from dno_jax.report.facts import Facts
 from dno_jax.report.shapes import Figure, Shape
 
@@ -81,12 +82,47 @@ def comparison_figures(facts: Facts) -> Iterator[Figure]:
     )
 
 
+def measured_figures(facts: Facts) -> Iterator[Figure]:
+    """Yield what else policies were asked: the guard's questions, and published suites."""
+    guard = (facts.evaluated or {}).get("guard") or {}
+    yield Figure(
+        "guard",
+        BETTER,
+        "Questions with answers",
+        "Share of the guard's questions that each policy answers rightly, with 95 % intervals: what a judge likes may "
+        "cost them.",
+        ("policy", "right", "low", "high", "questions"),
+        [
+            (player(name), own["value"], own.get("low"), own.get("high"), guard.get("questions"))
+            for name, own in guard.get("accuracy", {}).items()
+        ],
+        Shape("intervals", "policy", "right", percent=True),
+    )
+    root = facts.run_dir.path / "suites"
+    paths = sorted(root.glob("*/policy-*/results.json"), key=str) if root.exists() else []
+    found = [(path.parent.parent.name, facts.tried(lambda path=path: read_note(path))) for path in paths]
+    yield Figure(
+        "suites",
+        BETTER,
+        "Published suites",
+        "Win rates over the suite's reference in percent, with standard errors, and at equal length.",
+        ("suite", "policy", "win rate", "standard error", "length-controlled", "prompts", "characters"),
+        [
+            (suite, player(str(own["policy"])), own["win_rate"], own.get("standard_error"),
+             own.get("length_controlled_winrate"), own.get("n_total"), own.get("avg_length"))
+            for suite, own in found
+            if own
+        ],
+    )  # fmt: skip
+
+
 def comparison_words(facts: Facts) -> list[str]:
     """What the comparison says in sentences, its warnings first; that it was not made, where it was not."""
     details = facts.evaluated
     if details is None:
         return []
-    said = [f"warning: {sentence}" for sentence in details.get("warnings", ())]
+    guard = details.get("guard") or {}
+    said = [f"warning: {sentence}" for sentence in (*details.get("warnings", ()), *guard.get("warnings", ()))]
     if "judge" in details:
         said.append(f"Held-out answers were judged by {details['judge']}.")
     found: dict[str, Any] = details.get("comparison") or {}

@@ -36,7 +36,7 @@ def curves(facts: Facts) -> Iterator[Figure]:
     """Yield the curves that the run has points for. Long ones are thinned: every n-th step, and the last."""
     trainings: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in facts.metrics:
-        if "loss" in row:
+        if {"iteration", "stage", "step", "loss"} <= row.keys():
             trainings.setdefault((row["iteration"], row["stage"]), []).append(row)
     for name, title, note, columns in _CURVES:
         rows: list[tuple[Any, ...]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from dno_jax.report.comparison import BETTER, comparison_figures
+from dno_jax.report.comparison import BETTER, comparison_figures, measured_figures
 from dno_jax.report.facts import Facts
 from dno_jax.report.judge import NAMES
 from dno_jax.report.shapes import Figure, Shape
@@ -15,22 +15,17 @@ PAIRS, JUDGE, COSTS, SAMPLER = "pairs", "judge", "costs", "sampler"
 
 
 def figures(facts: Facts) -> Iterator[Figure]:
-    """Yield every figure that the run has numbers for."""
-    for figure in (
-        _win_rates(facts),
-        _lengths(facts),
-        *comparison_figures(facts),
-        _funnel(facts),
-        _kinds(facts),
-        _cut(facts),
-        _judge(facts),
-        _scores(facts),
-        _seconds(facts),
-        _money(facts),
-        _audit(facts),
-    ):
-        if figure.rows:
-            yield figure
+    """Yield every figure that the run has numbers for; one that they do not make is told, and the others are shown."""
+    singles = (_win_rates, _lengths, _funnel, _kinds, _cut, _judge, _scores, _seconds, _money, _audit)
+    for make in (comparison_figures, measured_figures, *singles):
+        try:
+            made = make(facts)
+            found = [made] if isinstance(made, Figure) else list(made)
+        except (LookupError, TypeError, ValueError) as error:
+            name = make.__name__.strip("_").replace("_", " ")
+            facts.tell(f"The figure of {name} is left out: {type(error).__name__} {error} in what the stages noted.")
+            continue
+        yield from (figure for figure in found if figure.rows)
 
 
 def pair_kind(kind: str) -> str:
@@ -46,7 +41,7 @@ def _win_rates(facts: Facts) -> Figure:
             if rate := rates.get(name):
                 rows.append((iteration + 1, shown, *_interval(rate, "rate"), rate.get("prompts")))
     order = ["policy 0", "the previous policy", "the teacher"]
-    rows.sort(key=lambda row: (row[0], order.index(row[1])))
+    rows.sort(key=lambda row: (order.index(row[1]), row[0]))
     return Figure(
         "win_rates",
         BETTER,

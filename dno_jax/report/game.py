@@ -254,8 +254,8 @@ def nash_lines(P: np.ndarray) -> list[str]:
 def advice() -> str:
     """Say which scheme is to be preferred where rewards are estimates, as they are in language models."""
     return (
-        "exact rewards flatter them all: from samples the last iterate that stays nearest is comal's, "
-        "outer.scheme=proximal with reference.tau >= 0.1 (docs/theory.md, Noise)"
+        "exact rewards flatter optimism: with few opponents per reward the proximal last iterates (comal, mpo) stay "
+        "nearer; in a run: outer.scheme=proximal with reference.tau >= 0.1 (docs/theory.md, Noise)"
     )
 
 

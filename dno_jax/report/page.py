@@ -19,8 +19,11 @@ from etils import epath
 from markupsafe import Markup
 
 from dno_jax.config import RunConfig, dump_config
+from dno_jax.console import say
 from dno_jax.display import hide_keys, printable
+from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
+from dno_jax.records import Prompt
 from dno_jax.report import figures as known
 from dno_jax.report import plots
 from dno_jax.report.comparison import BETTER, comparison_words
@@ -60,17 +63,20 @@ class _Part:
     texts: list[tuple[str, str]]
 
 
-def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -> epath.Path:
+def write_report(
+    run_dir: RunDir, config: RunConfig, *, pictures: bool = True, held_out: Iterable[Prompt] | None = None
+) -> epath.Path:
     """Write the report of a run in whatever state it is; return the page's path.
 
     Args:
         pictures: write every figure beside the page too, as CSV and, where plots can be drawn, as SVG.
+        held_out: the held-out prompts, where they have been read already.
     """
     facts = read_facts(run_dir, config)
     drawn = plots.installed()
     if not drawn:
         facts.tell(f"Plots are left out, their numbers are here: {plots.EXTRA} brings what draws them.")
-    samples = read_samples(facts)
+    samples = read_samples(facts, held_out)
     found = [*known.figures(facts), *curves(facts), *distributions(facts, lengths(samples))]
     packed = browser(samples)
     parts = _parts(facts, found, note=packed.note)
@@ -97,6 +103,22 @@ def write_report(run_dir: RunDir, config: RunConfig, *, pictures: bool = True) -
     if pictures:
         _write_pictures(run_dir.report_files_path, found, specs)
     return run_dir.report_path
+
+
+def refresh(
+    run_dir: RunDir, config: RunConfig, *, pictures: bool = False, held_out: Iterable[Prompt] | None = None
+) -> None:
+    """Write the report anew while a run goes on: a fault of the report's own costs the run nothing but the report.
+
+    Raises:
+        DnoError: the disk is full, or may not be written.
+    """
+    try:
+        write_report(run_dir, config, pictures=pictures, held_out=held_out)
+    except DnoError:
+        raise
+    except Exception as error:
+        say(f"warning: report.html is not up to date ({type(error).__name__}: {error}); `dno report` writes it again")
 
 
 def _write_pictures(folder: epath.Path, found: Iterable[Figure], specs: Mapping[str, Any]) -> None:
@@ -140,8 +162,7 @@ def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
         words[known.JUDGE].insert(0, f"Iteration{'s' if ',' in of else ''} {of}: judged by {judge}.")
     if not tables[known.JUDGE]:
         words[known.JUDGE].append("Not measured: no iteration's judge has figures.")
-    if note:
-        words["samples"].append(note)
+    words["samples"] += [*facts.notes, *([note] if note else [])]
     if "usd" in facts.receipts:
         words[known.COSTS].append(f"Judges and teachers cost ${facts.receipts['usd']:,.2f} so far.")
     if not any(figure.section == known.SAMPLER for figure in found):

@@ -8,18 +8,21 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from dno_jax.data.pairs import NEW, PairFile
 from dno_jax.display import printable
 from dno_jax.errors import DnoError
 from dno_jax.preferences import win_matrix
-from dno_jax.records import Judgement, Prompt, Rollout
+from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
+from dno_jax.report.comparison import player
 from dno_jax.report.facts import Facts
 from dno_jax.stage_dir import StageDir
 
@@ -27,10 +30,12 @@ HELD_OUT = "held out"
 _MOST_PROMPTS = 6000  # that are read
 _MOST_BYTES = 8_000_000  # of the page that texts may take
 _CHUNK = 100  # prompts
+_TRIED = 8  # chunks by which it is told whether all would fit
 # How much of a prompt is shown: (answers of one writer, characters of an answer). The first that fits is taken.
 _LEVELS = ((16, 4000), (8, 2000), (4, 1500), (2, 1000), (1, 1000), (1, 500), (1, 250), (1, 100))
 _WORDS_OF_A_JUDGE = 1200
-_SNIPPET = 90
+_FOLDER = re.compile(r"policy-\d+-\d+-\d+")  # of an evaluation's responses: policy, first sample, samples
+_CANDIDATE = re.compile(r"(.+)/(\d+)")  # of an evaluation's verdicts: player, sample
 
 
 @dataclass
@@ -81,12 +86,15 @@ class Browser:
     note: str
 
 
-def read_samples(facts: Facts) -> list[Asked]:
+def read_samples(facts: Facts, held_out: Iterable[Prompt] | None = None) -> list[Asked]:
     """Read prompts with all their answers: those held out first, then each iteration's.
 
     Of more prompts than a page holds, every iteration gives as many as the others, the first of its shards.
+
+    Args:
+        held_out: the held-out prompts, where they have been read; a run directory has only their ids.
     """
-    found = facts.tried(lambda: _held_out(facts, most=_MOST_PROMPTS // 2)) or []
+    found = facts.tried(lambda: _held_out(facts, held_out, most=_MOST_PROMPTS // 2)) or []
     sampled = [iteration for iteration, _ in facts.of("sample")]
     for number, iteration in enumerate(sampled):
         left = max(0, _MOST_PROMPTS - len(found)) // (len(sampled) - number)
@@ -96,28 +104,31 @@ def read_samples(facts: Facts) -> list[Asked]:
 
 def browser(asked: Sequence[Asked], *, most_bytes: int = _MOST_BYTES) -> Browser:
     """Compress prompts and answers, as much of each as fits into so many bytes together."""
+    groups = [asked[first : first + _CHUNK] for first in range(0, len(asked), _CHUNK)]
+    some = groups[:: max(1, len(groups) // _TRIED)]
     for most, characters in _LEVELS:
-        cut = Counter[str]()
-        chunks: list[str] = []
-        size = 0
-        for first in range(0, len(asked), _CHUNK):
-            rows = [_row(one, most=most, characters=characters, cut=cut) for one in asked[first : first + _CHUNK]]
-            packed = gzip.compress(json.dumps(rows, ensure_ascii=False).encode(), compresslevel=9, mtime=0)
-            chunks.append(base64.b64encode(packed).decode())
-            size += len(chunks[-1])
-            if size > most_bytes and (most, characters) != _LEVELS[-1]:
-                break
-        else:
-            return Browser(tuple(chunks), len(asked), _note(cut, most=most, characters=characters))
+        cut, last = Counter[str](), (most, characters) == _LEVELS[-1]
+        tried = sum(len(_packed(group, most=most, characters=characters, cut=Counter())) for group in some)
+        if tried * len(groups) > most_bytes * len(some) and not last:
+            continue
+        chunks = tuple(_packed(group, most=most, characters=characters, cut=cut) for group in groups)
+        if last or sum(map(len, chunks)) <= most_bytes:
+            return Browser(chunks, len(asked), _note(cut, most=most, characters=characters))
     raise AssertionError("the last level takes all")
+
+
+def _packed(asked: Sequence[Asked], *, most: int, characters: int, cut: Counter[str]) -> str:
+    rows = [_row(one, most=most, characters=characters, cut=cut) for one in asked]
+    packed = gzip.compress(json.dumps(rows, ensure_ascii=False).encode(), compresslevel=6, mtime=0)
+    return base64.b64encode(packed).decode()
 
 
 def _note(cut: Counter[str], *, most: int, characters: int) -> str:
     said = []
     if cut["texts"]:
-        said.append(f"{cut['texts']:,} texts are cut after {characters:,} characters")
+        said.append(f"texts are cut after {characters:,} characters ({cut['texts']:,} of them)")
     if cut["answers"]:
-        said.append(f"{cut['answers']:,} answers beyond {most} a writer are left out")
+        said.append(f"answers beyond {most} a writer are left out ({cut['answers']:,})")
     return f"To keep the page small, {' and '.join(said)}; the run's rollouts/ folders have all." if said else ""
 
 
@@ -153,18 +164,18 @@ def _row(asked: Asked, *, most: int, characters: int, cut: Counter[str]) -> dict
     return found | ({"u": printable(asked.unjudged[:300])} if asked.unjudged else {})
 
 
-def _held_out(facts: Facts, *, most: int) -> list[Asked]:
+def _held_out(facts: Facts, held_out: Iterable[Prompt] | None, *, most: int) -> list[Asked]:
     """Every policy's held-out answers, with the last evaluation's verdicts."""
     run_dir = facts.run_dir
     evaluated = [iteration for iteration, _ in facts.of("evaluate")]
     if not evaluated:
         return []
-    prompts = _held_out_prompts(facts)
+    known = _held_out_prompts(facts) if held_out is None else held_out
+    prompts = {prompt.prompt_id: prompt for prompt in known}
     asked: dict[str, Asked] = {}
     for iteration in evaluated:
         stage = run_dir.stage("evaluate", iteration)
-        folders = [path.name for path in stage.path.iterdir() if path.name.startswith("policy-")]
-        for name in sorted(folders, key=lambda name: [int(part) for part in name.split("-")[1:]]):
+        for name in sorted(path.name for path in stage.path.iterdir() if _FOLDER.fullmatch(path.name)):
             for rollout in stage.sub(name).read(Rollout):
                 if rollout.prompt_id not in asked:
                     if len(asked) >= most:
@@ -182,17 +193,16 @@ def _held_out(facts: Facts, *, most: int) -> list[Asked]:
     return list(asked.values())
 
 
-def _held_out_prompts(facts: Facts) -> dict[str, Prompt]:
-    """By id, from the user's files, as a run directory has none; empty, with a word, where these are gone."""
+def _held_out_prompts(facts: Facts) -> Sequence[Prompt]:
+    """Read them from the user's files; none, with a word, where these are gone."""
     from dno_jax.data.prompts import load_prompts, split_prompts  # brings jax
 
     section = facts.config.prompts
     try:
-        found = load_prompts(section.held_out_path) if section.held_out_path else split_prompts(facts.config).held_out
+        return load_prompts(section.held_out_path) if section.held_out_path else split_prompts(facts.config).held_out
     except (DnoError, OSError, ValueError) as error:
         facts.tell(f"Held-out prompts are shown by their ids alone: {error}")
-        return {}
-    return {prompt.prompt_id: prompt for prompt in found}
+        return ()
 
 
 def _judged_held_out(asked: Asked, verdict: Judgement) -> None:
@@ -202,11 +212,11 @@ def _judged_held_out(asked: Asked, verdict: Judgement) -> None:
     if scores is None:
         asked.unjudged = f"{verdict.state}: {verdict.detail}"
         return
-    found = dict(zip(verdict.candidate_ids, scores, strict=True))
-    sample = int(verdict.candidate_ids[0].rsplit("/", 1)[1])
-    by_writer = {"gold": "the teacher"}
-    named = {(by_writer.get(name, f"policy {name}")): score
-             for name, score in ((key.rsplit("/", 1)[0], score) for key, score in found.items())}  # fmt: skip
+    named: dict[str, float] = {}
+    sample = -1
+    for name, score in zip(verdict.candidate_ids, scores, strict=True):
+        if found := _CANDIDATE.fullmatch(name):
+            named[player(found[1])], sample = score, int(found[2])
     own = [one for one in asked.answers if one.sample == sample or (one.sample < 0 and sample == 0)]
     by_text = {one.text.strip(): named[one.writer] for one in own if one.writer in named}
     for one in own:  # the same words were judged once
@@ -217,22 +227,19 @@ def _trained(facts: Facts, iteration: int, *, most: int) -> Iterator[Asked]:
     """An iteration's prompts with their candidates, from the first shards on."""
     run_dir, place = facts.run_dir, f"iteration {iteration}"
     sampled, judged = run_dir.stage("sample", iteration), run_dir.stage("annotate", iteration)
-    text = run_dir.prompts_path(iteration).read_text() if run_dir.prompts_path(iteration).exists() else ""
-    prompts = {row["prompt_id"]: row for row in map(json.loads, filter(None, text.split("\n")))}
+    prompts = facts.tried(lambda: _prompts(run_dir.prompts_path(iteration))) or {}
     pairs = facts.tried(lambda: _in_pairs(run_dir.stage("pair", iteration))) if _has(facts, "pair", iteration) else None
     verdict_shards = set(facts.tried(judged.shard_names) or ())
     count = 0
     for shard in sampled.shard_names():
         if count >= most:
-            facts.tell(f"Of iteration {iteration}'s prompts the first {count:,} are among the samples.")
+            facts.notes.append(f"Of iteration {iteration}'s prompts the first {count:,} are here.")
             return
         asked: dict[str, Asked] = {}
         answers: dict[str, Answer] = {}
         for rollout in sampled.read_shard(Rollout, shard):
             if rollout.prompt_id not in asked:
-                row = prompts.get(rollout.prompt_id)
-                known = Prompt.model_validate(row) if row else None
-                asked[rollout.prompt_id] = _asked(rollout.prompt_id, place, known)
+                asked[rollout.prompt_id] = _asked(rollout.prompt_id, place, prompts.get(rollout.prompt_id))
             answers[rollout.rollout_id] = answer = _answer(rollout)
             asked[rollout.prompt_id].answers.append(answer)
         for verdict in judged.read_shard(Judgement, shard) if shard in verdict_shards else ():
@@ -248,6 +255,11 @@ def _trained(facts: Facts, iteration: int, *, most: int) -> Iterator[Asked]:
             answer.chosen, answer.rejected = (pairs[0][name], pairs[1][name]) if pairs else (0, 0)
         count += len(asked)
         yield from asked.values()
+
+
+def _prompts(path: epath.Path) -> dict[str, Prompt]:
+    lines = path.read_text().split("\n") if path.exists() else []
+    return {prompt.prompt_id: prompt for prompt in parse_lines(Prompt, lines, place=str(path))}
 
 
 def _has(facts: Facts, stage: str, iteration: int) -> bool:

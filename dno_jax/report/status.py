@@ -61,7 +61,7 @@ def facts(folder: RunDir) -> dict[str, Any]:
     Raises:
         DnoError: there is no run, or it is damaged.
     """
-    steps = [row for row in folder.read_metrics() if "loss" in row]
+    steps = [row for row in folder.read_metrics() if {"iteration", "stage", "step", "loss"} <= row.keys()]
     step = {name: steps[-1].get(name) for name in ("iteration", "stage", "step", "loss")} if steps else None
     found = {"run_dir": str(folder.path), "in_use_by": folder.holder(), "training": step}
     if folder.kind() is SftConfig:

@@ -20,7 +20,7 @@ from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import plan, wanted_by_stage
 from dno_jax.runtime.training_memory import refuse_training
-from dno_jax.stages import checkpoints, redo, template
+from dno_jax.stages import checkpoints, disk, redo, template
 from dno_jax.stages.judge_on_devices import policy as policy_judge
 from dno_jax.stages.judge_on_devices import reward_model
 
@@ -64,7 +64,7 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
     """
     config, stage = runtime.config, None if only is None else only[0]
     runtime.programs.param_shardings(TRAIN)
-    if stage in (None, "train", "train_auxiliary"):
+    if stage in (None, "train"):
         refuse_training(runtime.programs, device_capacity(runtime.mesh.local_devices))
     if stage in (None, "sample", "evaluate"):
         runtime.programs.param_shardings(DECODE)
@@ -75,6 +75,8 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
             policy_judge.check(runtime)
         if config.annotation.kind == "reward_model":
             reward_model.check(runtime)
+    if is_primary() and stage is None:
+        disk.check(runtime)
     if is_primary() and stage in (None, "evaluate"):
         _check_judges(config)
 

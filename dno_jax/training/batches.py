@@ -9,11 +9,11 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dno_jax.addresses import Purpose, rng
 from dno_jax.model.places import Places
-from dno_jax.parallel.sharding import AnyMesh, replicated, row_sharding, to_device
+from dno_jax.parallel.sharding import ROW_AXES, AnyMesh, to_device
 from dno_jax.training.packing import BatchShape, Layout, Packing, Plan, TextLengths, plan_batches
 
 _WINDOW = 16  # batches among which rows are sorted by length
@@ -84,18 +84,19 @@ class PairBatch:
         """Lay a host's batch out on devices."""
         return to_device(self, self.shardings(mesh))
 
-    def shardings(self, mesh: AnyMesh) -> PairBatch:
-        """Return where its arrays lie: rows of tokens split over devices, what is of pairs on all."""
-
-        def sharding(leaf: Any, of_tokens: bool) -> Any:
-            return row_sharding(mesh, ndim=leaf.ndim, axis=1) if of_tokens else replicated(mesh)
-
+    def specs(self, rows: tuple[str, ...]) -> PairBatch:
+        """Return over which axes its arrays are split: rows of tokens over `rows`, what is of pairs over none."""
         of_tokens = {"token", "places", "source", "response_token", "text"}
-        shardings = {
-            name: jax.tree.map(lambda leaf, of=name in of_tokens: sharding(leaf, of), getattr(self, name))
+        split, whole = PartitionSpec(None, rows), PartitionSpec()
+        specs = {
+            name: jax.tree.map(lambda _, spec=split if name in of_tokens else whole: spec, getattr(self, name))
             for name in self.__dataclass_fields__
         }
-        return PairBatch(**shardings)
+        return PairBatch(**specs)
+
+    def shardings(self, mesh: AnyMesh) -> PairBatch:
+        """Return where its arrays lie on a mesh."""
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(ROW_AXES))
 
 
 def text_lengths(rows: Sequence[TrainingRow]) -> TextLengths:

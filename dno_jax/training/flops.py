@@ -16,7 +16,7 @@ from dno_jax.training.packing import TextLengths
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The peak of a device by jax's name for its kind; None where it is not known, as of CPUs."""
+    """The peak of a device by jax's name for its kind; None where it is not known, as of CPUs and of parts of a GPU."""
     chip = chip_of(device_kind)
     return None if chip is None else chip.flops
 

@@ -75,6 +75,7 @@ def make_train_step(
         gradient = jax.grad(weighted, has_aux=True)
         micro = jax.tree.map(parted, (batch, weight))
         grads, figures = accumulated(lambda part: widened(gradient(params, part)), micro)
+        figures = jax.tree.map(lambda values: jnp.sum(values, axis=0), figures)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, figures | {"grad_norm": optax.tree.norm(grads)}
 

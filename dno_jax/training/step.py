@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt32
 
@@ -16,7 +17,7 @@ from dno_jax.model.block import LOAD, Constrain, identity
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
-from dno_jax.training.accumulation import accumulated
+from dno_jax.training.accumulation import accumulated, groups_apart, in_groups, summed_over
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.rounding import stored, widened
@@ -135,11 +136,14 @@ def train_step(
         max_abs_log_ratio, the largest |log pi/pi_t| of a response in the batch before the update, nats. For a mixture
         of experts also load_balance and busiest_expert of the whole batch (moe.load_balance_loss, busiest_share).
     """
+    apart = groups_apart(config.model.constrain.mesh, parts=batch.token.shape[0])
     total_weight = jnp.maximum(jnp.sum(batch.weight), 1e-9)
     total_tokens = jnp.maximum(jnp.sum(batch.places.position >= 0), 1)
 
-    def weighted_loss(params: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
-        logprob, load = _logprobs_and_load(config.model, variables_of(params, frozen), part, chunk=config.chunk)
+    def weighted_loss(params: Any, frozen: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
+        found = _logprobs_and_load(config.model, variables_of(params, frozen), part, chunk=config.chunk)
+        # A pair's texts may lie in different groups, each of which then goes on with the whole pair.
+        logprob, load = summed_over(found, apart)
         loss, metrics = config.row_loss(logprob, part.num_tokens, part)
         weight = part.weight / total_weight
         summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
@@ -147,15 +151,24 @@ def train_step(
         summed["max_abs_log_ratio"] = jnp.max(jnp.where(part.weight[:, None] > 0, ratio, 0.0))
         total = summed["loss"]
         if load is not None and config.load_balance_weight:
-            share = jnp.sum(part.places.position >= 0) / total_tokens
+            share = jax.lax.psum(jnp.sum(part.places.position >= 0), apart) / total_tokens
             total = total + config.load_balance_weight * share * load_balance_loss(load)
         return total, jax.lax.stop_gradient((summed, load))
 
     gradient = jax.grad(weighted_loss, has_aux=True)
-    # Added up in float32, whatever parameters are held in.
-    grads, (metrics, load) = accumulated(
-        lambda part: widened(gradient(state.params, part)), batch, combine=_with_largest_ratio
-    )
+
+    def sums(params: Any, frozen: Any, batch: PairBatch) -> tuple[Any, tuple[Metrics, ExpertLoad | None]]:
+        # Added up in float32, whatever parameters are held in.
+        grads, found = accumulated(lambda part: widened(gradient(params, frozen, part)), batch)
+        return jax.lax.psum(grads, apart), found
+
+    if apart:
+        specs = (PartitionSpec(), PartitionSpec(), batch.specs(apart))
+        sums = in_groups(sums, config.model.constrain.mesh, axes=apart, in_specs=specs)
+    grads, (metrics, load) = sums(state.params, frozen, batch)
+    largest = jnp.max(metrics.pop("max_abs_log_ratio"), axis=0)
+    metrics, load = jax.tree.map(partial(jnp.sum, axis=0), (metrics, load))
+    metrics["max_abs_log_ratio"] = largest
 
     updates, opt_state = config.optimizer.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
@@ -169,14 +182,6 @@ def train_step(
         places = jax.tree.unflatten(jax.tree.structure(stepped), config.places)
         stepped = jax.lax.with_sharding_constraint(stepped, places)
     return keep_if_finite(state, stepped, metrics) if config.skips else (stepped, metrics)
-
-
-def _with_largest_ratio(total: Any, found: Any) -> Any:
-    """Add up what two micro-batches found, but of the largest log-ratios take the larger."""
-    name = "max_abs_log_ratio"
-    largest = jnp.maximum(total[1][0][name], found[1][0][name])
-    grads, (metrics, load) = jax.tree.map(jnp.add, total, found)
-    return grads, (metrics | {name: largest}, load)
 
 
 @partial(jax.jit, static_argnames=("model", "chunk"))

@@ -1,14 +1,21 @@
 """SIGTERM and Ctrl-C in every stage: what can be saved is, and the same command ends as if nothing had been."""
 
+import json
 import signal
 import socket
 import time
 
+import jax
+import numpy as np
 import pytest
+import yaml
 
+from dno_jax.parallel.sharding import TRAIN
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.runtime import Runtime
 from tests.end_to_end.processes import begin, start
 from tests.end_to_end.test_resume import contents, finish, write_config
+from tests.small import small_tree
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 # In the order in which a run passes them: after each the next start goes on.
@@ -50,21 +57,64 @@ def test_a_run_that_is_stopped_in_every_stage_ends_bit_for_bit_the_same(folder, 
     assert contents(run_dir, iterations=1) == contents(whole, iterations=1)
 
 
+# Others than the above are stopped where each has done a part of its work.
+MIDDLES = ["shard-annotate:2", "pairs:1", "shard-score:2"]
+
+
+@pytest.mark.soak
+def test_sigterm_in_the_middle_of_annotating_pairing_and_scoring(folder, whole):
+    path = write_config(folder, "middles", iterations=1, training=NEVER)
+    run_dir = RunDir(folder / "middles")
+    for point in MIDDLES:
+        ended = start("run", path, point=f"{point}@SIGTERM")
+        assert ended.returncode == 75, f"{point}:\n{ended.stderr[-3000:]}"
+        assert "Traceback" not in ended.stderr
+        assert run_dir.stage("train", 0).manifest() is None
+    finish(path)
+    assert contents(run_dir, iterations=1) == contents(whole, iterations=1)
+
+
+@pytest.mark.soak
+def test_sigterm_in_the_middle_of_supervised_training(folder):
+    tree = small_tree(folder)
+    words = ["bam", "dom", "fen", "kos"]
+    rows = [{"prompt": f"{a} {b}", "response": f"{a} {a} {a}"} for a in words for b in words]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    exported = []
+    for name, point in (("straight", None), ("stopped", "step:3@SIGTERM")):
+        config = folder / f"sft-{name}.yaml"
+        data = {"path": str(folder / "sft.jsonl"), "max_length": 32}
+        training = {"batch_size": 4, "num_epochs": 2, "save_every": 1000}
+        run = {"run_dir": str(folder / f"sft-{name}"), "model": tree["model"], "data": data, "training": training}
+        config.write_text(yaml.safe_dump(run))
+        if point:
+            ended = start("sft", config, point=point)
+            assert ended.returncode == 75, ended.stderr[-3000:]
+            assert "Traceback" not in ended.stderr
+            assert [int(path.name) for path in (folder / "sft-stopped" / "states").iterdir()] == [3]
+            assert not (folder / "sft-stopped" / "export").exists()
+        ended = start("sft", config)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        exported.append((folder / f"sft-{name}" / "export" / "model.safetensors").read_bytes())
+    assert exported[0] == exported[1]
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def processes(path, count, *, overrides=()):
-    """Start a run of several processes; return them and where they write."""
+def processes(path, count, *, overrides=(), points=()):
+    """Start a run of several processes, some with a point (crash.py); return them and where they write."""
     port = free_port()
     said = [path.with_suffix(f".{number}.log") for number in range(count)]
     for file in said:
         file.touch()
     there = ("--coordinator", f"127.0.0.1:{port}", "--num-processes", count)
     return [
-        begin("run", path, *overrides, *there, "--process-id", number, stderr=file) for number, file in enumerate(said)
+        begin("run", path, *overrides, *there, "--process-id", number, stderr=file, point=dict(points).get(number))
+        for number, file in enumerate(said)
     ], said
 
 
@@ -90,6 +140,34 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(folder):
     (saved,) = states(run_dir)
     assert saved == steps_taken(run_dir)  # the last step that was taken
     assert start("run", path, point="step:1").returncode == -signal.SIGKILL  # by one process, and from there
+
+
+@pytest.mark.soak
+def test_what_two_processes_began_one_ends_with_the_same_numbers(folder, whole):
+    """Sums over processes and over devices differ in rounding, and in nothing else."""
+    path = write_config(folder, "begun", iterations=1, training=NEVER)
+    run_dir = RunDir(folder / "begun")
+    both, said = processes(path, 2, points={1: "step:2@SIGTERM"})
+    for process in both:
+        process.join(300)
+    assert [process.exitcode for process in both] == [75, 75], [file.read_text()[-2000:] for file in said]
+    (saved,) = states(run_dir)
+    total = steps_taken(whole)
+    assert 2 <= saved < total
+    finish(path)
+    assert steps_taken(run_dir) == total
+    rows, expected = ([row for row in run.read_metrics() if row["stage"] == "train"] for run in (run_dir, whole))
+    for row, other in zip(rows, expected, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    found, wanted = (read_policy(run) for run in (run_dir, whole))
+    for (name, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4, err_msg=jax.tree_util.keystr(name))
+
+
+def read_policy(run_dir):
+    runtime = Runtime.start(run_dir.load_config())
+    return jax.tree.map(np.asarray, runtime.load_policy(run_dir.policy(1), TRAIN))
 
 
 @pytest.mark.soak

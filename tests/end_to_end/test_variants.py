@@ -385,6 +385,10 @@ def rates_of_texts(run_dir, t, opponents):
     texts = {key: row.text.strip() for key, row in rollouts_of(run_dir, t).items()}
     found = {}
     for judgement in run_dir.stage("annotate", t).read(Judgement):
+        if any(
+            row.prompt_id == judgement.prompt_id and not row.text.strip() for row in rollouts_of(run_dir, t).values()
+        ):
+            continue  # an empty response is an opponent that no judge was shown
         rates = rates_against(run_dir, judgement, opponents, t)
         found |= {(judgement.prompt_id, texts[key]): rate for key, rate in rates.items()}
     return found
@@ -427,8 +431,8 @@ def test_an_extragradient_step_trains_twice_from_one_policy(run_of):
     assert list(inputs_of(run_dir, "sample", 1)) == ["001"]
     halves = [pairs_of(run_dir, t) for t in range(2)]
     assert {pair.iteration for pair in halves[0] + halves[1]} == {0}
-    own = {name for name, row in rollouts_of(run_dir, 0).items()}
-    assert {name for pair in halves[1] for name in (pair.chosen_id, pair.rejected_id)} <= own
+    used = {name for pair in halves[1] for name in (pair.chosen_id, pair.rejected_id) if not name.endswith("/gold")}
+    assert used <= rollouts_of(run_dir, 0).keys()
     rates = rates_of_texts(run_dir, 1, "policy")
     compared = list(judged_pairs(run_dir, 1, rates))
     assert len(compared) > 5

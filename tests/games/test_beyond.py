@@ -93,7 +93,7 @@ def test_nash_mirror_prox_contracts_at_its_rate(tau):
         P = games.contextual([games.random_game(size, seed=100 * size + seed) for seed in range(10)])
         reference, start = rng.dirichlet(np.full(size, 3.0), (2, 10))
         worst.append(contraction(P, reference, start, tau=tau, steps=60))
-    assert 0.7 < max(worst) <= 1.0
+    assert 0.5 < max(worst) <= 1.0
 
 
 def test_nash_mirror_prox_ends_at_the_regularised_nash_policy():

@@ -275,7 +275,6 @@ def test_constrain_is_called_with_known_names(config, params):
     assert hash(model) == hash(Decoder(config, constrain=Recorder()))
     model.apply({"params": params}, token, position)
     assert {axes for axes, _ in SEEN} == {
-        ("vocab", "embed"),
         ("batch", "length", "embed"),
         ("batch", "length", "heads", "head_dim"),
         ("batch", "length", "kv_heads", "head_dim"),

@@ -13,7 +13,7 @@ import jax
 from dno_jax.cli import joining, process
 
 
-def main(task: str) -> int:
+def main(task: str = "") -> int:
     def command(**_: object) -> int:
         flags = json.loads(os.environ.get("MEETING_FLAGS", "{}"))
         settings = SimpleNamespace(heartbeat_seconds=float(os.environ.get("MEETING_HEARTBEAT", "100")))

@@ -1,7 +1,5 @@
 """The head on a mesh: gathered once, its gradient summed once, whatever the slices; and what it takes in memory."""
 
-import math
-import re
 from collections import Counter
 from functools import partial
 
@@ -18,6 +16,7 @@ from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, TRAIN, Constrain
 from dno_jax.training.batches import TrainingRow, make_batch
+from tests.collectives import collectives
 from tests.training.trained import begin
 
 B, T, D, V = 8, 13, 16, 64
@@ -110,29 +109,16 @@ def test_a_layout_that_splits_no_weight_over_rows_needs_no_gather(arrays, wanted
     assert "all-gather" not in program.as_text()
 
 
-def collectives(text):
-    """Every collective of a compiled program: (kind, sizes of its results, whether a loop runs it)."""
-    bodies, found, name = set(re.findall(r"body=%?([\w.\-]+)", text)), [], ""
-    for line in text.splitlines():
-        if start := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = start[1]
-        if made := re.search(r"= (.+?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", line):
-            shapes = re.findall(r"\w+\[([\d,]*)\]", made[1])
-            sizes = [math.prod(int(size) for size in shape.split(",") if size) for shape in shapes]
-            found.append((made[2], sizes, name in bodies))
-    return found
-
-
 @pytest.mark.parametrize("axes", [axes for axes in MESHES if axes != {"data": 8}], ids=str)
 def test_no_loop_moves_the_head_and_no_gradient_is_summed_whole(arrays, axes):
     """21 slices: with a gather or a sum in each, the head would cross the devices 63 times."""
     text = on_mesh(arrays, axes, chunk=1)[0].as_text()
     found = collectives(text)
     share = V // axes.get("tensor", 1) * D  # numbers of a device's columns
-    looped = [sizes for _, sizes, in_loop in found if in_loop]
+    looped = [one.sizes for one in found if one.looped]
     assert looped or axes.get("tensor", 1) == 1
     assert all(size < share // 8 for sizes in looped for size in sizes), looped
-    large = [(kind, size) for kind, sizes, _ in found for size in sizes if size >= share // axes.get("fsdp", 1)]
+    large = [(one.kind, size) for one in found for size in one.sizes if size >= share // axes.get("fsdp", 1)]
     split = axes.get("fsdp", 1) > 1
     kinds = Counter(kind for kind, _ in large)
     assert kinds["all-gather"] == split
@@ -149,9 +135,9 @@ def test_a_whole_step_moves_the_head_outside_of_its_loops():
     batch = make_batch([row] * 16, batch_size=16, max_length=32)
     found = collectives(take.lowered(state, batch).compile().as_text())
     share = 512 * 32 // 8  # numbers of the head on a device, and more than of any layer's weights of a device
-    assert not [kind for kind, sizes, in_loop in found if in_loop and max(sizes) > share]
-    large = Counter(kind for kind, sizes, _ in found if max(sizes) == 512 * 32)
-    assert large == {"all-gather": 2}  # of the embedding and of the head
+    assert not [one.kind for one in found if one.looped and max(one.sizes) > share]
+    large = Counter(one.kind for one in found if max(one.sizes) == 512 * 32)
+    assert large == {"all-gather": 1}  # of the head; tokens travel to the embedding
 
 
 def test_a_small_gradient_in_every_slice_is_not_lost_in_bfloat16():

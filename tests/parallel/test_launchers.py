@@ -1,7 +1,9 @@
 """What is asked of jax under each launcher's environment, by one table; and what is refused, with what to do."""
 
 import contextlib
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -13,6 +15,8 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel import cluster
 from dno_jax.parallel.launchers import meeting_of, metadata_of
 from dno_jax.parallel.mesh import abstract_mesh
+
+CHECK_PORT = cluster._check_port
 
 
 def slurm(**changes):
@@ -106,7 +110,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(cluster.distributed.global_state, "client", client)
     monkeypatch.setattr(cluster.Heartbeat, "__init__", lambda *_: None)
-    for name in ("barrier", "_check_devices", "_wait_for_name"):
+    for name in ("barrier", "_check_devices", "_check_port", "_wait_for_name"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster.stopping, "when_asked", lambda *_: None)
     monkeypatch.setattr(cluster, "_joined", None)
@@ -297,3 +301,25 @@ def test_the_line_at_the_start(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     monkeypatch.setattr(cluster, "_joined", None)
     assert cluster.described(abstract_mesh(MeshSection(), 1)) == "1 device on 1 host, mesh data 1 x fsdp 1"
+
+
+def test_a_port_that_somebody_has_is_said(asked):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(DnoError, match=f"port {port}, .* cannot be listened at .*JAX_COORDINATOR_PORT"):
+            CHECK_PORT(f"here:{port}")
+    CHECK_PORT(f"here:{port}")
+
+
+def test_who_waits_in_vain_says_so_and_may_be_started_again(asked, monkeypatch):
+    """jax would abort the process, later."""
+    ended = []
+    monkeypatch.setattr(cluster, "_MEET_SECONDS", 0.05)
+    monkeypatch.setattr(cluster.stopping, "end_now", lambda why, status: ended.append((why, status)))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: time.sleep(0.5))
+    cluster.initialize(coordinator="node1:99", num_processes=2, process_id=1)
+    ((why, status),) = ended
+    assert status == 75
+    assert "process 1 of 2 (by the flags) has not met the others at node1:99" in why

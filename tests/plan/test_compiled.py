@@ -56,7 +56,10 @@ def offline(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("changes", [{}, {"adapter": {"rank": 2}, "training": {"packing": "off"}}])
+LORA = {"adapter": {"rank": 2}, "training": {"packing": "off"}, "sampling": {"mesh": {"data": -1}}}
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param(LORA, marks=pytest.mark.soak)])
 def test_a_plan_compiles_what_the_stages_then_run(offline, changes, tmp_path, monkeypatch):
     config = parse_config(RunConfig, deep_merge(offline, {"run_dir": str(tmp_path / "run"), **changes}), place="test")
     planned = plan_run(config, asked=Asked(topology="cpu:8", memory=2**34)).programs
@@ -132,6 +135,21 @@ HloModule jit_f
   ROOT %t = (s32[], bf16[4,128]) tuple(%i, %c)
 }
 
+%counted (p: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %r = f32[64]{0} all-to-all(f32[64] %p), dimensions={0}
+}
+
+%bounded (p: (s32[], f32[64])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  ROOT %c = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%found (p: (s32[], f32[64])) -> pred[] {
+  %n = s32[]{:T(128)} constant(32)
+  %c = pred[] compare(%i, %n), direction=LT
+  ROOT %a = pred[] and(%c, %waiting)
+}
+
 %small (p: f32[2]) -> f32[2] {
   ROOT %r = f32[2]{0} all-reduce(f32[2] %p), to_apply=%add
 }
@@ -144,6 +162,8 @@ HloModule jit_f
 ENTRY %main (a: bf16[4,128]) -> bf16[4,128] {
   %w = (s32[], bf16[4,128]) while(%init), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %k = f32[2] conditional(s32[] %i, f32[2] %a, f32[2] %b), branch_computations={%small, %large}
+  %w2 = (s32[], f32[64]) while(%init), condition=%bounded, body=%counted
+  %w3 = (s32[], f32[64]) while(%init), condition=%found, body=%counted
   %s = (f32[8]{0}, f32[64]{0}) all-gather-start(f32[8] %q), dimensions={0}
   %c = bf16[4,128]{0,1} copy(bf16[4,128]{1,0} %g)
 }
@@ -151,7 +171,8 @@ ENTRY %main (a: bf16[4,128]) -> bf16[4,128] {
 
 
 def test_the_text_of_a_program_is_read_with_its_loops_and_dearest_branches():
-    gathered, reduced = collectives(TEXT)
+    gathered, reduced, exchanged = collectives(TEXT)
+    assert (exchanged.kind, exchanged.runs, exchanged.looped) == ("all-to-all", 32 + 1, 33)
     assert (gathered.kind, gathered.runs, gathered.looped) == ("all-gather", 6, 5)
     assert gathered.bytes == 5 * 4 * 128 * 2 + 64 * 4
     assert gathered.shape == "bf16[4,128]"

@@ -196,9 +196,18 @@ def test_what_does_not_fit_says_how_many_would(seven, dno_plan):
 
 
 def test_a_policy_that_does_not_fit_leaves_no_slot(seven, dno_plan):
-    code, said = dno_plan(seven, "mesh.tensor=1", "mesh.fsdp=8", "--devices", "8", "--memory", "8 GiB")
+    # Adapters leave training room; decoding splits weights over its tensor axis alone.
+    adapters = ("mesh.tensor=1", "mesh.fsdp=8", "adapter.rank=4", "training.micro_batch_size=8")
+    eight = ("--devices", "8", "--memory", "8 GiB")
+    code, said = dno_plan(seven, *adapters, "sampling.mesh={tensor: 1}", *eight)
     assert code == 2
     assert "sample: not even one sampling slot fits" in said
+    code, said = dno_plan(seven, *adapters, *eight)
+    assert code == 0
+    assert "decoding mesh: data=2 fsdp=1 expert=1 tensor=4" in said
+    code, said = dno_plan(seven, "mesh.tensor=1", "mesh.fsdp=8", *eight)
+    assert code == 2
+    assert "training does not fit: a step takes at least" in said
 
 
 def test_all_that_samples_is_planned(small):

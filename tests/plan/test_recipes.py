@@ -24,7 +24,7 @@ def asked(arguments: str, **changes) -> Asked:
     words = shlex.split(arguments.split("#")[0])
     given = dict(zip(words[::2], words[1::2], strict=True))
     prompts = given.get("--prompts")
-    found = {"num_prompts": None if prompts is None else 6_000, "model": given["--model"]}
+    found = {"num_prompts": None if prompts is None else 2_600, "model": given["--model"]}
     return Asked(topology=given["--topology"], compiled=False, **found | changes)
 
 
@@ -37,7 +37,7 @@ def test_the_recipes_at_real_scale_say_how_they_are_planned():
 def test_a_recipe_fits_the_devices_that_it_names(name):
     file, arguments = RECIPES[name].groups()
     assert file == name
-    plan = plan_run(load_config(RunConfig, CONFIGS / name), asked=asked(arguments, num_prompts=6_000))
+    plan = plan_run(load_config(RunConfig, CONFIGS / name), asked=asked(arguments, num_prompts=2_600))
     assert {"train", "score", "prefill", "decode"} == set(plan.programs)
     assert all(one.fits for one in plan.programs.values())
     assert plan.sampling["sample"].slots >= 16

@@ -35,6 +35,7 @@ def build(
     iterations: int = 2,
     samples: int = 3,
     words: int = 12,
+    answer_words: int = 60,
     hostile: bool = False,
     steps: int = 8,
 ) -> tuple[RunConfig, RunDir]:
@@ -77,7 +78,7 @@ def build(
         pairs, rollouts = [], {}
         for first in range(0, len(part), 256):
             shard = part[first : first + 256]
-            rows = [row for one in shard for row in _candidates(one, t, samples, text)]
+            rows = [row for one in shard for row in _candidates(one, t, samples, lambda: text(answer_words))]
             pools = [[row for row in rows if row.prompt_id == one.prompt_id] for one in shard]
             verdicts = [_verdict(pool, judge, rng, text if hostile else None) for pool in pools]
             stages["sample"].write_shard(f"{first:07d}", rows)
@@ -112,7 +113,7 @@ def build(
                 "chosen_logprob": -9.0, "rejected_logprob": -11.0 - step, "chosen_reward": 0.01 * step,
                 "rejected_reward": -0.02 * step, "kl": 0.1 * step, "accuracy": 0.5,
             })  # fmt: skip
-        _evaluate(config, run_dir, t, questions, rng, text, lengths)
+        _evaluate(config, run_dir, t, questions, rng, lambda: text(answer_words), lengths)
     return config, run_dir
 
 
@@ -133,7 +134,7 @@ def _rollout(name: str, prompt_id: str, sample: int, policy: int | None, text: s
 
 def _candidates(prompt: Prompt, t: int, samples: int, text) -> list[Rollout]:
     names = [(f"{t:03d}/{prompt.prompt_id}/{sample}", sample) for sample in range(samples)]
-    rows = [_rollout(name, prompt.prompt_id, sample, t, text(60)) for name, sample in names]
+    rows = [_rollout(name, prompt.prompt_id, sample, t, text()) for name, sample in names]
     return [*rows, _rollout(f"{t:03d}/{prompt.prompt_id}/gold", prompt.prompt_id, -1, None, prompt.gold or "")]
 
 
@@ -158,7 +159,7 @@ def _pair(verdict: Judgement, t: int) -> Pair:
 def _evaluate(config, run_dir, t, questions, rng, text, lengths) -> None:
     stage, newest = run_dir.stage("evaluate", t), t + 1
     for policy in range(newest + 1) if t == 0 else [newest]:
-        rows = [_rollout(f"{policy}/{one.prompt_id}/0", one.prompt_id, 0, policy, text(60)) for one in questions]
+        rows = [_rollout(f"{policy}/{one.prompt_id}/0", one.prompt_id, 0, policy, text()) for one in questions]
         stage.sub(f"policy-{policy:03d}-0-1").write_shard("0000000", rows)
     players = [*map(str, range(newest + 1)), "gold"]
     verdicts = []
@@ -169,7 +170,7 @@ def _evaluate(config, run_dir, t, questions, rng, text, lengths) -> None:
             wins[j, i] = 1.0 - wins[i, j]
         verdicts.append(Judgement(
             prompt_id=one.prompt_id, candidate_ids=tuple(f"{name}/0" for name in players), judge="judge", state="ok",
-            wins=tuple(map(tuple, wins.tolist())), raw=text(10),
+            wins=tuple(map(tuple, wins.tolist())), raw=text()[:80],
         ))  # fmt: skip
     stage.sub("judgements").write_shard("0000000", verdicts)
     matrix = [[0.5 + 0.1 * (i - j) for j in range(newest + 1)] for i in range(newest + 1)]

@@ -11,10 +11,13 @@ import pytest
 from dno_jax.display import printable
 from dno_jax.report import plots
 from dno_jax.report.page import write_report
+from dno_jax.run_dir import RunDir
+from tests.end_to_end.processes import start
 from tests.report.chromium import READY, SHOWN, chromium, opened
 from tests.report.synthetic import HOSTILE, build
 
 pytestmark = [pytest.mark.soak, pytest.mark.skipif(chromium() is None, reason="chromium is not installed")]
+ROOT = Path(__file__).parents[2]
 COUNT = "document.getElementById('count').textContent"
 CHOSEN = "document.querySelector('[aria-selected=true]').textContent"
 FOCUS = "document.activeElement.id"
@@ -33,8 +36,8 @@ def in_browser(work):
     return asyncio.run(run())
 
 
-def page_of(folder, **options):
-    config, run_dir = build(folder, **options)
+def page_of(run):
+    config, run_dir = run
     return Path(write_report(run_dir, config))
 
 
@@ -47,9 +50,20 @@ def quiet(tab, page):
     assert tab.requests == [page.resolve().as_uri()]
 
 
-@pytest.mark.parametrize("hostile", [False, True])
-def test_it_opens_quietly_and_draws_every_plot(hostile, tmp_path):
-    page = page_of(tmp_path, hostile=hostile)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demo as a newcomer runs it, one iteration of it."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    done = start("run", ROOT / "configs/demo.yaml", f"run_dir={folder}", "iterations=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"report: {folder}/report.html" in done.stderr
+    run_dir = RunDir(folder)
+    return run_dir.load_config(), run_dir
+
+
+@pytest.mark.parametrize("kind", ["whole", "hostile", "demo"])
+def test_it_opens_quietly_and_draws_every_plot(kind, request):
+    page = page_of(request.getfixturevalue(kind))
 
     async def work(tab):
         for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
@@ -57,7 +71,7 @@ def test_it_opens_quietly_and_draws_every_plot(hostile, tmp_path):
             await tab.open(page, until=until())
             drawn = await tab.evaluate(
                 "[...document.querySelectorAll('.plot')].map((p) => "
-                "[p.dataset.name, p.querySelectorAll('svg .mark-group path, svg .mark-rect path').length])"
+                "[p.dataset.name, p.querySelectorAll('svg .role-mark path, svg .role-mark line').length])"
             )
             assert bool(drawn) == plots.installed()
             assert [name for name, marks in drawn if not marks] == []
@@ -67,14 +81,14 @@ def test_it_opens_quietly_and_draws_every_plot(hostile, tmp_path):
             tab.events.clear()
             assert await tab.evaluate("typeof window.owned") == "undefined"
             if folder := os.environ.get("DNO_TEST_PICTURES"):
-                name = f"{'hostile' if hostile else 'plain'}-{width}-{'dark' if dark else 'light'}.png"
+                name = f"{kind}-{width}-{'dark' if dark else 'light'}.png"
                 await tab.picture(Path(folder) / name)
 
     in_browser(work)
 
 
 def test_samples_are_searched_filtered_and_walked_by_keyboard(tmp_path):
-    page = page_of(tmp_path, prompts=140, held_out=6)
+    page = page_of(build(tmp_path, prompts=140, held_out=6))
 
     async def settled(tab, said):
         for _ in range(200):
@@ -122,8 +136,8 @@ def test_samples_are_searched_filtered_and_walked_by_keyboard(tmp_path):
     in_browser(work)
 
 
-def test_hostile_words_are_shown_as_words(tmp_path):
-    page = page_of(tmp_path, hostile=True, prompts=14, held_out=14, iterations=1)
+def test_hostile_words_are_shown_as_words(hostile):
+    page = page_of(hostile)
 
     async def work(tab):
         await tab.open(page, until=until())
@@ -138,16 +152,17 @@ def test_hostile_words_are_shown_as_words(tmp_path):
         assert (await tab.evaluate("document.title")).startswith(printable("<b>run\x1b[31m"))
         # What a text would need, if it ever became code, the page itself may not do either.
         assert await tab.evaluate("fetch('data:,x').then(() => 'fetched', () => 'refused')") == "refused"
-        inline = (
-            "const s = document.createElement('script'); s.textContent = 'window.owned = 1'; document.body.append(s)"
+        inline = "const s = document.createElement('script'); s.textContent = 'window.owned = 1';"
+        assert (
+            await tab.evaluate(f"(() => {{ {inline} document.body.append(s); return typeof window.owned }})()")
+            == "undefined"
         )
-        assert await tab.evaluate(f"{inline}; typeof window.owned") == "undefined"
 
     in_browser(work)
 
 
-def test_it_is_read_without_scripts_and_printed(tmp_path):
-    page = page_of(tmp_path)
+def test_it_is_read_without_scripts_and_printed(whole):
+    page = page_of(whole)
 
     async def work(tab):
         await tab.call("Emulation.setScriptExecutionDisabled", value=True)

@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,22 +15,79 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install libtpu)")
-def test_a_7b_step_with_splash_attention_fits_sixteen_small_tpus():
-    """Mistral 7B on a v5e:4x4 slice, two sequences of 2,048 tokens a device: counted in the program, not timed."""
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
+LAYER = 4096 * 8 * 128  # numbers of the smallest matrix of a layer, its keys'
+
+
+def compiled(*arguments):
+    """Return what benchmarks/memory.py says of a program."""
     path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    script = [sys.executable, "benchmarks/attention.py", "--aot", "v5e:4x4", "--backends", "splash"]
+    script = [sys.executable, "benchmarks/memory.py", *arguments]
     done = subprocess.run(script, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def numbers(shape):
+    return math.prod(int(size) for size in re.findall(r"\d+", shape.split("[")[1]))
+
+
+def test_a_7b_step_with_splash_attention_fits_sixteen_small_tpus():
+    """Mistral 7B on a v5e:4x4 slice, two sequences of 2,048 tokens a device: counted in the program, not timed."""
+    found = compiled("v5e:4x4", "adamw", "--pairs", "16")
     # Forward, once more for the backward pass (remat), and its two kernels; one call a layer loop.
     assert found["kernel_calls"] == 4
     assert {name.split("_")[2] for name in found["kernels"]} == {"fwd", "dq", "dkv"}
     # A v5e has 16 GB, of which a program gets 15.75 GiB. The float32 weights and moments are 5.1 of them.
-    assert 5.0 < found["arguments_gib"] < found["peak_gib"] <= found["arguments_gib"] + found["temporary_gib"] < 14.0
-    # Gradients are summed where they lie: nothing as large as the smallest matrix, a layer's keys, is summed whole.
-    assert found["collectives"]["all-gather"] > 0
-    assert found["largest_all_reduce"] < 4096 * 8 * 128
+    assert 5.0 < found["arguments"] < found["peak"] <= found["arguments"] + found["temporaries"] < 14.0
+    # Gradients are summed where they lie: nothing as large as a layer's keys is summed whole.
+    assert found["sent"]["all-gather"][0] > 0
+    assert numbers(found["sent"]["all-reduce"][2]) < LAYER
+
+
+def test_between_two_slices_gradients_travel_once_after_the_micro_batches():
+    common = ("--slices", "2", "--data", "2", "--layers", "2", "--pairs", "128", "--parts", "4")
+    found = compiled("v5e:4x4", "adamw", *common)
+    kinds = [(runs, size, numbers(shape)) for runs, size, shape in found["over_data_in_loops"].values()]
+    # Of each micro-batch its pairs' log-probabilities, in a tile of the network's.
+    assert all(runs <= 4 and largest <= 8192 for runs, _, largest in kinds)
+    parameters = found["arguments"] / 3  # and two moments
+    assert sum(size for _, size, _ in found["over_data"].values()) < 1.05 * parameters
+
+
+def test_a_token_copies_no_cache_and_gathers_no_weights():
+    """Decoding at Mistral's width, 2 layers, weights over 2 devices of a v5e:2x2; counted in the compiled program."""
+    from dno_jax.config import RunConfig, load_config
+    from dno_jax.plan.hlo import collectives, copies
+    from dno_jax.plan.run import programs_on
+    from dno_jax.plan.shape import Shape, shape_of
+    from dno_jax.plan.topology import target_of
+    from dno_jax.runtime.arguments import decode_call
+    from dno_jax.runtime.slots import plan_on, wanted_by_stage
+
+    overrides = ["sampling.slots=32", "sampling.mesh={data: -1, tensor: 2}"]
+    config = load_config(RunConfig, ROOT / "configs" / "mistral_7b_ultrafeedback.yaml", overrides)
+    target = target_of("v5e:2x2", num_devices=None, memory=None)
+    whole = shape_of(config, "mistral-7b").config
+    model = replace(whole, num_hidden_layers=2, windows=whole.windows[:2])
+    programs = programs_on(config, Shape("two layers", model, (2,)), target)
+    wanted = wanted_by_stage(programs.config, num_prompts=1000, num_held_out=0)["sample"]
+    mesh = programs.decode_mesh
+    slots = plan_on(programs, wanted, mesh=mesh, capacity=target.capacity, platform="tpu")
+    call = decode_call(programs, slots)
+    compiled = call.lowered().compile()
+    text = compiled.as_text()
+    keys = 32 * 4 * 128 * 2048 * 2  # of a layer, on one device
+    assert call.parts["KV cache"] > 4 * keys
+    # A scatter would copy all of them; read is at most what texts have reached, and that where it lies.
+    assert [shape for shape in copies(text, at_least=keys // 8) if shape.startswith("bf16[32,")] == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * keys
+    sent = {one.kind: one for one in collectives(text)}
+    assert set(sent) == {"all-gather", "all-reduce"}
+    assert sent["all-gather"].shape == "f32[32,32000]"  # logits
+    assert sent["all-reduce"].largest == 32 * 4096 * 2  # two sums a layer of hidden states

@@ -206,7 +206,7 @@ def test_an_extragradient_step_is_whole():
     with pytest.raises(DnoError, match=r"set pairing\.replay=0"):
         config_of("extragradient", pairing={"replay": 0.3})
     tree = config_of("extragradient").model_dump() | {"iterations": 3}
-    with pytest.raises(DnoError, match="two iterations a step; iterations is 3, give an even number"):
+    with pytest.raises(DnoError, match="two iterations a step, and iterations=3; give an even number"):
         parse_config(RunConfig, tree, place="test")
 
 

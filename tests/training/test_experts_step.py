@@ -130,14 +130,15 @@ def test_micro_batches_report_the_whole_batchs_load(mixture, mixture_params, row
     assert_same(step(mixture, mixture_params, make_batch(rows[:6], batch_size=8, max_length=48, parts=4)), plain)
 
 
-def test_micro_batches_weigh_in_by_their_tokens(mixture, mixture_params, rows):
+@pytest.mark.parametrize("axes", [(1, 1, 1, 1), (2, 1, 2, 1)], ids=str)
+def test_micro_batches_weigh_in_by_their_tokens(mixture, mixture_params, rows, axes):
     """Two micro-batches of the same rows: the mean of their losses is the loss of both."""
     rows = [row for row in rows[:4] for _ in range(2)]
     whole, parted = (make_batch(rows, batch_size=8, max_length=48, parts=parts) for parts in (1, 2))
     # The longest is dealt out first, so that of two equal ones each micro-batch gets one.
     assert (parted.num_tokens[0].sum(0) == parted.num_tokens[1].sum(0)).all()
     expected = step(mixture, mixture_params, whole, load_balance_weight=30.0)
-    assert_same(step(mixture, mixture_params, parted, load_balance_weight=30.0), expected)
+    assert_same(step(mixture, mixture_params, parted, axes, load_balance_weight=30.0), expected)
 
 
 def test_the_weight_evens_the_load_and_zero_leaves_it(mixture, mixture_params, batch, plain):

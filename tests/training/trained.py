@@ -11,6 +11,7 @@ from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import LossSection, MeshSection
 from dno_jax.model.decoder import Decoder
 from dno_jax.model.params import computing_params, param_axes
+from dno_jax.parallel.attention import make_attention
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain
 from dno_jax.training.objectives import preference_loss
@@ -30,7 +31,8 @@ def begin(config, params, section, *, axes=(1, 1, 1), param_dtype="float32", row
     placed = jax.device_put(jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, held), places)
     shardings = state_shardings(optimizer, places, placed)
     state = init_state(placed, optimizer, shardings)
-    model = Decoder(config, constrain=Constrain(mesh, TRAIN))
+    attention = make_attention("xla", mesh=mesh, layout=TRAIN)
+    model = Decoder(config, constrain=Constrain(mesh, TRAIN), attention=attention)
     step = StepConfig(model, optimizer, row_loss, chunk=64, places=tuple(jax.tree.leaves(shardings)))
     key = key_data(Purpose.ROUNDING, 0, 0, "train")
 

@@ -54,7 +54,9 @@
 
   // Samples: chunks of prompts, each base64 of gzip of JSON.
   const unpack = async (element) => {
-    const bytes = Uint8Array.from(atob(element.textContent), (char) => char.charCodeAt(0));
+    const raw = atob(element.textContent);
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
   };
