@@ -72,7 +72,7 @@ def test_one_query_a_row_reads_the_cache_where_it_lies():
     assert compiled.memory_analysis().temp_size_in_bytes < k[..., :512].nbytes / 4
 
 
-@pytest.mark.parametrize("length", [64, 65, 200, 700])
+@pytest.mark.parametrize("length", [*(pytest.param(one, marks=pytest.mark.soak) for one in (64, 65, 700)), 200])
 def test_blocks_of_queries_change_nothing(length):
     """Whole sequences are cut into blocks that skip keys after them; rows are padded left, right and in the middle.
 
@@ -137,10 +137,10 @@ CUDNN = CudnnAttention((32, 96, NO_WINDOW), implementation="xla")
 @pytest.mark.parametrize(
     ("attention", "length", "softcap"),
     [
-        pytest.param(SPLASH, 256, None, id="splash"),
-        pytest.param(SPLASH, 256, 2.0, id="splash-softcap"),
+        pytest.param(SPLASH, 256, None, id="splash", marks=pytest.mark.soak),
+        pytest.param(SPLASH, 256, 2.0, id="splash-softcap", marks=pytest.mark.soak),
         pytest.param(SPLASH, 100, 2.0, id="splash-length-padded"),
-        pytest.param(CUDNN, 256, None, id="cudnn"),
+        pytest.param(CUDNN, 256, None, id="cudnn", marks=pytest.mark.soak),
         pytest.param(CUDNN, 101, None, id="cudnn-odd-length"),
     ],
 )

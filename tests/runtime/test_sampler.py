@@ -336,7 +336,7 @@ def test_a_writer_that_fails_ends_the_device_programs_of_all_draws(make_config, 
     assert error.tb is not None  # as above
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.soak), 3])
 def test_the_number_of_slots_is_free_within_a_run(make_config, tmp_path, slots):
     config = make_config()
     _, whole = drawn(config)

@@ -488,7 +488,7 @@ def test_closing_early_cancels_what_is_in_flight():
         assert len(server.bodies) == asked
 
 
-@pytest.mark.parametrize("dialect", ["vllm", "plain"])
+@pytest.mark.parametrize("dialect", [pytest.param("vllm", marks=pytest.mark.soak), "plain"])
 def test_an_exported_checkpoint_behind_a_server(tmp_path, dialect):
     """Our export in transformers behind HTTP, with our tokenizer: log-probs are those of our decoder on its ids."""
     torch = pytest.importorskip("torch")
