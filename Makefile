@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 WORKERS ?= -n 2 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-fast soak lint install install-test clean
+.PHONY: demo test test-fast soak lint docs install install-report install-test clean
 
-demo: install  ## the whole loop on 2 CPU cores in minutes: no network, no account
+demo: install-report  ## the whole loop on 2 CPU cores in minutes: no network, no account
 	$(BIN)/dno run configs/demo.yaml
 
 test: install-test  ## what CI runs
@@ -24,7 +24,12 @@ lint: install-test
 	$(PIP) install -q -e ".[dev]"
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 
+docs: install-report  ## docs/ as a site, in site/
+	$(PIP) install -q -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
 install: $(VENV)/.installed
+install-report: $(VENV)/.installed-report
 install-test: $(VENV)/.installed-test
 
 $(VENV)/bin/python:
@@ -35,11 +40,15 @@ $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -e .
 	@touch $@
 
+$(VENV)/.installed-report: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install -q -e ".[report]"
+	@touch $@ $(VENV)/.installed
+
 # torch comes first and pinned: it is a test dependency, and the pinned release has a CPU build.
 $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q torch==2.13.0
 	$(PIP) install -q -e ".[test]"
-	@touch $@ $(VENV)/.installed
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-report
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

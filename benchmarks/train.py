@@ -20,7 +20,11 @@ from common import load_model, random_ids, report
 
 from dno_jax.config import LossSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
+from dno_jax.parallel.attention import make_attention
+from dno_jax.parallel.mesh import one_device_mesh
+from dno_jax.parallel.sharding import TRAIN
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
+from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.packing import Packing, plan_batches
@@ -61,6 +65,9 @@ def main() -> None:
     parser.add_argument("--remat", default="full", choices=["none", "full", "dots"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument(
+        "--attention", default="xla", choices=["xla", "cudnn", "splash", "own"], help="own: the device's"
+    )
     options = parser.parse_args()
 
     config, params = load_model(options.model)
@@ -80,7 +87,10 @@ def main() -> None:
     computed = sum(plan.lay_out(lengths.take(own))[1].num_tokens for own in order)
     needed = sum(plan.lay_out(lengths.take(own))[0].num_tokens for own in order)
 
-    model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat)
+    own = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+    backend = own if options.attention == "own" else options.attention
+    attention = make_attention(backend, mesh=one_device_mesh(), layout=TRAIN, windows=config.windows)
+    model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat, attention=attention)
     optimizer = make_optimizer(OptimizerSection())
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
     step_config = StepConfig(model, optimizer, preference_loss(LossSection(beta=0.1)), chunk=options.chunk)
@@ -89,10 +99,12 @@ def main() -> None:
     for own in order[: options.steps + 1]:
         batches.append(make_batch([rows[i] for i in own], batch_size=options.batch, max_length=longest, plan=plan))
     host = (time.process_time() - host) / len(batches)
-    compile_seconds, temporary = time.perf_counter(), 0
+    compile_seconds, temporary, predicted = time.perf_counter(), 0, 0
     for shape in {batch.token.shape + batch.source.shape: batch for batch in batches}.values():
         compiled = train_step.lower(state, shape, rate, config=step_config).compile()
-        temporary = max(temporary, compiled.memory_analysis().temp_size_in_bytes)
+        memory = compiled.memory_analysis()
+        temporary = max(temporary, memory.temp_size_in_bytes)
+        predicted = max(predicted, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
     compile_seconds = time.perf_counter() - compile_seconds
     if options.parts == 1:
         scored = [score_step(params, batch, model=model, chunk=options.chunk) for batch in batches]
@@ -108,10 +120,13 @@ def main() -> None:
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - before)
     tokens = np.asarray([sum(rows[i].num_tokens for i in own) for own in order[1 : len(batches)]])
+    work = work_of(config, lengths.take(np.concatenate(order[1 : len(batches)])), share_prompt=packing.share_prompt)
+    flops, peak = train_flops(config, work) / sum(seconds), peak_flops(jax.devices()[0].device_kind)
     report(
         "train",
         model=Path(options.model).name,
         layout=options.layout,
+        attention=backend,
         batch_pairs=options.batch,
         shapes=[[shape.parts, shape.rows, shape.length, shape.window] for shape in plan.shapes],
         padding_share=1 - needed / computed,
@@ -125,6 +140,9 @@ def main() -> None:
         plan_seconds=plan_seconds,
         compile_seconds=compile_seconds,
         temporary_mib=temporary / 2**20,
+        predicted_mib=predicted / 2**20,
+        tflops_per_second=flops / 1e12,
+        mfu=None if peak is None else flops / peak,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -68,6 +68,7 @@ console = PlainConsole(stderr=True)
 _WIDEST = 1000
 _LEAST_FOLDED = 12
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_ASIDES = 1.0
 _SECONDS_BETWEEN_REMINDERS = 600.0
 
 
@@ -132,8 +133,20 @@ class Meter:
     One unit is `scale` counts: bytes are shown in GB with unit="GB", scale=10**9.
     """
 
-    def __init__(self, description: str, *, total: int, unit: str, scale: int = 1, done: int = 0, enabled: bool = True):
+    def __init__(
+        self,
+        description: str,
+        *,
+        total: int,
+        unit: str,
+        scale: int = 1,
+        done: int = 0,
+        enabled: bool = True,
+        aside: Callable[[], str] | None = None,
+    ):
+        """Count from `done` to `total`; `aside` is asked, once a second at most, for a word beside the description."""
         self._description, self._total, self._unit, self._scale = description, total, unit, scale
+        self._aside, self._asked = aside, -math.inf
         self._done = self._first = done
         self._said: int | None = None
         self._enabled = enabled
@@ -153,6 +166,8 @@ class Meter:
         """Add finished work; `note` follows the description."""
         self._done += count
         self._note = note or self._note
+        if self._aside is not None and time.monotonic() - self._asked >= _SECONDS_BETWEEN_ASIDES:
+            self._note, self._asked = self._aside(), time.monotonic()
         if self._progress is not None:
             description = f"{self._description} {self._note}".rstrip()
             self._progress.update(self._task, completed=self._done, description=description)

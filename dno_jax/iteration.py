@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dno_jax.config import RunConfig
+from dno_jax.console import say
 from dno_jax.parallel.cluster import is_primary, wait_until
-from dno_jax.report.page import write_report
+from dno_jax.report.page import refresh
+from dno_jax.report.status import standing
 from dno_jax.report.training import note_shares
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.scheme import updates
 from dno_jax.stage_dir import Manifest, is_lookahead
 from dno_jax.stages import checkpoints, evaluate, pair, pruning, score, teach, train
 from dno_jax.stages.overlap import sample_and_annotate
@@ -42,6 +43,7 @@ def run(config: RunConfig, *, redo_from: str | None = None) -> RunResult:
         checkpoints.export_best(runtime, policy=best)
         if config.outer.scheme == "average":
             checkpoints.export_pool(runtime, path=os.fspath(run_dir.export_average_path))
+        _report(runtime, pictures=True)
         return RunResult(best=best, export=os.fspath(run_dir.export_path))
 
 
@@ -53,15 +55,24 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
             split = runtime.prompts.split
             _on_primary(runtime, "teach", iteration, lambda: teach.run(config, run_dir, iteration, split=split))
         sample_and_annotate(runtime, iteration)
+        _report(runtime)
     _on_primary(runtime, "pair", iteration, lambda: pair.run(config, run_dir, iteration))
-    for update in updates(config, run_dir, iteration):
-        score.run(runtime, iteration, stage_name=update.score)
-        train.run(runtime, iteration, stage_name=update.train)
+    score.run(runtime, iteration)
+    train.run(runtime, iteration)
+    _report(runtime)
     evaluate.run(runtime, iteration)
     if is_primary():
-        write_report(run_dir, config)
         note_shares(run_dir, config, iteration)
         pruning.prune(config, run_dir, iteration)
+        if reached := standing(run_dir, iteration):
+            say(reached)
+    _report(runtime, pictures=True)
+
+
+def _report(runtime: Runtime[RunConfig], *, pictures: bool = False) -> None:
+    if is_primary():
+        held_out = runtime.prompts.split.held_out
+        refresh(runtime.run_dir, runtime.config, pictures=pictures, held_out=held_out)
 
 
 def _on_primary(runtime: Runtime[RunConfig], name: str, iteration: int, stage: Callable[[], Manifest]) -> None:

@@ -18,7 +18,7 @@ Role = Literal["system", "user", "assistant"]
 Finish = Literal["stop", "length"]
 VerdictState = Literal["ok", "tie", "refused", "unparsable", "failed", "over budget"]
 JudgementState = Literal["ok", "refused", "unparsable", "failed", "over budget"]
-Source = Literal["policy", "mixture", "gold", "data"]
+Source = Literal["policy", "mixture", "previous", "gold", "data"]
 PairKind = Literal["student>student", "student>gold", "gold>student", "data>data", "data>gold", "gold>data"]
 
 
@@ -109,9 +109,11 @@ class Rollout(Record):
     """One candidate response with the exact token ids that a model emits and a judge reads.
 
     Attributes:
-        rollout_id: "<iteration>/<prompt_id>/<sample>", or ".../gold" for the teacher's response.
+        rollout_id: "<iteration>/<prompt_id>/<sample>", or ".../gold" for the teacher's response; of the policy before
+            what its own iteration called it.
         sample: index of the sample; -1 for the teacher's response.
-        source: who wrote it: policy t, its mixture with the initial policy, the teacher, or somebody in the data.
+        source: who wrote it: policy t, its mixture with the initial policy, the policy before (t-1, as iteration t-1
+            drew it), the teacher, or somebody in the data.
         policy: index t of the policy pi_t that sampled it, alone or in the mixture; None where none did.
         text: what the judge sees, after the prompt's assistant_prefix; the decoded `token_ids` without special tokens,
             cut before a stop string.

@@ -1,10 +1,11 @@
 """The run directory: where everything lies, who may write in it, and by which configuration it was made.
 
-    <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html tensorboard/ .lock
+    <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html report/ tensorboard/ .lock
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
-Paths are etils.epath, so a run directory may lie in an object store. Nothing here imports jax.
+It lies in a file system: in an object store nothing can be appended to, locked, or renamed at once. Nothing imports
+jax here.
 """
 
 from __future__ import annotations
@@ -32,8 +33,17 @@ class RunDir:
     """The root folder and where everything lies in it."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        # Orbax takes absolute paths only.
-        self.path = epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
+        """
+        Raises:
+            DnoError: it names an object store.
+        """
+        if "://" in os.fspath(path):
+            raise DnoError(
+                f"run_dir {os.fspath(path)}: object stores are not supported: figures are appended, verdicts are in "
+                "sqlite, and a file has to appear at once and be locked; give a directory of a file system that every "
+                "process sees (NFS, Lustre, Filestore, FSx), and copy what is finished to the bucket (launch/README.md)"
+            )
+        self.path = epath.Path(os.path.abspath(path))  # Orbax takes absolute paths only
         self.config_path = self.path / "config.yaml"
         self.format_path = self.path / "FORMAT"
         self.lock_path = self.path / ".lock"
@@ -41,6 +51,7 @@ class RunDir:
         self.annotations_path = self.path / "annotations.sqlite"
         self.receipts_path = self.path / "receipts.json"
         self.report_path = self.path / "report.html"
+        self.report_files_path = self.path / "report"
         self.tensorboard_path = self.path / "tensorboard"
         self.template_path = self.path / "template.txt"
         self.source_path = self.path / "policies" / "SOURCE.json"
@@ -57,10 +68,6 @@ class RunDir:
     def base_path(self) -> epath.Path:
         """Orbax checkpoint of the weights that every policy stands beside, where policy 0 is an adapter too."""
         return self.path / "policies" / "base"
-
-    def auxiliary(self, policy: int) -> epath.Path:
-        """Orbax checkpoint of pi'_t of the optimistic scheme; the first is policy 0 itself."""
-        return self.path / "policies" / f"{policy:03d}-auxiliary" if policy else self.policy(0)
 
     def iteration_path(self, iteration: int) -> epath.Path:
         return self.path / "iterations" / f"{iteration:03d}"
@@ -114,14 +121,11 @@ class RunDir:
     def held(self) -> Iterator[None]:
         """Keep the directory to this process; what writes shards or policies does so inside. A kill lets go of it too.
 
-        An object store has no locks, and neither have some file systems: nothing is held there.
+        Some file systems have no locks: nothing is held there.
 
         Raises:
             DnoError: another process holds it.
         """
-        if "://" in os.fspath(self.path):
-            yield
-            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -134,6 +138,29 @@ class RunDir:
             yield
         finally:
             os.close(file)
+
+    def holder(self) -> str | None:
+        """Who works in the directory now; None where nobody does, or nobody can tell."""
+        try:
+            file = os.open(self.lock_path, os.O_RDONLY)
+        except OSError:  # nobody has yet, or it lies in an object store
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return os.pread(file, 1024, 0).decode(errors="replace").strip() or "another process"
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+        return None
+
+    def paid(self) -> float | None:
+        """Dollars that judges and teachers have been paid, where there are receipts."""
+        try:
+            return float(json.loads(self.receipts_path.read_text())["usd"])
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return None
 
     def _lock(self, file: int) -> None:
         try:

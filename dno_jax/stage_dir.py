@@ -35,8 +35,6 @@ STAGES = {
     "sample": "rollouts",
     "annotate": "judgements",
     "pair": "pairs",
-    "score_auxiliary": "auxiliary/reference",
-    "train_auxiliary": "auxiliary/train",
     "score": "reference",
     "train": "train",
     "evaluate": "evaluation",
@@ -58,8 +56,7 @@ _RECORDED_PACKAGES = (
 
 def stage_names(config: RunConfig, iteration: int) -> tuple[str, ...]:
     """The stages that an iteration of this configuration runs, in order."""
-    scheme = config.outer.scheme
-    left_out = {"score_auxiliary", "train_auxiliary"} if scheme != "optimistic" else set()
+    left_out: set[str] = set()
     if config.annotation.teacher is None:
         left_out.add("teach")
     if is_lookahead(config, iteration):
@@ -126,11 +123,6 @@ class StageDir:
     def redo(self) -> str:
         """How the stage is run again, with what is there kept aside."""
         return f"dno run CONFIG --from {self.stage.replace('_', '-')}:{self.iteration}"
-
-    @property
-    def reads(self) -> Any:
-        """The stage whose fields this one reads: an auxiliary one reads as its like does."""
-        return self.stage.removesuffix("_auxiliary")
 
     def sub(self, name: str) -> StageDir:
         """A folder of shards inside this one, for a stage that writes more than one kind of row."""
@@ -275,7 +267,7 @@ class StageDir:
         if not path.exists():
             return []
         started = self._parse(Started, path.read_text(), path)
-        return changes(started.config, deciding(config, self.reads))
+        return changes(started.config, deciding(config, self.stage))
 
     def finished(self, config: Section, inputs: Mapping[str, str]) -> Manifest | None:
         """The manifest of an earlier call, if it was made from this configuration and these very inputs.
@@ -289,7 +281,7 @@ class StageDir:
         if manifest is None:
             return None
         stale = [name for name in {**manifest.inputs, **inputs} if manifest.inputs.get(name) != inputs.get(name)]
-        if manifest.config_digest != stage_digest(config, self.reads):
+        if manifest.config_digest != stage_digest(config, self.stage):
             stale.append("the configuration")
         if stale:
             raise DnoError(
@@ -302,7 +294,7 @@ class StageDir:
         """Note what this stage reads of the configuration, before its first shard; once."""
         path = self.path / STARTED
         if not path.exists():
-            started = Started(config=deciding(config, self.reads))
+            started = Started(config=deciding(config, self.stage))
             write_atomically(path, started.model_dump_json(indent=2) + "\n")
 
     def finish(
@@ -320,7 +312,7 @@ class StageDir:
         manifest = Manifest(
             stage=self.stage,
             iteration=self.iteration,
-            config_digest=stage_digest(config, self.reads),
+            config_digest=stage_digest(config, self.stage),
             inputs=dict(inputs),
             outputs={name: digest_of(path) for name, path in sorted(self.all_shards().items())},
             rows=rows,

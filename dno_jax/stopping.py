@@ -16,10 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import NoReturn
+
+from dno_jax.display import printable
 
 # Exit statuses. After SIGTERM: EX_TEMPFAIL, which no failure of ours has: the same command goes on from there.
 STOPPED, INTERRUPTED = 75, 130
 GRACE_SECONDS = 100.0
+HEARTBEAT_SECONDS = 100.0  # of several processes: without a sign of one, before the others end
 _ONE_REQUEST_SECONDS = 1.0  # launchers send the first signal several times, by several ways
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -56,14 +60,18 @@ class _Stop:
         return None if self.by is None else max(self.since + self.grace - time.monotonic(), 0.0)
 
     def end(self, why: str) -> None:
-        """End the process here, whatever its threads do; what is on disk whole stays."""
-        shown = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar has hidden the cursor
-        with suppress(OSError):
-            os.write(2, f"{shown}dno: {why}; the same command goes on from what is saved\n".encode())
-        os._exit(exit_status())
+        end_now(f"{why}; the same command goes on from what is saved", exit_status())
 
 
 _stop = _Stop()
+
+
+def end_now(why: str, status: int) -> NoReturn:
+    """End the process here, whatever its threads do, with one sentence; what is on disk whole stays."""
+    shown = "\x1b[?25h" if os.isatty(2) else ""  # a progress bar has hidden the cursor
+    with suppress(OSError):
+        os.write(2, f"{shown}dno: {printable(why)}\n".encode())
+    os._exit(status)
 
 
 def asked() -> bool:

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "dno_jax"
 LEVELS = [
     [
         "errors",
-        "stopping",
         "display",
+        "stopping",
         "records",
         "files",
         "addresses",
@@ -30,11 +30,11 @@ LEVELS = [
         "preferences",
     ],
     ["config", "stage_dir", "run_dir", "model", "games"],
-    ["parallel"],
+    ["parallel", "tracker"],
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
-    ["report", "stages", "plan"],
-    ["iteration"],
+    ["report", "stages", "plan", "launch"],
+    ["iteration", "smoke"],
     ["cli", "__main__"],
 ]
 ORDER = [room for level in LEVELS for room in level]

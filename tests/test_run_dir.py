@@ -114,13 +114,13 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number)
         assert (tmp_path / ".lock").read_text() == ""  # nobody says to hold it
 
 
-def test_an_object_store_has_no_lock(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    asked = []
-    monkeypatch.setattr(fcntl, "flock", lambda *arguments: asked.append(arguments))
-    with RunDir("gs://bucket/run").held():
-        assert asked == []
-        assert list(tmp_path.iterdir()) == []  # nor a folder of that name
+@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
+def test_an_object_store_is_refused_by_name(path):
+    """Half of what a run writes could not be written there, and the other half would be there at some time."""
+    with pytest.raises(
+        DnoError, match=rf"run_dir {path}: object stores are not supported.*file system that every process"
+    ):
+        RunDir(path)
 
 
 def test_an_unwritable_directory_is_refused(tmp_path):

@@ -132,4 +132,5 @@ def test_a_conversation_keeps_its_ctrl_c():
         working.send(signal.SIGINT)
         assert working.process.stdout.readline() == "heard\n"
         time.sleep(1.1)  # or they would be one request
-    assert working.ended()[:2] == (0, "False\n")
+    assert working.process.stdout.readline() == "False\n"  # it may have come with the line before
+    assert working.ended()[0] == 0

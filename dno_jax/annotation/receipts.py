@@ -48,6 +48,11 @@ async def closing(asked: Paid, run_dir: RunDir) -> AsyncIterator[None]:
     await _close(asked, run_dir)
 
 
+def dollars(receipt: dict[str, Any] | None) -> str:
+    """What a receipt comes to, for a progress line; empty where nothing is paid for."""
+    return f"${receipt['usd']:,.2f}" if receipt and receipt["usd"] else ""
+
+
 async def _close(asked: Paid, run_dir: RunDir) -> None:
     try:
         await asked.drain()

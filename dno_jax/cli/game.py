@@ -46,6 +46,7 @@ def game(
     console.print(report.game_table(played, P))
     for line in report.nash_lines(P):
         say(line)
+    say(report.advice())
     if out is not None:
         report.save_plot(played, out, title=f"{game}, {P.shape[-1]} responses")
         say(f"plot written to {out}")

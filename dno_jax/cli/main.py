@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from dno_jax import stopping
 from dno_jax.cli import process
 from dno_jax.cli.annotations import annotations
 from dno_jax.cli.chat import chat, generate
 from dno_jax.cli.game import game
+from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join, leave
+from dno_jax.cli.launch import launch
+from dno_jax.cli.looking import report, status
+from dno_jax.cli.measure import compare, evaluate, sample
+from dno_jax.cli.plan import plan
 from dno_jax.cli.prompts import prompts
+from dno_jax.cli.quantities import read_bytes
+from dno_jax.cli.recipes import Config, Iteration, Overrides, With, load, run_on_devices, stage_settings
 from dno_jax.cli.rehearsal import fake_judge
 from dno_jax.cli.settings import config as list_settings
+from dno_jax.cli.smoke import run_smoke
 from dno_jax.cli.version import show_version
 
 if TYPE_CHECKING:
@@ -41,23 +46,6 @@ def _app(
     """What holds for every command."""
 
 
-Config = Annotated[
-    Path,
-    typer.Argument(help="a YAML file (see configs/); relative paths in it start at its folder", show_default=False),
-]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="fields to set, such as sampling.num_samples=8", show_default=False)
-]
-With = Annotated[
-    list[Path] | None,
-    typer.Option("--with", metavar="YAML", help="lay a variant's changes over CONFIG (see configs/variants)"),
-]
-Iteration = Annotated[int, typer.Option(help="which iteration, from 0")]
-Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
-NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
-ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
-
-
 @app.command()
 def run(
     config: Config,
@@ -71,6 +59,12 @@ def run(
             help="redo this stage and all that follows, such as train or pair:1; earlier results are set aside",
         ),
     ] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="measure 16 prompts and two steps of every stage here, and keep nothing")
+    ] = False,
+    price_per_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="of one device, in dollars; for --smoke", show_default=False)
+    ] = None,
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
@@ -80,53 +74,37 @@ def run(
     SIGTERM and Ctrl-C save what can be saved, within grace_seconds; the exit status is then 75, or 130: the same
     command goes on.
     """
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax import iteration
     from dno_jax.console import console
     from dno_jax.parallel.cluster import is_primary
     from dno_jax.report.answers import answers_text, shown_answers
+    from dno_jax.report.measured import last_matrix
     from dno_jax.report.summary import iteration_table, policy_table, told_policy
     from dno_jax.run_dir import RunDir
 
-    _join(coordinator, num_processes, process_id)
+    join(settings, coordinator, num_processes, process_id)
+    if smoke:
+        run_smoke(settings, price_per_hour)
+        return
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
         console.print(policy_table(folder, iterations=settings.iterations))
+        console.print(last_matrix(folder, iterations=settings.iterations))
         console.print(iteration_table(folder, settings))
         if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
             console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
         console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
-
-
-def _stage_settings(
-    name: str, config: Path, overrides: list[str] | None, variants: list[Path] | None, iteration: int
-) -> RunConfig:
-    """Read the configuration of a command that runs one stage.
-
-    Raises:
-        DnoError: the run has no such iteration, or the iteration no such stage.
-    """
-    from dno_jax.errors import DnoError
-    from dno_jax.stage_dir import stage_names
-
-    settings = _load(config, overrides, variants)
-    if not 0 <= iteration < settings.iterations:
-        raise DnoError(f"--iteration is {iteration}; the configuration has iterations 0 to {settings.iterations - 1}")
-    if name not in stage_names(settings, iteration):
-        raise DnoError(
-            f"iteration {iteration} has no stage {name!r} under outer.scheme={settings.outer.scheme}; "
-            f"it has {', '.join(stage_names(settings, iteration))}"
-        )
-    return settings
+        console.print(f"report: {folder.report_path}", soft_wrap=True)
 
 
 def _host_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs no device: any machine with the run directory will do."""
 
     def command(config: Config, overrides: Overrides = None, variants: With = None, iteration: Iteration = 0) -> None:
-        _run_on_host(name, _stage_settings(name, config, overrides, variants, iteration), iteration)
+        _run_on_host(name, stage_settings(name, config, overrides, variants, iteration), iteration)
 
     command.__doc__ = summary
     app.command(name)(command)
@@ -135,6 +113,7 @@ def _host_stage(name: str, summary: str) -> None:
 def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     import importlib
 
+    from dno_jax.report.page import refresh
     from dno_jax.run_dir import RunDir
     from dno_jax.stages import redo
 
@@ -142,9 +121,10 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     redo.check(settings, folder)
     folder.create(settings)
     stage.run(settings, folder, iteration)
+    refresh(folder, settings)
 
 
-def _device_stage(name: str, summary: str, *, module: str | None = None) -> None:
+def _device_stage(name: str, summary: str) -> None:
     """Add the command of a stage that needs the devices."""
 
     def command(
@@ -156,28 +136,16 @@ def _device_stage(name: str, summary: str, *, module: str | None = None) -> None
         num_processes: NumProcesses = None,
         process_id: ProcessId = None,
     ) -> None:
-        settings = _stage_settings(name, config, overrides, variants, iteration)
-        _join(coordinator, num_processes, process_id)
-        options = {"stage_name": name} if module in ("score", "train") else {}
-        _run_on_devices(name, module or name, settings, iteration, **options)
+        settings = stage_settings(name, config, overrides, variants, iteration)
+        join(settings, coordinator, num_processes, process_id)
+        run_on_devices(name, name, settings, iteration)
 
     command.__doc__ = summary
-    app.command(name.replace("_", "-"))(command)
-
-
-def _run_on_devices(name: str, module: str, settings: RunConfig, iteration: int, **options: str) -> None:
-    import importlib
-
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages.preflight import prepared
-
-    stage, runtime = importlib.import_module(f"dno_jax.stages.{module}"), Runtime.start(settings)
-    with prepared(runtime, only=(name, iteration)):
-        stage.run(runtime, iteration, **options)
+    app.command(name)(command)
 
 
 _host_stage("teach", "Have a teacher write the gold responses that the data lacks; needs no accelerator.")
-_device_stage("sample", "Sample K responses per prompt from policy t.")
+app.command()(sample)
 
 
 @app.command()
@@ -191,11 +159,11 @@ def annotate(
     process_id: ProcessId = None,
 ) -> None:
     """Judge the candidates; any machine with the run directory will do, unless the judge is a model on the devices."""
-    settings = _stage_settings("annotate", config, overrides, variants, iteration)
+    settings = stage_settings("annotate", config, overrides, variants, iteration)
     judges = {"self": "judge_on_devices.policy", "reward_model": "judge_on_devices.reward_model"}
     if settings.annotation.on_devices:
-        _join(coordinator, num_processes, process_id)
-        _run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
+        join(settings, coordinator, num_processes, process_id)
+        run_on_devices("annotate", judges[settings.annotation.kind], settings, iteration)
     else:
         _run_on_host("annotate", settings, iteration)
 
@@ -203,9 +171,7 @@ def annotate(
 _host_stage("pair", "Choose the training pairs.")
 _device_stage("score", "Write the reference log-probabilities of the pairs.")
 _device_stage("train", "Train policy t into policy t+1.")
-_device_stage("score_auxiliary", "The optimistic scheme's first half: score the pairs under pi'_t.", module="score")
-_device_stage("train_auxiliary", "The optimistic scheme's first half: train pi'_t into pi'_{t+1}.", module="train")
-_device_stage("evaluate", "Measure policy t+1 on held-out prompts.")
+app.command()(evaluate)
 
 
 @app.command()
@@ -218,8 +184,8 @@ def sft(
     process_id: ProcessId = None,
 ) -> None:
     """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
-    settings = _load(config, overrides, variants, kind="SftConfig")
-    _join(coordinator, num_processes, process_id)
+    settings = load(config, overrides, variants, kind="SftConfig")
+    join(settings, coordinator, num_processes, process_id)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages import sft as stage
 
@@ -229,7 +195,7 @@ def sft(
 @app.command("import")
 def import_(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax.runtime.runtime import Runtime
     from dno_jax.stages.preflight import prepared
 
@@ -264,61 +230,12 @@ def export(
         policy=policy,
         base=base,
         dtype=dtype,
-        max_shard_bytes=_bytes(max_shard_size, option="--max-shard-size"),
+        max_shard_bytes=read_bytes(max_shard_size, option="--max-shard-size"),
         overwrite=overwrite,
         push=push,
         public=public,
     )
     exports.run(RunDir(run_dir), str(path), wanted)
-
-
-@app.command()
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    variants: With = None,
-    memory: Annotated[
-        str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
-    ] = None,
-    devices: Annotated[
-        int | None, typer.Option(help="how many to plan for; those that this machine lacks need --memory")
-    ] = None,
-    response_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a response that a judge reads; by default the longest possible")
-    ] = None,
-    reply_tokens: Annotated[
-        int | None, typer.Option(min=1, help="tokens of a judge's reply; by default the longest possible")
-    ] = None,
-) -> None:
-    """Show what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator."""
-    from dno_jax.console import console
-    from dno_jax.plan import run as planning
-
-    capacity = None if memory is None else _bytes(memory, option="--memory")
-    found = planning.plan_run(
-        _load(config, overrides, variants),
-        memory=capacity,
-        num_devices=devices,
-        response_tokens=response_tokens,
-        reply_tokens=reply_tokens,
-    )
-    console.print(planning.render(found))
-
-
-@app.command()
-def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
-    verify: Annotated[
-        bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
-    ] = False,
-) -> None:
-    """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
-    from dno_jax.console import console
-    from dno_jax.report import status as report
-    from dno_jax.run_dir import RunDir
-
-    for table in report.tables(RunDir(str(run_dir)), verify=verify):
-        console.print(table)
 
 
 class _TemplateByDefault(TyperGroup):
@@ -331,6 +248,7 @@ class _TemplateByDefault(TyperGroup):
 
 
 app.add_typer(annotations, name="annotations", help="What judges were paid for: list, export or purge it.")
+app.add_typer(launch, name="launch", help="Manifests for clusters.")
 app.add_typer(prompts, name="prompts", help="What files of prompts or examples are taken for.")
 
 _inspect = typer.Typer(cls=_TemplateByDefault, no_args_is_help=True, rich_markup_mode=None)
@@ -345,7 +263,7 @@ def _inspect_group() -> None:
 @_inspect.command("template")
 def inspect_template(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
-    settings = _load(config, overrides, variants)
+    settings = load(config, overrides, variants)
     from dno_jax.console import PlainConsole
     from dno_jax.stages import template as stage
 
@@ -354,6 +272,10 @@ def inspect_template(config: Config, overrides: Overrides = None, variants: With
     stage.refuse(found.findings, place=settings.model.path)
 
 
+app.command()(status)
+app.command()(report)
+app.command()(compare)
+app.command()(plan)
 app.command()(chat)
 app.command()(generate)
 app.command("config")(list_settings)
@@ -361,40 +283,12 @@ app.command()(game)
 app.command()(fake_judge)
 
 
-def _load(path: Path, overrides: list[str] | None, variants: list[Path] | None, *, kind: str = "RunConfig") -> Any:
-    from dno_jax import config
-
-    settings = config.load_config(getattr(config, kind), path, overrides or [], variants=variants or [])
-    stopping.allow(settings.grace_seconds)
-    return settings
-
-
-def _bytes(text: str, *, option: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([kMGT]?)|([KMGT])i)B", text)
-    if found is None or not float(found[1]):
-        from dno_jax.errors import DnoError
-
-        raise DnoError(f"{option} is {text!r}; expected a number above 0 and a unit, such as 500MB, 5GB or 16GiB")
-    number, decimal, binary = found.groups()
-    unit = 1024 ** " KMGT".index(binary) if binary else 1000 ** " kMGT".index(decimal or " ")
-    return int(float(number) * unit)
-
-
-def _join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    from dno_jax.parallel.cluster import initialize
-
-    initialize(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
-
-
 def main() -> None:
     """Run the command line; exit status 2 and no traceback after a DnoError, 75 after SIGTERM, 130 after a Ctrl-C."""
+    failure = None
     try:
         status = process.run(app)
     except Exception as error:
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 1
-    if status not in (0, stopping.STOPPED, stopping.INTERRUPTED) and "dno_jax.parallel.cluster" in sys.modules:
-        from dno_jax.parallel.cluster import end_at_once
-
-        end_at_once(status)
+        status, failure = 1, error
+    leave(status, failure)
     raise SystemExit(status)

@@ -24,11 +24,11 @@ from dno_jax.config.judges import (
     TableSection,
 )
 from dno_jax.config.loading import dump_config, load_config, parse_config
+from dno_jax.config.mesh import MeshSection
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    MeshSection,
     ModelConfigSection,
     PairingSection,
     PromptsSection,

@@ -15,7 +15,7 @@ from dno_jax.config.base import Section, Stage
 from dno_jax.config.runs import RunConfig
 
 
-def deciding(config: Section, stage: Stage) -> dict[str, Any]:
+def deciding(config: Section, stage: str) -> dict[str, Any]:
     """Return what decides a stage's results: dotted name -> value as JSON has it."""
     found = {name: value for name, value, stages in _leaves(config, prefix="", inherited=None) if stage in stages}
     if isinstance(config, RunConfig):
@@ -26,7 +26,7 @@ def deciding(config: Section, stage: Stage) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def stage_digest(config: Section, stage: Stage) -> str:
+def stage_digest(config: Section, stage: str) -> str:
     """sha256 of what decides a stage's results."""
     return hashlib.sha256(json.dumps(deciding(config, stage), sort_keys=True).encode()).hexdigest()
 
@@ -48,6 +48,8 @@ def _decides_samples(config: RunConfig) -> dict[str, Any]:
         }
     if config.mixes and config.outer.every is not None:  # pi_ref moves
         found["outer.every"] = config.outer.every
+    if config.outer.scheme in ("optimistic", "extragradient"):  # the samples of the policy before stand beside its own
+        found["outer.scheme"] = config.outer.scheme
     if config.annotation.kind == "given":  # a gold response without points is no candidate
         found["annotation.kind"] = "given"
     return found

@@ -82,6 +82,9 @@ class QualitySection(Section):
     max_cyclic_share: Fraction | None = Field(
         default=0.2, description="of triples of candidates", json_schema_extra=COSTS
     )
+    max_loudest_judge: Fraction | None = Field(
+        default=0.75, description="share of contradictions in which one judge decides", json_schema_extra=COSTS
+    )
 
 
 class PythonSection(Section):

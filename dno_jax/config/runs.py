@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from dno_jax.config.adapter import AdapterSection, refuse_rounded_adapters
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import COSTS, Count, DataPaths, ModelPath, PathStr, Section, contents, decides
+from dno_jax.config.mesh import MeshSection
 from dno_jax.config.sampling import SamplingSection
 from dno_jax.config.sections import (
     EvaluationSection,
-    MeshSection,
     ModelConfigSection,
     PairingSection,
     PromptsSection,
@@ -25,13 +25,22 @@ from dno_jax.config.training import (
     ReferenceSection,
     TrainingSection,
 )
-from dno_jax.stopping import GRACE_SECONDS
+from dno_jax.stopping import GRACE_SECONDS, HEARTBEAT_SECONDS
 
 GraceSeconds = Annotated[
     float,
     Field(
         gt=0.0,
         description="how long it may go on to save what it has, once asked to stop; less than the scheduler grants",
+        json_schema_extra=COSTS,
+    ),
+]
+
+HeartbeatSeconds = Annotated[
+    float,
+    Field(
+        ge=5.0,
+        description="of several processes: how long one may give no sign of life before the others end, to be resumed",
         json_schema_extra=COSTS,
     ),
 ]
@@ -66,6 +75,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     report: ReportSection = Field(default=ReportSection())
     grace_seconds: GraceSeconds = GRACE_SECONDS
+    heartbeat_seconds: HeartbeatSeconds = HEARTBEAT_SECONDS
 
     @model_validator(mode="after")
     def _adapters_are_float32(self) -> RunConfig:
@@ -78,6 +88,12 @@ class RunConfig(Section):
             raise ValueError(
                 f"annotation.kind={self.annotation.kind} gives pairwise verdicts, no scores: "
                 "set pairing.reward=win_rate"
+            )
+        if self.pairing.transform != "identity" and self.annotation.gives_scores:
+            raise ValueError(
+                f"pairing.transform={self.pairing.transform} is of preferences, and annotation.kind="
+                f"{self.annotation.kind} gives points alone: set pairing.transform=identity (pairing.score_temperature "
+                "says what points mean), or a judge of pairs, such as annotation.openai.form=pairwise"
             )
         if self.loss.target == "soft" and self.annotation.infers_preferences:
             raise ValueError(
@@ -145,6 +161,26 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _the_reference_is_sampled(self) -> RunConfig:
+        if not self.loss.forward_kl_weight:
+            return self
+        head = f"loss.forward_kl_weight={self.loss.forward_kl_weight} is of the reference's own samples: "
+        if self.sampling.source != "policy":
+            raise ValueError(f"{head}sampling.source={self.sampling.source} has none; set sampling.source=policy")
+        if self.sampling.engine == "openai" and self.sampling.server.logprobs == "none":
+            raise ValueError(
+                f"{head}known by the log-probs that are recorded with them; set sampling.engine=jax, or "
+                "sampling.server.logprobs to what the server gives"
+            )
+        moves = self.outer.every == 1  # then pi_ref is pi_t
+        if self.uses_initial and not (self.pairing.replay or self.iterations == 1 or moves):
+            raise ValueError(
+                f"{head}after iteration 0 those of the initial policy are in replayed pairs alone; set pairing.replay "
+                "above 0, or reference.kind=previous"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scheme_fits(self) -> RunConfig:
         scheme = self.outer.scheme
         if scheme == "proximal" and self.reference.kind == "previous":
@@ -155,9 +191,48 @@ class RunConfig(Section):
             raise ValueError(
                 "outer.scheme=lookahead pools the pairs of the iterations before the last: iterations >= 2"
             )
-        if scheme == "optimistic" and self.loss.kind.on_policy:
+        return self
+
+    @model_validator(mode="after")
+    def _the_previous_policy_can_be_met(self) -> RunConfig:
+        """What the optimistic and the extragradient scheme need: win rates against samples of two policies."""
+        scheme, pairing = self.outer.scheme, self.pairing
+        if scheme not in ("optimistic", "extragradient"):
+            return self
+        head = f"outer.scheme={scheme} "
+        stored = "reads win rates against samples of two policies, those of the one before as they are stored: "
+        if self.prompts.split != "shared":
             raise ValueError(
-                f"outer.scheme=optimistic regresses twice; loss.name={self.loss.name} is a policy gradient"
+                f"{head}{stored}with prompts.split={self.prompts.split} it has answered other prompts; set "
+                "prompts.split=shared"
+            )
+        if self.sampling.source != "policy":
+            raise ValueError(f"{head}{stored}sampling.source={self.sampling.source}; set sampling.source=policy")
+        if pairing.reward != "win_rate" or pairing.opponents != "policy":
+            raise ValueError(
+                f"{head}reads win rates against the policies' own samples: set pairing.reward=win_rate and "
+                f"pairing.opponents=policy (they are {pairing.reward} and {pairing.opponents})"
+            )
+        if pairing.rule in ("verdict", "spin"):
+            raise ValueError(
+                f"{head}with pairing.rule={pairing.rule}, which has no opponents: its pairs are made without win "
+                "rates; set pairing.rule=all (or best_worst, large_margin)"
+            )
+        if self.annotation.nobody_judges:
+            raise ValueError(f"{head}needs a judge, and annotation.kind={self.annotation.kind} asks nobody")
+        if self.loss.kind.own_win_rates:
+            raise ValueError(
+                f"{head}regresses on differences of win rates, and loss.name={self.loss.name} reads one win rate of "
+                "each sample; set loss.name=dno"
+            )
+        if scheme == "extragradient" and pairing.replay:
+            raise ValueError(
+                f"{head}trains twice on one iteration's samples: a pair replayed would be there twice; set "
+                "pairing.replay=0"
+            )
+        if scheme == "extragradient" and self.iterations % 2:
+            raise ValueError(
+                f"{head}takes two iterations a step, and iterations={self.iterations}; give an even number"
             )
         return self
 
@@ -183,6 +258,19 @@ class RunConfig(Section):
     def mixes(self) -> bool:
         """Whether anything is sampled from the mixture with the initial policy."""
         return self.sampling.source == "mixture" or self.sampling.num_opponents > 0
+
+    def is_second_half(self, iteration: int) -> bool:
+        """Whether iteration t ends an extragradient step, which the iteration before it began."""
+        return self.outer.scheme == "extragradient" and iteration % 2 == 1
+
+    def meets_previous(self, iteration: int) -> bool:
+        """Whether the samples of policy t-1 are judged beside those of policy t."""
+        return self.is_second_half(iteration) or (self.outer.scheme == "optimistic" and iteration > 0)
+
+    def num_candidates(self, iteration: int) -> int:
+        """Responses of policies that a prompt has in iteration t."""
+        section = self.sampling
+        return section.num_samples * (1 + self.meets_previous(iteration)) + section.num_opponents
 
     @property
     def uses_initial(self) -> bool:
@@ -246,6 +334,7 @@ class SftConfig(Section):
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
     grace_seconds: GraceSeconds = GRACE_SECONDS
+    heartbeat_seconds: HeartbeatSeconds = HEARTBEAT_SECONDS
 
     @model_validator(mode="after")
     def _one_iteration(self) -> SftConfig:

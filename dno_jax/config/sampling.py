@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dno_jax.config.base import COSTS, ROUNDS, SAMPLED, Count, Fraction, Section, Temperature, VariableName, decides
+from dno_jax.config.mesh import MeshSection
 
 
 class CompletionServerSection(Section):
@@ -100,6 +101,11 @@ class SamplingSection(Section):
     )
     kv_dtype: Literal["auto", "float32", "bfloat16", "int8", "float8_e4m3fn"] = Field(
         default="auto", description="dtype of the cached keys and values; auto: model.dtype", json_schema_extra=SAMPLED
+    )
+    mesh: MeshSection | None = Field(
+        default=None,
+        description="the devices laid out for decoding, where a policy is whole on data*fsdp and split over tensor; "
+        "weights move once a stage. None: the run's mesh, or with as wide a tensor axis as its weights need",
     )
     chunk_steps: Count = Field(
         default=32, description="tokens drawn per slot between two looks of the host", json_schema_extra=ROUNDS

@@ -1,10 +1,11 @@
-"""The sections that have no file of their own: model, mesh, prompts, pairing, evaluation, report."""
+"""The sections that have no file of their own: model, prompts, pairing, evaluation, report."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from dno_jax.config.annotation import AnnotationSection
 from dno_jax.config.base import (
@@ -17,6 +18,7 @@ from dno_jax.config.base import (
     DateStr,
     Fraction,
     ModelPath,
+    PathStr,
     Section,
     contents,
     decides,
@@ -61,41 +63,6 @@ class ModelConfigSection(Section):
         description="further variables of the chat template, such as {enable_thinking: false}",
         json_schema_extra=decides("sample", "evaluate", "sft"),
     )
-
-
-class MeshSection(Section):
-    """Devices by mesh axis; one axis may be -1 and takes the rest.
-
-    data and fsdp split rows; fsdp splits weights too, tensor heads and widths. expert splits a model's experts, and
-    rows as data does: for a model without experts it is the same as data.
-    """
-
-    data: int = Field(
-        default=-1,
-        description="devices along it; -1: all that are left; rows are split over it",
-        json_schema_extra=ROUNDS,
-    )
-    fsdp: int = Field(default=1, description="weights and rows are split over it", json_schema_extra=ROUNDS)
-    expert: int = Field(default=1, description="experts are split over it", json_schema_extra=ROUNDS)
-    tensor: int = Field(default=1, description="heads and MLPs are split over it", json_schema_extra=ROUNDS)
-    dcn_data: int = Field(
-        default=-1,
-        description="slices of devices that only a data centre's network joins; data is split over them first, and no "
-        "other axis; -1: those that TPUs say they are in, one elsewhere",
-        json_schema_extra=ROUNDS,
-    )
-
-    @model_validator(mode="after")
-    def _axes(self) -> MeshSection:
-        sizes = {"data": self.data, "fsdp": self.fsdp, "expert": self.expert, "tensor": self.tensor}
-        if self.dcn_data < 1 and self.dcn_data != -1:
-            raise ValueError(f"dcn_data is {self.dcn_data}; expected a positive number of slices, or -1")
-        for name, size in sizes.items():
-            if size < 1 and size != -1:
-                raise ValueError(f"{name} is {size}; expected a positive number of devices, or -1 for the rest")
-        if sum(size == -1 for size in sizes.values()) > 1:
-            raise ValueError("more than one axis is -1; only one can take the rest")
-        return self
 
 
 class PromptsSection(Section):
@@ -153,6 +120,12 @@ class PairingSection(Section):
         "policy's samples (unbiased for P(y > pi_t)); the mixture's samples (P(y > pi_t^tau))",
         json_schema_extra=PAIRED,
     )
+    transform: Literal["identity", "sign", "logit"] = Field(
+        default="identity",
+        description="of a preference P before win rates are means of it: P; sign: 1, 1/2 or 0, whoever is preferred; "
+        "logit: 1/2 + log P/(1 - P), in nats, of P within [.01, .99]",
+        json_schema_extra=PAIRED,
+    )
     score_temperature: float = Field(
         default=0.0,
         ge=0.0,
@@ -204,7 +177,12 @@ class PairingSection(Section):
             "restrictive": ("positive_floor", "margin", "student_margin"),
             "best_worst": ("margin",),
         }
-        if self.reward == "win_rate":
+        if self.transform != "identity" and (self.reward == "score" or self.rule in ("verdict", "spin")):
+            raise ValueError(
+                f"transform is {self.transform}, and no win rate is taken with reward={self.reward} and "
+                f"rule={self.rule}; set reward=win_rate and a rule that compares rewards, such as all, or leave it out"
+            )
+        if self.reward == "win_rate" and self.transform != "logit":
             for name in read.get(self.rule, ()):
                 if not 0.0 <= getattr(self, name) <= 1.0:
                     raise ValueError(f"{name} is {getattr(self, name)}, no win rate; with reward=win_rate give 0 to 1")
@@ -214,6 +192,18 @@ class PairingSection(Section):
         return self
 
 
+class GuardSection(Section):
+    """Questions with checkable answers, asked of every policy: a policy may please its judge and forget its sums."""
+
+    path: PathStr = Field(
+        description="JSONL of {question, answer}, GSM8K's rows too; see docs/evaluation.md",
+        json_schema_extra=contents("evaluate"),
+    )
+    num_samples: Count = Field(
+        default=1, description="answers per question and policy, sampled as the run samples", json_schema_extra=COSTS
+    )
+
+
 class EvaluationSection(Section):
     num_samples: Count = Field(
         default=1, description="responses per held-out prompt and policy", json_schema_extra=decides("evaluate")
@@ -221,9 +211,39 @@ class EvaluationSection(Section):
     annotation: AnnotationSection | None = Field(
         default=None, description="the judge; None: the run's own", json_schema_extra=decides("evaluate")
     )
+    external: dict[str, PathStr] = Field(
+        default={},
+        description="responses from elsewhere that policies are compared with, by name: files of {prompt_id, response} "
+        "or {instruction, output}",
+        json_schema_extra=contents("evaluate"),
+    )
+    min_prompts: Count | None = Field(
+        default=50, description="held-out prompts below which the run warns; None never does", json_schema_extra=COSTS
+    )
+    max_design_effect: float | None = Field(
+        default=2.0,
+        gt=0.0,
+        description="comparisons that are worth one, as verdicts on one prompt agree, above which the run warns",
+        json_schema_extra=COSTS,
+    )
+    guard: GuardSection | None = Field(default=None, description="questions with answers; None: none")
+
+    @field_validator("external")
+    @classmethod
+    def _names_are_no_players(cls, files: dict[str, str]) -> dict[str, str]:
+        for name in files:
+            if not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name in ("gold", "average"):
+                raise ValueError(f"{name!r} is no name of responses: letters, digits and _.-, not gold or average")
+        return files
 
 
 class ReportSection(Section):
     tensorboard: bool = Field(
         default=True, description="write event files into the run directory", json_schema_extra=COSTS
+    )
+    wandb: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a project of Weights & Biases that curves are sent to (extra `wandb`); None: none",
+        json_schema_extra=COSTS,
     )

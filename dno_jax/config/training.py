@@ -62,6 +62,13 @@ class LossSection(Section):
         description="weight of the chosen response's likelihood; perhaps the paper's alpha, 0.005",
         json_schema_extra=TRAINED,
     )
+    forward_kl_weight: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="weight of KL(pi_ref || pi), the likelihood of pi_ref's own samples (RSPO), in nats per response: "
+        "those of pi_t where it is the reference, else those of the initial policy among the pairs, replayed ones too",
+        json_schema_extra=TRAINED,
+    )
     length_normalised: bool = Field(
         default=False, description="average log-probabilities per token; needs a larger beta", json_schema_extra=TRAINED
     )
@@ -155,11 +162,13 @@ class OuterSection(Section):
     last: policy t+1 is trained from policy t; the best on held-out prompts is returned (Algorithm 2).
     average: the same, and the mixture that draws one of pi_0 .. pi_{T-1} per prompt is returned too (Algorithm 1).
     proximal: the initial reference pi_ref moves to the current policy every `every` iterations (COMAL).
-    optimistic: each iteration's pairs serve twice, to move pi'_t and as the guess of the next ones (ONPO).
+    optimistic: the reward is 2 r_t - r_{t-1}, r_{t-1} from meeting the stored samples of policy t-1 (ONPO).
+    extragradient: iterations 2k and 2k+1 are one step: pi_{k+1/2} is trained from pi_k, then pi_{k+1} from pi_k again,
+        on the same samples, rated against those of pi_{k+1/2} (EGPO, Nash mirror prox).
     lookahead: the last iteration restarts from policy 0 on the pairs of all iterations before it (DNO-Lookahead).
     """
 
-    scheme: Literal["last", "average", "proximal", "optimistic", "lookahead"] = Field(
+    scheme: Literal["last", "average", "proximal", "optimistic", "extragradient", "lookahead"] = Field(
         default="last",
         description="which policies there are, and which are returned",
         json_schema_extra=decides("pair", "score", "train", "evaluate"),

@@ -168,6 +168,7 @@ class PairRows(Sequence[TrainingRow]):
         previous, initial: [N, 2] log pi_t and log pi_ref of every pair, nats; None gives zeros, which only a loss that
             does not read them may take.
         sampled_from: whose samples are the policy's own: the policy of that iteration's; None: nobody's.
+        anchored_from: whose samples are the reference's; None: nobody's.
     """
 
     def __init__(
@@ -177,11 +178,15 @@ class PairRows(Sequence[TrainingRow]):
         initial: np.ndarray | None = None,
         *,
         sampled_from: int | None = None,
+        anchored_from: int | None = None,
     ) -> None:
         self.table = table
         self._previous = previous
         self._initial = initial
-        self._own = ~np.isnan(table.sampler_logprob) & (table.iteration == sampled_from)[:, None]
+        recorded = ~np.isnan(table.sampler_logprob)
+        self._own, self._anchor = (
+            recorded & (table.iteration == iteration)[:, None] for iteration in (sampled_from, anchored_from)
+        )
 
     def __len__(self) -> int:
         return len(self.table)
@@ -204,6 +209,7 @@ class PairRows(Sequence[TrainingRow]):
             target=float(table.target[index]),
             weight=float(table.weight[index]),
             own=tuple(map(float, self._own[index])),
+            anchor=tuple(map(float, self._anchor[index])),
             name=table.pair_ids[index].as_py(),
         )
 

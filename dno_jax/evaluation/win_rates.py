@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from dno_jax.evaluation.comparisons import Row
 from dno_jax.statistics import Tally
 
 
@@ -47,6 +48,13 @@ def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate
     assert found.low is not None
     assert found.high is not None  # of a share there is always one
     return WinRate(found.value, found.low, found.high, comparisons=found.count, prompts=found.prompts)
+
+
+def rate_over(rows: Sequence[Row], player: str, opponent: str) -> WinRate | None:
+    """Return a player's win rate over another; None where they never met."""
+    own = [(row.preference, row.prompt_id) for row in rows if row[1:3] == (player, opponent)]
+    own += [(1.0 - row.preference, row.prompt_id) for row in rows if row[1:3] == (opponent, player)]
+    return win_rate(*map(list, zip(*own, strict=True))) if own else None
 
 
 def best_policy(wins: Float[np.ndarray, "T T"]) -> int:

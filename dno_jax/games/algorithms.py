@@ -19,28 +19,34 @@ from dno_jax.games.regression import fit_prompts, soft_policy_iteration
 
 @dataclass(frozen=True)
 class State:
-    """What passes from step to step, all log-probabilities [*X, C].
+    """What passes from step to step, [*X, C] each.
 
     Attributes:
         policy: log pi_t, the policy played.
         reference: log pi_ref; the proximal algorithms move it.
-        auxiliary: log pi'_t of the optimistic ones, equal to the policy at the start.
+        before: r_{t-1} of the optimistic one, 0 at the start: log-probabilities but for this.
     """
 
     policy: Float[np.ndarray, "*X C"]
     reference: Float[np.ndarray, "*X C"]
-    auxiliary: Float[np.ndarray, "*X C"]
+    before: Float[np.ndarray, "*X C"]
 
 
 @dataclass(frozen=True)
 class Knobs:
-    """The numbers of one step: t = 0, 1, ..., eta (KL coefficient, DPO's beta), tau, and what only some steps read."""
+    """The numbers of one step: t = 0, 1, ..., eta (KL coefficient, DPO's beta), tau, and what only some steps read.
+
+    Attributes:
+        meet: policy [*X, C] -> the frequencies of the opponents that a reward is the mean over; the policy itself in an
+            exact game.
+    """
 
     iteration: int
     eta: float
     tau: float
     refresh: int
     step_size: float
+    meet: Callable[[np.ndarray], np.ndarray] = lambda policy: policy
 
 
 Step = Callable[[np.ndarray, State, Knobs], State]
@@ -64,6 +70,7 @@ class Algorithm:
         takes_tau: regularised with strength tau; the others refuse a tau.
         mixes: plays or starts from pi_t^{1 - tau/eta} pi_ref^{tau/eta}, so that tau <= eta is needed.
         needs_tau: makes no sense at tau = 0.
+        draws_verdicts: learns from verdicts of pairs, not from win rates: P has to hold probabilities.
         default_eta: tau -> schedule of eta; constant 1 unless said otherwise.
     """
 
@@ -71,12 +78,13 @@ class Algorithm:
     takes_tau: bool = False
     mixes: bool = False
     needs_tau: bool = False
+    draws_verdicts: bool = False
     default_eta: Callable[[float], Callable[[int], float]] = _constant
 
 
-def _rewards(P: np.ndarray, log_policy: np.ndarray) -> np.ndarray:
-    """Return r = E_{y' ~ policy} P(y > y')."""
-    return rewards_against(P, np.exp(log_policy))
+def _rewards(P: np.ndarray, log_policy: np.ndarray, knobs: Knobs) -> np.ndarray:
+    """Return r = E_{y' ~ policy} P(y > y'), or the mean over the opponents that are met."""
+    return rewards_against(P, knobs.meet(np.exp(log_policy)))
 
 
 def _mixture(state: State, knobs: Knobs) -> np.ndarray:
@@ -90,7 +98,7 @@ def _dno(P: np.ndarray, state: State, knobs: Knobs) -> State:
 
     The exact SPO of Swamy et al. (arXiv 2401.04056) is the same step: multiplicative weights against oneself.
     """
-    return replace(state, policy=soft_policy_iteration(state.policy, _rewards(P, state.policy), eta=knobs.eta))
+    return replace(state, policy=soft_policy_iteration(state.policy, _rewards(P, state.policy, knobs), eta=knobs.eta))
 
 
 def _option_1(P: np.ndarray, state: State, knobs: Knobs) -> State:
@@ -99,13 +107,13 @@ def _option_1(P: np.ndarray, state: State, knobs: Knobs) -> State:
     INPO's squared loss (arXiv 2407.00617) has the same minimiser (its proposition 6).
     """
     start = _mixture(state, knobs)
-    return replace(state, policy=soft_policy_iteration(start, _rewards(P, state.policy), eta=knobs.eta))
+    return replace(state, policy=soft_policy_iteration(start, _rewards(P, state.policy, knobs), eta=knobs.eta))
 
 
 def _option_2(P: np.ndarray, state: State, knobs: Knobs) -> State:
     """Algorithm 3 Option II: pi_{t+1} ∝ pi_t^tau exp(P(y > pi_t^tau) / eta); with its schedule, Nash-MD (Eq. 7)."""
     start = _mixture(state, knobs)
-    return replace(state, policy=soft_policy_iteration(start, _rewards(P, start), eta=knobs.eta))
+    return replace(state, policy=soft_policy_iteration(start, _rewards(P, start, knobs), eta=knobs.eta))
 
 
 def _sppo(P: np.ndarray, state: State, knobs: Knobs) -> State:
@@ -117,7 +125,7 @@ def _sppo(P: np.ndarray, state: State, knobs: Knobs) -> State:
     """
     from scipy.special import wrightomega
 
-    target = (_rewards(P, state.policy) - 0.5) / knobs.eta
+    target = (_rewards(P, state.policy, knobs) - 0.5) / knobs.eta
     weight = np.exp(state.policy)
 
     def ratio(k: np.ndarray) -> np.ndarray:
@@ -180,14 +188,24 @@ def _online_dpo(P: np.ndarray, state: State, knobs: Knobs) -> State:
 
 
 def _onpo(P: np.ndarray, state: State, knobs: Knobs) -> State:
-    """ONPO, optimistic mirror descent: each reward serves twice, to move pi' and as the guess of the next reward.
+    """ONPO, optimistic mirror descent, by one regression: pi_{t+1} ∝ pi_t exp((2 r_t - r_{t-1}) / eta), r_{-1} = 0.
 
-    pi'_{t+1} ∝ pi'_t exp(P(y > pi_t) / eta), pi_{t+1} ∝ pi'_{t+1} exp(P(y > pi_t) / eta). Last iterates converge to the
-    Nash policy of the game itself (proved for eta >= 8 where it is unique).
+    Published (arXiv 2502.16852) it keeps a second policy, pi'_{t+1} ∝ pi'_t exp(r_t / eta) and
+    pi_{t+1} ∝ pi'_{t+1} exp(r_t / eta): the same iterates. Last iterates converge to the Nash policy of the game itself
+    (proved for eta >= 8 where it is unique; docs/theory.md says what is known elsewhere).
     """
-    rewards = _rewards(P, state.policy)
-    auxiliary = soft_policy_iteration(state.auxiliary, rewards, eta=knobs.eta)
-    return replace(state, auxiliary=auxiliary, policy=soft_policy_iteration(auxiliary, rewards, eta=knobs.eta))
+    rewards = _rewards(P, state.policy, knobs)
+    guess = 2.0 * rewards - state.before
+    return replace(state, before=rewards, policy=soft_policy_iteration(state.policy, guess, eta=knobs.eta))
+
+
+def _mirror_prox(P: np.ndarray, state: State, knobs: Knobs) -> State:
+    """Nash mirror prox (arXiv 2505.19731): `egpo` with eta + tau for eta, and tau for the paper's beta.
+
+    With s = eta / (eta + tau): pi_{k+1/2} ∝ pi_k^s pi_ref^{1-s} exp(r(pi_k) / (eta + tau)), and pi_{k+1} the same with
+    r(pi_{k+1/2}). At eta = 1/2, KL(pi*_tau || pi_k) <= (1 + 2 tau)^-k KL(pi*_tau || pi_0).
+    """
+    return _egpo(P, state, replace(knobs, eta=knobs.eta + knobs.tau))
 
 
 def _egpo(P: np.ndarray, state: State, knobs: Knobs) -> State:
@@ -196,8 +214,8 @@ def _egpo(P: np.ndarray, state: State, knobs: Knobs) -> State:
     Both start from the mixture pi_t^tau; converges to the regularised Nash policy, at tau = 0 to the Nash policy.
     """
     start = _mixture(state, knobs)
-    half = soft_policy_iteration(start, _rewards(P, state.policy), eta=knobs.eta)
-    return replace(state, policy=soft_policy_iteration(start, _rewards(P, half), eta=knobs.eta))
+    half = soft_policy_iteration(start, _rewards(P, state.policy, knobs), eta=knobs.eta)
+    return replace(state, policy=soft_policy_iteration(start, _rewards(P, half, knobs), eta=knobs.eta))
 
 
 def _refreshed(state: State, knobs: Knobs) -> State:
@@ -238,13 +256,14 @@ ALGORITHMS: dict[str, Algorithm] = {
     "nash_md": Algorithm(_option_2, takes_tau=True, mixes=True, needs_tau=True, default_eta=nash_md_schedule),
     "inpo": Algorithm(_option_1, takes_tau=True, mixes=True, needs_tau=True, default_eta=nash_md_schedule),
     "sppo": Algorithm(_sppo),
-    "online_ipo": Algorithm(_online_ipo, takes_tau=True, needs_tau=True),
-    "online_dpo": Algorithm(_online_dpo),
-    "iterative_dpo": Algorithm(_iterative_dpo),
-    "iterative_dpo_fixed": Algorithm(_iterative_dpo_fixed),
+    "online_ipo": Algorithm(_online_ipo, takes_tau=True, needs_tau=True, draws_verdicts=True),
+    "online_dpo": Algorithm(_online_dpo, draws_verdicts=True),
+    "iterative_dpo": Algorithm(_iterative_dpo, draws_verdicts=True),
+    "iterative_dpo_fixed": Algorithm(_iterative_dpo_fixed, draws_verdicts=True),
     "onpo": Algorithm(_onpo),
     "egpo": Algorithm(_egpo, takes_tau=True, mixes=True),
+    "nash_mirror_prox": Algorithm(_mirror_prox, takes_tau=True, default_eta=lambda tau: lambda t: 0.5),
     "comal": Algorithm(_comal, takes_tau=True, mixes=True, needs_tau=True),
     "mpo": Algorithm(_mpo, takes_tau=True, needs_tau=True),
-    "reward_maximisation": Algorithm(_reward_maximisation),
+    "reward_maximisation": Algorithm(_reward_maximisation, draws_verdicts=True),
 }

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from dno_jax.preferences import check_preference_matrix
+from dno_jax.preferences import check_preference_matrix, transformed
 
 
 def check_game(P: ArrayLike) -> Float[np.ndarray, "*X C C"]:
@@ -134,7 +134,7 @@ def gaps_of(P: np.ndarray, policies: np.ndarray, weights: np.ndarray | None) -> 
     return over_prompts(exploit, weights, P.ndim - 2)
 
 
-def nash(P: ArrayLike) -> Float[np.ndarray, "*X C"]:
+def nash(P: ArrayLike, *, transform: str = "identity") -> Float[np.ndarray, "*X C"]:
     """Return a von Neumann winner (Eq. 3) of each prompt by linear programming.
 
     It maximises v subject to sum_y pi(y) (P(y > y') - 1/2) >= v for all y' and pi a distribution; v is 0 by symmetry.
@@ -142,11 +142,12 @@ def nash(P: ArrayLike) -> Float[np.ndarray, "*X C"]:
 
     Args:
         P: the game, [C, C] or [X, C, C].
+        transform: Psi; the winner is then that of the payoffs Psi(P) (`preferences.transformed`).
 
     Raises:
-        ValueError: no preference game.
+        ValueError: no preference game, or one that the transform cannot take.
     """
-    wins = check_game(P)
+    wins = transformed(check_game(P), transform)
     policy = np.empty(wins.shape[:-1])
     for prompt in np.ndindex(wins.shape[:-2]):
         policy[prompt] = _maximin(wins[prompt] - 0.5)

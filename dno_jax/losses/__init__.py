@@ -10,8 +10,8 @@ Only jax is imported; all of it works under jit, vmap, shard_map, and Auto or Ex
     ).mean()
 
 Parts that any of the losses takes: targets (smoothed_target, robust_target), references (reference_mixture,
-length_penalised_reference), length_normalised log-probabilities, an added with_nll term. Throughout, beta, tau and eta
-are KL coefficients, as in the paper: they divide the reward. SPPO and REBEL print their inverse.
+length_penalised_reference), length_normalised log-probabilities, added terms (with_nll, forward_kl_loss). Throughout,
+beta, tau and eta are KL coefficients, as in the paper: they divide the reward. SPPO and REBEL print their inverse.
 
 They are imported when they are asked for: `losses.registry`, which says what each needs, takes no jax.
 """
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dno_jax.losses.terms import (
         chi_po_link,
         cross_entropy,
+        forward_kl_loss,
         implicit_reward,
         length_normalised,
         length_penalised_reference,
@@ -54,6 +55,7 @@ __all__ = [
     "chi_po_loss",
     "cross_entropy",
     "dno_loss",
+    "forward_kl_loss",
     "implicit_reward",
     "inpo_loss",
     "ipo_loss",

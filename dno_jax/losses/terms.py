@@ -180,3 +180,16 @@ def with_nll(loss: Logprob, *, chosen_logprob: Logprob, num_tokens: NumTokens, w
         raise ValueError(f"the weight of the NLL term must be >= 0, got {weight}")
     loss, logprob, num_tokens = float32(loss=loss, chosen_logprob=chosen_logprob, num_tokens=num_tokens)
     return loss + weight * nll_loss(logprob=logprob, num_tokens=num_tokens)
+
+
+def forward_kl_loss(*, logprob: Logprob, reference_logprob: Logprob) -> Float[Array, "*#P"]:
+    """Return log pi_ref(y|x) - log pi(y|x) of a response drawn from pi_ref: an unbiased estimate of KL(pi_ref || pi).
+
+    Its slope is that of -log pi(y|x): the likelihood of the reference's own samples, in nats per response. Added to a
+    loss (RSPO, arXiv 2503.00030) it keeps the policy wherever the reference is, its lengths with it.
+
+    Args:
+        logprob, reference_logprob: log pi(y|x) and log pi_ref(y|x), nats.
+    """
+    logprob, reference = float32(logprob=logprob, reference_logprob=reference_logprob)
+    return reference - logprob

@@ -105,8 +105,8 @@ def write_layer(
     def write(field: Array, new: Array) -> Array:
         return field.at[row, ..., column].set(new, mode="drop")
 
-    key, key_scale = _quantised(k_BTKH, cache.key.dtype)
-    value, value_scale = _quantised(v_BTKH, cache.value.dtype)
+    key, key_scale = quantised(k_BTKH, cache.key.dtype)
+    value, value_scale = quantised(v_BTKH, cache.value.dtype)
     cache = replace(cache, key=write(cache.key, key), value=write(cache.value, value))
     if key_scale is None or value_scale is None:
         return cache
@@ -117,7 +117,7 @@ def write_layer(
     )
 
 
-def _quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Array, "B T K"] | None]:
+def quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Array, "B T K"] | None]:
     """Round to the cache's dtype, each key or value of a token by its own largest magnitude."""
     largest = _QUANTISED.get(jnp.dtype(dtype).name)
     if largest is None:
@@ -131,7 +131,7 @@ def _quantised(x: Float[Array, "B T K H"], dtype: Any) -> tuple[Array, Float[Arr
 
 def as_stored(x: Float[Array, "B T K H"], dtype: Any) -> Float[Array, "B T K H"]:
     """Return keys or values as a cache of this dtype will give them back: what is attended, read there or not."""
-    stored, scale = _quantised(x, dtype)
+    stored, scale = quantised(x, dtype)
     return (stored if scale is None else stored.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
 
 

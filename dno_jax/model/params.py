@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -31,9 +31,14 @@ def _variables(config: ModelConfig, key: jax.Array, adapter: AdapterConfig | Non
     return Decoder(config, adapter=adapter).init(key, token, token)
 
 
+@lru_cache(maxsize=64)
 def _boxed(config: ModelConfig, adapter: AdapterConfig | None = None) -> Any:
-    """The tree as shapes in boxes that name axes; that of the adapters, where they are given."""
-    found = jax.eval_shape(lambda: _variables(config, jax.random.key(0), adapter))
+    """The tree as shapes in boxes that name axes; that of the adapters, where they are given. Callers unbox a copy.
+
+    Kept, since it traces the whole model, and a run asks for it dozens of times.
+    """
+    with _without_mesh():
+        found = jax.eval_shape(lambda: _variables(config, jax.random.key(0), adapter))
     return found["params" if adapter is None else "adapters"]
 
 

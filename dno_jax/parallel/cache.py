@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dno_jax.model.cache import KVCache, cache_axes, write_layer
+from dno_jax.model.cache_columns import write_columns, writes_columns
 from dno_jax.parallel.sharding import AnyMesh, Layout
 
 
@@ -24,8 +26,11 @@ class ShardedWrite:
     def __call__(self, cache: KVCache, *, k_BTKH: Any, v_BTKH: Any, position_BT: Any) -> KVCache:
         """Return what `write_layer` would return on one device that holds everything."""
 
+        in_place = _on_tpus(self.mesh) and writes_columns(cache, length=k_BTKH.shape[1])
+        write = write_columns if in_place else write_layer
+
         def shard(cache: KVCache, k: Any, v: Any, position: Any) -> KVCache:
-            return write_layer(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
+            return write(cache, k_BTKH=k, v_BTKH=v, position_BT=position)
 
         new, rows = ("batch", "length", "kv_heads", "head_dim"), ("batch", "length")
         place = self.layout.activation_spec
@@ -35,8 +40,13 @@ class ShardedWrite:
             mesh=self.mesh,
             in_specs=(caches, place(new), place(new), place(rows)),
             out_specs=caches,
+            check_vma=not in_place,  # kernels do not say over which axes their results vary
         )
         return run(cache, k_BTKH, v_BTKH, position_BT)
+
+
+def _on_tpus(mesh: AnyMesh) -> bool:
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu"
 
 
 def cache_specs(cache: KVCache, layout: Layout) -> KVCache:

@@ -128,7 +128,7 @@ def weight_shardings(mesh: AnyMesh, layout: Layout, *, axes: Any, shapes: Any) -
     return jax.tree.map_with_path(one, shapes, axes)
 
 
-def row_sharding(mesh: Mesh, *, ndim: int, axis: int = 0) -> NamedSharding:
+def row_sharding(mesh: AnyMesh, *, ndim: int, axis: int = 0) -> NamedSharding:
     """Return the sharding of a batch whose axis `axis` counts rows."""
     spec: list[tuple[str, ...] | None] = [None] * ndim
     spec[axis] = ROW_AXES
@@ -140,7 +140,7 @@ def num_row_shards(mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -312,7 +312,18 @@ def on_submesh(tree: Any, shardings: Any) -> Any:
 
 
 def reshard(tree: Any, shardings: Any) -> Any:
-    """Move device arrays to other shardings without passing through the host; compiled once for equal shardings."""
+    """Move device arrays to other shardings without passing through the host; compiled once for equal shardings.
+
+    The meshes may lay the same devices out in another order.
+    """
+    orders = {
+        tuple(place.mesh.devices.flat)
+        for one in (jax.tree.map(lambda array: array.sharding, tree), shardings)
+        for place in jax.tree.leaves(one)
+        if isinstance(place, NamedSharding) and isinstance(place.mesh, Mesh)
+    }
+    if len(orders) > 1:
+        return jax.device_put(tree, shardings)
     return jax.jit(_same, out_shardings=shardings)(tree)
 
 

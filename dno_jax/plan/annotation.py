@@ -43,12 +43,12 @@ class Shape:
     Attributes:
         roles: of the prompt's messages.
         num_candidates: C.
-        grown: another pool was judged before that lacks the last candidate; what it asked is answered already.
+        known: a pool of this many of the candidates was judged before: what it asked is answered already.
     """
 
     roles: tuple[Role, ...]
     num_candidates: int
-    grown: bool = False
+    known: int = 0
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def plan_annotation(
     taught = section.teacher and (response_tokens or section.teacher.max_tokens)
     parts: dict[str, Estimate] = {}
     loads = [
-        _training_loads(config, tokenize(part), count=count, length=length, taught=taught) for part in split.training
+        _training_loads(config, iteration, tokenize(part), count=count, length=length, taught=taught)
+        for iteration, part in enumerate(split.training)
     ]
     whole = _sum(loads)
     if section.judges:
@@ -254,8 +255,8 @@ class _Counter:
 
     def _outline(self, section: AnnotationSection, shape: Shape) -> dict[ChatSection, _Outline]:
         before = {}
-        if shape.grown and shape.num_candidates > 2:
-            before = self._questions(section, Shape(shape.roles, shape.num_candidates - 1))
+        if shape.known > 1:
+            before = self._questions(section, Shape(shape.roles, shape.known))
         outlines: dict[ChatSection, _Outline] = {}
         for what, question in self._questions(section, shape).items():
             if what in before:
@@ -290,10 +291,17 @@ class _Counter:
 
 
 def _training_loads(
-    config: RunConfig, prompts: Sequence[TokenizedPrompt], *, count: CountTokens, length: Length, taught: int | None
+    config: RunConfig,
+    iteration: int,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    count: CountTokens,
+    length: Length,
+    taught: int | None,
 ) -> Loads:
     section = config.sampling
-    drawn = 0 if section.source == "data" else section.num_samples + section.num_opponents
+    drawn = 0 if section.source == "data" else config.num_candidates(iteration)
+    stored = section.num_samples if config.meets_previous(iteration) else 0  # the policy before's, compared already
 
     def pools() -> Iterator[tuple[Prompt, list[int]]]:
         for item in prompts:
@@ -302,7 +310,7 @@ def _training_loads(
             gold = _gold_tokens(prompt, count, taught and min(taught, length(item)))
             yield prompt, [length(item)] * drawn + given + gold
 
-    return _loads(pools(), count=count)
+    return _loads(pools(), count=count, new=drawn - stored if stored else None)
 
 
 def _held_out_loads(
@@ -317,9 +325,10 @@ def _held_out_loads(
         for item in prompts:
             gold = _gold_tokens(item.prompt, count, taught)
             for _ in range(config.evaluation.num_samples):
-                yield item.prompt, [length(item)] * (iteration + 2) + gold
+                others = [length(item)] * len(config.evaluation.external)
+                yield item.prompt, [length(item)] * (iteration + 2) + gold + others
 
-    return _sum([_loads(pools(t), count=count, grown=t > 0) for t in range(config.iterations)])
+    return _sum([_loads(pools(t), count=count, new=1 if t else None) for t in range(config.iterations)])
 
 
 def _labelled_loads(section: QualitySection, *, count: CountTokens, seed: int) -> Loads:
@@ -329,11 +338,16 @@ def _labelled_loads(section: QualitySection, *, count: CountTokens, seed: int) -
     return _loads(pools, count=count)
 
 
-def _loads(pools: Iterator[tuple[Prompt, list[int]]], *, count: CountTokens, grown: bool = False) -> Loads:
+def _loads(pools: Iterator[tuple[Prompt, list[int]]], *, count: CountTokens, new: int | None = None) -> Loads:
+    """
+    Args:
+        new: candidates that were in no pool before; None: all.
+    """
     found: dict[Shape, Load] = {}
     for prompt, candidates in pools:
         if len(candidates) >= 2:
-            shape = Shape(tuple(message.role for message in prompt.messages), len(candidates), grown)
+            known = 0 if new is None else len(candidates) - new
+            shape = Shape(tuple(message.role for message in prompt.messages), len(candidates), known)
             prefixes = len(candidates) * count(prompt.assistant_prefix) if prompt.assistant_prefix else 0
             texts = sum(count(message.content) for message in prompt.messages)
             found[shape] = found.get(shape, Load()) + Load(1, texts, sum(candidates) + prefixes)

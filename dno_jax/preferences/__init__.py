@@ -1,4 +1,4 @@
-"""From verdicts to training pairs: win rates r_t and their labels (estimates), and who meets whom (pairs)."""
+"""From verdicts to training pairs: payoffs (transforms), win rates and labels (estimates), who meets whom (pairs)."""
 
 from dno_jax.preferences.estimates import (
     WinRates,
@@ -22,8 +22,10 @@ from dno_jax.preferences.pairs import (
     spin_pairs,
     verdict_pairs,
 )
+from dno_jax.preferences.transforms import TRANSFORMS, transformed
 
 __all__ = [
+    "TRANSFORMS",
     "PairChoice",
     "ScoredCandidate",
     "WinRates",
@@ -39,6 +41,7 @@ __all__ = [
     "scores_to_wins",
     "soft_target",
     "spin_pairs",
+    "transformed",
     "verdict_pairs",
     "win_matrix",
     "win_rates",

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float
 
+from dno_jax.preferences.transforms import LEAST, transformed
 from dno_jax.statistics import counted_means
 
 _Real = TypeVar("_Real", float, np.ndarray)
@@ -49,6 +50,7 @@ def win_rates(
     *,
     opponents: Sequence[int] | np.ndarray | None = None,
     own: Sequence[int] | np.ndarray | None = None,
+    transform: str = "identity",
 ) -> WinRates:
     """Return each candidate's mean probability to beat the opponents, itself left out.
 
@@ -69,11 +71,13 @@ def win_rates(
         wins: P(row beats column), in [0, 1], wins + wins^T = 1.
         opponents: [C] counts >= 0, how many of the opponent policy's samples gave this text; None: one each.
         own: [C] of 0 or 1, whether the candidate is itself one of the opponents; None: 1 where opponents > 0.
+        transform: Psi, of `transforms.transformed`; then it is the mean of Psi(P), of P within [.01, .99].
 
     Raises:
-        ValueError: no preference matrix, counts of the wrong shape or value, or a candidate without opponent.
+        ValueError: no preference matrix, an unknown transform, counts of the wrong shape or value, or a candidate
+            without opponent.
     """
-    wins = check_preference_matrix(wins)
+    wins = transformed(check_preference_matrix(wins), transform, least=LEAST)
     count = wins.shape[0]
     opponents = np.ones(count) if opponents is None else _counts("opponents", opponents, count)
     own = (opponents > 0).astype(np.float64) if own is None else _counts("own", own, count)

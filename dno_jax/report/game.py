@@ -31,6 +31,7 @@ DEFAULT_KNOBS: dict[str, tuple[float | None, float]] = {
     "dno_option_2": (1.0, 0.1),
     "comal": (0.5, 0.1),
     "mpo": (0.5, 0.1),
+    "nash_mirror_prox": (0.5, 0.1),
 }
 _FOLLOWS = ("comal", "mpo")  # their reference moves, so that no one regularised Nash policy is their aim
 
@@ -248,6 +249,14 @@ def nash_lines(P: np.ndarray) -> list[str]:
         shown = ", ".join(f"{response}: {share:.4f}" for response, share in enumerate(policy) if share > 1e-9)
         lines.append(f"Nash policy{f' of prompt {prompt}' if len(policies) > 1 else ''}  {shown}")
     return lines
+
+
+def advice() -> str:
+    """Say which scheme is to be preferred where rewards are estimates, as they are in language models."""
+    return (
+        "exact rewards flatter optimism: with few opponents per reward the proximal last iterates (comal, mpo) stay "
+        "nearer; in a run: outer.scheme=proximal with reference.tau >= 0.1 (docs/theory.md, Noise)"
+    )
 
 
 def save_plot(played: Sequence[Played], path: Path, *, title: str) -> None:

@@ -1,107 +1,239 @@
-"""report.html: what a run's judge was worth and what it cost, iteration by iteration, in one file without scripts."""
+"""report.html: a run in one page that needs no network: figures, tables, and samples to read.
+
+What models, judges and servers wrote is data in it: it stands in JSON, is put in place as text, and no script but the
+page's own may run.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import jinja2
+from etils import epath
+from markupsafe import Markup
 
-from dno_jax.config import RunConfig
+from dno_jax.config import RunConfig, dump_config
+from dno_jax.console import say
+from dno_jax.display import hide_keys, printable
+from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
-from dno_jax.report.judge import NAMES
-from dno_jax.report.tables import shares_text
+from dno_jax.records import Prompt
+from dno_jax.report import figures as known
+from dno_jax.report import plots
+from dno_jax.report.comparison import BETTER, comparison_words
+from dno_jax.report.curves import TRAINING, curves
+from dno_jax.report.distributions import distributions
+from dno_jax.report.facts import Facts, read_facts
+from dno_jax.report.judge import quality_table
+from dno_jax.report.samples import browser, lengths, read_samples
+from dno_jax.report.shapes import Figure
+from dno_jax.report.summary import is_measured, iteration_table, policy_table, stage_statuses, status_table, told_policy
+from dno_jax.report.tables import PlainTable, duration, plain
+from dno_jax.report.training import training_table
 from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{{ run }}</title>
-<style>
-body { font: 15px/1.5 sans-serif; max-width: 50em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .2em .8em; text-align: right }
-td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #ddd }
-.bar { background: #69c; height: .8em } .warning { color: #a50 } .judge { color: #666; overflow-wrap: anywhere }
-</style>
-<h1>{{ run }}</h1>
-{% for page in iterations %}
-<h2>Iteration {{ page.iteration }}</h2>
-<p class="judge">{{ page.judge }}</p>
-{% if page.cut %}<p>Cut at the limit of tokens: {{ page.cut }}.</p>
-{% endif %}{% for sentence in page.warnings %}<p class="warning">warning: {{ sentence }}</p>
-{% endfor %}
-<table>
-<tr><th></th><th>value</th><th>95 % interval</th><th>over</th></tr>
-{% for name, figure in page.figures %}
-<tr><td>{{ name }}</td><td>{{ "%.3f" % figure.value }}</td>
-<td>{% if figure.low is not none %}{{ "%.3f" % figure.low }} to {{ "%.3f" % figure.high }}{% endif %}</td>
-<td>{{ "{:,}".format(figure.n) }}</td></tr>
-{% endfor %}
-</table>
-{% for source, bins in page.histograms %}
-<table>
-<tr><th>points of {{ source }}</th><th>responses</th><th></th></tr>
-{% for edge, count, share in bins %}
-<tr><td>{{ edge }}</td><td>{{ "{:,}".format(count) }}</td>
-<td><div class="bar" style="width: {{ "%.1f" % (12 * share) }}em"></div></td></tr>
-{% endfor %}
-</table>
-{% endfor %}
-{% if page.rates %}
-<table>
-<tr><th>policy {{ page.iteration + 1 }} beats</th><th>win rate</th><th>95 % interval</th></tr>
-{% for opponent, rate in page.rates %}
-<tr><td>{{ opponent }}</td><td>{{ "%.3f" % rate.rate }}</td>
-<td>{{ "%.3f" % rate.low }} to {{ "%.3f" % rate.high }}</td></tr>
-{% endfor %}
-</table>
-{% endif %}
-{% endfor %}
-{% if usd is not none %}<p>Verdicts and teachers cost {{ "$%.2f" % usd }} so far.</p>{% endif %}
-</html>
-"""
+_SECTIONS = (
+    (BETTER, "Did it get better?"),
+    ("samples", "Samples"),
+    (known.PAIRS, "Pairs"),
+    (TRAINING, "Training"),
+    (known.JUDGE, "The judge"),
+    (known.COSTS, "Time and money"),
+    (known.SAMPLER, "Sampler audit"),
+    ("setting", "Configuration and environment"),
+)
 
 
-def write_report(run_dir: RunDir, config: RunConfig) -> None:
-    """Write the report of all iterations that have been judged, from their manifests and the receipts."""
-    pages = [page for t in range(config.iterations) if (page := _page(run_dir, t))]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    text = environment.from_string(_TEMPLATE).render(run=run_dir.path.name, iterations=pages, usd=_paid(run_dir))
-    write_atomically(run_dir.report_path, text)
+@dataclass(frozen=True)
+class _Part:
+    """A section of the page: what it says in words and tables, before its figures."""
+
+    name: str
+    title: str
+    tables: list[PlainTable]
+    words: list[str]
+    figures: list[Figure]
+    texts: list[tuple[str, str]]
 
 
-def _page(run_dir: RunDir, iteration: int) -> dict[str, Any] | None:
-    judged = run_dir.stage("annotate", iteration).manifest()
-    if judged is None or "quality" not in judged.details:
-        return None
-    evaluated = run_dir.stage("evaluate", iteration).manifest()
-    sampled = run_dir.stage("sample", iteration).manifest()
-    figures = judged.details["quality"]
-    rates = evaluated.details.get("win_rates", {}) if evaluated is not None else {}
-    scores = figures.get("scores", {"mean": {}, "bins": {}})
-    named = [(title, figures[name]) for name, title in NAMES.items() if name in figures]
-    return {
-        "iteration": iteration,
-        "judge": judged.details["judge"],
-        "cut": shares_text(sampled.details.get("cut", {})) if sampled is not None else "",
-        "warnings": judged.details.get("warnings", ()),
-        "figures": named + [(f"points of {source}", mean) for source, mean in scores["mean"].items()],
-        "histograms": [(source, _bars(bins)) for source, bins in scores["bins"].items()],
-        "rates": [(_player(name), rate) for name, rate in rates.items() if rate],
-    }
+def write_report(
+    run_dir: RunDir, config: RunConfig, *, pictures: bool = True, held_out: Iterable[Prompt] | None = None
+) -> epath.Path:
+    """Write the report of a run in whatever state it is; return the page's path.
+
+    Args:
+        pictures: write every figure beside the page too, as CSV and, where plots can be drawn, as SVG.
+        held_out: the held-out prompts, where they have been read already.
+    """
+    facts = read_facts(run_dir, config)
+    drawn = plots.installed()
+    if not drawn:
+        facts.tell(f"Plots are left out, their numbers are here: {plots.EXTRA} brings what draws them.")
+    samples = read_samples(facts, held_out)
+    found = [*known.figures(facts), *curves(facts), *distributions(facts, lengths(samples))]
+    packed = browser(samples)
+    parts = _parts(facts, found, note=packed.note)
+    specs = {figure.name: plots.specification(figure) for figure in found if drawn and figure.shape}
+    scripts = [plots.library()] if specs else []
+    scripts.append(_asset("page.js"))
+    scripts = [text.replace("</script", "<\\/script").replace("<!--", "<\\!--") for text in scripts]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"cell": _cell, "shown": printable}
+    text = environment.from_string(_asset("page.html.jinja")).render(
+        run=printable(run_dir.path.name),
+        tiles=_tiles(facts),
+        missing=[printable(sentence) for sentence in facts.missing],
+        parts=parts,
+        specs={name: _json(spec) for name, spec in specs.items()},
+        style=Markup(_asset("page.css")),
+        scripts=[Markup(script) for script in scripts],
+        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        chunks=packed.chunks,
+        num_prompts=packed.prompts,
+        places=list(dict.fromkeys(one.place for one in samples)),
+    )
+    _write(run_dir.report_path, text)
+    if pictures:
+        _write_pictures(run_dir.report_files_path, found, specs)
+    return run_dir.report_path
 
 
-def _player(name: str) -> str:
-    return "the teacher" if name == "gold" else f"policy {name}"
+def refresh(
+    run_dir: RunDir, config: RunConfig, *, pictures: bool = False, held_out: Iterable[Prompt] | None = None
+) -> None:
+    """Write the report anew while a run goes on: a fault of the report's own costs the run nothing but the report.
+
+    Raises:
+        DnoError: the disk is full, or may not be written.
+    """
+    try:
+        write_report(run_dir, config, pictures=pictures, held_out=held_out)
+    except DnoError:
+        raise
+    except Exception as error:
+        say(f"warning: report.html is not up to date ({type(error).__name__}: {error}); `dno report` writes it again")
 
 
-def _bars(bins: dict[str, int]) -> list[tuple[str, int, float]]:
-    most = max(bins.values())
-    return [(edge, count, count / most) for edge, count in bins.items()]
+def _write_pictures(folder: epath.Path, found: Iterable[Figure], specs: Mapping[str, Any]) -> None:
+    for figure in found:
+        _write(folder / f"{figure.name}.csv", figure.csv())
+        if figure.name in specs:
+            _write(folder / f"{figure.name}.svg", plots.svg(figure))
 
 
-def _paid(run_dir: RunDir) -> float | None:
-    """Dollars, where the run has receipts."""
-    if not run_dir.receipts_path.exists():
-        return None
-    return json.loads(run_dir.receipts_path.read_text()).get("usd")
+def _write(path: epath.Path, text: str) -> None:
+    """Write a file unless it says so already: a run that is started again leaves what is finished alone."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(path, text)
+
+
+def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
+    run_dir, config = facts.run_dir, facts.config
+    tables: dict[str, list[PlainTable]] = {name: [] for name, _ in _SECTIONS}
+    words: dict[str, list[str]] = {name: [] for name, _ in _SECTIONS}
+
+    def add(section: str, renderable: Any) -> None:
+        more, said = plain(renderable)
+        tables[section] += [table.without_empty_columns() for table in more if table.rows]
+        words[section] += said
+
+    for section, make in (
+        (BETTER, lambda: policy_table(run_dir, iterations=config.iterations)),
+        (known.PAIRS, lambda: iteration_table(run_dir, config, judge=False)),
+        (TRAINING, lambda: training_table(run_dir) or ""),
+        (known.COSTS, lambda: status_table(stage_statuses(run_dir, config))),
+    ):
+        if (made := facts.tried(make)) is not None:
+            add(section, made)
+    words[BETTER] += comparison_words(facts)
+    for iteration, details in facts.details("annotate"):
+        if details.get("quality"):
+            add(known.JUDGE, quality_table(details["quality"], config.annotation.quality, iteration=iteration))
+    judges = {iteration: details["judge"] for iteration, details in facts.details("annotate") if "judge" in details}
+    for judge in dict.fromkeys(judges.values()):
+        of = ", ".join(str(iteration) for iteration, own in judges.items() if own == judge)
+        words[known.JUDGE].insert(0, f"Iteration{'s' if ',' in of else ''} {of}: judged by {judge}.")
+    if not tables[known.JUDGE]:
+        words[known.JUDGE].append("Not measured: no iteration's judge has figures.")
+    words["samples"] += [*facts.notes, *([note] if note else [])]
+    if "usd" in facts.receipts:
+        words[known.COSTS].append(f"Judges and teachers cost ${facts.receipts['usd']:,.2f} so far.")
+    if not any(figure.section == known.SAMPLER for figure in found):
+        words[known.SAMPLER].append("Not measured: sampling.audit_prompts is 0, or nothing has been sampled here.")
+    texts = [("config.yaml", hide_keys(printable(dump_config(config)))), ("Versions", _versions(facts))]
+    return [
+        _Part(
+            name,
+            title,
+            tables[name],
+            [printable(text) for text in words[name]],
+            [figure for figure in found if figure.section == name],
+            texts if name == "setting" else [],
+        )
+        for name, title in _SECTIONS
+    ]
+
+
+def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
+    """The few numbers that a reader looks for first: (what, number, what it is of)."""
+    run_dir, iterations = facts.run_dir, facts.config.iterations
+    evaluated = [iteration for iteration, _ in facts.of("evaluate")]
+    tiles = []
+    if evaluated:
+        details = facts.manifests[evaluated[-1], "evaluate"].details
+        rate = details.get("win_rates", {}).get("0")
+        if rate:
+            interval = f"95 % interval {100 * rate['low']:.1f} to {100 * rate['high']:.1f} %"
+            tiles.append((f"policy {details['policy']} beats policy 0", f"{100 * rate['rate']:.1f} %", interval))
+        told = facts.tried(lambda: told_policy(run_dir, iteration=evaluated[-1])) or ""
+        measured = facts.tried(lambda: is_measured(run_dir, evaluated[-1]))
+        tiles.append(("best policy" if measured else "newest policy", str(details["best"]), told))
+    done, total = len(facts.manifests), sum(len(stage_names(facts.config, t)) for t in range(iterations))
+    tiles.append(("iterations", f"{len(evaluated)} of {iterations}", f"{done} of {total} stages are done"))
+    if facts.wall_seconds:
+        tiles.append(("wall time", duration(facts.wall_seconds), "of finished iterations"))
+    if "usd" in facts.receipts:
+        tiles.append(("paid", f"${facts.receipts['usd']:,.2f}", "to judges and teachers"))
+    return [(what, number, printable(of)) for what, number, of in tiles]
+
+
+def _versions(facts: Facts) -> str:
+    """Of the software by which stages were finished: one paragraph for each set of versions."""
+    found: dict[str, list[str]] = {}
+    for (iteration, stage), manifest in facts.manifests.items():
+        versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+        found.setdefault(f"{versions}; git {manifest.git or 'unknown'}", []).append(f"{stage} {iteration}")
+    whole = len(found) == 1
+    return printable("\n".join(text if whole else f"{text}: {', '.join(of)}" for text, of in found.items()))
+
+
+def _cell(value: Any) -> str:
+    """A table's cell: few digits, none of them wrong."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else printable(str(value))
+
+
+def _json(value: Any) -> Markup:
+    """JSON in a page: no character of it can end a script or begin one."""
+    text = json.dumps(value, ensure_ascii=False)
+    for char in "<>&":
+        text = text.replace(char, f"\\u{ord(char):04x}")
+    return Markup(text)
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__ or "").joinpath("assets", name).read_text(encoding="utf-8")

@@ -87,15 +87,15 @@ def policy_table(run_dir: RunDir, *, iterations: int) -> Table:
         if iteration == 0:
             table.add_row(f"{'* ' if best == 0 else ''}0", "", "", "", _words(details, 0))
         rates = (details["win_rates"].get(opponent) for opponent in ("0", str(iteration), "gold"))
-        table.add_row(f"{'* ' if best == policy else ''}{policy}", *map(_rate, rates), _words(details, policy))
+        table.add_row(f"{'* ' if best == policy else ''}{policy}", *map(rate_text, rates), _words(details, policy))
         if average := details.get("average"):
             rates = (average.get(opponent) for opponent in ("0", str(iteration), "gold"))
-            table.add_row(f"mean of 0..{iteration}", *map(_rate, rates), "")
+            table.add_row(f"mean of 0..{iteration}", *map(rate_text, rates), "")
     return table
 
 
-def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
-    """One row per iteration: pairs by kind (S student, G gold, D data), replayed ones, seconds by stage; its judge."""
+def iteration_table(run_dir: RunDir, config: RunConfig, *, judge: bool = True) -> RenderableType:
+    """One row per iteration: pairs by kind (S student, T teacher, D data), replayed ones, seconds; its judge."""
     evaluated = _evaluated(run_dir, config.iterations)
     stages = stage_names(config, 0)
     manifests = {t: {name: run_dir.stage(name, t).require() for name in stage_names(config, t)} for t in evaluated}
@@ -117,6 +117,8 @@ def iteration_table(run_dir: RunDir, config: RunConfig) -> RenderableType:
         for t, done in manifests.items()
         if (shares := done["pair"].details.get("cut"))
     ]
+    if not judge:
+        return Group(table, *cut)
     return Group(table, *cut, quality_lines(_judge_figures(run_dir, config.iterations), config.annotation.quality))
 
 
@@ -126,7 +128,7 @@ def _judge_figures(run_dir: RunDir, iterations: int) -> dict[int, dict[str, Any]
 
 
 def _short(kind: str) -> str:
-    return kind.replace("student", "S").replace("gold", "G").replace("data", "D")
+    return kind.replace("student", "S").replace("gold", "T").replace("data", "D")
 
 
 def _evaluated(run_dir: RunDir, iterations: int) -> list[int]:
@@ -159,7 +161,8 @@ def best_policy_of(run_dir: RunDir, *, iterations: int) -> int:
     raise DnoError(f"{run_dir.path}: no iteration has been evaluated; name the policy with --policy")
 
 
-def _rate(found: dict[str, Any] | None) -> str:
+def rate_text(found: dict[str, Any] | None) -> str:
+    """A win rate and its interval in whole percent, as every table has it."""
     if found is None:
         return ""
     return f"{100 * found['rate']:.0f} % [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"

@@ -12,7 +12,7 @@ from dno_jax.config import RunConfig
 from dno_jax.report.tables import stacked
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
-from dno_jax.training.board import Board
+from dno_jax.tracker import open_sinks
 
 ITERATION = "iteration"  # the stage that an iteration's own figures are filed under
 
@@ -37,10 +37,9 @@ def note_shares(run_dir: RunDir, config: RunConfig, iteration: int) -> dict[str,
     if not any(row.items() >= place.items() and row.get("ended") == end for row in run_dir.read_metrics()):
         run_dir.forget_metrics(iteration=iteration, stage=ITERATION, from_step=0)
         run_dir.append_metrics(place | {name: round(value, 4) for name, value in figures.items()} | {"ended": end})
-        if config.report.tensorboard:
-            board = Board(run_dir.tensorboard_path / ITERATION, first_step=iteration)
-            board.write(iteration, {f"{ITERATION}/{name}": value for name, value in figures.items() if name != "ended"})
-            board.close()
+        sinks = open_sinks(config.report, run_dir, curve=ITERATION, first_step=iteration)
+        sinks.write(iteration, {f"{ITERATION}/{name}": value for name, value in figures.items() if name != "ended"})
+        sinks.close()
     return figures
 
 

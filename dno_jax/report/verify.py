@@ -107,12 +107,10 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
 
 def _policy(found: Verified, run_dir: RunDir, folder: epath.Path) -> None:
     """Hold a policy's weights to the fingerprint beside them, and that to what its training noted."""
-    number, _, auxiliary = folder.name.partition("-")
-    trained = int(number) - 1 if number.isdecimal() else -1  # the base of all others is imported
-    stage = "train_auxiliary" if auxiliary else "train"
-    with _caught(found, run_dir, folder, redo=(trained, stage) if trained >= 0 else None):
+    trained = int(folder.name) - 1 if folder.name.isdecimal() else -1  # the base of all others is imported
+    with _caught(found, run_dir, folder, redo=(trained, "train") if trained >= 0 else None):
         noted = policy_fingerprint(folder)
-        manifest = run_dir.stage(stage, trained).manifest() if trained >= 0 else None
+        manifest = run_dir.stage("train", trained).manifest() if trained >= 0 else None
         if noted is None:
             if manifest is not None:
                 raise DnoError(f"{folder}: has lost its FINGERPRINT, which marks it whole")

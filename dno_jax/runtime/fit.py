@@ -43,6 +43,13 @@ def check_fit(
     Raises:
         DnoError: naming the first that does not fit.
     """
+    check_shape(config, model_config=model_config, row_shards=row_shards)
+    check_ids(tokenizer, model_config)
+    _check_ends(config, tokenizer)
+
+
+def check_shape(config: RunConfig | SftConfig, *, model_config: ModelConfig, row_shards: int) -> None:
+    """Check lengths and batches of a run against its model and mesh; raises as `check_fit`."""
     longest, context = _longest_example(config), model_config.context
     if longest > context:
         remedy = "lower data.max_length"
@@ -61,8 +68,6 @@ def check_fit(
             "of experts; set it to 0"
         )
     trained_adapter(config, model_config)
-    check_ids(tokenizer, model_config)
-    _check_ends(config, tokenizer)
     count = config.training.micro_batch_size or config.training.batch_size
     texts = 2 if isinstance(config, RunConfig) else 1
     if (count * texts) % row_shards:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from dno_jax.config import RunConfig, SftConfig
@@ -25,8 +26,8 @@ from dno_jax.model.params import abstract_adapters, abstract_params, adapter_axe
 from dno_jax.parallel.attention import Backend, choose_backend, make_attention
 from dno_jax.parallel.cache import ShardedWrite
 from dno_jax.parallel.experts import sharded_experts
-from dno_jax.parallel.mesh import Submesh, own_submesh
-from dno_jax.parallel.sharding import TRAIN, AnyMesh, Constrain, Layout, num_row_shards
+from dno_jax.parallel.mesh import Submesh, abstract_mesh, make_mesh, own_submesh
+from dno_jax.parallel.sharding import DECODE, TRAIN, AnyMesh, Constrain, Layout, num_row_shards
 from dno_jax.runtime.fit import trained_adapter
 from dno_jax.training.objectives import RowLoss
 from dno_jax.training.optimizers import make_optimizer
@@ -75,6 +76,19 @@ class Programs(Generic[ConfigT]):
         )
 
     @cached_property
+    def decode_mesh(self) -> AnyMesh:
+        """The same devices laid out for decoding: `sampling.mesh`, or else the run's own."""
+        section = self.config.sampling.mesh if isinstance(self.config, RunConfig) else None
+        if section is None:
+            return self.mesh
+        if not isinstance(self.mesh, Mesh):
+            return abstract_mesh(section, self.mesh.size)
+        return make_mesh(section, list(self.mesh.devices.flat))
+
+    def mesh_of(self, layout: Layout) -> AnyMesh:
+        return self.decode_mesh if layout == DECODE else self.mesh
+
+    @cached_property
     def adapter(self) -> AdapterConfig | None:
         """The adapters that are trained; None where all parameters are."""
         return trained_adapter(self.config, self.model_config)
@@ -83,9 +97,9 @@ class Programs(Generic[ConfigT]):
         """The decoder with activations pinned to a layout. Adapters are apart in TRAIN, and merged in DECODE.
 
         Args:
-            mesh: a submesh of the run's own; None is the whole.
+            mesh: a submesh of the layout's own; None is the whole.
         """
-        section, mesh = self.config.model, self.mesh if mesh is None else mesh
+        section, mesh = self.config.model, self.mesh_of(layout) if mesh is None else mesh
         return Decoder(
             self.model_config,
             dtype=jnp.dtype(section.dtype),
@@ -149,7 +163,7 @@ class Programs(Generic[ConfigT]):
 
     def param_shardings(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Any:
         """The tree of shardings of the parameters."""
-        return param_shardings(self.model_config, self.mesh if mesh is None else mesh, layout)
+        return param_shardings(self.model_config, self.mesh_of(layout) if mesh is None else mesh, layout)
 
     @property
     def trained_params(self) -> Any:
@@ -176,12 +190,17 @@ class Programs(Generic[ConfigT]):
             return None
         return sum(leaf.size for leaf in jax.tree.leaves(abstract_adapters(self.model_config, self.adapter)))
 
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """What updates what is trained, at a learning rate of 1."""
+        return make_optimizer(self.config.optimizer, self.trained_axes)
+
     def step_config(self, row_loss: RowLoss, *, load_balance_weight: float = 0.0) -> StepConfig:
         """The compiled optimiser step's identity."""
         section = self.config.training
         return StepConfig(
             model=self.model(TRAIN),
-            optimizer=make_optimizer(self.config.optimizer, self.trained_axes),
+            optimizer=self.optimizer,
             row_loss=row_loss,
             chunk=section.logprob_chunk,
             load_balance_weight=load_balance_weight,
@@ -191,5 +210,5 @@ class Programs(Generic[ConfigT]):
     @cached_property
     def submesh(self) -> Submesh:
         """The rows of the mesh that this process samples with; needs devices."""
-        assert isinstance(self.mesh, Mesh)
-        return own_submesh(self.mesh)
+        assert isinstance(self.decode_mesh, Mesh)
+        return own_submesh(self.decode_mesh)

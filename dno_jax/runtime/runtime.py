@@ -7,6 +7,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic
 
 import jax
@@ -25,6 +26,8 @@ from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.capacity import device_capacity
+from dno_jax.runtime.decode_mesh import with_decode_mesh
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
 from dno_jax.runtime.programs import ConfigT, Programs
@@ -50,8 +53,11 @@ class Runtime(Generic[ConfigT]):
         use_compilation_cache()
         config = pinned(config)
         model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
-        programs = Programs(config, model_config, make_mesh(config.mesh))
-        _ = programs.attention_backend
+        mesh = make_mesh(config.mesh)
+        if mesh.devices.flat[0].platform != "cpu":
+            config = with_decode_mesh(config, model_config, mesh=mesh, capacity=device_capacity(mesh.local_devices))
+        programs = Programs(config, model_config, mesh)
+        _ = programs.attention_backend, programs.decode_mesh
         warn_of_dropout(config)
         check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=programs.texts_in_step)
         return cls(programs, RunDir(config.run_dir), tokenizer)
@@ -165,6 +171,8 @@ def draw_key(purpose: Purpose, *address: Any) -> jax.Array:
 
 def _on_any_devices(config: ConfigT, model_config: ModelConfig) -> Programs[ConfigT]:
     """Lay weights out as the run does, where these are its devices; else over all of them, or else on one."""
+    if isinstance(config, RunConfig):  # where texts are drawn, that is on one device or some
+        config = config.model_copy(update={"sampling": config.sampling.model_copy(update={"mesh": None})})
     for section in (config.mesh, MeshSection(data=1, fsdp=-1)):
         with suppress(DnoError):
             programs = Programs(config, model_config, make_mesh(section))
@@ -184,6 +192,11 @@ def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
     )
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dno_jax"
+
+
 def use_compilation_cache() -> None:
     """Keep compiled programs on disk, so that the next start pays nothing.
 
@@ -191,7 +204,6 @@ def use_compilation_cache() -> None:
     """
     options: Any = jax.config  # its attributes are made at run time
     if options.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(base, "dno_jax", "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -17,14 +17,13 @@ from dno_jax.parallel.sharding import DECODE
 from dno_jax.records import Source
 from dno_jax.runtime.exhausted import explained, sampling_settings
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.slots import Wanted, plan
+from dno_jax.runtime.slots import Wanted, drawing, plan
 from dno_jax.sampling.completion import Codec, Task
 from dno_jax.sampling.engine import Statistics, generate
 from dno_jax.sampling.requests import Finished, Request, SamplingParams
 from dno_jax.sampling.server import complete
 from dno_jax.sampling.state import CompiledPrograms, EngineShape, Mixture
 from dno_jax.sampling.stops import stopped
-from dno_jax.sampling.transforms import Truncation
 
 Stream = Generator[Finished, None, None]
 
@@ -157,18 +156,6 @@ class Sampler:
 
 def sampling_params(runtime: Runtime[RunConfig], *, num_samples: int) -> SamplingParams:
     """How a run's configuration draws, without its bound on prompt and response together."""
-    section = runtime.config.sampling
-    return SamplingParams(
-        num_samples=num_samples,
-        max_new_tokens=section.max_new_tokens,
-        end_ids=runtime.end_ids,
-        num_ids=runtime.tokenizer.vocab_size,
-        truncation=Truncation(
-            temperature=section.temperature,
-            top_k=section.top_k,
-            top_p=section.top_p,
-            min_p=section.min_p,
-            repetition_penalty=section.repetition_penalty,
-        ),
-        seed=runtime.config.seed,
+    return drawing(
+        runtime.config, num_samples=num_samples, end_ids=runtime.end_ids, num_ids=runtime.tokenizer.vocab_size
     )

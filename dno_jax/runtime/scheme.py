@@ -1,4 +1,4 @@
-"""Which policies an iteration's trainings start from, are held to, and become: the outer schemes."""
+"""Which policies an iteration's training starts from, is held to, and becomes: the outer schemes."""
 
 from __future__ import annotations
 
@@ -13,43 +13,29 @@ from dno_jax.stage_dir import is_lookahead
 
 @dataclass(frozen=True)
 class Update:
-    """One training of an iteration.
+    """The training of an iteration.
 
     Attributes:
-        score, train: names of its two stages.
         previous: where training starts, and pi_t of its loss.
         initial: pi_ref of its loss; None where the loss does not read it, or where it is `previous`.
         result: what training writes.
     """
 
-    score: str
-    train: str
     previous: epath.Path
     initial: epath.Path | None
     result: epath.Path
 
 
-def updates(config: RunConfig, run_dir: RunDir, iteration: int) -> tuple[Update, ...]:
-    """The trainings of iteration t, in order.
+def update_of(config: RunConfig, run_dir: RunDir, iteration: int) -> Update:
+    """The training of iteration t.
 
-    The optimistic scheme has two: pi'_t -> pi'_{t+1}, and on the same pairs pi'_{t+1} -> pi_{t+1}, which guesses that
-    the next rewards will be like these (ONPO). All others have one.
+    The second half of an extragradient step starts, as its first half did, from pi_k, whose samples it is trained on:
+    only their opponents are pi_{k+1/2}'s.
     """
-    target, pi_ref = run_dir.policy(iteration + 1), initial_policy(config, run_dir, iteration)
-
-    def update(previous: epath.Path, result: epath.Path, suffix: str = "") -> Update:
-        initial = pi_ref if config.uses_initial and pi_ref != previous else None
-        return Update("score" + suffix, "train" + suffix, previous, initial, result)
-
-    if config.outer.scheme == "optimistic":
-        moved = run_dir.auxiliary(iteration + 1)
-        return update(run_dir.auxiliary(iteration), moved, "_auxiliary"), update(moved, target)
-    return (update(run_dir.policy(0 if is_lookahead(config, iteration) else iteration), target),)
-
-
-def update_of(config: RunConfig, run_dir: RunDir, iteration: int, *, stage: str) -> Update:
-    """The training that a score or train stage belongs to."""
-    return next(found for found in updates(config, run_dir, iteration) if stage in (found.score, found.train))
+    start = 0 if is_lookahead(config, iteration) else iteration - config.is_second_half(iteration)
+    previous, pi_ref = run_dir.policy(start), initial_policy(config, run_dir, iteration)
+    initial = pi_ref if config.uses_initial and pi_ref != previous else None
+    return Update(previous, initial, run_dir.policy(iteration + 1))
 
 
 def initial_policy(config: RunConfig, run_dir: RunDir, iteration: int) -> epath.Path:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dno_jax.config import RunConfig
-from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.cluster import gather_from_processes
-from dno_jax.parallel.sharding import AnyMesh
+from dno_jax.parallel.sharding import DECODE, AnyMesh
 from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.runtime import Runtime
@@ -85,7 +82,7 @@ def wanted_by_stage(config: RunConfig, *, num_prompts: int, num_held_out: int) -
             beside=(responses(num_samples=opponents, num_policies=2),) if opponents and not mixes else (),
         )
     if config.annotation.kind == "self":
-        candidates = num_prompts * (section.num_samples + section.num_opponents)
+        candidates = num_prompts * max(map(config.num_candidates, range(config.iterations)))
         wanted["annotate"] = Wanted.readings(config, num_responses=candidates)
     if section.engine == "jax" and num_held_out:
         samples = config.evaluation.num_samples
@@ -120,7 +117,7 @@ def plan_on(
 ) -> SlotPlan:
     """Say how many rows decode together on a mesh whose devices need not be here; see `plan_slots`."""
     section = programs.config.sampling
-    compiled = partial(_compiled, programs.config, programs.model_config, mesh)
+    compiled = partial(_compiled, programs, mesh)
     return plan_slots(
         compiled(wanted),
         capacity=capacity,
@@ -132,17 +129,10 @@ def plan_on(
     )
 
 
-def _compiled(config: RunConfig, model_config: ModelConfig, mesh: AnyMesh, wanted: Wanted) -> CompiledPrograms:
-    """Return what would sample it, of one slot."""
-    section, dtype = config.sampling, config.model.dtype
-    sampling_params = SamplingParams(
-        num_samples=wanted.num_samples,
-        max_new_tokens=wanted.max_new_tokens,
-        end_ids=(0,),  # which ids end a response takes no memory
-        truncation=Truncation(repetition_penalty=section.repetition_penalty),
-        seed=config.seed,
-        max_total_tokens=wanted.max_total_tokens,
-    )
+def _compiled(programs: Programs[RunConfig], mesh: AnyMesh, wanted: Wanted) -> CompiledPrograms:
+    """Return what would sample it, of one slot; which ids end a response takes no memory."""
+    section, dtype = programs.config.sampling, programs.config.model.dtype
+    params = drawing(programs.config, num_samples=wanted.num_samples, end_ids=(0,))
     shape = EngineShape(
         slots=1,
         prompt_length=wanted.prompt_length,
@@ -150,5 +140,31 @@ def _compiled(config: RunConfig, model_config: ModelConfig, mesh: AnyMesh, wante
         chunk_steps=section.chunk_steps,
         kv_dtype=dtype if section.kv_dtype == "auto" else section.kv_dtype,
     )
-    model = Decoder(model_config, dtype=jnp.dtype(dtype))
-    return CompiledPrograms(model, sampling_params, shape, mesh, section.record_drawn_logprob)
+    return CompiledPrograms(
+        model=programs.model(DECODE, mesh=mesh),
+        sampling_params=replace(params, max_new_tokens=wanted.max_new_tokens, max_total_tokens=wanted.max_total_tokens),
+        shape=shape,
+        mesh=mesh,
+        record_drawn=section.record_drawn_logprob,
+    )
+
+
+def drawing(
+    config: RunConfig, *, num_samples: int, end_ids: tuple[int, ...], num_ids: int | None = None
+) -> SamplingParams:
+    """How a run's configuration draws, without its bound on prompt and response together."""
+    section = config.sampling
+    return SamplingParams(
+        num_samples=num_samples,
+        max_new_tokens=section.max_new_tokens,
+        end_ids=end_ids,
+        num_ids=num_ids,
+        truncation=Truncation(
+            temperature=section.temperature,
+            top_k=section.top_k,
+            top_p=section.top_p,
+            min_p=section.min_p,
+            repetition_penalty=section.repetition_penalty,
+        ),
+        seed=config.seed,
+    )

@@ -20,7 +20,7 @@ from dno_jax.annotation.pool import Annotator, Pool
 from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality
 from dno_jax.annotation.quality.warnings import warnings
-from dno_jax.annotation.receipts import closing
+from dno_jax.annotation.receipts import closing, dollars
 from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.annotation.transport.routes import Unreachable
 from dno_jax.config import RunConfig
@@ -119,12 +119,11 @@ def probe(config: RunConfig, run_dir: RunDir, iteration: int) -> None:
     asyncio.run(ask())
 
 
-def shards_a_group(config: RunConfig) -> int:
+def shards_a_group(config: RunConfig, iteration: int) -> int:
     """How many shards are judged together: one, or by batch as many as have about `_BATCH_QUESTIONS`."""
-    section = config.sampling
-    count = section.num_samples + section.num_opponents + 1  # and the teacher's
+    count = config.num_candidates(iteration) + 1  # and the teacher's
     asked = sum(num_questions(judge, num_candidates=count) for judge in config.annotation.judges if judge.batch)
-    return max(1, _BATCH_QUESTIONS // (asked * section.shard_prompts)) if asked else 1
+    return max(1, _BATCH_QUESTIONS // (asked * config.sampling.shard_prompts)) if asked else 1
 
 
 class _Work:
@@ -151,7 +150,8 @@ class _Work:
     async def run(self, *, abandoned: Callable[[], bool] | None) -> Survey:
         async with closing(self._annotator, self._run_dir):
             closed = self._closed()
-            with Meter(f"annotate  {self._stage.iteration}", total=0, unit="pools", done=self._judged) as meter:
+            label, paid = f"annotate  {self._stage.iteration}", lambda: dollars(self._annotator.receipt())
+            with Meter(label, total=0, unit="pools", done=self._judged, aside=paid) as meter:
                 if abandoned is None and self._sampled.manifest() is None:
                     await self._annotator.probe()  # told now, not when the first shard has been waited for
                 await _unless(abandoned, self._judge_labels())
@@ -220,7 +220,7 @@ class _Work:
 
     def _group(self, waiting: deque[str], last_round: bool) -> list[str]:
         """Take the shards that are judged next: one, or as many as make a batch; none while a batch is to grow."""
-        size = shards_a_group(self._config)
+        size = shards_a_group(self._config, self._stage.iteration)
         if len(waiting) < size and not last_round:
             return []
         return [waiting.popleft() for _ in range(min(size, len(waiting)))]

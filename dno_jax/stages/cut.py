@@ -23,6 +23,8 @@ class CutShares:
 
     def add(self, rollouts: Iterable[Rollout]) -> None:
         for rollout in rollouts:
+            if rollout.source == "previous":  # counted in the iteration that drew it
+                continue
             name = _NAMES[rollout.source]
             self._all[name] += 1
             self._cut[name] += rollout.finish == "length"
@@ -61,4 +63,4 @@ def fate(rollout: Rollout, shown: str, section: PairingSection) -> str:
     """
     if rollout.finish != "length" or not shown:
         return "keep"
-    return section.cut or ("negative" if rollout.source in ("policy", "mixture") else "drop")
+    return section.cut or ("negative" if rollout.source in ("policy", "mixture", "previous") else "drop")

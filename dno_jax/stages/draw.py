@@ -43,7 +43,7 @@ def sample_to_shards(
     *,
     out: StageDir,
     description: str,
-    also: Callable[[TokenizedPrompt], Sequence[Rollout]] = lambda _: (),
+    also: Callable[[str, TokenizedPrompt], Sequence[Rollout]] = lambda *_: (),
     after_shard: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Sample every shard of prompts that is not closed yet.
@@ -53,7 +53,7 @@ def sample_to_shards(
     shard and runs by itself.
 
     Args:
-        also: rows that go beside a prompt's responses.
+        also: rows that go beside a prompt's responses, by the shard's name and the prompt.
         after_shard: called whenever this process has closed a shard; what it raises ends sampling there.
 
     Returns:
@@ -82,7 +82,7 @@ def sample_to_shards(
         for place, responses in sorted(shard.found.items()):
             if len(responses) == len(specs):
                 rows += _rollouts(sampler, shard.prompts[place], responses)
-                rows += also(shard.prompts[place])
+                rows += also(shard.name, shard.prompts[place])
         out.write_shard(shard.name, rows)
         shard.found.clear()  # an iteration's responses need not all be held
         shard.closed = True

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,32 +11,30 @@ from typing import Any
 
 import numpy as np
 
-from dno_jax.annotation.build import build_annotator
-from dno_jax.annotation.pool import Candidate, Pool
-from dno_jax.annotation.receipts import closing
-from dno_jax.annotation.shortfall import refuse_shortfall
 from dno_jax.config import RunConfig
-from dno_jax.console import Meter
+from dno_jax.console import say
 from dno_jax.data.pools import shown_prefix, shown_text
 from dno_jax.data.prompts import TokenizedPrompt
+from dno_jax.data.responses import read_responses as responses_from
 from dno_jax.errors import DnoError
-from dno_jax.evaluation.win_rates import best_policy, win_rate
+from dno_jax.evaluation.audit import audit
+from dno_jax.evaluation.matrix import win_rate_matrix
+from dno_jax.evaluation.win_rates import best_policy, rate_over
+from dno_jax.files import digest_of
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
-from dno_jax.preferences import win_matrix
 from dno_jax.reasoning import split_thought
-from dno_jax.records import Judgement, Prompt, Rollout
+from dno_jax.records import Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stage_dir import Manifest, StageDir
-from dno_jax.stages import redo
-from dno_jax.stages.annotate import judge_late, judge_pools
+from dno_jax.stages import guard, redo
 from dno_jax.stages.checkpoints import pool_member
 from dno_jax.stages.draw import Draws, sample_to_shards
+from dno_jax.stages.held_out import GOLD, Asked, Compared, Players, compare
 from dno_jax.stages.sample import ResponseLengths
 from dno_jax.stages.teach import taught
 
-GOLD = "gold"
 _SHOWN_CHARACTERS = 2000  # of a message or an answer
 AVERAGE = "average"  # the mixture of all policies before the newest
 
@@ -59,6 +55,7 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     held_out = [gold.add(prompt) for prompt in runtime.prompts.split.held_out]
     shown = "".join(prompt.model_dump_json() for prompt in held_out)
     inputs = {"held-out prompts": hashlib.sha256(shown.encode()).hexdigest()}
+    inputs |= _files(config)
     inputs |= runtime.policy_inputs(*(run_dir.policy(policy) for policy in range(newest + 1)))
     if is_primary():
         redo.set_evaluation_aside(run_dir, config, iteration)
@@ -72,18 +69,37 @@ def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     dropped = Counter(part.dropped)
     for policy in range(newest + 1) if tokenized else ():
         _answer(runtime, tokenized, policy=policy)
+    guarded = guard.run(runtime, newest=newest)
     if is_primary():
         judged = _judge(config, run_dir, [item.prompt for item in tokenized], stage=stage, newest=newest)
         stage.finish(
             config,
             inputs=inputs,
-            rows=len(judged.preferences),
+            rows=len(judged.compared.rows),
             dropped=dropped + judged.dropped,
             seconds=time.perf_counter() - start,
-            details=_figures(judged, newest=newest),
+            details=_figures(judged, config, newest=newest) | ({"guard": guarded} if guarded else {}),
         )
+        for sentence in stage.require().details.get("warnings", ()):
+            say(f"warning: {sentence}")
     wait_until(stage.manifest_path.exists)
     return stage.require()
+
+
+def _files(config: RunConfig) -> dict[str, str]:
+    """Entries of a manifest's inputs for the files that evaluation alone reads.
+
+    Raises:
+        DnoError: one of them cannot be read.
+    """
+    section = config.evaluation
+    files = {f"evaluation.external.{name}": path for name, path in section.external.items()}
+    if section.guard is not None:
+        files["evaluation.guard"] = section.guard.path
+    try:
+        return {name: digest_of(path) for name, path in files.items()}
+    except OSError as error:
+        raise DnoError(f"evaluation: {error.filename}: cannot be read ({error.strerror})") from None
 
 
 def _answer(runtime: Runtime[RunConfig], prompts: Sequence[TokenizedPrompt], *, policy: int) -> None:
@@ -133,60 +149,18 @@ def read_responses(run_dir: RunDir, policy: int, *, num_samples: int) -> Iterato
 
 @dataclass
 class _Judged:
-    preferences: list[tuple[str, str, str, float]]  # prompt id, player, opponent, P(player preferred)
+    compared: Compared
     dropped: Counter[str]
     lengths: dict[str, dict[str, Any]]  # of each policy's responses
     shown: dict[str, Any] | None = None  # one prompt and all policies' answers, for people to read
-
-
-@dataclass(frozen=True)
-class _Players:
-    """One sample of every player on one prompt. Who has no answer is shown to no judge and loses to whoever has one."""
-
-    prompt: Prompt
-    sample: int
-    texts: dict[str, str]  # player -> what a judge reads; empty where there is no answer
-    reasoning: bool = False  # whether thoughts are shown
-
-    def pool(self) -> Pool | None:
-        """What the judge is shown; None where all players that have an answer gave the same words."""
-        distinct = self._distinct()
-        if len(distinct) < 2:
-            return None
-        # The sample is part of the id: a judge that draws its verdicts must draw anew for each.
-        prefix = shown_prefix(self.prompt, reasoning=self.reasoning)
-        candidates = tuple(Candidate(f"{names[0]}/{self.sample}", prefix + self.texts[names[0]]) for names in distinct)
-        return Pool(prompt=self.prompt, candidates=candidates)
-
-    def _distinct(self) -> list[list[str]]:
-        """The players by their words: the same words are shown to the judge once."""
-        distinct: dict[str, list[str]] = {}
-        for name, text in self.texts.items():
-            if text.strip():
-                distinct.setdefault(text.strip(), []).append(name)
-        return list(distinct.values())
-
-    def preferences(self, verdict: Judgement | None) -> list[tuple[str, str, str, float]]:
-        """Every ordered comparison of two players; equal texts tie."""
-        place: dict[str, int] = {}
-        for names in self._distinct():
-            position = verdict.candidate_ids.index(f"{names[0]}/{self.sample}") if verdict else 0
-            place |= dict.fromkeys(names, position)
-        wins = np.full((1, 1), 0.5) if verdict is None else win_matrix(wins=verdict.wins, scores=verdict.scores)
-
-        def preference(first: str, second: str) -> float:
-            if first in place and second in place:
-                return float(wins[place[first], place[second]])
-            return 0.5 * (1 + (first in place) - (second in place))
-
-        return [
-            (self.prompt.prompt_id, first, second, preference(first, second))
-            for first, second in itertools.permutations(self.texts, 2)
-        ]
+    others: tuple[str, ...] = ()  # players that are no policies: gold, and responses from elsewhere
 
 
 def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, stage: StageDir, newest: int) -> _Judged:
-    """Judge one pool per prompt and sample: that sample of every policy, and the teacher's response."""
+    """Judge one pool per prompt and sample: that sample of every policy, the teacher's response, and those of others.
+
+    Whoever has one response per prompt stands with it beside every sample.
+    """
     responses: dict[tuple[str, int], dict[str, str]] = {}
     lengths: dict[str, dict[str, Any]] = {}
     reasoning, unanswered = config.evaluation_judge.shows_reasoning, 0
@@ -200,7 +174,8 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
             own.add(rollout)
         lengths[str(policy)] = own.figures()
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    players: list[_Players] = []
+    external = _external(config, prompts)
+    players: list[Players] = []
     left_out = set(by_id) - {prompt_id for prompt_id, _ in responses}
     for (prompt_id, sample), texts in sorted(responses.items()):
         if prompt_id in by_id and len(texts) <= newest and config.sampling.engine == "openai":
@@ -212,52 +187,34 @@ def _judge(config: RunConfig, run_dir: RunDir, prompts: Sequence[Prompt], *, sta
                 f"(prompt {prompt_id!r}); restore the file, or remove the evaluation folders of all iterations"
             )
         gold = by_id[prompt_id].gold
-        if gold and split_thought(gold).is_answer:
-            texts = texts | {GOLD: gold if reasoning else split_thought(gold).answer}
+        for name, text in ((GOLD, gold), *((name, own.get(prompt_id)) for name, own in external.items())):
+            if text and split_thought(text).is_answer:
+                texts = texts | {name: text if reasoning else split_thought(text).answer}
         if config.outer.scheme == "average":
             member = pool_member(prompt_id, seed=config.seed, sample=sample, size=newest)
             texts = texts | {AVERAGE: texts[str(member)]}
-        players.append(_Players(by_id[prompt_id], sample, texts, reasoning))
-    pools = {index: pool for index, group in enumerate(players) if (pool := group.pool())}
-
-    async def judge_all() -> list[Judgement]:
-        annotator = build_annotator(config.evaluation_judge, store_path=str(run_dir.annotations_path), seed=config.seed)
-        async with closing(annotator, run_dir):
-            with Meter(f"judge     {newest}", total=len(pools), unit="pools") as meter:
-                judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
-                judgements = await judge_late(annotator, list(pools.values()), judgements)
-            annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
-            return judgements
-
-    # A policy that judges itself is no judge of held-out responses, and is not asked for one where there are none.
-    judgements = dict(zip(pools, asyncio.run(judge_all()), strict=True)) if pools else {}
-    verdicts = [judgements.get(index) for index in range(len(players))]
-    answered = [verdict for verdict in verdicts if verdict is not None]
-    missing = [verdict for verdict in answered if verdict.state != "ok"]
+        players.append(Players(by_id[prompt_id], sample, texts, reasoning))
     judge = "annotation" if config.evaluation.annotation is None else "evaluation.annotation"
-    refuse_shortfall(
-        str(stage.path),
-        Counter(f"{verdict.state}: {verdict.detail}" for verdict in missing),
-        total=len(players),
-        missing="held-out pools have no verdict",
-        remedy="Verdicts that were given are kept: run again and only these are asked anew, or raise "
-        f"{judge}.max_failed to continue without them",
-        max_failed=config.evaluation_judge.max_failed,
-    )
-    stage.sub("judgements").write_shard("0000000", answered)
-    preferences: list[tuple[str, str, str, float]] = []
-    for group, verdict in zip(players, verdicts, strict=True):
-        if verdict is None or verdict.state == "ok":
-            preferences += group.preferences(verdict)
+    asked = Asked(config.evaluation_judge, judge, str(stage.path), f"judge     {newest}", config.seed)
+    compared = compare(players, asked, run_dir)
+    stage.sub("judgements").write_shard("0000000", compared.judgements)
     dropped = {
-        "held-out pool without verdict": len(missing),
+        "held-out pool without verdict": compared.missing,
         "no usable response from the server": len(left_out),
         "held-out response without an answer": unanswered,
+        **{f"held-out prompt without a response of {name}": len(by_id) - len(own) for name, own in external.items()},
     }
-    return _Judged(preferences, +Counter(dropped), lengths, _shown(players, newest=newest))
+    shown = _shown(players, newest=newest)
+    return _Judged(compared, +Counter(dropped), lengths, shown, others=(GOLD, *external))
 
 
-def _shown(players: Sequence[_Players], *, newest: int) -> dict[str, Any] | None:
+def _external(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, dict[str, str]]:
+    """Responses from elsewhere to the held-out prompts: name -> prompt id -> text."""
+    files = config.evaluation.external if prompts else {}
+    return {name: responses_from(path, prompts, place=f"evaluation.external.{name}") for name, path in files.items()}
+
+
+def _shown(players: Sequence[Players], *, newest: int) -> dict[str, Any] | None:
     """One prompt with the first answer of every policy: the first whose answers differ, as report.answers shows it."""
     first = [group for group in players if group.sample == 0]
     found = next((group for group in first if group.texts["0"] != group.texts[str(newest)]), next(iter(first), None))
@@ -273,10 +230,10 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + " ..."
 
 
-def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
-    """The manifest's details: win rates of the newest policy, the matrix over policies, lengths, the best."""
-    lengths = judged.lengths
-    if not judged.preferences:
+def _figures(judged: _Judged, config: RunConfig, *, newest: int) -> dict[str, Any]:
+    """The manifest's details: win rates of the newest policy, the matrix over all players, lengths, the best."""
+    lengths, rows = judged.lengths, judged.compared.rows
+    if not rows:
         why = "no verdict on any held-out pool" if judged.dropped else "no held-out prompts"
         return {
             "policy": newest,
@@ -285,25 +242,29 @@ def _figures(judged: _Judged, *, newest: int) -> dict[str, Any]:
             "best": newest,
             "why": f"the newest: {why}",
         }
+    policies = [str(policy) for policy in range(newest + 1)]
+    met = {name for row in rows for name in (row.player, row.opponent)}
+    others = [name for name in judged.others if name in met]
+    matrix = win_rate_matrix([row for row in rows if AVERAGE not in row[1:3]], policies=policies, others=others)
 
-    def rate(player: str, opponent: str) -> Any:
-        rows = [row for row in judged.preferences if row[1] == player and row[2] == opponent]
-        return win_rate([row[3] for row in rows], [row[0] for row in rows]) if rows else None
+    def rates(player: str, opponents: Sequence[str]) -> dict[str, Any]:
+        found = {name: rate_over(rows, player, name) for name in opponents}
+        return {name: one.as_dict() for name, one in found.items() if one is not None}
 
-    players = [str(policy) for policy in range(newest + 1)]
-    opponents = [*players[:-1], GOLD]
-    rates = {opponent: found.as_dict() for opponent in opponents if (found := rate(str(newest), opponent))}
-    average = {opponent: found.as_dict() for opponent in [*players, GOLD] if (found := rate(AVERAGE, opponent))}
-    matrix = np.full((newest + 1, newest + 1), 0.5)
-    for i, j in itertools.permutations(range(newest + 1), 2):
-        matrix[i, j] = rate(players[i], players[j]).rate
+    average = rates(AVERAGE, [*policies, *others])
+    among = np.asarray(matrix.rates, np.float64)[: newest + 1, : newest + 1]
+    quality = judged.compared.quality
     return {
         "policy": newest,
-        "win_rates": rates,
+        "judge": judged.compared.judge,
+        "win_rates": rates(str(newest), [*policies[:-1], *others]),
         **({AVERAGE: average} if average else {}),
-        "matrix": np.round(matrix, 4).tolist(),
+        "matrix": np.round(among, 4).tolist(),
+        "comparison": matrix.as_dict(),
+        "quality": quality,
+        "warnings": audit(matrix, quality, config.evaluation_judge.quality, config.evaluation),
         "lengths": lengths,
         **({"shown": judged.shown} if judged.shown else {}),
-        "best": best_policy(matrix),
+        "best": best_policy(among),
         "why": "highest mean win rate over the other policies on held-out prompts",
     }

@@ -159,10 +159,14 @@ def new_pairs(
         if judgement is not None and judgement.state != "ok":
             made.dropped[f"verdict {judgement.state}"] += 1
             continue
-        pool = PairPool(own, shown, judgement, config.pairing)
+        second = config.is_second_half(iteration)
+        pool = PairPool(own, shown, judgement, config.pairing, trains_previous=second)
         made.cycles += count_cycles(pool.wins)
         if pool.is_alone:
             made.dropped["no opponents for a win rate"] += 1
+            continue
+        if config.meets_previous(iteration) and not pool.meets_previous:
+            made.dropped["no samples of the policy before"] += 1
             continue
         choices, reasons = _choose(pool, config, iteration=iteration)
         made.dropped.update(reasons)
@@ -172,7 +176,7 @@ def new_pairs(
             made.dropped["chosen was cut"] += lost
         choices = whole
         made.errors += pool.errors
-        made.pairs += [_pair(choice, pool, config.loss, iteration=iteration) for choice in choices]
+        made.pairs += [_pair(choice, pool, config.loss, iteration=iteration - second) for choice in choices]
     return made
 
 

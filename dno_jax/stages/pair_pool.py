@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import cached_property
 
 import numpy as np
 
@@ -23,6 +24,7 @@ class PairPool:
 
     Args:
         shown: what a judge reads of each response, by its id; empty where that has no answer.
+        trains_previous: the policy before's samples are rated against the policy's, not the policy's against both.
     """
 
     def __init__(
@@ -31,6 +33,8 @@ class PairPool:
         shown: Mapping[str, str],
         judgement: Judgement | None,
         section: PairingSection,
+        *,
+        trains_previous: bool = False,
     ):
         self.shown = shown
         self.prompt_id, self.judge, self.section = rollouts[0].prompt_id, judgement and judgement.judge, section
@@ -56,8 +60,12 @@ class PairPool:
         self.samples = [rollout for rollout in rollouts if self.shown[rollout.rollout_id] in self.place]
         sources = {rollout.source for rollout in self.samples}
         self.whom = sources if section.opponents == "pool" else {section.opponents}
-        # Beside samples of the policy, those of the mixture are only compared with (Nash-MD).
-        self.trained = sources - {"mixture"} if "policy" in sources else sources
+        # Beside samples of the policy, those of the mixture (Nash-MD) or of the policy before are only compared with,
+        # but at the second half of an extragradient step, which is trained on what its first half was.
+        others = {"policy"} if trains_previous else {"mixture", "previous"}
+        self.trained = sources - others if "policy" in sources else sources
+        self.meets_previous = "previous" in sources
+        self._guesses = self.meets_previous and not trains_previous
         self.errors: list[float] = []  # standard errors of the win rates that were asked for
 
     def _settle_cut(self, rollouts: Sequence[Rollout], section: PairingSection) -> None:
@@ -91,10 +99,19 @@ class PairPool:
         """Whether win rates are asked for and an opponent would have nobody but itself to meet."""
         return self.section.reward == "win_rate" and int(self.count(self.whom).sum()) < 2
 
+    @cached_property
+    def _standing(self) -> dict[int, Rollout]:
+        """Place of each judged text that may be trained on -> the response judged, or the first that may be trained."""
+        found: dict[int, Rollout] = {}
+        for rollout in (*self.judged, *sorted(self.samples, key=lambda row: row.sample)):
+            if self._is_trained(rollout, self.trained):
+                found.setdefault(self.place[self.shown[rollout.rollout_id]], rollout)
+        return dict(sorted(found.items()))
+
     @property
     def trained_rows(self) -> list[int]:
         """Places of the judged texts that may be trained on."""
-        return [place for place, rollout in enumerate(self.judged) if self._is_trained(rollout, self.trained)]
+        return list(self._standing)
 
     def count(self, sources: Iterable[str]) -> np.ndarray:
         """[C] how many candidates of these sources gave each judged text."""
@@ -103,7 +120,7 @@ class PairPool:
         return np.bincount(np.asarray(places, int), minlength=len(self.judged))
 
     def reward(self, rollout: Rollout) -> float:
-        """The reward of a candidate, in the unit of the configuration.
+        """The reward of a candidate, in the unit of the configuration; where two policies are met, 2 r_t - r_{t-1}.
 
         Raises:
             DnoError: points are asked for and the judge gave pairwise verdicts.
@@ -118,21 +135,26 @@ class PairPool:
             return self.scores[place]
         own = np.zeros(len(self.judged), int)
         own[place] = rollout.source in self.whom
-        found = win_rates(self.wins, opponents=self.count(self.whom), own=own)
+        transform = self.section.transform
+        found = win_rates(self.wins, opponents=self.count(self.whom), own=own, transform=transform)
         self.errors.append(float(found.standard_error[place]))
-        return float(found.rate[place])
+        if not self._guesses:
+            return float(found.rate[place])
+        older, none = self.count({"previous"}), np.zeros(len(self.judged), int)
+        before = win_rates(self.wins, opponents=older, own=none, transform=transform)
+        return float(2.0 * found.rate[place] - before.rate[place])
 
     def texts(self) -> list[ScoredCandidate]:
         """One candidate per text."""
         counts = np.maximum(self.count(self.trained - {"gold"}), 1)
-        return [self._candidate(self.judged[place], count=int(counts[place])) for place in self.trained_rows]
+        return [self._candidate(row, count=int(counts[place])) for place, row in self._standing.items()]
 
     def own_samples(self) -> list[ScoredCandidate]:
         """One candidate per sample of the policy, equal texts too."""
         return [
             self._candidate(sample)
             for sample in self.samples
-            if self._is_trained(sample, self.trained & {"policy", "mixture"})
+            if self._is_trained(sample, self.trained - {"gold", "data"})
         ]
 
     def _is_trained(self, rollout: Rollout, sources: Set[str]) -> bool:

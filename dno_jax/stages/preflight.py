@@ -14,11 +14,13 @@ from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
-from dno_jax.parallel.cluster import barrier, is_primary
+from dno_jax.parallel.cluster import barrier, described, is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
+from dno_jax.runtime.capacity import device_capacity
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import plan, wanted_by_stage
-from dno_jax.stages import checkpoints, redo, template
+from dno_jax.runtime.training_memory import refuse_training
+from dno_jax.stages import checkpoints, disk, redo, template
 from dno_jax.stages.judge_on_devices import policy as policy_judge
 from dno_jax.stages.judge_on_devices import reward_model
 
@@ -38,6 +40,8 @@ def prepared(
     """
     config, run_dir = runtime.config, runtime.run_dir
     place = None if redo_from is None else redo.parse_place(redo_from, config)
+    if is_primary():
+        say(described(runtime.mesh))
     check(runtime, only=only)
     with run_dir.held() if is_primary() else nullcontext():
         if is_primary():
@@ -60,6 +64,8 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
     """
     config, stage = runtime.config, None if only is None else only[0]
     runtime.programs.param_shardings(TRAIN)
+    if stage in (None, "train"):
+        refuse_training(runtime.programs, device_capacity(runtime.mesh.local_devices))
     if stage in (None, "sample", "evaluate"):
         runtime.programs.param_shardings(DECODE)
         template.refuse_template(runtime)
@@ -69,6 +75,8 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
             policy_judge.check(runtime)
         if config.annotation.kind == "reward_model":
             reward_model.check(runtime)
+    if is_primary() and stage is None:
+        disk.check(runtime)
     if is_primary() and stage in (None, "evaluate"):
         _check_judges(config)
 

@@ -8,7 +8,7 @@ from etils import epath
 from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.run_dir import RunDir
-from dno_jax.runtime.scheme import initial_policy, updates
+from dno_jax.runtime.scheme import initial_policy, update_of
 from dno_jax.training.checkpoint import is_pruned, policy_fingerprint, prune_policy
 
 
@@ -36,12 +36,12 @@ def needed_after(config: RunConfig, run_dir: RunDir, iteration: int) -> set[epat
     newest, keep = iteration + 1, config.training.keep_policies
     count = newest + 1 if keep == "all" or config.outer.scheme == "average" else int(keep)
     recent = range(max(newest + 1 - count, 0), newest + 1)
-    needed = {run_dir.policy(0)} | {place(policy) for policy in recent for place in (run_dir.policy, run_dir.auxiliary)}
+    needed = {run_dir.policy(policy) for policy in (0, *recent)}
     best = run_dir.stage("evaluate", iteration).require().details["best"]
     needed.add(run_dir.policy(int(best)))
     for later in range(newest, max(config.iterations, newest + 1)):  # there may be more one day
         needed.add(initial_policy(config, run_dir, later))
-        needed |= {update.previous for update in updates(config, run_dir, later)}
+        needed.add(update_of(config, run_dir, later).previous)
     return needed
 
 

@@ -10,7 +10,8 @@ from dno_jax.errors import DnoError
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import STAGES, stage_names, stale_message
 
-_KEPT_OF_EVALUATION = "policy-"  # folders of held-out responses: what they are of has not changed
+# Folders of held-out responses and of answers to the guard's questions: what they are of has not changed.
+_KEPT_OF_EVALUATION = ("policy-", "guard-")
 
 
 def check(config: RunConfig, run_dir: RunDir) -> None:
@@ -87,7 +88,8 @@ def set_aside(run_dir: RunDir, stage: str, iteration: int) -> None:
         paths.append(run_dir.prompts_path(iteration))
     paths += [run_dir.iteration_path(later) for later in run_dir.begun() if later > iteration]
     paths += [path for path in _policies(run_dir) if int(path.name.split("-")[0]) > iteration]
-    paths += [run_dir.export_path, run_dir.exported_path, run_dir.export_average_path, run_dir.report_path]
+    paths += [run_dir.export_path, run_dir.exported_path, run_dir.export_average_path]
+    paths += [run_dir.report_path, run_dir.report_files_path]
     target = _move(run_dir, paths)
     say(
         f"redone from {stage} of iteration {iteration}: {', '.join(redone)} of it, every later iteration and policy; "

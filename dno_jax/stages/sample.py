@@ -16,6 +16,7 @@ from etils import epath
 from dno_jax.annotation.refusals import is_refusal
 from dno_jax.config import RunConfig
 from dno_jax.console import say
+from dno_jax.data.pools import by_prompt
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
@@ -63,6 +64,8 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
     if config.sampling.source == "mixture" or config.sampling.num_opponents:
         policies["initial"] = initial_policy(config, run_dir, iteration)
     inputs = stage.input_digest(prompts_path) | runtime.policy_inputs(*policies.values())
+    previous = _Previous(run_dir, config, iteration)
+    inputs |= previous.inputs()
     if manifest := stage.finished(config, inputs):
         return manifest
     drawn: dict[str, Any] = {}
@@ -77,7 +80,10 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
             Draws(specs, policies, policy=iteration),
             out=stage,
             description=f"sample    {iteration}",
-            also=lambda item: _gold(runtime, item, iteration=iteration),
+            also=lambda shard, item: [
+                *_gold(runtime, item, iteration=iteration),
+                *previous.read(shard, item.prompt.prompt_id),
+            ],
             after_shard=after_shard,
         )
     counted = _Counted()
@@ -107,6 +113,42 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, after_shard: Callable[[]
         )
     wait_until(stage.manifest_path.exists)
     return stage.require()
+
+
+class _Previous:
+    """The samples of policy t-1, as iteration t-1 drew them, for the schemes that meet them; else nothing.
+
+    Prompts are shared, in one order, so that a shard of either iteration has the same ones.
+    """
+
+    def __init__(self, run_dir: RunDir, config: RunConfig, iteration: int):
+        self._stage = run_dir.stage("sample", iteration - 1) if config.meets_previous(iteration) else None
+        self._first = config.sampling.num_samples + config.sampling.num_opponents
+        self._shard = ""
+        self._held: dict[str, list[Rollout]] = {}
+
+    def inputs(self) -> dict[str, str]:
+        """What the manifest names of it.
+
+        Raises:
+            DnoError: iteration t-1 is not sampled.
+        """
+        if self._stage is None:
+            return {}
+        self._stage.require()
+        return self._stage.input_digest(self._stage.manifest_path)
+
+    def read(self, shard: str, prompt_id: str) -> list[Rollout]:
+        if self._stage is None:
+            return []
+        if shard != self._shard:
+            rows = self._stage.read_shard(Rollout, shard)
+            self._shard, self._held = shard, by_prompt([row for row in rows if row.source == "policy"])
+        found = self._held.get(prompt_id, [])
+        return [
+            row.model_copy(update={"source": "previous", "sample": self._first + number})
+            for number, row in enumerate(found)
+        ]
 
 
 def _growth(run_dir: RunDir, iteration: int, figures: Mapping[str, Any]) -> dict[str, float]:
@@ -226,7 +268,7 @@ class ResponseLengths:
 
     def add(self, rollout: Rollout) -> None:
         """Count a response, if a policy gave it."""
-        if rollout.policy is not None:
+        if rollout.policy is not None and rollout.source != "previous":
             self.tokens.append(len(rollout.token_ids))
             self.words.append(len(rollout.text.split()))
             self.stopped += rollout.finish == "stop"

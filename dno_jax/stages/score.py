@@ -29,7 +29,7 @@ INITIAL = "initial"  # sub-folder of the scores under the initial policy
 SCORED, SAMPLED = "scored", "sampled"  # where log pi_t of the policy's own samples comes from
 
 
-def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score") -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     """Write log pi_t of iteration t's pairs, replayed ones too, and, where the loss reads it, log pi_ref.
 
     With `sampling.as_reference`, log pi_t of a pair of pi_t's own samples is what the sampler recorded: at temperature
@@ -38,14 +38,14 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
     """
     start = time.perf_counter()
     config, run_dir = runtime.config, runtime.run_dir
-    update = update_of(config, run_dir, iteration, stage=stage_name)
-    stage = run_dir.stage(stage_name, iteration)
+    update = update_of(config, run_dir, iteration)
+    stage = run_dir.stage("score", iteration)
     paired = run_dir.stage("pair", iteration)
     paired.require()
     policies = [update.previous] if update.initial is None else [update.previous, update.initial]
     inputs = stage.input_digest(paired.manifest_path) | runtime.policy_inputs(*policies)
     manifest = stage.finished(config, inputs)
-    if manifest and run_dir.stage(update.train, iteration).manifest():
+    if manifest and run_dir.stage("train", iteration).manifest():
         return manifest
     source = _source(config, run_dir, update)
     if manifest and manifest.details.get("source") == source:
@@ -57,14 +57,14 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
     pairs = PairTable.load(paired)
     samples = samples_of(run_dir, update.previous)
     taken = np.zeros(len(pairs), bool)
-    if source == SAMPLED and samples is not None:
+    if source == SAMPLED:
         taken = _recorded(pairs, iteration=samples.iteration)
     if is_primary() and config.sampling.as_reference:
-        say(f"{stage_name:<9} {iteration}: {taken.sum()} of {len(pairs)} pairs have log pi_t from the sampler")
+        say(f"score     {iteration}: {taken.sum()} of {len(pairs)} pairs have log pi_t from the sampler")
     if is_primary() and taken.any():
         rows = np.flatnonzero(taken)
         stage.write_shard(SAMPLED, _scores(pairs, rows, pairs.sampler_logprob[rows]))
-    with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+    with explained(f"score of iteration {iteration}", training_settings(runtime.programs)):
         for policy, out in zip(policies, (stage, stage.sub(INITIAL)), strict=False):
             _score(
                 runtime,
@@ -73,7 +73,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
                 np.flatnonzero(~taken) if out is stage else np.arange(len(pairs)),
                 out=out,
                 prefix=f"{SAMPLED}-others-" if out is stage and source == SAMPLED else "",
-                description=f"{stage_name:<9} {iteration}",
+                description=f"score     {iteration}",
             )
     if is_primary():
         stage.finish(
@@ -87,9 +87,9 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "score
     return stage.require()
 
 
-def samples_of(run_dir: RunDir, policy: epath.Path) -> StageDir | None:
-    """The stage that samples from a policy; None for the optimistic scheme's auxiliary ones, which nobody samples."""
-    return run_dir.stage("sample", int(policy.name)) if policy.name.isdecimal() else None
+def samples_of(run_dir: RunDir, policy: epath.Path) -> StageDir:
+    """The stage that samples from a policy."""
+    return run_dir.stage("sample", int(policy.name))
 
 
 def _recorded(pairs: PairTable, *, iteration: int) -> Bool[np.ndarray, " N"]:
@@ -193,8 +193,8 @@ def _source(config: RunConfig, run_dir: RunDir, update: Update) -> str:
         DnoError: the sampler's is asked for and is too far from the trainer's (see `audit.check`).
     """
     samples = samples_of(run_dir, update.previous)
-    manifest = samples.manifest() if samples and config.sampling.as_reference else None
-    if samples is None or manifest is None or "audit" not in manifest.details:
+    manifest = samples.manifest() if config.sampling.as_reference else None
+    if manifest is None or "audit" not in manifest.details:
         return SCORED
     audit.check(manifest.details["audit"], config=config, place=samples.path)
     return SAMPLED

@@ -81,10 +81,7 @@ class Speakers:
         run_dir = RunDir(place)
         if (folder / "policies").is_dir():
             config = _with(run_dir.load_config(), overrides, run_dir=absolute(place))
-            numbers = tuple(sorted(int(path.name) for path in (folder / "policies").iterdir() if path.name.isdigit()))
-            if not numbers:
-                raise DnoError(f"{place}: no policy is there yet; `dno import` or `dno run` makes policy 0")
-            return cls(_start(config), numbers, _best(run_dir, config, numbers), is_run=True)
+            return cls.of_run(config)
         found = next((path for path in (folder, folder / "export") if (path / "config.json").is_file()), None)
         if found is None:
             raise DnoError(
@@ -92,6 +89,16 @@ class Speakers:
                 "of them, or a directory of `dno sft` that is finished"
             )
         return cls(_start(_of_checkpoint(str(found), overrides)), (0,), 0, is_run=False)
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> Speakers:
+        """Open the policies of a run whose configuration is known.
+
+        Raises:
+            DnoError: it holds no policy yet.
+        """
+        numbers, best = policies_of(config)
+        return cls(_start(config), numbers, best, is_run=True)
 
     @property
     def longest_prompt(self) -> int:
@@ -103,9 +110,7 @@ class Speakers:
         Raises:
             DnoError: there is no such policy.
         """
-        if policy not in self.numbers:
-            raise DnoError(f"there is no policy {policy}; there are {', '.join(map(str, self.numbers))}")
-        return policy
+        return check_policy(policy, self.numbers)
 
     def answer(self, policy: int, messages: Sequence[Message], *, draw: int, show: Show = lambda text: None) -> Said:
         """Answer a conversation; the same draw of the same conversation is the same answer.
@@ -260,6 +265,31 @@ def _of_checkpoint(path: str, overrides: Sequence[str]) -> RunConfig:
         "prompts": {"path": absolute(path), "max_length": max(1, min(_LONGEST_PROMPT, shape.context - max_new_tokens))},
     }
     return _with(parse_config(RunConfig, tree, place=path), overrides)
+
+
+def policies_of(config: RunConfig) -> tuple[tuple[int, ...], int]:
+    """Return the policies that a run holds, and the best of them: the newest where nothing has been evaluated.
+
+    Raises:
+        DnoError: it holds no policy yet.
+    """
+    run_dir = RunDir(config.run_dir)
+    folder = run_dir.path / "policies"
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+    numbers = tuple(sorted(int(path.name) for path in found))
+    if not numbers:
+        raise DnoError(f"{config.run_dir}: no policy is there yet; `dno import` or `dno run` makes policy 0")
+    return numbers, _best(run_dir, config, numbers)
+
+
+def check_policy(policy: int, numbers: Sequence[int]) -> int:
+    """
+    Raises:
+        DnoError: there is no such policy.
+    """
+    if policy not in numbers:
+        raise DnoError(f"there is no policy {policy}; there are {', '.join(map(str, numbers))}")
+    return policy
 
 
 def _best(run_dir: RunDir, config: RunConfig, numbers: Sequence[int]) -> int:

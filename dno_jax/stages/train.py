@@ -26,6 +26,7 @@ from dno_jax.runtime.scheme import update_of
 from dno_jax.stage_dir import Manifest, StageDir, versions
 from dno_jax.stages.audit import STEP_ZERO_TOLERANCE
 from dno_jax.stages.score import INITIAL, reference_identity, samples_of
+from dno_jax.tracker import open_sinks
 from dno_jax.training.adapted import base_of
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, num_steps, text_lengths
 from dno_jax.training.carried import load_moments, save_moments
@@ -41,7 +42,7 @@ from dno_jax.training.trace import Trace
 
 
 @stopping.finishing()
-def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train") -> Manifest:
+def run(runtime: Runtime[RunConfig], iteration: int) -> Manifest:
     """Regress the log-ratios onto the pairs' preferences (Algorithm 2, line 7); write the resulting policy.
 
     Raises:
@@ -50,9 +51,9 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     """
     start = time.perf_counter()
     config, run_dir = runtime.config, runtime.run_dir
-    update = update_of(config, run_dir, iteration, stage=stage_name)
-    stage = run_dir.stage(stage_name, iteration)
-    scored = run_dir.stage(update.score, iteration)
+    update = update_of(config, run_dir, iteration)
+    stage = run_dir.stage("train", iteration)
+    scored = run_dir.stage("score", iteration)
     reference = scored.require()
     inputs = stage.input_digest(scored.manifest_path) | runtime.policy_inputs(update.previous)
     manifest = stage.finished(config, inputs)
@@ -70,10 +71,15 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
     pairs = PairTable.load(run_dir.stage("pair", iteration))
     previous = pairs.logprobs(scored.read(ReferenceScore))
     initial = previous if update.initial is None else pairs.logprobs(scored.sub(INITIAL).read(ReferenceScore))
-    sampled = samples_of(run_dir, update.previous)
-    rows = PairRows(pairs, previous, initial, sampled_from=None if sampled is None else sampled.iteration)
+    rows = PairRows(
+        pairs,
+        previous,
+        initial,
+        sampled_from=samples_of(run_dir, update.previous).iteration,
+        anchored_from=samples_of(run_dir, update.initial or update.previous).iteration,
+    )
     row_loss = preference_loss(config.loss_at(iteration), config.reference)
-    with explained(f"{stage_name} of iteration {iteration}", training_settings(runtime.programs)):
+    with explained(f"train of iteration {iteration}", training_settings(runtime.programs)):
         trained, frozen = runtime.load_trained(update.previous, exact=True)
         result = train(
             runtime,
@@ -81,7 +87,7 @@ def run(runtime: Runtime[RunConfig], iteration: int, *, stage_name: str = "train
             rows,
             runtime.programs.step_config(row_loss, load_balance_weight=config.loss.load_balance_weight),
             Training(
-                stage_name,
+                "train",
                 iteration,
                 stage.path / "states",
                 max_length=config.max_length,
@@ -191,7 +197,9 @@ def train(
     if section.skip_nonfinite:
         counted = skipped_before(runtime.run_dir, course) if is_primary() else 0
         course = replace(course, skipped=int(broadcast_from_primary(np.asarray(counted))))
-    writer = MetricsWriter(runtime.run_dir, course, tensorboard=config.report.tensorboard, enabled=is_primary())
+    curve, first = f"{course.stage}_{course.iteration:03d}", course.first_step
+    sinks = open_sinks(config.report, runtime.run_dir, curve=curve, first_step=first, enabled=is_primary())
+    writer = MetricsWriter(runtime.run_dir, course, sinks=sinks, enabled=is_primary())
     share_prompt = runtime.programs.packing.packed and runtime.programs.packing.share_prompt
     trace = Trace(section.profile, runtime.run_dir.path / "profile" / f"{stage}_{iteration:03d}")
     try:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dno_jax.addresses import Purpose, rng
 from dno_jax.model.places import Places
-from dno_jax.parallel.sharding import ROW_AXES, to_device
+from dno_jax.parallel.sharding import ROW_AXES, AnyMesh, to_device
 from dno_jax.training.packing import BatchShape, Layout, Packing, Plan, TextLengths, plan_batches
 
 _WINDOW = 16  # batches among which rows are sorted by length
@@ -29,6 +29,7 @@ class TrainingRow:
         prompt_ids, response_ids: token ids of each text; the loss covers `response_ids`, end id included.
         previous_logprob, initial_logprob: log pi_t and log pi_ref of each response, nats; 0 where nothing reads them.
         reward: of each response, points or a win rate; zeros where nothing reads it.
+        anchor: 1 for each response that the reference sampled: the forward KL divergence is of these.
         target: P(chosen preferred).
         own: 1 for each response that the policy sampled itself: estimates of its KL divergence are made of these.
         weight: 1 for a pair; the number of response tokens for an example, so that its loss is a mean over tokens.
@@ -41,6 +42,7 @@ class TrainingRow:
     initial_logprob: tuple[float, ...] = (0.0, 0.0)
     reward: tuple[float, ...] = (0.0, 0.0)
     own: tuple[float, ...] = (1.0, 1.0)
+    anchor: tuple[float, ...] = (1.0, 1.0)
     target: float = 1.0
     weight: float = 1.0
     name: str = ""
@@ -72,6 +74,7 @@ class PairBatch:
     target: Any  # [M, P] float32
     weight: Any  # [M, P] float32, 0 on filler
     own: Any = None  # [M, P, C] float32, 1 on the policy's own samples; None: on all
+    anchor: Any = None  # [M, P, C] float32, 1 on the reference's samples; None: on all
 
     def part(self, index: int) -> PairBatch:
         """Return one micro-batch, without axis M."""
@@ -91,7 +94,7 @@ class PairBatch:
         }
         return PairBatch(**specs)
 
-    def shardings(self, mesh: Mesh) -> PairBatch:
+    def shardings(self, mesh: AnyMesh) -> PairBatch:
         """Return where its arrays lie on a mesh."""
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), self.specs(ROW_AXES))
 
@@ -209,6 +212,7 @@ def _filled(rows: Sequence[TrainingRow], layout: Layout, shape: BatchShape, pack
         target=of_pairs([row.target for row in rows]),
         weight=of_pairs([row.weight for row in rows]),
         own=of_pairs([row.own[:width] for row in rows]),
+        anchor=of_pairs([row.anchor[:width] for row in rows]),
     )
 
 

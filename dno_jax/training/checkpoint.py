@@ -159,13 +159,12 @@ def check_fingerprint(path: epath.Path, noted: str, found: str) -> None:
 
 def policy_remedy(path: epath.Path) -> str:
     """Say how a policy on disk that is damaged can be had again."""
-    number, _, auxiliary = path.name.partition("-")
+    number = path.name
     if number != "base" and not number.isdecimal():
         return "restore it from a copy"
     if number == "base" or not int(number):
         return f"restore it from a copy, or remove {path} and run again: the same one is imported from model.path"
-    stage = "train-auxiliary" if auxiliary else "train"
-    return f"restore it from a copy, or train it again: dno run CONFIG --from {stage}:{int(number) - 1}"
+    return f"restore it from a copy, or train it again: dno run CONFIG --from train:{int(number) - 1}"
 
 
 def undamaged(path: epath.Path, read: Callable[[], T]) -> T:

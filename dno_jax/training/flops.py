@@ -11,37 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from dno_jax.model.config import ModelConfig
+from dno_jax.parallel.chips import chip_of
 from dno_jax.training.packing import TextLengths
-
-# Dense bfloat16 peaks of one device, FLOP/s, by the beginning of jax's name for it; docs/training.md names sources.
-# MFU is taken against these whatever the dtype.
-PEAKS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835.5e12,
-    "NVIDIA H100": 989.4e12,  # SXM
-    "NVIDIA H200 NVL": 835.5e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362.05e12,
-    "NVIDIA A10": 125e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,  # v5e
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,  # v5p
-    "TPU v6 lite": 918e12,  # v6e
-    "TPU v6e": 918e12,
-    "TPU7x": 1153.5e12,  # a chip has 2,307, and is two devices
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
     """The peak of a device by jax's name for its kind; None where it is not known, as of CPUs and of parts of a GPU."""
-    if " MIG " in device_kind:
-        return None
-    found = [name for name in PEAKS if device_kind == name or device_kind.startswith((f"{name} ", f"{name}-"))]
-    return PEAKS[max(found, key=len)] if found else None
+    chip = chip_of(device_kind)
+    return None if chip is None else chip.flops
 
 
 @dataclass(frozen=True)

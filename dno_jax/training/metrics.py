@@ -1,4 +1,4 @@
-"""Metrics to metrics.jsonl and TensorBoard, fetched one step behind so that the device never waits for the host."""
+"""Metrics to metrics.jsonl and to sinks, fetched one step behind so that the device never waits for the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 
 from dno_jax.console import say
 from dno_jax.run_dir import RunDir
-from dno_jax.training.board import Board
+from dno_jax.tracker import Sinks
 from dno_jax.training.health import Health
 
 
@@ -59,21 +59,19 @@ class MetricsWriter:
         NotFinite: from `write` and `flush`, when the metrics of the step before, or of this one, have been written.
     """
 
-    def __init__(self, run_dir: RunDir, course: Course, *, tensorboard: bool, enabled: bool):
+    def __init__(self, run_dir: RunDir, course: Course, *, enabled: bool, sinks: Sinks | None = None):
+        """Write where `enabled`, to `sinks` too."""
         self._run_dir = run_dir
         self._course = course
         self._skipped = course.skipped
         self._enabled = enabled
         self._pending: tuple[int, dict[str, Any], Sequence[str], dict[str, float]] | None = None
         self._clock = time.perf_counter()
-        self._board: Board | None = None
+        self._sinks = sinks or Sinks()
         self._health = Health(f"{course.stage} {course.iteration}", say if enabled else _nobody)
         self.last: dict[str, float] = {}
         if enabled:
             run_dir.forget_metrics(iteration=course.iteration, stage=course.stage, from_step=course.first_step)
-        if enabled and tensorboard:
-            folder = run_dir.tensorboard_path / f"{course.stage}_{course.iteration:03d}"
-            self._board = Board(folder, first_step=course.first_step)
 
     def write(self, step: int, metrics: dict[str, Any], *, names: Sequence[str], **host: float) -> None:
         """Queue one step's device metrics and host figures.
@@ -108,8 +106,7 @@ class MetricsWriter:
         if self._enabled:
             place = {"iteration": self._course.iteration, "stage": self._course.stage, "step": step}
             self._run_dir.append_metrics(place | {name: float(f"{value:.7g}") for name, value in row.items()})
-            if self._board is not None:
-                self._board.write(step, {f"{self._course.stage}/{name}": value for name, value in row.items()})
+            self._sinks.write(step, {f"{self._course.stage}/{name}": value for name, value in row.items()})
         if not finite:
             if self._skipped >= self._course.max_skipped:
                 raise NotFinite(step, row["loss"], row["grad_norm"], names, self._skipped)
@@ -125,8 +122,7 @@ class MetricsWriter:
     def close(self) -> None:
         with suppress(NotFinite):  # training has stopped: what it stopped for is to be told
             self.flush()
-        if self._board is not None:
-            self._board.close()
+        self._sinks.close()
 
 
 def skipped_before(run_dir: RunDir, course: Course) -> int:

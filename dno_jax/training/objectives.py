@@ -103,6 +103,8 @@ def preference_loss(section: LossSection, reference: ReferenceSection = _PREVIOU
             value = losses.with_nll(
                 value, chosen_logprob=logprob[:, 0], num_tokens=num_tokens[:, 0], weight=section.nll_weight
             )
+        if section.forward_kl_weight:
+            value = value + section.forward_kl_weight * _forward_kl(logprob, batch, reference)
         reward = losses.implicit_reward(logprob=terms.policy, reference_logprob=terms.reference, beta=section.beta)
         shift = logprob - batch.previous_logprob
         own = jnp.ones_like(shift) if batch.own is None else batch.own
@@ -121,6 +123,14 @@ def preference_loss(section: LossSection, reference: ReferenceSection = _PREVIOU
         }
 
     return loss
+
+
+def _forward_kl(logprob: Array, batch: PairBatch, reference: ReferenceSection) -> Array:
+    """Return the mean over a pair's samples of pi_ref (of pi_t, where that is the reference); 0 where it has none."""
+    column = batch.previous_logprob if reference.kind == "previous" else batch.initial_logprob
+    drawn = jnp.ones_like(logprob) if batch.anchor is None else batch.anchor
+    value = losses.forward_kl_loss(logprob=logprob, reference_logprob=column)
+    return jnp.sum(drawn * value, axis=1) / jnp.maximum(jnp.sum(drawn, axis=1), 1.0)
 
 
 def _terms(

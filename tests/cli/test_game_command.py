@@ -57,6 +57,7 @@ def test_the_default_table_tells_who_reaches_the_nash_policy(dno_game):
     assert (gap, distance) == ("0.095", "0.00058")
     assert float(table["reward_maximisation"][1]) > 0.5
     assert "Nash policy  0: 0.3636, 1: 0.2727, 2: 0.3636" in said
+    assert "in a run: outer.scheme=proximal with reference.tau >= 0.1" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("suffix", MAGIC)

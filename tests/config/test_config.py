@@ -206,10 +206,6 @@ MIXTURE = {"reference.kind": "mixture", "reference.tau": 0.01}
         # the scheme
         ({"outer.scheme": "proximal", "outer.every": 2}, r"proximal moves the initial reference: set reference\.kind"),
         ({"outer.scheme": "lookahead", "iterations": 1}, "lookahead pools .* iterations >= 2"),
-        (
-            {"loss.name": "spo", **MATCHING, "outer.scheme": "optimistic"},
-            r"optimistic regresses twice; loss\.name=spo is a policy gradient",
-        ),
     ],
     ids=lambda value: ",".join(f"{key}={item}" for key, item in value.items()) if isinstance(value, dict) else "",
 )
@@ -224,7 +220,7 @@ def test_sections_that_do_not_fit_together_are_refused(tmp_path, changes, messag
     [
         MATCHING | {"loss.name": "sppo", "pairing.replay": 0.3},  # a regression may replay
         MATCHING | MIXTURE | {"loss.name": "nash_md_pg"},
-        MIXTURE | {"loss.name": "inpo", "outer.scheme": "optimistic"},
+        MIXTURE | MATCHING | {"loss.name": "inpo", "outer.scheme": "optimistic", "prompts.split": "shared"},
         MIXTURE | {"reference.tau": 0.1},  # tau = beta: the reference is pi_ref
         MIXTURE | {"reference.tau": 0.5, "loss.beta_schedule": "nash_md"},  # beta is not read
         {"reference.kind": "initial", "outer.scheme": "proximal", "outer.every": 3},

@@ -41,7 +41,8 @@ def run(monkeypatch, capsys, *arguments):
         (["annotation.table"], ["annotation.table = null", "annotation.table.answers (has to be given)"]),
         (["annotation.prices"], ["annotation.prices = {}", "annotation.prices.NAME.batch = 0.5"]),
         (["annotation.ensemble"], ["annotation.ensemble = []", "annotation.ensemble[].form = listwise"]),
-        (["outer"], ["    decides pair, score, train, evaluate: one of last, average, proximal, optimistic, lookahead; "
+        (["outer"], ["    decides pair, score, train, evaluate: one of last, average, proximal, optimistic, "
+                     "extragradient, lookahead; "
                      "which policies there are, and which are returned"]),
         (["run_dir"], ["run_dir (has to be given)"]),
         ([], ["seed = 0", "evaluation.annotation.openai.form = listwise"]),

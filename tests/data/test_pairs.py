@@ -145,6 +145,9 @@ def test_a_table_has_the_pairs_in_order_of_id_with_their_own_ids(stage):
         assert (row.previous_logprob, row.initial_logprob) == ((-index, -2 * index), (0.0, 0.0))
         assert (row.reward, row.target, row.weight) == ((0.75, 0.25), 0.9, 2.0)
     assert loaded.sampler_logprob.tolist() == [[-1.5, -1.5]] * 50
+    iteration = int(loaded.iteration[0])
+    of_policy, of_reference = (PairRows(loaded, **{name: iteration})[0] for name in ("sampled_from", "anchored_from"))
+    assert (of_policy.own, of_policy.anchor) == (of_reference.anchor, of_reference.own) == ((1.0, 1.0), (0.0, 0.0))
 
 
 def test_a_reference_score_is_never_made_up(stage):

@@ -3,12 +3,15 @@
 import json
 import math
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
 from dno_jax import iteration
 from dno_jax.config import MeshSection, RunConfig, SftConfig, parse_config
@@ -51,8 +54,11 @@ def finished(small_folder, tmp_path_factory):
     return config, RunDir(config.run_dir)
 
 
-def num_bytes(folder):
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+def num_stored(folder):
+    """Numbers of a checkpoint's arrays; its bytes on disk depend on how often the store rewrote its index meanwhile."""
+    with closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.metadata(epath.Path(folder)).tree
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def losses(run_dir, t):
@@ -68,7 +74,7 @@ def test_policies_are_adapters_beside_policy_0(finished):
         assert note == {
             "base": "000", "fingerprint": base, **ADAPTER, "targets": ["q", "k", "v", "o", "gate", "up", "down"],
         }  # fmt: skip
-        assert num_bytes(run_dir.policy(t) / "params") < 0.6 * num_bytes(run_dir.policy(0) / "params")
+        assert num_stored(run_dir.policy(t) / "params") < 0.5 * num_stored(run_dir.policy(0) / "params")
     assert len({policy_fingerprint(run_dir.policy(t)) for t in range(3)}) == 3
     # Of both iterations: the guard of the first step and the audit have passed, in bfloat16.
     for t in range(2):
@@ -153,7 +159,8 @@ def test_five_steps_kill_and_the_rest_end_where_all_of_them_do(finished, tmp_pat
     assert 0 < newest < steps
     metadata = json.loads((states / str(newest) / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert metadata["BASE"] == policy_fingerprint(run_dir.policy(0))
-    assert num_bytes(states / str(newest)) < 2 * num_bytes(run_dir.policy(0))  # three times the adapter, no base
+    # Three times the adapter, and no base.
+    assert num_stored(states / str(newest) / "default") < num_stored(run_dir.policy(0) / "params")
     run_stage(train, copied, 1)
     assert policy_fingerprint(copy.policy(2)) == policy_fingerprint(run_dir.policy(2))
     assert losses(copy, 1) == losses(run_dir, 1)
@@ -217,11 +224,14 @@ def test_a_run_starts_from_an_adapter_of_pefts(small_folder, tmp_path):
         prepare(config)
 
 
+RATED = {"rule": "all", "reward": "win_rate", "opponents": "policy", "replay": 0.0}
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "changes",
     [
-        {"outer": {"scheme": "optimistic"}, "iterations": 1},
+        {"outer": {"scheme": "extragradient"}, "iterations": 2, "prompts": {"split": "shared"}, "pairing": RATED},
         {"outer": {"scheme": "lookahead"}},
         {"outer": {"scheme": "proximal", "every": 1}, "reference": {"kind": "initial"}},
     ],
@@ -232,7 +242,7 @@ def test_every_scheme_trains_adapters(small_folder, tmp_path, changes):
     iteration.run(config)
     run_dir = RunDir(config.run_dir)
     names = sorted(path.name for path in run_dir.policy(0).parent.iterdir() if (path / "FINGERPRINT").exists())
-    assert len(names) == 1 + config.iterations * (2 if config.outer.scheme == "optimistic" else 1)
+    assert len(names) == 1 + config.iterations
     for name in names[1:]:
         note = json.loads((run_dir.path / "policies" / name / "ADAPTER.json").read_text())
         assert (note["base"], note["fingerprint"]) == ("000", policy_fingerprint(run_dir.policy(0)))

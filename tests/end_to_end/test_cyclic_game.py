@@ -44,7 +44,8 @@ def test_a_language_model_follows_the_exact_algorithm(example, folder, tmp_path)
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["dno_prct", pytest.param("iterative_dpo", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["dno_prct", "iterative_dpo"])
 def test_hard_labels_are_played_too(example, folder, name):
     one = example["play"](folder, name, "iterations=1")
     # Rock is beaten by paper, which few scissors beat: paper gains.

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dno_jax.report.summary import policy_table
+from dno_jax.report.tables import plain
 from dno_jax.run_dir import RunDir
+from tests.report.parsed import Page
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +33,12 @@ def test_it_beats_the_policy_that_it_started_from(tmp_path, iterations):
     assert against_start["comparisons"] == 80 * 4
     assert details["best"] > 0
     assert Path(run_dir.export_path, "model.safetensors").stat().st_size < 2_000_000
+    assert done.stderr.rstrip().endswith(f"report: {run_dir.report_path}")
+    page = Page(run_dir.report_path.read_text())
+    for table in plain(policy_table(run_dir, iterations=iterations))[0]:
+        assert [list(table.columns), *map(list, table.rows)] in page.tables
+        for cell in (cell for row in table.rows for cell in row if "[" in cell):
+            assert cell in done.stderr
 
 
 def test_the_demos_judge_is_no_reward_in_disguise():

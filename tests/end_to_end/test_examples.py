@@ -59,6 +59,7 @@ def test_other_losses_take_the_same_arrays(loss, at_the_reference):
     assert last["accuracy"] > 0.9
 
 
+@pytest.mark.soak
 def test_shard_map_step_runs_as_it_says_whatever_the_devices_and_the_layout():
     """Replicated on 2 devices in a process of its own, the figures are those of FSDP on 8 in this one."""
     assert "\n    python examples/shard_map_step.py [--fsdp]\n" in (FOLDER / "shard_map_step.py").read_text()

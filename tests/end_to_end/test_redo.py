@@ -78,6 +78,7 @@ def straight(small_folder, tmp_path_factory):
     return RunDir(config.run_dir)
 
 
+@pytest.mark.soak
 def test_out_of_memory_is_cured_in_the_same_directory(make_config, straight, monkeypatch):
     config = make_config(**SHARED, evaluation={"num_samples": 1})
     run_dir, steps_a_training = RunDir(config.run_dir), len([key for key in losses(straight) if key[0] == 0])

@@ -294,6 +294,7 @@ def test_micro_batches_train_the_same_policy(make_config, tmp_path):
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
+@pytest.mark.soak
 def test_meshes_agree_and_export_the_same_files(make_config, finished, tmp_path):
     config, run_dir, _ = finished
     other = make_config(iterations=2, mesh={"data": 2, "fsdp": 2, "tensor": 2})

@@ -99,11 +99,15 @@ def test_sigterm_in_the_middle_of_supervised_training(folder):
     assert exported[0] == exported[1]
 
 
-def processes(path, count, *, overrides=(), points=()):
-    """Start a run of several processes, some with a point (crash.py); return them and where they write."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def processes(path, count, *, overrides=(), points=()):
+    """Start a run of several processes, some with a point (crash.py); return them and where they write."""
+    port = free_port()
     said = [path.with_suffix(f".{number}.log") for number in range(count)]
     for file in said:
         file.touch()

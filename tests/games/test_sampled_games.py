@@ -4,6 +4,7 @@ Tolerances are sampling noise: with N pairs a step's log-ratios err by about 1 /
 `test_the_error_of_a_step_falls_with_the_root_of_the_pairs`); seeds are fixed.
 """
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from dno_jax.games.sampled import ALGORITHMS, solve_sampled
 CYCLE = games.cyclic_game()
 OFF_CENTRE = np.array([0.5, 0.3, 0.2])
 POLICY_GRADIENT = ("spo", "nash_md")
-SECONDARY = ("rebel", "sppo_hard", "online_dpo", "iterative_dpo_fixed", "egpo")
+SECONDARY = ("rebel", "sppo_hard", "online_dpo", "iterative_dpo_fixed", "egpo", "nash_mirror_prox")
 REGRESSIONS = [
     pytest.param(name, marks=pytest.mark.slow if name in SECONDARY else ())  # two seconds of compilation each
     for name in ALGORITHMS
@@ -50,7 +51,13 @@ def knobs(name):
     return found | ({"step_size": 0.2 if name == "online_ipo" else 1.0} if name.startswith("online") else {})
 
 
-@pytest.mark.parametrize("name", REGRESSIONS)
+# One of each kind of target; all of them are for the soak.
+FIRST = ("dno", "sppo", "comal", "iterative_dpo_fixed")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.soak) for name in REGRESSIONS]
+)
 def test_three_steps_of_many_pairs_are_three_exact_steps(name):
     P = games.contextual([CYCLE, games.random_game(3, seed=1)])
     initial = np.array([[0.5, 0.3, 0.2], [0.2, 0.3, 0.5]])
@@ -88,6 +95,7 @@ def test_policy_gradients_ascend_the_expected_advantage(name):
     assert tv(sampled.last, softmax(logits)) < 0.004
 
 
+@pytest.mark.soak
 def test_the_error_of_a_step_falls_with_the_root_of_the_pairs():
     target = games.solve(CYCLE, algorithm="dno", eta=1.0, iterations=1, initial=OFF_CENTRE).last
     errors = {}
@@ -105,6 +113,7 @@ def test_the_error_of_a_step_falls_with_the_root_of_the_pairs():
     assert 3.0 < errors[512] / errors[8192] < 5.3  # 4, by the root of 16
 
 
+@pytest.mark.soak
 def test_unseen_responses_keep_their_log_ratio_and_separable_labels_a_finite_minimum():
     rare = np.array([0.6, 0.4 - 1e-9, 1e-9])
     step = solve_sampled(CYCLE, algorithm="dno", iterations=1, initial=rare).last
@@ -123,35 +132,42 @@ def test_unseen_responses_keep_their_log_ratio_and_separable_labels_a_finite_min
 # --- whole runs
 
 
+SETTINGS = {"onpo": (1.0, 0.0), "comal": (0.5, 0.1), "dno_option_1": (1.0, 0.1), "dno": (5.0, 0.0)}
+
+
 @pytest.fixture(scope="module")
 def runs():
-    """Two repetitions of 300 steps of 4,096 pairs, and the exact run."""
-    settings = {"onpo": (1.0, 0.0), "comal": (0.5, 0.1), "dno_option_1": (1.0, 0.1), "dno": (5.0, 0.0)}
-    found = {}
-    for name, (eta, tau) in settings.items():
+    """Of an algorithm: two repetitions of 300 steps of 4,096 pairs, and the exact run."""
+
+    @functools.cache
+    def play(name):
+        eta, tau = SETTINGS[name]
         common = {"algorithm": name, "eta": eta, "tau": tau, "iterations": 300}
         sampled = solve_sampled(copies(CYCLE, 2), initial=copies(OFF_CENTRE, 2), **common)
-        found[name] = sampled, games.solve(CYCLE, initial=OFF_CENTRE, **common)
-    return found
+        return sampled, games.solve(CYCLE, initial=OFF_CENTRE, **common)
+
+    return play
 
 
+@pytest.mark.soak
 def test_sampling_keeps_the_order_of_the_last_iterates(runs):
     """The exact gaps are .0002, .0012, .078, .29: within the noise of 4,096 pairs, the regularised one, and a cycle."""
     for name in ("onpo", "comal"):
-        assert runs[name][1].gaps[-1] < 0.002
-        assert runs[name][0].gaps[-1] < 0.04
-    assert runs["dno_option_1"][0].gaps[-1] == pytest.approx(runs["dno_option_1"][1].gaps[-1], abs=0.015)
-    assert runs["dno"][0].gaps[-1] > 2 * runs["dno_option_1"][0].gaps[-1]
+        assert runs(name)[1].gaps[-1] < 0.002
+        assert runs(name)[0].gaps[-1] < 0.04
+    assert runs("dno_option_1")[0].gaps[-1] == pytest.approx(runs("dno_option_1")[1].gaps[-1], abs=0.015)
+    assert runs("dno")[0].gaps[-1] > 2 * runs("dno_option_1")[0].gaps[-1]
 
 
 def test_the_average_of_dno_is_far_better_than_its_last_iterate(runs):
-    sampled, exact = runs["dno"]
+    sampled, exact = runs("dno")
     assert exact.average_gaps[-1] < 0.02 < 0.2 < exact.gaps[-1]
     assert sampled.average_gaps[-1] < 0.02 < 0.2 < sampled.gaps[-1]
 
 
+@pytest.mark.soak
 def test_option_1_comes_near_the_regularised_nash_policy(runs):
-    sampled, _ = runs["dno_option_1"]
+    sampled, _ = runs("dno_option_1")
     aim = games.regularised_nash(CYCLE, reference=OFF_CENTRE, tau=0.1)
     assert tv(sampled.policies[-150:].mean(axis=0), aim).max() < 0.006
 
@@ -160,7 +176,7 @@ def test_iterated_dpo_is_nearly_dno_with_a_quarter_of_beta(runs):
     dpo = solve_sampled(
         copies(CYCLE, 2), algorithm="iterative_dpo", eta=20.0, iterations=60, initial=copies(OFF_CENTRE, 2)
     )
-    assert tv(dpo.last, runs["dno"][0].policies[60]).max() < 0.05
+    assert tv(dpo.last, runs("dno")[0].policies[60]).max() < 0.05
     other = games.solve(CYCLE, algorithm="dno", eta=10.0, iterations=60, initial=OFF_CENTRE)
     assert tv(dpo.last, other.last).min() > 0.1
 

@@ -193,4 +193,12 @@ CASES = {
             "attention_bias": True,
         },
     ),
+    "seed_oss": Case("seed_oss", {"head_dim": 20, "attention_out_bias": True, "rope_theta": 5000.0}),
+    "exaone4": Case("exaone4", {"sliding_window": WINDOW, "rope_theta": 5000.0}),
+    "exaone4_small": Case(
+        "exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4, "tie_word_embeddings": True}
+    ),
+    "ernie4_5": Case("ernie4_5", {"head_dim": 20, "use_bias": True}),
+    "glm": Case("glm", {"head_dim": 20, "partial_rotary_factor": 0.6, "rope_theta": 5000.0}),
+    "glm4": Case("glm4", {"head_dim": 16, "attention_bias": False}),
 }

@@ -183,6 +183,66 @@ PUBLISHED = {
         rope_theta=10000000.0,
         tie_word_embeddings=True,
     ),
+    "Seed-OSS-36B": published(
+        "seed_oss",
+        **sizes(5120, 27648, 64, 80, 8, 155136, 524288),
+        head_dim=128,
+        attention_bias=True,
+        attention_out_bias=False,
+        attention_dropout=0.1,
+        residual_dropout=0.1,
+        mlp_bias=False,
+        pretraining_tp=1,
+        rope_theta=10000000.0,
+        rope_scaling={"rope_type": "default"},
+    ),
+    "EXAONE-4.0-32B": published(
+        "exaone4",
+        **sizes(5120, 27392, 64, 40, 8, 102400, 131072),
+        head_dim=128,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 16,
+        rope_scaling={**LLAMA_3, "factor": 16.0, "rope_type": "llama3"},
+        rope_theta=1000000,
+        sliding_window=4096,
+        sliding_window_pattern="LLLG",
+    ),
+    "EXAONE-4.0-1.2B": published(
+        "exaone4",
+        **sizes(2048, 4096, 30, 32, 8, 102400, 65536),
+        head_dim=64,
+        layer_types=["full_attention"] * 30,
+        rope_scaling={**LLAMA_3, "factor": 16.0, "rope_type": "llama3"},
+        rope_theta=1000000,
+        sliding_window=None,
+        sliding_window_pattern=None,
+        tie_word_embeddings=True,
+    ),
+    "ERNIE-4.5-0.3B": published(
+        "ernie4_5",
+        **sizes(1024, 3072, 18, 16, 2, 103424, 131072),
+        head_dim=128,
+        rope_scaling=None,
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+        use_bias=False,
+    ),
+    "glm-4-9b-chat": published(
+        "glm",
+        **sizes(4096, 13696, 40, 32, 2, 151552, 131072),
+        attention_bias=True,
+        head_dim=128,
+        partial_rotary_factor=0.5,
+        rms_norm_eps=1.5625e-07,
+    ),
+    "GLM-4-9B-0414": published(
+        "glm4",
+        **sizes(4096, 13696, 40, 32, 2, 151552, 32768),
+        attention_bias=False,
+        head_dim=128,
+        partial_rotary_factor=0.5,
+        rms_norm_eps=1e-05,
+        rope_theta=10000.0,
+    ),
 }
 
 
@@ -219,6 +279,14 @@ def test_published_configs_mean_what_their_papers_say():
     assert read("Phi-4-mini", 4097).rope_length == 4097
     assert read("Llama-3.1-8B", 4097).rope_length is None  # nothing depends on it
     assert read("granite-3.3-8b").logit_scale == 1 / 16
+    exaone = read("EXAONE-4.0-32B")
+    assert exaone.windows == (4096, 4096, 4096, NO_WINDOW) * 16
+    assert exaone.layer_ropes is not None
+    assert [exaone.ropes[i].rope_type for i in exaone.layer_ropes[:4]] == ["llama3"] * 3 + ["none"]
+    assert read("EXAONE-4.0-1.2B").layer_ropes is None  # without windows every layer rotates
+    assert (read("Seed-OSS-36B").attention_bias, read("Seed-OSS-36B").output_bias) == (True, False)
+    assert (read("glm-4-9b-chat").attention_bias, read("glm-4-9b-chat").output_bias) == (True, False)
+    assert read("GLM-4-9B-0414").rotary_dim == 64
 
 
 @pytest.mark.parametrize("names", [{"type": "su"}, {"type": "yarn"}, {"type": "su", "rope_type": "longrope"}])

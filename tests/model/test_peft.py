@@ -97,6 +97,25 @@ def test_peft_on_transformers_gives_our_logits(config, params, adapter, folder, 
 
 
 @QUIET
+def test_where_dimensions_rotate_side_by_side_peft_gives_our_logits(tmp_path):
+    """ERNIE's rows of q and k lie in another order in files: those of an adapter as well."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES["ernie4_5"].config_json))
+    model.save_pretrained(tmp_path / "base")
+    config, params = hf.load(tmp_path / "base")
+    adapter = AdapterConfig.of(config, rank=3, alpha=4.5)
+    adapters = random_adapters(config, adapter)
+    ours.save(tmp_path / "adapter", config, adapter, adapters, source=tmp_path / "base", base=("base", None))
+    same(ours.load(tmp_path / "adapter", config, adapter), adapters)
+    found = apart(config, params, adapter, adapters)
+    assert np.abs(found - run(config, params, TOKEN)).max() > 0.01
+    np.testing.assert_allclose(found, by_peft(tmp_path / "base", tmp_path / "adapter"), atol=1e-4)
+
+
+@QUIET
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_adapter_that_peft_made_is_read(config, params, checkpoint, tmp_path, rslora):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")

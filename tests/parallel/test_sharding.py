@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
@@ -121,6 +121,17 @@ def test_relayout_moves_without_changing_a_bit():
         moved = reshard(params, places)
     for leaf, place in zip(jax.tree.leaves(moved), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    assert fingerprint(moved) == fingerprint(params)
+
+
+def test_relayout_to_devices_in_another_order_changes_no_bit():
+    mesh = mesh_of(2, 2, 2)
+    other = Mesh(mesh.devices[::-1, ::-1], mesh.axis_names, axis_types=mesh.axis_types)
+    params = jax.device_put(init_params(CONFIG, jax.random.key(0)), param_shardings(CONFIG, mesh, TRAIN))
+    places = param_shardings(CONFIG, other, DECODE)
+    moved = reshard(params, places)
+    for leaf, place in zip(jax.tree.leaves(moved), jax.tree.leaves(places), strict=True):
+        assert leaf.sharding == place
     assert fingerprint(moved) == fingerprint(params)
 
 

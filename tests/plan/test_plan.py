@@ -20,6 +20,7 @@ from dno_jax.annotation.judges.functions import build_function
 from dno_jax.annotation.judges.schedules import num_questions
 from dno_jax.annotation.question import Verdict, advance
 from dno_jax.cli import main as cli
+from dno_jax.cli.quantities import read_bytes
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.data.prompts import split_prompts, tokenize_prompts
 from dno_jax.errors import DnoError
@@ -195,9 +196,18 @@ def test_what_does_not_fit_says_how_many_would(seven, dno_plan):
 
 
 def test_a_policy_that_does_not_fit_leaves_no_slot(seven, dno_plan):
-    code, said = dno_plan(seven, "mesh.tensor=1", "mesh.fsdp=8", "--devices", "8", "--memory", "8 GiB")
+    # Adapters leave training room; decoding splits weights over its tensor axis alone.
+    adapters = ("mesh.tensor=1", "mesh.fsdp=8", "adapter.rank=4", "training.micro_batch_size=8")
+    eight = ("--devices", "8", "--memory", "8 GiB")
+    code, said = dno_plan(seven, *adapters, "sampling.mesh={tensor: 1}", *eight)
     assert code == 2
     assert "sample: not even one sampling slot fits" in said
+    code, said = dno_plan(seven, *adapters, *eight)
+    assert code == 0
+    assert "decoding mesh: data=2 fsdp=1 expert=1 tensor=4" in said
+    code, said = dno_plan(seven, "mesh.tensor=1", "mesh.fsdp=8", *eight)
+    assert code == 2
+    assert "training does not fit: a step takes at least" in said
 
 
 def test_all_that_samples_is_planned(small):
@@ -318,10 +328,10 @@ def test_processors_share_their_hosts_memory(tmp_path, monkeypatch):
 
 def test_sizes_are_read_in_decimal_and_binary_units():
     texts = {"1B": 1, "1.5kB": 1500, "2 MB": 2 * 10**6, "16GiB": 16 * 2**30, "1.5 KiB": 1536, "2TiB": 2**41}
-    assert {text: cli._bytes(text, option="--memory") for text in texts} == texts
+    assert {text: read_bytes(text, option="--memory") for text in texts} == texts
     for text in ("", "GiB", "1", "1 gib", "1GiBs", "1e3GB", "1iB", "nan GiB"):
         with pytest.raises(DnoError, match="--memory is"):
-            cli._bytes(text, option="--memory")
+            read_bytes(text, option="--memory")
 
 
 JUDGE = {"model": "m", "api_key_env": None, "max_tokens": 200, "requests_per_minute": 60, "tokens_per_minute": 10**6}

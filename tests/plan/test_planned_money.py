@@ -16,6 +16,7 @@ from dno_jax.plan.annotation import plan_annotation
 from dno_jax.records import Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import annotate, evaluate, teach
+from dno_jax.stages.sample import _Previous
 from tests.running import run_stage
 from tests.stages.judged import judged_tree, paid
 
@@ -26,7 +27,8 @@ def config_of(folder, url, **changes) -> RunConfig:
     rows = [{"prompt_id": f"p{number:02d}", "prompt": f"Question {number}?"} for number in range(12)]
     rows[0]["gold"] = "The data's own."
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tree = judged_tree(folder, url, iterations=2, prompts={"held_out": 3}, sampling={"num_samples": 3}, **changes)
+    changes["prompts"] = {"held_out": 3} | changes.get("prompts", {})
+    tree = judged_tree(folder, url, iterations=2, sampling={"num_samples": 3}, **changes)
     return parse_config(RunConfig, tree, place="test")
 
 
@@ -50,10 +52,11 @@ def sample(config: RunConfig, iteration: int) -> None:
     stage = RunDir(config.run_dir).stage("sample", iteration)
     gold = teach.taught(config, RunDir(config.run_dir), iteration=iteration)
     prompts = [gold.add(prompt) for prompt in split_prompts(config).training[iteration]]
-    rows = []
+    previous, rows = _Previous(RunDir(config.run_dir), config, iteration), []
     for prompt in prompts:
         rows += [written(prompt, number, policy=iteration) for number in range(3)]
         rows += [written(prompt, -1, policy=iteration, text=prompt.gold)] if prompt.gold else []
+        rows += previous.read("0000000", prompt.prompt_id)
     stage.write_shard("0000000", rows)
     lines = "".join(prompt.model_dump_json() + "\n" for prompt in prompts)
     write_atomically(RunDir(config.run_dir).prompts_path(iteration), lines)
@@ -107,6 +110,41 @@ def test_a_plan_counts_what_a_run_asks_with_a_teacher_and_labelled_pairs(tmp_pat
     asked["iteration 0"] -= planned["labelled pairs"]  # asked about with the first pools, and never again
     assert planned.pop("labelled pairs") == 4 * (2 if form == "pairwise" else 1)
     assert planned == asked
+
+
+@pytest.mark.parametrize("openai", [PAIRWISE, PAIRWISE | {"both_orders": False}, {"form": "listwise"}], ids=str)
+def test_meeting_the_policy_before_is_priced_and_its_own_verdicts_are_not_bought_again(tmp_path, openai):
+    with FakeJudge(prefers="longest") as server:
+        config = config_of(
+            tmp_path,
+            server.url,
+            annotation={"openai": openai | {"timeout": 120.0}},
+            prompts={"split": "shared", "held_out": 9},
+            pairing={"reward": "win_rate", "opponents": "policy", "rule": "all"},
+            outer={"scheme": "optimistic"},
+        )
+        if not openai.get("both_orders", True):  # a teacher's response has another id in each iteration: another order
+            path = tmp_path / "prompts.jsonl"
+            path.write_text(path.read_text().replace(', "gold": "The data\'s own."', ""))
+        split = split_prompts(config)
+        plan = plan_annotation(
+            config,
+            split=split,
+            tokenize=lambda part: [TokenizedPrompt(prompt=prompt, token_ids=(1,)) for prompt in part],
+            count=lambda text: len(text.split()),
+        )
+        asked = {}
+        for iteration in (0, 1):
+            sample(config, iteration)
+            before = server.counts.answered.total()
+            run_stage(annotate, config, iteration)
+            asked[f"iteration {iteration}"] = server.counts.answered.total() - before
+        assert server.duplicates == 0
+    assert {name: plan.parts[name].total.requests for name in asked} == asked
+    # Of 6 responses, a gold one besides, 3 pairs met before, or 6: 12 of 15 are new, 15 of 21.
+    new = sum(15 if prompt.gold else 12 for prompt in split.training[1])
+    per_pair = 1 + openai.get("both_orders", True)
+    assert asked["iteration 1"] == (3 if openai["form"] == "listwise" else new * per_pair)
 
 
 def test_a_response_is_planned_as_long_as_its_prompt_leaves_room_for(tmp_path):

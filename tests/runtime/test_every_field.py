@@ -23,7 +23,7 @@ from dno_jax.preferences import soft_target
 from dno_jax.records import Message
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.runtime.scheme import updates
+from dno_jax.runtime.scheme import update_of
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import learning_rate_schedule
@@ -57,6 +57,7 @@ class Case:
 
 MIXTURE = {"reference": {"kind": "mixture", "tau": 0.05}}
 OWN = {"pairing": {"rule": "matching", "reward": "win_rate", "opponents": "policy", "replay": 0}}
+TWO_POLICIES = {"iterations": 2, "prompts": {"split": "shared"}, "pairing": {**OWN["pairing"], "rule": "all"}}
 SPO = {**OWN, "loss": {"name": "spo"}}
 ADAFACTOR = {"optimizer": {"name": "adafactor"}}
 CASES = {
@@ -68,6 +69,7 @@ CASES = {
     "loss.label_smoothing": Case(0.1),
     "loss.smoothing": Case("robust", {"loss": {"label_smoothing": 0.1}}, refused="nothing reads it with label_smo"),
     "loss.nll_weight": Case(0.1),
+    "loss.forward_kl_weight": Case(0.1),
     "loss.length_normalised": Case(True),
     "loss.length_penalty": Case(0.1),
     "loss.clip_range": Case(0.3, SPO, refused="nothing reads it with name=dno; it is for spo, nash_md_pg"),
@@ -75,7 +77,7 @@ CASES = {
     "loss.load_balance_weight": Case(0.1, {"model": {"path": "experts"}}, refused="is no mixture of experts"),
     "reference.kind": Case("initial"),
     "reference.tau": Case(0.02, MIXTURE, refused="goes with kind=mixture"),
-    "outer.scheme": Case("optimistic"),
+    "outer.scheme": Case("extragradient", TWO_POLICIES, refused="set prompts.split=shared"),
     "outer.every": Case(1, {"outer": {"scheme": "proximal", "every": 2}, **MIXTURE}, refused="goes with scheme=pro"),
     "optimizer.learning_rate": Case(1e-4),
     "optimizer.learning_rate_decay": Case(0.5),
@@ -196,7 +198,7 @@ def seen(make):
             "batches": [index.tolist() for index in order],
             "shapes": [str(shape) for shape in plan.shapes],
             "targets": _target(config),
-            "scheme": [[str(u) for u in updates(config, RunDir("r"), t)] for t in range(config.iterations)],
+            "scheme": [str(update_of(config, RunDir("r"), t)) for t in range(config.iterations)],
             "text": runtime.tokenizer.prompt_ids(_messages(), ""),
         }
 

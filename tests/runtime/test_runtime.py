@@ -75,9 +75,14 @@ def test_the_model_attends_as_configured(make_config):
         Runtime.start(make_config(model={"attention": "splash"}))
 
 
-def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_config, tmp_path, monkeypatch):
+OWN_MESH = {"mesh": {"data": 1, "fsdp": 8}, "sampling": {"mesh": {"data": -1, "tensor": 2}}}
+
+
+@pytest.mark.parametrize("meshes", [{"mesh": {"data": 1, "fsdp": 4, "tensor": 2}}, OWN_MESH])
+def test_weights_for_decoding_are_the_policy_rounded_to_the_compute_dtype(make_config, tmp_path, monkeypatch, meshes):
     """They are read as they are trained, each part of them once over fsdp, and laid out anew on the devices."""
-    runtime = Runtime.start(make_config(model={"dtype": "bfloat16"}, mesh={"data": 1, "fsdp": 4, "tensor": 2}))
+    runtime = Runtime.start(make_config(model={"dtype": "bfloat16"}, **meshes))
+    assert runtime.submesh.mesh.shape["tensor"] == runtime.programs.decode_mesh.shape["tensor"] == 2
     load, read = runtime_module.load_policy, []
 
     def seen(path, *, shapes, shardings):

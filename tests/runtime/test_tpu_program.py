@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,36 @@ def test_between_two_slices_gradients_travel_once_after_the_micro_batches():
     assert all(runs <= 4 and largest <= 8192 for runs, _, largest in kinds)
     parameters = found["arguments"] / 3  # and two moments
     assert sum(size for _, size, _ in found["over_data"].values()) < 1.05 * parameters
+
+
+def test_a_token_copies_no_cache_and_gathers_no_weights():
+    """Decoding at Mistral's width, 2 layers, weights over 2 devices of a v5e:2x2; counted in the compiled program."""
+    from dno_jax.config import RunConfig, load_config
+    from dno_jax.plan.hlo import collectives, copies
+    from dno_jax.plan.run import programs_on
+    from dno_jax.plan.shape import Shape, shape_of
+    from dno_jax.plan.topology import target_of
+    from dno_jax.runtime.arguments import decode_call
+    from dno_jax.runtime.slots import plan_on, wanted_by_stage
+
+    overrides = ["sampling.slots=32", "sampling.mesh={data: -1, tensor: 2}"]
+    config = load_config(RunConfig, ROOT / "configs" / "mistral_7b_ultrafeedback.yaml", overrides)
+    target = target_of("v5e:2x2", num_devices=None, memory=None)
+    whole = shape_of(config, "mistral-7b").config
+    model = replace(whole, num_hidden_layers=2, windows=whole.windows[:2])
+    programs = programs_on(config, Shape("two layers", model, (2,)), target)
+    wanted = wanted_by_stage(programs.config, num_prompts=1000, num_held_out=0)["sample"]
+    mesh = programs.decode_mesh
+    slots = plan_on(programs, wanted, mesh=mesh, capacity=target.capacity, platform="tpu")
+    call = decode_call(programs, slots)
+    compiled = call.lowered().compile()
+    text = compiled.as_text()
+    keys = 32 * 4 * 128 * 2048 * 2  # of a layer, on one device
+    assert call.parts["KV cache"] > 4 * keys
+    # A scatter would copy all of them; read is at most what texts have reached, and that where it lies.
+    assert [shape for shape in copies(text, at_least=keys // 8) if shape.startswith("bf16[32,")] == []
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * keys
+    sent = {one.kind: one for one in collectives(text)}
+    assert set(sent) == {"all-gather", "all-reduce"}
+    assert sent["all-gather"].shape == "f32[32,32000]"  # logits
+    assert sent["all-reduce"].largest == 32 * 4096 * 2  # two sums a layer of hidden states

@@ -12,7 +12,8 @@ from dno_jax.model.hf.card import ExportFacts, model_card
 from dno_jax.records import Message, Prompt
 from dno_jax.report.answers import ShownAnswers, answers_text, shown_answers
 from dno_jax.run_dir import RunDir
-from dno_jax.stages.evaluate import _figures, _judge, _Players, _shown
+from dno_jax.stages.evaluate import _figures, _judge, _shown
+from dno_jax.stages.held_out import Players
 
 TREE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"path": "p"}, "pairing": {"reward": "win_rate",
         "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2}}  # fmt: skip
@@ -21,7 +22,7 @@ TREE = {"run_dir": "r", "model": {"path": "m"}, "prompts": {"path": "p"}, "pairi
 def players(prompt_id, *texts, sample=0, question="Why?", prefix=""):
     messages = (Message(role="system", content="Be brief."), Message(role="user", content=question))
     prompt = Prompt(prompt_id=prompt_id, messages=messages, assistant_prefix=prefix)
-    return _Players(prompt, sample, {str(policy): text for policy, text in enumerate(texts)})
+    return Players(prompt, sample, {str(policy): text for policy, text in enumerate(texts)})
 
 
 def test_the_first_prompt_whose_answers_differ_is_shown():
@@ -110,5 +111,5 @@ def test_where_nothing_is_held_out_nobody_is_asked_to_judge(kind, tmp_path):
     config = parse_config(RunConfig, tree, place="test")
     run_dir = RunDir(config.run_dir)
     judged = _judge(config, run_dir, [], stage=run_dir.stage("evaluate", 0), newest=1)
-    assert judged.preferences == []
-    assert _figures(judged, newest=1)["why"] == "the newest: no held-out prompts"
+    assert judged.compared.rows == []
+    assert _figures(judged, config, newest=1)["why"] == "the newest: no held-out prompts"

@@ -179,7 +179,7 @@ def runtime_and_update(config):
     from dno_jax.runtime.scheme import update_of
 
     runtime = Runtime.start(config)
-    return runtime, update_of(config, runtime.run_dir, 0, stage="score")
+    return runtime, update_of(config, runtime.run_dir, 0)
 
 
 def test_no_audit_leaves_no_figures_and_everything_is_scored(plain, tmp_path, steps):
@@ -298,14 +298,6 @@ def test_pairs_with_the_teacher_are_scored_and_the_mixtures_samples_are_not(make
     run_stage(train, config, 0)
     first = next(row for row in run_dir.read_metrics() if row["stage"] == "train")
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
-
-
-def test_an_auxiliary_policy_has_no_samples(tmp_path):
-    run_dir = RunDir(tmp_path)
-    assert score.samples_of(run_dir, run_dir.auxiliary(2)) is None
-    found = score.samples_of(run_dir, run_dir.policy(2))
-    assert found is not None
-    assert found.path == run_dir.stage("sample", 2).path
 
 
 def test_bfloat16_may_differ_more_and_the_guard_still_bounds_the_reference(make_config, tmp_path):

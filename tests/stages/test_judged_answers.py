@@ -8,7 +8,7 @@ import pytest
 
 from dno_jax.data.pools import pools_of, shown_text
 from dno_jax.records import Judgement, Message, Prompt, Rollout
-from dno_jax.stages.evaluate import _Players
+from dno_jax.stages.held_out import Players
 from dno_jax.stages.pair import new_pairs
 from tests.stages.test_pair import made_of, make_config, rollout, texts_of
 
@@ -106,7 +106,7 @@ def test_a_prefix_that_opens_a_thought_is_shown_without_its_tag():
     assert [candidate.text for candidate in pool.candidates] == ["Well. Blue.", "Well. Red."]
     (pool,) = pools_of(rows, {"q": prompt}, dropped=Counter(), reasoning=True)
     assert pool.candidates[0].text == "Well. <think>\n" + rows[0].text
-    assert _Players(prompt, 0, {"0": "Blue.", "1": "Red."}).pool().candidates[0].text == "Well. Blue."
+    assert Players(prompt, 0, {"0": "Blue.", "1": "Red."}).pool().candidates[0].text == "Well. Blue."
 
 
 def test_points_of_the_data_are_for_all_of_a_text():
@@ -114,14 +114,20 @@ def test_points_of_the_data_are_for_all_of_a_text():
 
 
 def test_who_has_no_answer_loses_on_held_out_prompts():
-    players = _Players(PROMPT, 0, {"0": "Blue.", "1": "", "2": "Red.", "3": ""})
+    players = Players(PROMPT, 0, {"0": "Blue.", "1": "", "2": "Red.", "3": ""})
     pool = players.pool()
     assert [candidate.text for candidate in pool.candidates] == ["Blue.", "Red."]
     wins = ((0.5, 0.8), (0.2, 0.5))
     verdict = Judgement(prompt_id="q", candidate_ids=pool.candidate_ids, judge="hand", state="ok", wins=wins)
-    rates = {(first, second): rate for _, first, second, rate in players.preferences(verdict)}
-    assert (rates["0", "2"], rates["2", "0"]) == (0.8, 0.2)
-    assert (rates["0", "1"], rates["1", "0"], rates["3", "2"], rates["1", "3"]) == (1.0, 0.0, 0.0, 0.5)
-    alone = _Players(PROMPT, 0, {"0": "Blue.", "1": ""})
+    rates = {(row.player, row.opponent): row.preference for row in players.preferences(verdict)}
+    assert rates == {
+        ("0", "1"): 1.0,
+        ("0", "2"): 0.8,
+        ("0", "3"): 1.0,
+        ("1", "2"): 0.0,
+        ("1", "3"): 0.5,
+        ("2", "3"): 1.0,
+    }
+    alone = Players(PROMPT, 0, {"0": "Blue.", "1": ""})
     assert alone.pool() is None
-    assert [rate for *_, rate in alone.preferences(None)] == [1.0, 0.0]
+    assert [(row.preference, row.longer) for row in alone.preferences(None)] == [(1.0, 5)]

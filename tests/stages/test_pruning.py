@@ -41,15 +41,18 @@ def kept(config, t, *, best):
 )
 def test_what_later_iterations_read_is_kept(make_config, changes, keep, best, expected):
     config = make_config(iterations=6, training={"keep_policies": keep}, prompts={"split": "shared"}, **changes)
-    found = {int(name) for name in kept(config, 3, best=best) if "-" not in name}
+    found = {int(name) for name in kept(config, 3, best=best)}
     assert found == expected
 
 
-def test_both_chains_of_the_optimistic_scheme_are_kept(make_config):
+@pytest.mark.parametrize(("t", "names"), [(2, ["000", "002", "003"]), (3, ["000", "004"])])
+def test_where_the_second_half_of_a_step_starts_is_kept(make_config, t, names):
+    rated = {"rule": "all", "reward": "win_rate", "opponents": "policy", "replay": 0.0}
     config = make_config(
-        iterations=6, outer={"scheme": "optimistic"}, training={"keep_policies": 1}, prompts={"split": "shared"}
-    )
-    assert kept(config, 3, best=4) == ["000", "004", "004-auxiliary"]
+        iterations=6, outer={"scheme": "extragradient"}, training={"keep_policies": 1}, prompts={"split": "shared"},
+        pairing=rated,
+    )  # fmt: skip
+    assert kept(config, t, best=t + 1) == names
 
 
 @pytest.fixture(scope="module")

@@ -222,13 +222,13 @@ def test_beside_experts_attention_has_adapters_and_experts_are_refused_by_name()
 
 
 def test_whatever_it_began_from_an_adapter_names_the_weights_it_stands_beside(config, params, tmp_path):
-    """As the schemes have it: auxiliary policies, restarts from policy 0, and a centre that moves."""
+    """As the schemes have it: restarts from policy 0, and a centre that moves."""
     root, mesh = epath.Path(tmp_path), make_mesh(MeshSection(data=1), jax.devices()[:1])
     places, adapter = Destination(config, mesh, TRAIN), AdapterConfig.of(config, rank=2, alpha=3.0)
     base = save_policy(root / "000", jax.device_put(params, places.params))
     adapters = jax.device_put(noise(abstract_adapters(config, adapter)), places.adapters(adapter))
-    names = [save_adapter(root / "001-auxiliary", adapters, adapter, beside=root / "000")]
-    names.append(save_adapter(root / "001", adapters, adapter, beside=root / "001-auxiliary"))
+    names = [save_adapter(root / "004", adapters, adapter, beside=root / "000")]
+    names.append(save_adapter(root / "001", adapters, adapter, beside=root / "004"))
     assert base_of(root / "001") == base_of(root / "000") == (root / "000", base)
     assert names[0] == names[1] != base  # the same adapter beside the same weights is the same policy
     wider = AdapterConfig.of(config, rank=2, alpha=6.0)

@@ -74,7 +74,6 @@ def test_the_right_remedy_for_each_policy(policy):
     for name, remedy in [
         ("000", r"remove .*policies/000 and run again: the same one is imported from model\.path"),
         ("012", "--from train:11"),
-        ("003-auxiliary", "--from train-auxiliary:2"),
     ]:
         with pytest.raises(DnoError, match=remedy):
             checkpoint.check_fingerprint(policy.parent / name, "a" * 64, "b" * 64)

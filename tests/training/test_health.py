@@ -10,8 +10,8 @@ import pytest
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.params import abstract_params
+from dno_jax.parallel.chips import CHIPS
 from dno_jax.run_dir import RunDir
-from dno_jax.training import flops
 from dno_jax.training.flops import Work, body_params, forward_flops, peak_flops, train_flops, work_of
 from dno_jax.training.health import Health
 from dno_jax.training.metrics import Course, MetricsWriter, NotFinite, skipped_before
@@ -106,7 +106,7 @@ def test_so_many_steps_are_skipped_and_one_more_stops_training_also_after_a_rest
     run_dir = RunDir(tmp_path)
 
     def writer(course):
-        return MetricsWriter(run_dir, course, tensorboard=False, enabled=True)
+        return MetricsWriter(run_dir, course, enabled=True)
 
     course = Course(1, "train", max_skipped=2)
     first = writer(course)
@@ -225,9 +225,9 @@ def test_peaks_of_devices_by_their_kind(kind, peak):
 
 def test_mfu_is_flops_by_time_and_peak_and_is_left_out_where_no_peak_is_known(tmp_path):
     for peak in (None, 4e12):
-        writer = MetricsWriter(RunDir(tmp_path), Course(0, "train", peak=peak), tensorboard=False, enabled=False)
+        writer = MetricsWriter(RunDir(tmp_path), Course(0, "train", peak=peak), enabled=False)
         writer.write(0, row(), names=[], flops=2e9)
         writer.flush()
         assert writer.last["tflops_per_second"] == pytest.approx(2e-3 / writer.last["step_seconds"])
         assert writer.last.get("mfu") == (peak and pytest.approx(2e9 / writer.last["step_seconds"] / peak))
-    assert max(flops.PEAKS.values()) < 1e16
+    assert max(chip.flops for chip in CHIPS) < 1e16

@@ -11,7 +11,7 @@ from dno_jax.training.metrics import Course, MetricsWriter, NotFinite
 
 @pytest.fixture
 def writer(tmp_path):
-    return MetricsWriter(RunDir(tmp_path), Course(0, "train"), tensorboard=False, enabled=True)
+    return MetricsWriter(RunDir(tmp_path), Course(0, "train"), enabled=True)
 
 
 def good(step):

@@ -39,6 +39,7 @@ class Quality:
         self._positions: defaultdict[int, Tally] = defaultdict(Tally)
         self._scores: defaultdict[str, Tally] = defaultdict(Tally)
         self._points: defaultdict[str, array[float]] = defaultdict(partial(array, "d"))
+        self._alone: defaultdict[str, Tally] = defaultdict(Tally)  # of an ensemble's judges
         self._answers: Counter[str] = Counter()
 
     def add(self, judgement: Judgement, *, responses: Mapping[str, Response]) -> None:
@@ -55,6 +56,7 @@ class Quality:
             return
         self._add_answers([answer for answer in judgement.answers if answer.scores is not None])
         self._add_verdict(judgement, [responses[name] for name in judgement.candidate_ids])
+        self._add_members(judgement)
 
     def add_repeat(self, first: Judgement, again: Judgement) -> None:
         """Add two judgements of one pool, asked apart; nothing is added unless both are verdicts.
@@ -117,6 +119,8 @@ class Quality:
         - calibration_agreement: share of decided labels that the judge agrees with, a tie being half;
           calibration_error: mean |P(judge) - label|; calibration_missing: labelled pairs without a verdict.
         - cyclic_share: pairwise, of triples whose three pairs are decided, those that are cyclic.
+        - loudest_judge: of an ensemble, how often its mean sides with one judge against the mean of the others, a tie
+          being half: the judge of whom that is most often so, by name.
         - gold_wins: mean P(gold beats a student's response).
         - scores: points (or mean win rates in the pool) by source: `mean` and histogram (lower edge -> count).
         - answers: state -> count.
@@ -124,6 +128,9 @@ class Quality:
         found: dict[str, Any] = {name: tally.share().as_dict() for name, tally in self._shares.items() if tally.count}
         if chance := found.pop("chance", None):
             found["first_on_top"]["chance"] = chance["value"]
+        if self._alone:
+            judge, tally = max(self._alone.items(), key=lambda item: item[1].mean)
+            found["loudest_judge"] = tally.share().as_dict() | {"judge": judge}
         if self._positions:
             found["points_by_position"] = [tally.points().as_dict() for _, tally in sorted(self._positions.items())]
         if self._scores:
@@ -182,6 +189,24 @@ class Quality:
         for position, points in by_position.items():
             self._positions[position].add(sum(points), len(points))
 
+    def _add_members(self, judgement: Judgement) -> None:
+        """Count, of an ensemble, whose side its mean takes where one judge contradicts the mean of the others."""
+        said = _said(judgement)
+        if len({judge for judge, *_ in said}) < 2:
+            return
+        counts: defaultdict[str, list[float]] = defaultdict(list)
+        by_pair: defaultdict[tuple[int, int], dict[str, float]] = defaultdict(dict)
+        for (judge, row, column), found in said.items():
+            by_pair[row, column][judge] = sum(found) / len(found) - 0.5
+        for leads in by_pair.values():
+            for judge, lead in leads.items() if len(leads) > 1 else ():
+                rest = (sum(leads.values()) - lead) / (len(leads) - 1)
+                if lead * rest < 0.0 and min(abs(lead), abs(rest)) > _ROUNDING:
+                    both = sum(leads.values()) * lead
+                    counts[judge].append(0.5 if abs(both) <= _ROUNDING else float(both > 0.0))
+        for judge, sided in counts.items():
+            self._alone[judge].add(sum(sided), len(sided))
+
     def _add_verdict(self, judgement: Judgement, responses: Sequence[Response]) -> None:
         wins, compared = _wins(judgement), _compared(judgement)
         preferences = wins.tolist()
@@ -227,6 +252,18 @@ def scalars(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _wins(judgement: Judgement) -> np.ndarray:
     return win_matrix(wins=judgement.wins, scores=judgement.scores)
+
+
+def _said(judgement: Judgement) -> dict[tuple[str, int, int], list[float]]:
+    """What each judge said of each pair, lower index first: P(first beats second), of points 0, 1/2 or 1."""
+    found: defaultdict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for answer in judgement.answers:
+        scored = list(zip(answer.order, answer.scores or (), strict=False))
+        for (row, score), (column, other) in combinations(scored, 2):
+            is_pair = len(scored) == 2 and abs(score + other - 1.0) <= _ROUNDING
+            p = score if is_pair else _half_steps(0.5 + 0.5 * (score - other))
+            found[answer.judge, min(row, column), max(row, column)].append(p if row < column else 1.0 - p)
+    return found
 
 
 def _compared(judgement: Judgement) -> set[tuple[int, int]]:

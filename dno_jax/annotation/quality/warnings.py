@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ class Check:
         name: the figure, for people.
         unit: what it is counted over.
         meaning: what it says of the judge, and what to do.
+        causes: figures that move this one; where one of them is warned of, that one is the defect.
     """
 
     figure: str
@@ -28,6 +29,7 @@ class Check:
     name: str
     unit: str
     meaning: str
+    causes: tuple[str, ...] = ()
 
 
 CHECKS = (
@@ -39,6 +41,7 @@ CHECKS = (
         "pairs asked in two orders",
         "swapping the responses reverses the verdict (0.5 is chance): ask in more orders (both_orders, num_orders), "
         "or take a stronger judge",
+        causes=("first_wins", "repeat_agreement"),
     ),
     Check(
         "tie_rate",
@@ -48,6 +51,7 @@ CHECKS = (
         "pairs",
         "verdicts are paid for and make no pairs: take a finer rubric, more orders, or a judge that tells these "
         "responses apart",
+        causes=("first_wins", "flip_rate", "repeat_agreement"),
     ),
     Check(
         "first_wins",
@@ -92,23 +96,43 @@ CHECKS = (
         "triples of decided pairs",
         "so many a > b > c > a come of a judge near chance (0.25), or of responses that no ranking fits: look at its "
         "agreement with a repeated sample, and take a stronger judge if that is low too",
+        causes=("repeat_agreement",),
+    ),
+    Check(
+        "loudest_judge",
+        "max_loudest_judge",
+        "max",
+        "P(one judge of the ensemble overrules the others)",
+        "pairs on which it contradicts them",
+        "its probabilities are more extreme, so the mean is its own verdict: give it another form or temperature, or "
+        "leave it out",
     ),
 )
 
 
 def warnings(figures: Mapping[str, Any], section: QualitySection) -> list[str]:
-    """Return one sentence for each figure whose whole 95 % interval lies beyond its threshold.
+    """Return one sentence for each figure whose whole 95 % interval lies beyond its threshold, and is its own cause.
 
     Args:
         figures: as `Quality.figures` returns them, or as a manifest keeps them.
     """
-    return [
-        _sentence(check, figures[check.figure], limit)
+    beyond = {
+        check.figure: limit
         for check in CHECKS
         if check.figure in figures
         and (limit := getattr(section, check.field)) is not None
         and _is_beyond(check, figures[check.figure], limit)
+    }
+    return [
+        _sentence(check, figures[check.figure], beyond[check.figure], explained=_explained(check, beyond))
+        for check in CHECKS
+        if check.figure in beyond and not beyond.keys() & set(check.causes)
     ]
+
+
+def _explained(check: Check, beyond: Mapping[str, float]) -> list[str]:
+    """Names of other figures beyond their limits that this one moves."""
+    return [other.name for other in CHECKS if other.figure in beyond and check.figure in other.causes]
 
 
 def _is_beyond(check: Check, figure: Mapping[str, Any], limit: float) -> bool:
@@ -121,9 +145,10 @@ def _is_beyond(check: Check, figure: Mapping[str, Any], limit: float) -> bool:
             return figure["low"] > 0.5 + limit or figure["high"] < 0.5 - limit
 
 
-def _sentence(check: Check, figure: Mapping[str, Any], limit: float) -> str:
+def _sentence(check: Check, figure: Mapping[str, Any], limit: float, *, explained: Sequence[str]) -> str:
     bound = {"max": "at most", "min": "at least", "error": "within 0.5 +-"}[check.kind]
     return (
         f"{check.name} is {figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}] over {figure['n']:,} "
         f"{check.unit}, expected {bound} {limit:g} (annotation.quality.{check.field}): {check.meaning}."
+        + (f" It moves {' and '.join(explained)} too." if explained else "")
     )

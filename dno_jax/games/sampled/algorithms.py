@@ -14,6 +14,7 @@ from dno_jax.games.sampled.draws import (
     State,
     draw,
     draw_judged_pairs,
+    draw_optimistic_pairs,
     draw_rated_pairs,
     draw_verdicts,
     draw_win_rates,
@@ -229,10 +230,20 @@ def _nash_md(key: Array, P: Array, state: State, iteration: Array, settings: Set
 
 
 def _onpo(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
-    """ONPO: the pairs of pi_t serve twice, to move pi' and as a guess of the next pairs."""
-    pairs = draw_judged_pairs(key, P, state.policy, settings)
-    auxiliary = regress_ipo(pairs, reference=state.auxiliary, settings=settings)
-    return state._replace(auxiliary=auxiliary, policy=regress_ipo(pairs, reference=auxiliary, settings=settings))
+    """ONPO by one regression: pairs of pi_t, rated against pi_t and pi_{t-1}."""
+    pairs = draw_optimistic_pairs(key, P, state, settings, iteration=iteration)
+    return state._replace(policy=regress_dno(pairs, reference=state.policy, settings=settings), before=state.policy)
+
+
+def _mirror_prox(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
+    """Nash mirror prox by Eq. 8: a trial step, then the same step with pi_{k+1/2} for the opponents of pi_k's pairs."""
+    first, second = jax.random.split(key)
+    eta = settings.eta + settings.tau
+    mixture = geometric_mixture(state, tau=settings.tau, eta=eta)
+    pairs, _ = draw_rated_pairs(first, P, state.policy, settings)
+    trial = regress_dno(pairs, reference=mixture, settings=settings, eta=eta)
+    pairs, _ = draw_rated_pairs(second, P, state.policy, settings, against=trial)
+    return state._replace(policy=regress_dno(pairs, reference=mixture, settings=settings, eta=eta))
 
 
 def _egpo(key: Array, P: Array, state: State, iteration: Array, settings: Settings) -> State:
@@ -277,6 +288,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "iterative_dpo_fixed": Algorithm(_iterative_dpo_fixed, exact="iterative_dpo_fixed"),
     "onpo": Algorithm(_onpo, exact="onpo"),
     "egpo": Algorithm(_egpo, exact="egpo"),
+    "nash_mirror_prox": Algorithm(_mirror_prox, exact="nash_mirror_prox"),
     "comal": Algorithm(_comal, exact="comal"),
     "mpo": Algorithm(_mpo, exact="mpo"),
     "reward_maximisation": Algorithm(_reward_maximisation, exact="reward_maximisation"),

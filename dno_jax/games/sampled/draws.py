@@ -14,11 +14,11 @@ from jaxtyping import Array, Float
 
 
 class State(NamedTuple):
-    """What passes from iteration to iteration: log-probabilities [C] of one prompt, as in `games.algorithms.State`."""
+    """What passes from iteration to iteration, [C] of one prompt: log pi_t, log pi_ref, and log pi_{t-1}."""
 
     policy: Array
     reference: Array
-    auxiliary: Array
+    before: Array
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,36 @@ def draw_judged_pairs(key: Array, P: Float[Array, "C C"], policy: Array, setting
     )
 
 
-def draw_rated_pairs(key: Array, P: Float[Array, "C C"], policy: Array, settings: Settings) -> tuple[Pairs, Array]:
+def draw_rated_pairs(
+    key: Array, P: Float[Array, "C C"], policy: Array, settings: Settings, *, against: Array | None = None
+) -> tuple[Pairs, Array]:
     """Draw pairs from the policy and rate both against it: targets sigma(r(y1) - r(y2)) (Eq. 8), and r1 - r2.
 
     The noise of K verdicts flattens the mean of the sigmoid: the step is that of an eta larger by about 1/(8 K).
+
+    Args:
+        against: rate them against this one instead.
     """
     draws, rates = jax.random.split(key)
     responses = draw(draws, policy, (2, settings.num_pairs))
-    first, second = draw_win_rates(rates, P, responses, policy, settings)
+    first, second = draw_win_rates(rates, P, responses, policy if against is None else against, settings)
     chosen, rejected = one_hot(responses, P)
     return Pairs(chosen, rejected, target=jax.nn.sigmoid(first - second)), first - second
+
+
+def draw_optimistic_pairs(
+    key: Array, P: Float[Array, "C C"], state: State, settings: Settings, *, iteration: Array
+) -> Pairs:
+    """Draw pairs from pi_t, rated against pi_t and against pi_{t-1}: targets sigma(2 dr_t - dr_{t-1}), r_{-1} = 0."""
+    draws, rates, older = jax.random.split(key, 3)
+    responses = draw(draws, state.policy, (2, settings.num_pairs))
+    now, before = (
+        draw_win_rates(of, P, responses, opponent, settings)
+        for of, opponent in ((rates, state.policy), (older, state.before))
+    )
+    first, second = 2.0 * now - jnp.where(iteration > 0, before, 0.0)
+    chosen, rejected = one_hot(responses, P)
+    return Pairs(chosen, rejected, target=jax.nn.sigmoid(first - second))
 
 
 def pick_logprobs(responses: Float[Array, "N C"], log_policy: Float[Array, " C"]) -> Float[Array, " N"]:

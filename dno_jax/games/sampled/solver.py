@@ -131,7 +131,7 @@ def _play(
             state = step(jax.random.fold_in(key, iteration), P, state, iteration, settings)
             return state, state.policy
 
-        first = State(policy=start, reference=reference, auxiliary=start)
+        first = State(policy=start, reference=reference, before=start)
         return jax.lax.scan(update, first, jnp.arange(iterations))[1]
 
     return jax.vmap(prompt)(P, start, reference, jax.random.split(key, len(P)))

@@ -14,7 +14,8 @@ from dno_jax.errors import DnoError
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import Head, ModelConfig
 from dno_jax.model.hf.composites import COMPOSITES, text_of, text_part
-from dno_jax.model.hf.families import FAMILIES, Family, Meaning
+from dno_jax.model.hf.families import FAMILIES
+from dno_jax.model.hf.family import Family, Meaning
 from dno_jax.model.hf.rope_json import read_ropes
 from dno_jax.model.hf.settings import (
     DROPOUTS,

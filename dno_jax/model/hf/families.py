@@ -7,27 +7,10 @@ so at some values alone, what the family fixes, and how its files name tensors. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
-Values = Mapping[str, Any]
-# (key of config.json, field of ModelConfig, type in the file, conversion or None)
-Meaning = tuple[str, str, type, Callable[[Any], Any] | None]
+from dno_jax.model.hf.family import LLAMA_NAMES as _NAMES
+from dno_jax.model.hf.family import Family, Meaning, Values
 
-_NAMES = {
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "q_norm": "self_attn.q_norm",
-    "k_norm": "self_attn.k_norm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 # The same name means different things: post_attention_layernorm stands before the MLP in Llama, after attention here.
 _POST_NORMS = {
     "attention_post_norm": "post_attention_layernorm",
@@ -43,45 +26,8 @@ _MIXTRAL_EXPERTS = {
 }
 _QWEN_EXPERTS = {"router": "mlp.gate"} | {leaf: f"mlp.experts.{{}}.{leaf}_proj" for leaf in ("gate", "up", "down")}
 _SHARED_MLP = dict.fromkeys(("gate", "up"), "shared_mlp.input_linear") | {"down": "shared_mlp.output_linear"}
-_FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one model_type is read and named.
-
-    Attributes:
-        architecture: the only class of its checkpoints that is supported.
-        reward: that of its reward models; None where transformers has none.
-        keys: keys that are understood beside those of every family -> transformers' default.
-        only: keys that are understood at these values alone.
-        harmless: keys that its published checkpoints have and its forward pass does not read.
-        same: key -> key that it must repeat where both are given.
-        meaning: what keys mean beside what they mean everywhere.
-        fixed: fields of ModelConfig that follow from the family.
-        layer_kinds: names that layer_types must have, one for each layer, of which none slides; (): it is not read.
-        rope_extra: entries of rope_parameters beyond those of the rotation.
-        sliding: (values, layer) -> whether a layer has the sliding window where layer_types does not say.
-        theta: transformers' default of rope_theta.
-        local_theta: that of layers with a sliding window, where these have a rotation of their own.
-        names: our leaf -> Hugging Face's name within a layer, with {} for the expert. Leaves of one name share a
-            tensor, in our order.
-    """
-
-    architecture: str
-    keys: Values
-    reward: str | None = None
-    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    harmless: frozenset[str] = frozenset()
-    same: Mapping[str, str] = field(default_factory=dict)
-    meaning: tuple[Meaning, ...] = ()
-    fixed: Values = field(default_factory=dict)
-    layer_kinds: tuple[str, ...] = ()
-    rope_extra: frozenset[str] = frozenset()
-    sliding: Callable[[Values, int], bool] | None = None
-    theta: float = 10_000.0
-    local_theta: float | None = None
-    names: Mapping[str, str] = field(default_factory=lambda: _NAMES)
+_FUSED_MLP = dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+_FUSED = dict.fromkeys("qkv", "self_attn.qkv_proj") | _FUSED_MLP
 
 
 def _in_all(values: Values, layer: int) -> bool:
@@ -139,6 +85,16 @@ _GEMMA_2 = {
 _GEMMA_ONLY = {"use_bidirectional_attention": (False, None)}
 _GEMMA_FIXED = {"norm_offset": 1.0}
 _EMBED_SCALE: tuple[Meaning, ...] = (("hidden_size", "embed_scale", int, math.sqrt),)
+# Norms of inputs keep Llama's names here; those of outputs have names of their own.
+_GLM_4_NORMS = {"attention_post_norm": "post_self_attn_layernorm", "mlp_post_norm": "post_mlp_layernorm"}
+_GLM = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+}
 _OLMO_2 = {"num_key_value_heads": None, "max_position_embeddings": 2048, "attention_bias": False}
 _OLMO_2_FIXED = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
 
@@ -379,5 +335,64 @@ FAMILIES: dict[str, Family] = {
         meaning=(("shared_intermediate_size", "intermediate_size", int, None),),
         layer_kinds=("attention", "full_attention"),
         names=_NAMES | _SHARED_MLP,
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        reward="SeedOssForSequenceClassification",
+        keys={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 524288,
+            "attention_bias": True,
+            "attention_out_bias": False,
+            "mlp_bias": False,
+        },
+        meaning=(("attention_out_bias", "output_bias", bool, None),),
+    ),
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        reward="Exaone4ForSequenceClassification",
+        keys={
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "layer_types": None,
+        },
+        only={"sliding_window_pattern": (4, "LLLG", 0, None)},
+        fixed={"pre_norm": False, "post_norm": True, "qk_norm": "head"},
+        sliding=lambda values, layer: values["sliding_window"] is not None and (layer + 1) % 4 != 0,
+        rotates_in_windows=True,
+        names=_NAMES | _POST_NORMS,
+    ),
+    "ernie4_5": Family(
+        "Ernie4_5ForCausalLM",
+        keys={
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "use_bias": False,
+        },
+        meaning=tuple(("use_bias", bias, bool, None) for bias in ("attention_bias", "output_bias", "mlp_bias")),
+        theta=500_000.0,
+        interleaved=True,
+    ),
+    "glm": Family(
+        "GlmForCausalLM",
+        reward="GlmForSequenceClassification",
+        keys=_GLM,
+        fixed={"output_bias": False},
+        interleaved=True,
+        names=_NAMES | _FUSED_MLP,
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        reward="Glm4ForSequenceClassification",
+        keys=_GLM,
+        fixed={"output_bias": False, "post_norm": True},
+        interleaved=True,
+        names=_NAMES | _FUSED_MLP | _GLM_4_NORMS,
     ),
 }

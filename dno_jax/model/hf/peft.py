@@ -84,6 +84,7 @@ def adapter_table(config: ModelConfig, adapter: AdapterConfig) -> list[Tensor]:
                     template=f"{_PREFIX}{module}.lora_{half.upper()}.weight",
                     inputs=taken,
                     shape=shape,
+                    interleaved=tensor.interleaved if half == "b" else 0,
                 )
             )
     return table

@@ -11,7 +11,7 @@ from typing import Any
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import RopeConfig
-from dno_jax.model.hf.families import Family
+from dno_jax.model.hf.family import Family
 from dno_jax.model.hf.settings import MAX_NUMBER, shown
 from dno_jax.model.rope import longrope_attention_factor, yarn_attention_factor
 
@@ -65,6 +65,8 @@ def read_ropes(values: dict[str, Any], family: Family, *, sliding: list[bool], p
         ropes, kinds, rotary_dim = _two(values, family, place=place), [int(slides) for slides in sliding], None
     if "no_rope_layers" in values:
         ropes, kinds = [*ropes, RopeConfig("none")], [0 if rotates else 1 for rotates in values["no_rope_layers"]]
+    if family.rotates_in_windows and values["sliding_window"] is not None:
+        ropes, kinds = [*ropes, RopeConfig("none")], [0 if slides else 1 for slides in sliding]
     if "position_embedding_type" in values:
         kind = values["position_embedding_type"]
         if kind not in (None, "rope", "nope"):
@@ -96,8 +98,9 @@ def _one(
     for name in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if name not in values:
             continue
-        # What the file says twice must be the same; partial_rotary_factor 1.0 may be nothing but the default.
-        if given.get(name, values[name]) != values[name] and (name != "partial_rotary_factor" or values[name] != 1.0):
+        # What the file says twice must be the same; partial_rotary_factor may be nothing but the default.
+        assumed = family.keys.get(name) if name == "partial_rotary_factor" else None
+        if given.get(name, values[name]) != values[name] and values[name] != assumed:
             raise DnoError(f"{place}: {key} has {name} = {given[name]!r}, but {name} is {values[name]!r}")
         given.setdefault(name, values[name])
     rotary_dim = None

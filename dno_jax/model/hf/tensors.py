@@ -35,6 +35,8 @@ class Tensor:
         stack: leading axes of ours along which tensors are stacked: (), (layers,) or (layers, experts).
         first_row, total_rows: where several parameters share one tensor, where this one's begin on its axis 0, and
             how many there are in all. None: the tensor is this one's own.
+        interleaved: leading entries of our last axis that stand in pairs (i, i + half) in ours, and side by side in
+            the file (Family.interleaved).
     """
 
     path: tuple[str, ...]
@@ -44,6 +46,7 @@ class Tensor:
     stack: tuple[int, ...]
     first_row: int = 0
     total_rows: int | None = None
+    interleaved: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,13 +96,27 @@ class Tensor:
             start, stop = bounds[first]
             merged.append(slice(start * stride, stop * stride))
             apart += [stop - start, *inner]
-            rest += [slice(None), *(slice(*bounds[axis]) for axis in group[1:])]
+            rest += [slice(None), *(self._cut(axis, *bounds[axis]) for axis in group[1:])]
         merged[0] = slice(self.first_row + merged[0].start, self.first_row + merged[0].stop)
         part = files.read(name, tuple(merged)).reshape(apart)[tuple(rest)]
         return part.transpose(np.argsort([axis for group in self.groups for axis in group]))
 
+    def _cut(self, axis: int, start: int, stop: int) -> slice | np.ndarray:
+        """Where the entries from `start` to `stop` of our axis lie along the file's."""
+        if not self.interleaved or axis != len(self.shape) - 1:
+            return slice(start, stop)
+        return self._order[start:stop]
+
+    @property
+    def _order(self) -> np.ndarray:
+        """Of each entry of our last axis, its place in the file."""
+        turning = np.arange(self.interleaved).reshape(-1, 2).T.ravel()
+        return np.concatenate([turning, np.arange(self.interleaved, self.shape[-1])])
+
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """Return one tensor's parameter in Hugging Face's layout: its rows alone, where the tensor is shared."""
+        if self.interleaved:
+            array = array[..., np.argsort(self._order)]
         return array.transpose([axis for group in self.groups for axis in group]).reshape(self.part_shape)
 
 
@@ -121,6 +138,7 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     N, K, H, L = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.num_hidden_layers
     names = FAMILIES[config.family].names
+    rotary = (config.rotary_dim or H) if FAMILIES[config.family].interleaved else 0
     table = [Tensor(("embed",), "model.embed_tokens.weight", 0, (V, D), ())]
     if config.norm == "rms":
         table.append(Tensor(("final_norm",), "model.norm.weight", 0, (D,), ()))
@@ -131,7 +149,9 @@ def tensor_table(config: ModelConfig) -> list[Tensor]:
 
     def layer(leaf: str, hf_name: str, inputs: int, *shape: int) -> None:
         stack = (L, config.num_experts) if "{}" in hf_name else (L,)
-        table.append(Tensor(("layers", leaf), f"model.layers.{{}}.{hf_name}", inputs, shape, stack))
+        turns = rotary if leaf.removesuffix("_bias") in ("q", "k") else 0
+        name = f"model.layers.{{}}.{hf_name}"
+        table.append(Tensor(("layers", leaf), name, inputs, shape, stack, interleaved=turns))
 
     norms: list[tuple[str, bool, tuple[int, ...]]] = [
         ("attention_norm", config.pre_norm, (D,)),

@@ -93,7 +93,8 @@ def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path, ope
 @pytest.mark.parametrize(
     ("openai", "bias"),
     [
-        ({"form": "pairwise"}, {"first_bias": 0.2}),  # 60 to 40: of each 10 pairs it reads 8
+        # 60 to 40: of each 10 pairs it reads 8
+        pytest.param({"form": "pairwise"}, {"first_bias": 0.2}, marks=pytest.mark.soak),
         ({"form": "listwise"}, {"first_bonus": 2.0}),
         # 70 to 30, and nothing cancels it
         pytest.param({"form": "pairwise", "both_orders": False}, {"first_bias": 0.4}, marks=pytest.mark.soak),
@@ -338,7 +339,7 @@ def test_shards_are_batched_by_the_number_of_their_questions(tmp_path):
         sampling = {"num_samples": 5, "shard_prompts": 64}
         annotation = {"openai": openai}
         tree = judged_tree(tmp_path, "http://127.0.0.1:9/v1", sampling=sampling, annotation=annotation)
-        return annotate.shards_a_group(parse_config(RunConfig, tree, place="test"))
+        return annotate.shards_a_group(parse_config(RunConfig, tree, place="test"), 0)
 
     assert grouped(batch=True) == 256
     assert grouped(batch=True, form="pairwise") == 8  # of 30 questions a pool

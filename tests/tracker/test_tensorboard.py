@@ -8,8 +8,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dno_jax.errors import DnoError
 from dno_jax.run_dir import RunDir
-from dno_jax.training import board as module
-from dno_jax.training.board import Board
+from dno_jax.tracker import tensorboard as module
+from dno_jax.tracker.tensorboard import Board
 
 
 def events(folder):

@@ -1,0 +1,89 @@
+"""How large the report of a large run is, and how long it takes to open: `python benchmarks/report.py`.
+
+A run directory of 5,000 prompts is made up: three iterations, five samples a prompt of some 150 to 300 words that are
+as often and as long as English ones, 500 held-out prompts answered by all four policies. The page is opened in headless
+Chromium (Debian's package), where it is installed: until the samples can be read, and until all plots are drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import platform
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from dno_jax.report import plots
+from dno_jax.report.page import write_report
+from tests.report.chromium import READY, SHOWN, chromium, opened
+from tests.report.synthetic import build
+
+
+async def _open(program: str, page: Path, *, times: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds, each in a browser of its own, until samples are shown, all are unpacked, and all plots are drawn.
+
+    By the clock, and of the page's process alone, which other work on the machine does not lengthen.
+    """
+    first = "document.querySelectorAll('#list li').length > 0"
+    found: dict[str, list[tuple[float, float]]] = {"first_samples": [], "all_samples": [], "plots": []}
+    for _ in range(times):
+        for name, until in (("first_samples", first), ("all_samples", SHOWN), ("plots", READY)):
+            if name == "plots" and not plots.installed():
+                continue
+            async with opened(program) as tab:
+                await tab.look()
+                await tab.call("Performance.enable")
+                seconds = await tab.open(page, until=until)
+                metrics = {one["name"]: one["value"] for one in (await tab.call("Performance.getMetrics"))["metrics"]}
+                found[name].append((round(seconds, 2), round(metrics["ProcessTime"], 2)))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=5000)
+    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--words", type=int, default=300, help="of the longest answers; the shortest have half as many")
+    parser.add_argument("--times", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config, run_dir = build(
+            Path(folder) / "run",
+            prompts=options.prompts,
+            held_out=options.prompts // 10,
+            iterations=3,
+            samples=options.samples,
+            words=40,
+            answer_words=options.words,
+            steps=500,
+        )
+        texts = sum(path.stat().st_size for path in Path(run_dir.path).rglob("rollouts/*.jsonl"))
+        start, cpu = time.perf_counter(), time.process_time()
+        page = Path(write_report(run_dir, config))
+        written = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
+        program = chromium()
+        found = asyncio.run(_open(program, page, times=options.times)) if program else "chromium is not installed"
+        print(
+            json.dumps(
+                {
+                    "prompts": options.prompts,
+                    "rollouts_mb": round(texts / 1e6, 1),
+                    "page_mb": round(page.stat().st_size / 1e6, 2),
+                    "written": written,
+                    "opened_seconds_and_cpu": found,
+                    "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+                    "plots": plots.installed(),
+                    "machine": platform.processor() or platform.machine(),
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

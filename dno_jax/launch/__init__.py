@@ -1,0 +1,1 @@
+"""Manifests for clusters of Kubernetes."""

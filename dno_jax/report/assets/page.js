@@ -1,0 +1,234 @@
+// The report's page: draws the plots, and shows the samples. It fetches nothing; words of models become text, never markup.
+"use strict";
+(() => {
+  const $ = (id) => document.getElementById(id);
+  const make = (name, text, kind) => {
+    const found = document.createElement(name);
+    if (text !== undefined) found.textContent = text;
+    if (kind) found.className = kind;
+    return found;
+  };
+
+  // Plots. `ast` has Vega interpret its expressions: the page allows no script to be made from text.
+  const save = (name, kind, text) => {
+    const link = make("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: kind }));
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+  const csv = (rows) => {
+    const cell = (value) => `"${String(value ?? "").replace(/^[=+\-@](?!\d)/, "'$&").replaceAll('"', '""')}"`;
+    const names = Object.keys(rows[0]);
+    return [names, ...rows.map((row) => names.map((name) => row[name]))].map((row) => row.map(cell).join(",")).join("\n");
+  };
+  const refuse = () => Promise.reject(new Error("this page fetches nothing"));
+  const draw = async (place) => {
+    const name = place.dataset.name;
+    const spec = JSON.parse($(`spec-${name}`).textContent);
+    spec.config.legend.columns = place.clientWidth < 420 ? 2 : 3;
+    const made = await vegaEmbed(place, spec, {
+      renderer: "svg", ast: true, actions: false, loader: { load: refuse, http: refuse, file: refuse },
+    });
+    const tools = make("div", undefined, "plot-tools");
+    for (const [label, act] of [
+      ["SVG", async () => save(`${name}.svg`, "image/svg+xml", await made.view.toSVG())],
+      ["CSV", () => save(`${name}.csv`, "text/csv", csv(spec.datasets.rows))],
+    ]) {
+      const button = make("button", label);
+      button.type = "button";
+      button.setAttribute("aria-label", `Save ${name} as ${label}`);
+      button.addEventListener("click", act);
+      tools.append(button);
+    }
+    place.after(tools);
+    place.dataset.drawn = "yes";
+  };
+  const drawAll = async () => {
+    for (const place of document.querySelectorAll(".plot")) {
+      await draw(place).catch((error) => console.error(place.dataset.name, error));
+      await new Promise((done) => setTimeout(done));
+    }
+    document.documentElement.dataset.plots = "drawn";
+  };
+
+  // Samples: chunks of prompts, each base64 of gzip of JSON.
+  const unpack = async (element) => {
+    const raw = atob(element.textContent);
+    const bytes = new Uint8Array(raw.length);
+    for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return JSON.parse(await new Response(stream).text());
+  };
+  const PAGE = 50;
+  const prompts = [];
+  let matches = [];
+  let chosen = 0;
+
+  const words = (prompt) => {
+    const texts = [prompt.i, ...prompt.m.map((turn) => turn[1]), ...prompt.a.map((one) => one.t), ...(prompt.j ?? [])];
+    return texts.join("\n").toLowerCase();
+  };
+  const number = (writer) => (writer.startsWith("policy ") ? Number(writer.slice(7)) : -1);
+  const mean = (prompt, writer) => {
+    const scores = prompt.a.filter((one) => one.w === writer && one.s !== undefined).map((one) => one.s);
+    return scores.length ? scores.reduce((sum, score) => sum + score, 0) / scores.length : NaN;
+  };
+  const gain = (prompt) => {
+    const newest = Math.max(...prompt.a.map((one) => number(one.w)));
+    return newest > 0 ? mean(prompt, `policy ${newest}`) - mean(prompt, "policy 0") : NaN;
+  };
+  const TESTS = {
+    pairs: (prompt) => prompt.a.some((one) => one.c || one.r),
+    cut: (prompt) => prompt.a.some((one) => one.f),
+    better: (prompt) => gain(prompt) > 0,
+    worse: (prompt) => gain(prompt) < 0,
+    teacher: (prompt) => prompt.a.every((one) => one.w === "the teacher" || !(one.s >= mean(prompt, "the teacher"))) && prompt.a.some((one) => one.w === "the teacher" && one.s !== undefined),
+    unjudged: (prompt) => prompt.u !== undefined || prompt.a.every((one) => one.s === undefined),
+    judge: (prompt) => (prompt.j ?? []).length > 0,
+  };
+
+  const filter = () => {
+    const asked = $("words").value.trim().toLowerCase();
+    const place = $("place").value;
+    const test = TESTS[$("only").value];
+    matches = prompts.filter(
+      (prompt) => (!place || prompt.p === place) && (!test || test(prompt)) && (!asked || (prompt.words ??= words(prompt)).includes(asked)),
+    );
+    chosen = 0;
+    list();
+    $("count").textContent = `${matches.length.toLocaleString("en")} of ${prompts.length.toLocaleString("en")} prompts.`;
+  };
+  const list = () => {
+    const first = Math.floor(chosen / PAGE) * PAGE;
+    const rows = matches.slice(first, first + PAGE).map((prompt, index) => {
+      const row = make("li");
+      row.id = `prompt-${first + index}`;
+      row.setAttribute("role", "option");
+      row.setAttribute("aria-selected", String(first + index === chosen));
+      row.dir = "auto";
+      const last = prompt.m.length ? prompt.m[prompt.m.length - 1][1] : prompt.i;
+      row.append(make("small", `${prompt.p} · ${prompt.i}`), make("span", last.slice(0, 90)));
+      row.addEventListener("click", () => choose(first + index));
+      return row;
+    });
+    $("list").replaceChildren(...rows);
+    $("earlier").disabled = first === 0;
+    $("later").disabled = first + PAGE >= matches.length;
+    if (rows.length) $("list").setAttribute("aria-activedescendant", `prompt-${chosen}`);
+    else $("list").removeAttribute("aria-activedescendant");
+    show(matches[chosen]);
+  };
+  const choose = (index) => {
+    if (!matches.length) return;
+    const before = chosen;
+    chosen = Math.min(Math.max(index, 0), matches.length - 1);
+    if (Math.floor(before / PAGE) !== Math.floor(chosen / PAGE)) {
+      list();
+    } else {
+      $(`prompt-${before}`).setAttribute("aria-selected", "false");
+      $(`prompt-${chosen}`).setAttribute("aria-selected", "true");
+      $("list").setAttribute("aria-activedescendant", `prompt-${chosen}`);
+      show(matches[chosen]);
+    }
+    const row = $(`prompt-${chosen}`);
+    const box = $("list");
+    if (row.offsetTop < box.scrollTop + box.offsetTop) box.scrollTop = row.offsetTop - box.offsetTop;
+    const below = row.offsetTop + row.offsetHeight - box.offsetTop - box.clientHeight;
+    if (below > box.scrollTop) box.scrollTop = below;
+  };
+
+  const answer = (one) => {
+    const card = make("div", undefined, "answer");
+    const facts = make("div", undefined, "facts");
+    if (one.s !== undefined) facts.append(make("span", `score ${one.s}`));
+    if (one.k !== undefined) facts.append(make("span", `${one.k.toLocaleString("en")} tokens`));
+    if (one.c) facts.append(make("span", `chosen ${one.c}×`, "won"));
+    if (one.r) facts.append(make("span", `rejected ${one.r}×`, "lost"));
+    if (one.f) facts.append(make("span", "cut", "cut"));
+    const text = make("p", one.t || "(empty)");
+    text.dir = "auto";
+    card.append(facts, text);
+    return card;
+  };
+  const show = (prompt) => {
+    const place = $("shown");
+    place.scrollTop = 0;
+    if (!prompt) return place.replaceChildren(make("p", "No prompt is like that."));
+    const parts = [make("h3", `${prompt.p} · ${prompt.i}`)];
+    for (const [role, text] of [...prompt.m, ...(prompt.b ? [["assistant begins", prompt.b]] : [])]) {
+      const turn = make("div", undefined, "turn");
+      const said = make("bdi", text);
+      turn.dir = "auto";
+      turn.append(make("b", role), said);
+      parts.push(turn);
+    }
+    const answers = make("div", undefined, "answers");
+    const writers = [...new Set(prompt.a.map((one) => one.w))].sort((a, b) => number(a) - number(b) || a.localeCompare(b));
+    for (const writer of [...writers.filter((name) => number(name) >= 0), ...writers.filter((name) => number(name) < 0)]) {
+      const column = make("div", undefined, "writer");
+      column.append(make("h4", writer), ...prompt.a.filter((one) => one.w === writer).map(answer));
+      answers.append(column);
+    }
+    parts.push(answers);
+    if (prompt.u) parts.push(make("p", `No verdict: ${prompt.u}`, "warning"));
+    if (prompt.j) {
+      const said = make("details");
+      said.append(make("summary", "What the judge said"), ...prompt.j.map((text) => Object.assign(make("pre", text), { dir: "auto" })));
+      said.open = true;
+      parts.push(said);
+    }
+    place.replaceChildren(...parts);
+  };
+
+  const isTyping = (element) => ["INPUT", "SELECT", "TEXTAREA"].includes(element.tagName);
+  const keys = (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const typing = isTyping(event.target);
+    if (event.key === "Escape" && typing) {
+      $("list").focus();
+    } else if (!typing && event.key === "/") {
+      $("words").focus();
+    } else if (!typing && event.key === "j") {
+      choose(chosen + 1);
+    } else if (!typing && event.key === "k") {
+      choose(chosen - 1);
+    } else if (event.target.id === "list" && ["ArrowDown", "ArrowUp", "Home", "End", "PageDown", "PageUp"].includes(event.key)) {
+      const to = { ArrowDown: chosen + 1, ArrowUp: chosen - 1, Home: 0, End: matches.length - 1, PageDown: chosen + 10, PageUp: chosen - 10 };
+      choose(to[event.key]);
+    } else {
+      return;
+    }
+    event.preventDefault();
+  };
+  const browse = async () => {
+    const chunks = [...document.querySelectorAll("script.chunk")];
+    if (!chunks.length) return;
+    if (!("DecompressionStream" in window)) {
+      $("count").textContent = "This browser is too old to show the samples (it has no DecompressionStream).";
+      return;
+    }
+    prompts.push(...(await unpack(chunks[0])));
+    $("filter").hidden = $("browser").hidden = false;
+    filter();
+    for (const chunk of chunks.slice(1)) {
+      prompts.push(...(await unpack(chunk)));
+      chunk.remove();
+    }
+    filter();
+    let waiting;
+    $("words").addEventListener("input", () => {
+      clearTimeout(waiting);
+      waiting = setTimeout(filter, 120);
+    });
+    for (const id of ["place", "only"]) $(id).addEventListener("change", filter);
+    $("filter").addEventListener("submit", (event) => event.preventDefault());
+    $("earlier").addEventListener("click", () => choose((Math.floor(chosen / PAGE) - 1) * PAGE));
+    $("later").addEventListener("click", () => choose((Math.floor(chosen / PAGE) + 1) * PAGE));
+    document.addEventListener("keydown", keys);
+    document.documentElement.dataset.samples = "shown";
+  };
+
+  browse().catch((error) => console.error("samples", error));
+  if (typeof vegaEmbed === "function") drawAll();
+})();

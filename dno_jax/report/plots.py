@@ -1,0 +1,186 @@
+"""Plots: Vega-Lite by altair, drawn in the page by Vega itself; SVG by vl-convert. The extra `report` brings both.
+
+Without them the page has its tables. Nothing is fetched: the library that draws lies in the package vl-convert.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import json
+from typing import Any
+
+from dno_jax.report.shapes import Figure, Shape
+
+EXTRA = 'pip install "dno_jax[report]"'
+# Of middle brightness, told apart by the colour-blind, and seen on white as on black.
+_COLOURS = [
+    "#3b82d6",
+    "#e08214",
+    "#1a9e77",
+    "#c8548f",
+    "#8b6fd6",
+    "#7f8c2d",
+    "#c0504d",
+    "#4bacc6",
+    "#8a8a8a",
+    "#b8860b",
+]
+ROWS = "rows"  # what a specification calls the figure's numbers
+_HEIGHT = 230
+_SVG_WIDTH = 680
+_CONFIG = {
+    "background": "transparent",
+    "font": "system-ui, sans-serif",
+    "axis": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#8884"},
+    "axisX": {"labelAngle": 0, "labelOverlap": True},
+    "legend": {"orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 260, "columns": 3, "offset": 4},
+    "view": {"stroke": None},
+    "range": {"category": _COLOURS},
+}
+
+
+def installed() -> bool:
+    """Whether plots can be drawn."""
+    return all(importlib.util.find_spec(name) is not None for name in ("altair", "vl_convert"))
+
+
+@functools.cache
+def library() -> str:
+    """The JavaScript that draws a specification; a second or two to make, once a process."""
+    return _module("vl_convert").javascript_bundle(vl_version=_version())
+
+
+def svg(figure: Figure) -> str:
+    """A picture of a figure on white."""
+    spec = specification(figure) | {"width": _SVG_WIDTH, "background": "white"}
+    return _module("vl_convert").vegalite_to_svg(spec, vl_version=_version())
+
+
+def specification(figure: Figure) -> dict[str, Any]:
+    """The Vega-Lite specification of a figure, its numbers in it."""
+    assert figure.shape is not None
+    alt = _module("altair")
+    chart = _KINDS[figure.shape.kind](alt, figure, figure.shape)
+    spec = chart.properties(width="container", height=_height(figure)).to_dict(validate=False)
+    return spec | {
+        "datasets": spec.get("datasets", {}) | {ROWS: figure.records},
+        "config": _CONFIG,
+        "autosize": {"type": "fit-x", "contains": "padding"},
+        "description": f"{figure.title}. {figure.note}",
+    }
+
+
+def _height(figure: Figure) -> int:
+    assert figure.shape is not None
+    if figure.shape.kind == "heat":
+        return 60 + 34 * len({row[figure.columns.index(figure.shape.colour)] for row in figure.rows})
+    if figure.shape.kind == "bars":
+        return 40 + 26 * len({row[figure.columns.index(figure.shape.y)] for row in figure.rows})
+    return _HEIGHT
+
+
+def _intervals(alt: Any, figure: Figure, shape: Shape) -> Any:
+    kind = "nominal" if isinstance(figure.rows[0][figure.columns.index(shape.x)], str) else "ordinal"
+    x = alt.X(field=shape.x, type=kind, title=shape.x)
+    y = alt.Y(field=shape.y, type="quantitative", title=shape.y, **_format(alt, shape), scale=alt.Scale(zero=False))
+    base = alt.Chart(alt.NamedData(name=ROWS)).encode(x=x, y=y, tooltip=_tooltip(alt, figure))
+    if shape.colour:
+        base = base.encode(
+            color=alt.Color(field=shape.colour, type="nominal", sort=None),
+            xOffset=alt.XOffset(field=shape.colour, type="nominal", sort=None),
+        )
+    whole = base.mark_rule(strokeWidth=2, **_colour(shape)).encode(
+        y=alt.Y(field=shape.low, type="quantitative", title=shape.y), y2=alt.Y2(field=shape.high)
+    )
+    layers = [whole, base.mark_point(filled=True, size=70, opacity=1, **_colour(shape))]
+    if shape.rule is not None:
+        at = alt.Chart(alt.Data(values=[{}])).mark_rule(strokeDash=[4, 4], color="#888")
+        layers.insert(0, at.encode(y=alt.datum(shape.rule)))
+    return alt.layer(*layers)
+
+
+def _heat(alt: Any, figure: Figure, shape: Shape) -> Any:
+    base = alt.Chart(alt.NamedData(name=ROWS)).encode(
+        x=alt.X(field=shape.x, type="nominal", sort=_words(figure, shape.colour), title="against"),
+        y=alt.Y(field=shape.colour, type="nominal", sort=None, title=None),
+        tooltip=_tooltip(alt, figure),
+    )
+    # Light at every value, so that black numbers are read on it.
+    scale = alt.Scale(domain=[0, 0.5, 1], range=["#f0a58f", "#f4f1e8", "#8fc0ea"], interpolate="rgb")
+    cells = base.mark_rect().encode(color=alt.Color(field=shape.y, type="quantitative", scale=scale, legend=None))
+    words = base.mark_text(color="#111").encode(text=alt.Text(field=shape.y, type="quantitative", format=".0%"))
+    return alt.layer(cells, words)
+
+
+def _bars(alt: Any, figure: Figure, shape: Shape) -> Any:
+    chart = alt.Chart(alt.NamedData(name=ROWS)).mark_bar(**_colour(shape))
+    chart = chart.encode(
+        x=alt.X(field=shape.x, type="quantitative", title=shape.x, stack=not shape.percent, **_format(alt, shape)),
+        y=alt.Y(field=shape.y, type="ordinal", title=shape.y, sort=None),
+        tooltip=_tooltip(alt, figure),
+    )
+    if not shape.colour:
+        return chart
+    chart = chart.encode(color=alt.Color(field=shape.colour, type="nominal", sort=None))
+    if shape.percent:
+        return chart.encode(yOffset=alt.YOffset(field=shape.colour, type="nominal", sort=None))
+    place = f"indexof({json.dumps(_words(figure, shape.colour))}, datum[{json.dumps(shape.colour)}])"
+    return chart.transform_calculate(place=place).encode(order=alt.Order(field="place", type="quantitative"))
+
+
+def _histogram(alt: Any, figure: Figure, shape: Shape) -> Any:
+    chart = alt.Chart(alt.NamedData(name=ROWS)).mark_line(interpolate="step", strokeWidth=2, **_colour(shape))
+    return chart.encode(
+        x=alt.X(field=shape.x, type="quantitative", title=shape.x),
+        y=alt.Y(field=shape.y, type="quantitative", title=shape.y),
+        tooltip=_tooltip(alt, figure),
+        **({"color": alt.Color(field=shape.colour, type="nominal", sort=None)} if shape.colour else {}),
+    )
+
+
+def _lines(alt: Any, figure: Figure, shape: Shape) -> Any:
+    colours = {row[figure.columns.index(shape.colour)] for row in figure.rows}
+    legend = {} if len(colours) > 1 else {"legend": None}
+    return (
+        alt.Chart(alt.NamedData(name=ROWS))
+        .mark_line(strokeWidth=1.5, interpolate="linear")
+        .encode(
+            x=alt.X(field=shape.x, type="quantitative", title="step, iterations one after the other"),
+            y=alt.Y(field=shape.y, type="quantitative", title=None, scale=alt.Scale(zero=False)),
+            color=alt.Color(field=shape.colour, type="nominal", sort=None, **legend),
+            detail=[alt.Detail(field="iteration", type="nominal"), alt.Detail(field="training", type="nominal")],
+            tooltip=_tooltip(alt, figure),
+        )
+    )
+
+
+_KINDS = {"intervals": _intervals, "heat": _heat, "bars": _bars, "histogram": _histogram, "lines": _lines}
+
+
+def _words(figure: Figure, column: str) -> list[str]:
+    """The words of a column, in the order in which they come."""
+    return list(dict.fromkeys(str(row[column]) for row in figure.records))
+
+
+def _tooltip(alt: Any, figure: Figure) -> list[Any]:
+    numbers = {name for name, cell in zip(figure.columns, figure.rows[0], strict=True) if not isinstance(cell, str)}
+    return [alt.Tooltip(field=name, type="quantitative" if name in numbers else "nominal") for name in figure.columns]
+
+
+def _format(alt: Any, shape: Shape) -> dict[str, Any]:
+    return {"axis": alt.Axis(format="%")} if shape.percent else {}
+
+
+def _colour(shape: Shape) -> dict[str, str]:
+    return {} if shape.colour else {"color": _COLOURS[0]}
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def _version() -> str:
+    """altair's Vega-Lite, as vl-convert counts them: "6.4"."""
+    return ".".join(_module("altair").SCHEMA_VERSION.lstrip("v").split(".")[:2])

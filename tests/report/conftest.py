@@ -1,0 +1,30 @@
+"""A made-up run, written once; tests that change it take a copy."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from dno_jax.run_dir import RunDir
+from tests.report.synthetic import build
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A finished run and its configuration, to be read."""
+    return build(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The same, to be changed; its held-out prompts lie where they lay."""
+    config, run_dir = whole
+    shutil.copytree(run_dir.path, tmp_path / "run", copy_function=shutil.copy)
+    return config, RunDir(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory):
+    """A run in which every word of others tries to act."""
+    return build(tmp_path_factory.mktemp("hostile"), hostile=True, prompts=14, held_out=14, iterations=1)
