@@ -58,7 +58,7 @@ def test_a_run_that_is_stopped_in_every_stage_ends_bit_for_bit_the_same(folder, 
 
 
 # Others than the above are stopped where each has done a part of its work.
-MIDDLES = ["shard-annotate:2", "pairs:1", "shard-score:2"]
+MIDDLES = ["shard-annotate:2", "pairs:1", "shard-score:1"]
 
 
 @pytest.mark.soak

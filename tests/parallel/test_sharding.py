@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,7 @@ from dno_jax.parallel.sharding import (
 )
 from dno_jax.training.checkpoint import fingerprint, load_policy, policy_fingerprint, save_policy
 from dno_jax.training.state import param_shardings
+from tests.collectives import collectives
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -72,28 +75,32 @@ def test_constrain_is_a_value():
     assert hash(Constrain(mesh, TRAIN)) == hash(Constrain(mesh_of(2, 2, 2), TRAIN))
 
 
-def test_a_gathered_weights_gradient_comes_back_split():
-    """Every device has a part of the sum over rows; none of them ever holds the whole gradient's sum."""
-    mesh = mesh_of(1, 8, 1)
-    place = Constrain(mesh, TRAIN)
-    axes = ("vocab", "embed")
-    table = jax.device_put(jnp.ones((48, 64)), NamedSharding(mesh, TRAIN.weight_spec(axes)))
-    token = jax.device_put(jnp.arange(16).reshape(8, 2), row_sharding(mesh, ndim=2))
+@pytest.mark.parametrize("axes", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_tokens_travel_to_the_embedding_and_the_table_stays(axes):
+    """Nothing as large as a device's columns of all rows is gathered or summed but over devices that share them."""
+    mesh = mesh_of(*axes)
+    rng = np.random.default_rng(0)
+    rows, token = rng.normal(size=(48, 64)).astype(np.float32), rng.integers(0, 48, size=(8, 2))
+    weight = rng.normal(size=(8, 2, 64)).astype(np.float32)
+    table = jax.device_put(rows, NamedSharding(mesh, TRAIN.weight_spec(("vocab", "embed"))))
+    token = jax.device_put(token.astype(np.int32), row_sharding(mesh, ndim=2))
 
-    def total(gather, table, token):
-        rows = place(jnp.take(gather(table), token, axis=0), ("batch", "length", "embed"))
-        return jnp.sum(rows * jnp.arange(64.0)[None, None])
+    def total(look_up):
+        def of(table, token):
+            found = look_up(table, token)
+            return jnp.sum(weight * found), found
 
-    def gradient(gather):
-        return jax.jit(jax.grad(lambda *x: total(gather, *x))).lower(table, token).compile()
+        return jax.jit(jax.value_and_grad(of, has_aux=True))
 
-    split = gradient(lambda table: place(table, axes))
-    whole = NamedSharding(mesh, TRAIN.activation_spec(axes))
-    naive = gradient(lambda table: jax.lax.with_sharding_constraint(table, whole))
-    np.testing.assert_array_equal(split(table, token), naive(table, token))
-    assert "f32[48,64]{1,0} all-reduce(" in naive.as_text()
-    assert "f32[48,64]{1,0} all-reduce(" not in split.as_text()
-    assert split(table, token).sharding.is_equivalent_to(table.sharding, 2)
+    program = total(partial(Constrain(mesh, TRAIN).look_up, dtype=jnp.float32)).lower(table, token).compile()
+    (_, found), slope = program(table, token)
+    (_, expected), wanted = total(lambda table, token: table[token])(rows, np.asarray(token))
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(slope, wanted, rtol=1e-6, atol=1e-6)
+    assert slope.sharding.is_equivalent_to(table.sharding, 2)
+    own = 48 * 64 // (axes[1] * axes[2])
+    for one in collectives(program.as_text()):
+        assert max(one.sizes) <= (own if axes[0] > 1 else token.size * 64 // axes[1])
 
 
 @pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)], ids=str)
