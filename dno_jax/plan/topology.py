@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -130,13 +131,17 @@ def target_of(topology: str | None, *, num_devices: int | None, memory: int | No
     return Target(topology, count, devices, chip, own, note)
 
 
+def _leave_accelerators_alone() -> None:
+    """Have this process compile for others without taking the accelerators that are here, if it has not yet."""
+    with suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+
+
 def _cpus(name: str, count: int, capacity: Capacity | None) -> Target:
     """Virtual devices of this processor; their number is set before jax has looked."""
-    try:
-        jax.config.update("jax_platforms", "cpu")
+    _leave_accelerators_alone()
+    with suppress(RuntimeError):  # it has
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has
-        pass
     devices = jax.devices("cpu")[:count]
     if len(devices) < count:
         raise DnoError(f"--topology {name}: this process has {len(devices)} CPU devices already")
@@ -149,6 +154,7 @@ def _tpus(topology: str, chip: str, shape: str, slices: int) -> Sequence[Any]:
             f"--topology {topology}: libtpu, the TPU's compiler, is not installed; pip install 'dno_jax[plan]' (no "
             "TPU is needed), or add --no-compile for an estimate"
         )
+    _leave_accelerators_alone()
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options = {"num_slices": slices} if slices > 1 else {}
@@ -172,7 +178,7 @@ def _gpus(chip: str, sizes: list[int]) -> tuple[Sequence[Any] | None, str]:
         card = None
     if card is None:
         return None, "estimated: CUDA's compiler is not here; pip install 'dno_jax[plan-gpu]' with Python 3.12 or newer"
-    jax.config.update("jax_platforms", "cpu")
+    _leave_accelerators_alone()
     return topologies.get_topology_desc(
         platform="cuda", topology_name="", target_config=card, topology=f"1x{hosts}x{own}"
     ).devices, ""

@@ -11,7 +11,7 @@ import jax
 from dno_jax.config import RunConfig
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.plan.roofline import decode_seconds
-from dno_jax.plan.run import RunPlan
+from dno_jax.plan.run import PromptCount, RunPlan
 from dno_jax.runtime.arguments import trained_state
 from dno_jax.runtime.programs import Programs
 
@@ -119,7 +119,7 @@ def _tokens(plan: RunPlan, most: int) -> int:
     return most if said is None else math.ceil(most * min(1.0, said / plan.config.sampling.max_new_tokens))
 
 
-def _sampled(plan: RunPlan, stage: str, counts: list) -> StageTotal:
+def _sampled(plan: RunPlan, stage: str, counts: list[PromptCount]) -> StageTotal:
     slots, tokens = plan.sampling[stage], sum(_tokens(plan, count.response_tokens) for count in counts)
     rows = slots.programs.shape.fill_rows * num_row_shards(slots.programs.mesh) * plan.submeshes
     fills = sum(-(-count.prompts // rows) for count in counts)

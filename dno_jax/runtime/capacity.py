@@ -40,6 +40,14 @@ def device_capacity(devices: Sequence[jax.Device]) -> Capacity:
     return Capacity(min(known), f"what the {platform}'s allocator may take")
 
 
+def known_capacity(devices: Sequence[jax.Device]) -> Capacity | None:
+    """Return `device_capacity`, or None where an accelerator does not say: training asks for no number of it."""
+    try:
+        return device_capacity(devices)
+    except DnoError:
+        return None
+
+
 def _host_memory() -> tuple[int, str]:
     if _MEMINFO.exists():
         for line in _MEMINFO.read_text().splitlines():

@@ -26,7 +26,7 @@ from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
 from dno_jax.parallel.sharding import DECODE, TRAIN, Layout, on_submesh, reshard_donated
 from dno_jax.run_dir import RunDir
-from dno_jax.runtime.capacity import device_capacity
+from dno_jax.runtime.capacity import known_capacity
 from dno_jax.runtime.decode_mesh import with_decode_mesh
 from dno_jax.runtime.fit import check_fit, read_shape, warn_of_dropout
 from dno_jax.runtime.pinning import pinned
@@ -54,8 +54,8 @@ class Runtime(Generic[ConfigT]):
         config = pinned(config)
         model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
         mesh = make_mesh(config.mesh)
-        if mesh.devices.flat[0].platform != "cpu":
-            config = with_decode_mesh(config, model_config, mesh=mesh, capacity=device_capacity(mesh.local_devices))
+        if mesh.devices.flat[0].platform != "cpu" and (capacity := known_capacity(mesh.local_devices)) is not None:
+            config = with_decode_mesh(config, model_config, mesh=mesh, capacity=capacity)
         programs = Programs(config, model_config, mesh)
         _ = programs.attention_backend, programs.decode_mesh
         warn_of_dropout(config)

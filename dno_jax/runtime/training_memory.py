@@ -80,14 +80,19 @@ def _activations(programs: Programs[ConfigT], shape: BatchShape) -> int:
     return layers + max(once, head)
 
 
-def refuse_training(programs: Programs[ConfigT], capacity: Capacity, *, num_rows: int | None = None) -> TrainingMemory:
+def refuse_training(
+    programs: Programs[ConfigT], capacity: Capacity | None, *, num_rows: int | None = None
+) -> TrainingMemory:
     """Return what training takes, if a device has so much memory.
+
+    Args:
+        capacity: None where nobody says.
 
     Raises:
         DnoError: it has not; the message says what takes how much, and the smallest change that fits.
     """
     found = training_memory(programs, num_rows=num_rows)
-    if found.total > capacity.bytes:
+    if capacity is not None and found.total > capacity.bytes:
         raise DnoError(refusal(programs, found, capacity, num_rows=num_rows))
     return found
 

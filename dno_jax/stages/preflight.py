@@ -16,7 +16,7 @@ from dno_jax.data.sources import named
 from dno_jax.errors import DnoError
 from dno_jax.parallel.cluster import barrier, described, is_primary
 from dno_jax.parallel.sharding import DECODE, TRAIN
-from dno_jax.runtime.capacity import device_capacity
+from dno_jax.runtime.capacity import known_capacity
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.slots import plan, wanted_by_stage
 from dno_jax.runtime.training_memory import refuse_training
@@ -65,7 +65,7 @@ def check(runtime: Runtime[RunConfig], *, only: tuple[str, int] | None = None) -
     config, stage = runtime.config, None if only is None else only[0]
     runtime.programs.param_shardings(TRAIN)
     if stage in (None, "train"):
-        refuse_training(runtime.programs, device_capacity(runtime.mesh.local_devices))
+        refuse_training(runtime.programs, known_capacity(runtime.mesh.local_devices))
     if stage in (None, "sample", "evaluate"):
         runtime.programs.param_shardings(DECODE)
         template.refuse_template(runtime)

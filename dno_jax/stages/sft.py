@@ -29,7 +29,7 @@ from dno_jax.model.text.truncation import shorten_chat
 from dno_jax.parallel.cluster import barrier, described, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, Message
-from dno_jax.runtime.capacity import device_capacity
+from dno_jax.runtime.capacity import known_capacity
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime, draw_key
 from dno_jax.runtime.training_memory import refuse_training
@@ -62,7 +62,7 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
     start = time.perf_counter()
     config, target = runtime.config, runtime.run_dir.export_path
     refuse_template(runtime)
-    refuse_training(runtime.programs, device_capacity(runtime.mesh.local_devices))
+    refuse_training(runtime.programs, known_capacity(runtime.mesh.local_devices))
     examples = supervised_examples(runtime, config)
     if is_primary():
         say(described(runtime.mesh))

@@ -135,3 +135,16 @@ def test_chips_are_found_by_the_names_that_jax_has_for_them():
     assert chip_of("NVIDIA H100 80GB HBM3").name == "h100"
     assert chip_of("cpu") is None
     assert len({chip.name for chip in CHIPS}) == len(CHIPS)
+
+
+def test_a_run_is_refused_before_it_samples(make_config, monkeypatch):
+    """On the memory that the devices report, at the start: nothing is sampled that could not be trained on."""
+    from dno_jax.runtime.runtime import Runtime
+    from dno_jax.sampling.memory import Capacity
+    from dno_jax.stages import preflight
+
+    runtime = Runtime.start(make_config())
+    monkeypatch.setattr(preflight, "known_capacity", lambda devices: Capacity(10_000, "a small device"))
+    with pytest.raises(DnoError, match=r"training does not fit: .* each of 8 devices .*9\.77 KiB \(a small device\)"):
+        preflight.check(runtime)
+    assert not runtime.run_dir.path.exists()
