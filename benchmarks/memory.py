@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +46,7 @@ from dno_jax.model.params import abstract_adapters, computing_params, param_axes
 from dno_jax.parallel.attention import make_attention
 from dno_jax.parallel.mesh import AXES, make_mesh
 from dno_jax.parallel.sharding import TRAIN, Constrain
+from dno_jax.plan.hlo import Call, calls
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import make_optimizer
@@ -134,90 +133,7 @@ def compiled(name: str, mesh: Any, options: argparse.Namespace) -> Any:
     return lowered.compile()
 
 
-@dataclass(frozen=True)
-class Sent:
-    """One operation between devices, in a program's text.
-
-    Attributes:
-        runs: of it in a step, those of loops multiplied.
-        looped: whether a loop runs it.
-        groups: of devices, by their places in the mesh; empty: all.
-    """
-
-    kind: str
-    shape: str
-    bytes: int
-    runs: int
-    looped: bool
-    groups: list[list[int]]
-
-    def crosses(self, mesh: Any, axis: str) -> bool:
-        """Whether it is between devices that differ along an axis of the mesh."""
-        along = np.indices(mesh.devices.shape)[AXES.index(axis)].ravel()
-        return any(len(set(along[group])) > 1 for group in self.groups or [list(range(mesh.size))])
-
-
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|send"
-_BYTES = {"f32": 4, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "pred": 1, "s8": 1, "u8": 1}
-
-
-def sent(text: str) -> list[Sent]:
-    """Return what a compiled program sends."""
-    bodies: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if (start := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line)) and not line.startswith(" "):
-            name, entry = start[2], start[2] if start[1] else entry
-            bodies[name] = []
-        elif name:
-            bodies[name].append(line)
-
-    def trips(line: str) -> int:
-        """How often a loop runs: as the compiler says, or else the largest number that its condition compares with."""
-        if known := re.search(r'known_trip_count"?:\s*\{"n":"(\d+)"', line):
-            return int(known[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", line)
-        lines = bodies.get(condition[1], []) if condition else []
-        return max([1, *(int(one) for line in lines for one in re.findall(r"[su]32\[\]\S* constant\((\d+)\)", line))])
-
-    def walk(name: str, runs: int, looped: bool) -> Iterator[Sent]:
-        for line in bodies.get(name, ()):
-            if made := re.search(rf"= (.+?) ({KINDS})(?:-start)?\(", line):
-                shapes = re.findall(rf"(?:{'|'.join(_BYTES)})\[[\d,]*\]", made[1])
-                shape = max(shapes, key=_size)
-                yield Sent(made[2], shape, _size(shape), runs, looped, _groups(line))
-            inner = re.findall(r"(?:calls|to_apply|body|(?:true|false|async)_computation)=%?([\w.\-]+)", line)
-            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                inner += [branch.strip().lstrip("%") for branch in branches.split(",")]
-            loop = " while(" in line
-            for called in inner:
-                yield from walk(called, runs * trips(line) if loop else runs, looped or loop)
-
-    return list(walk(entry, 1, False))
-
-
-def _size(shape: str) -> int:
-    dtype, dims = shape[:-1].split("[")
-    return _BYTES[dtype] * math.prod(int(size) for size in dims.split(",") if size)
-
-
-def _groups(line: str) -> list[list[int]]:
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
-        return [[int(one) for one in group.split(",")] for group in re.findall(r"\{([\d, ]+)\}", found[1])]
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, source, turned = ([int(one) for one in part.split(",")] if part else [] for part in found.groups())
-        ids = np.arange(math.prod(source)).reshape(source)
-        return (ids.transpose(turned) if turned else ids).reshape(shape).tolist()
-    if found := re.search(r"replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}", line):
-        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
-        inside = [index for index, (axis, _) in enumerate(axes) if f"'{axis}'" in found[2]]
-        sizes = [int(size) for _, size in axes]
-        ids = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), inside, range(-len(inside), 0))
-        return ids.reshape(-1, math.prod(sizes[index] for index in inside)).tolist()
-    return []
-
-
-def summed(calls: list[Sent]) -> dict[str, Any]:
+def summed(calls: list[Call]) -> dict[str, Any]:
     """Return [runs, GiB, largest] by kind."""
     found = {}
     for kind in sorted({call.kind for call in calls}):
@@ -237,10 +153,10 @@ def figures(program: Any, mesh: Any) -> dict[str, Any]:
     found: dict[str, Any] = {name: round(size / 2**30, 2) for name, size in sizes.items()}
     if mesh.size > 1:
         text = program.as_text()
-        calls = sent(text)
-        found["sent"] = summed(calls)
+        sent = calls(text)
+        found["sent"] = summed(sent)
         if mesh.shape["data"] > 1:
-            over = [call for call in calls if call.crosses(mesh, "data")]
+            over = [call for call in sent if call.crosses(mesh.devices.shape, AXES.index("data"))]
             found["over_data"] = summed(over)
             found["over_data_in_loops"] = summed([call for call in over if call.looped])
         if "tpu_custom_call" in text:

@@ -145,7 +145,7 @@ def correlated(covariance: Float[np.ndarray, "M M"], *, seed: int, draws: int) -
 
 
 def most_extreme(
-    covariance: Float[np.ndarray, "M M"], *, freedom: int, seed: int = 0, draws: int = 20_000
+    covariance: Float[np.ndarray, "M M"], *, freedom: int, seed: int = 0, draws: int = 10_000
 ) -> Float[np.ndarray, " D"]:
     """Return draws, in rising order, of the largest |t| of M means with this covariance and true errors of none.
 

@@ -44,13 +44,14 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 # What needs programs of XLA is marked `compiles`: whole rooms, but for what is on the host side alone.
-COMPILING = ("end_to_end", "evaluation", "losses", "model", "parallel", "plan", "runtime", "sampling", "stages")
+COMPILING = ("end_to_end", "losses", "model", "parallel", "plan", "runtime", "sampling", "stages")
 COMPILING += ("training", "test_logprobs.py", "games/test_sampled_games.py", "annotation/test_embedded.py")
 COMPILING += ("report/test_verify.py", "test_smoke.py")
 HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py", "sampling/test_stops.py")
 HOST_SIDE += ("training/test_batches.py", "stages/test_answers.py")
 HOST_SIDE += ("model/test_as_brought.py", "model/test_hub.py", "model/test_rewritten.py")
 HOST_SIDE += ("stages/test_judged_answers.py", "stages/test_two_policies.py", "parallel/test_launchers.py")
+HOST_SIDE += ("stages/test_suites.py", "stages/test_compare.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

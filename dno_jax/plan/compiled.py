@@ -131,10 +131,11 @@ def _measured(call: Call, compiled: Any, fingerprint: str) -> Figures:
     memory, parts = compiled.memory_analysis(), call.parts
     arguments = int(memory.argument_size_in_bytes)
     whole = arguments + int(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-    peak = int(getattr(memory, "peak_memory_in_bytes", 0)) or whole
-    peak = max(peak, arguments)
-    # Padding to tiles, and scalars, are nobody's in particular.
-    parts = {**parts, "other arguments": arguments - sum(parts.values())}
+    # XLA for CPUs names a peak that leaves temporaries out.
+    told = 0 if _device(call).platform == "cpu" else int(memory.peak_memory_in_bytes)
+    peak = max(told or whole, arguments)
+    # Padding to tiles is nobody's in particular; arguments that a program does not read are left out.
+    parts = {**parts, "padded, or not read": arguments - sum(parts.values())}
     return Figures(parts, peak - arguments, peak, "compiled", tuple(collectives(compiled.as_text() or "")), fingerprint)
 
 
@@ -179,11 +180,16 @@ def _joined(found: list[Figures], job: Job) -> Figures:
 
 def _key(fingerprint: str, call: Call) -> str:
     """Name what was compiled: the program, for which devices, by which compiler."""
-    place = next(leaf.sharding for leaf in jax.tree.leaves(call.arguments) if leaf.sharding is not None)
-    device = place.mesh.devices.flat[0]
+    device = _device(call)
     versions = [jax.__version__, *map(_version, ("libtpu", "jax-cuda13-plugin"))]
     text = [fingerprint, device.platform, device.device_kind, os.environ.get("XLA_FLAGS", ""), *versions]
     return hashlib.sha256("\n".join(text).encode()).hexdigest()
+
+
+def _device(call: Call) -> Any:
+    """One of those that the program is for."""
+    place = next(leaf.sharding for leaf in jax.tree.leaves(call.arguments) if leaf.sharding is not None)
+    return place.mesh.devices.flat[0]
 
 
 def _version(package: str) -> str:

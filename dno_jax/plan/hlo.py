@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all", "send")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+\w*|c\d+)\[([\d,]*)\]")
 _CALL = re.compile(rf"= (.+?) ({'|'.join(KINDS)}|copy|transpose)(-start)?\((.*)")
@@ -20,7 +22,36 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|condition|async_computation)=%?([\
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
+_COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation between devices, at one place of a program.
+
+    Attributes:
+        shape: of its largest array, of so many `bytes` on a device.
+        sizes: numbers of each of its results.
+        runs: of it in one run of the program, those of loops multiplied.
+        looped: whether a loop runs it.
+        groups: of devices, by their places in the mesh; empty: all.
+    """
+
+    kind: str
+    shape: str
+    bytes: int
+    sizes: tuple[int, ...]
+    runs: int
+    looped: bool
+    groups: tuple[tuple[int, ...], ...]
+
+    def crosses(self, axes: Sequence[int], axis: int) -> bool:
+        """Whether devices that differ along an axis of a mesh of these sizes take part."""
+        along = np.indices(axes)[axis].ravel()
+        return any(len(set(along[list(group)])) > 1 for group in self.groups or [tuple(range(math.prod(axes)))])
 
 
 @dataclass(frozen=True)
@@ -57,6 +88,25 @@ class Collective:
 
 
 Totals = Mapping[str, Collective]
+
+
+def calls(text: str) -> list[Call]:
+    """Return all operations between devices of a compiled program, those of every branch."""
+    bodies, entry = _computations(text)
+
+    def walk(name: str, runs: int, looped: bool) -> Iterator[Call]:
+        for line in bodies.get(name, ()):
+            kind, shape, size = _operation(line)
+            if kind in KINDS:
+                results = _SHAPE.findall(line.partition(f" {kind}")[0])
+                sizes = tuple(_count(dims) for _, dims in results)
+                yield Call(kind, shape, size, sizes, runs, looped, _groups(line))
+                continue
+            loop = " while(" in line
+            for called in [*_CALLED.findall(line), *_branches(line)]:
+                yield from walk(called, runs * _trips(line, bodies) if loop else runs, looped or loop)
+
+    return list(walk(entry, 1, False))
 
 
 def collectives(text: str) -> list[Collective]:
@@ -175,4 +225,29 @@ def _operation(line: str) -> tuple[str, str, int]:
 
 def _size(dtype: str, dims: str) -> int:
     bits = _BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])
-    return math.prod(int(size) for size in dims.split(",") if size) * bits // 8
+    return _count(dims) * bits // 8
+
+
+def _count(dims: str) -> int:
+    return math.prod(int(size) for size in dims.split(",") if size)
+
+
+def _groups(line: str) -> tuple[tuple[int, ...], ...]:
+    """Return between which devices an operation is; the compiler has three ways to say it."""
+    if found := _LISTED.search(line):
+        return tuple(tuple(int(one) for one in group.split(",")) for group in re.findall(r"\{([\d, ]+)\}", found[1]))
+    if found := _COUNTED.search(line):
+        shape, source, turned = ([int(one) for one in part.split(",")] if part else [] for part in found.groups())
+        ids = np.arange(math.prod(source)).reshape(source)
+        return _tuples((ids.transpose(turned) if turned else ids).reshape(shape))
+    if found := _NAMED.search(line):
+        axes = re.findall(r"'(\w+)'=(\d+)", found[1])
+        inside = [index for index, (axis, _) in enumerate(axes) if f"'{axis}'" in found[2]]
+        sizes = [int(size) for _, size in axes]
+        ids = np.moveaxis(np.arange(math.prod(sizes)).reshape(sizes), inside, range(-len(inside), 0))
+        return _tuples(ids.reshape(-1, math.prod(sizes[index] for index in inside)))
+    return ()
+
+
+def _tuples(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, groups.tolist()))

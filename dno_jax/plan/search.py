@@ -49,7 +49,7 @@ def _suggestion(plan: RunPlan, lacking: list[str]) -> str:
     if set(lacking) & {"decode", "prefill"}:
         slots = plan.sampling.get("sample") or next(iter(plan.sampling.values()))
         over = max(plan.programs[name].figures.peak for name in lacking if name in ("decode", "prefill"))
-        fewer = int(slots.slots * max(0.0, 1.0 - (over - slots.capacity.usable) / max(slots.total, 1)))
+        fewer = slots.slots - -(-(over - plan.target.capacity.bytes) // slots.slot_bytes)
         tensor = slots.programs.mesh.shape["tensor"]
         lines.append(f"set sampling.slots={max(fewer, 1)}, or sampling.mesh.tensor={2 * tensor}")
     return "\n".join(lines)

@@ -128,7 +128,9 @@ def _sampled(plan: RunPlan, stage: str, counts: list) -> StageTotal:
         return StageTotal(fills, None)
     rate = plan.asked.tokens_per_second
     seconds = decode_seconds(slots, decode, tokens=tokens, tokens_per_second=rate)
-    seconds /= 1 if rate else plan.submeshes
+    if not rate:  # however many rows there are, the longest response takes its tokens
+        longest = len(counts) * plan.config.sampling.max_new_tokens * decode.seconds
+        seconds = max(seconds / plan.submeshes, longest)
     return StageTotal(fills, (seconds + fills * prefill.seconds) / 3600.0)
 
 

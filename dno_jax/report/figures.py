@@ -16,8 +16,8 @@ PAIRS, JUDGE, COSTS, SAMPLER = "pairs", "judge", "costs", "sampler"
 
 def figures(facts: Facts) -> Iterator[Figure]:
     """Yield every figure that the run has numbers for; one that they do not make is told, and the others are shown."""
-    singles = (_win_rates, _lengths, _funnel, _kinds, _cut, _judge, _scores, _seconds, _money, _audit)
-    for make in (comparison_figures, measured_figures, *singles):
+    others = (_funnel, _kinds, _cut, _judge, _scores, _seconds, _money, _audit)
+    for make in (_win_rates, _lengths, comparison_figures, measured_figures, *others):
         try:
             made = make(facts)
             found = [made] if isinstance(made, Figure) else list(made)

@@ -28,6 +28,7 @@ _ROWS = {
     "calibration_error": ("mean |P - label|", ""),
     "calibration_missing": ("labels without a verdict", ""),
     "cyclic_share": ("cyclic triples", "cycles"),
+    "loudest_judge": ("P(one judge overrules)", ""),
     "gold_wins": ("P(gold beats student)", "gold"),
 }
 NAMES = {figure: title for figure, (title, _) in _ROWS.items()}

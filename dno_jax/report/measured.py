@@ -43,8 +43,9 @@ def matrix_table(details: Mapping[str, Any]) -> RenderableType:
             told = (name, other) in different or (other, name) in different
             cells.append("" if i == j or rate is None else f"{100 * rate:.0f}{'*' if told else ''}")
         rows.append((name, *cells))
-    table = stacked("% of wins of row over column (* different, all pairs at once)", ("", *names), rows)
-    return Group(table, *(Text(sentence) for sentence in sentences(found)), *guard)
+    table = stacked("win rates, %", ("", *names), rows)
+    legend = Text("of the row over the column; * told apart, over all pairs at once")
+    return Group(table, legend, *(Text(sentence) for sentence in sentences(found)), *guard)
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
@@ -90,7 +91,7 @@ def suite_table(results: Sequence[Mapping[str, Any]]) -> RenderableType:
         for found in results
     ]
     columns = ("policy", "win rate", "error", "length-controlled", "prompts", "characters")
-    table = stacked(f"{results[0]['suite']}: % of wins over the reference", columns, rows)
+    table = stacked(f"{results[0]['suite']}, % of wins over the reference", columns, rows)
     notes = []
     if not all(found["lc_is_official"] for found in results):
         notes.append(Text("~ without the suite's difficulties and gamed baselines (--tables)"))
@@ -146,7 +147,8 @@ def _policies(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
     columns = ("policy", "beats 0", "beats previous", "beats gold", "words", "guard")
     used = [i for i in range(len(columns)) if not i or any(row[i] for row in rows)]
     picked = [tuple(row[i] for i in used) for row in rows]
-    return stacked("policies, each by its run's own judge (* best)", [columns[i] for i in used], picked)
+    table = stacked("policies (* best)", [columns[i] for i in used], picked)
+    return Group(table, Text("win rates by each run's own judge"))
 
 
 def _guard(found: Mapping[str, Any] | None) -> list[RenderableType]:

@@ -54,6 +54,8 @@ def run(runtime: Runtime[RunConfig], *, newest: int) -> dict[str, Any] | None:
         raise DnoError(f"{section.path}: none of its {len(questions)} questions can be asked ({dict(dropped)})")
     by_id = {question.prompt.prompt_id: question for question in questions}
     right = {policy: dict(_answers(runtime, kept, by_id, policy)) for policy in range(newest + 1)}
+    if not right[newest]:
+        raise DnoError(f"{section.path}: policy {newest} has no answer to any of its {len(kept)} questions; run again")
     figures = guard_figures({policy: own for policy, own in right.items() if own})
     for sentence in figures["warnings"] if is_primary() else ():
         say(f"warning: {sentence}")

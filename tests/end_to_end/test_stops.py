@@ -143,22 +143,22 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(folder):
 
 
 @pytest.mark.soak
-def test_what_two_processes_began_one_ends_with_the_same_numbers(folder, whole):
+def test_what_two_processes_began_one_ends_with_the_same_numbers(folder):
     """Sums over processes and over devices differ in rounding, and in nothing else."""
-    path = write_config(folder, "begun", iterations=1, training=NEVER)
-    run_dir = RunDir(folder / "begun")
+    training = NEVER | {"num_epochs": 6}
+    path, alone = (write_config(folder, name, iterations=1, training=training) for name in ("begun", "alone"))
+    run_dir, whole = RunDir(folder / "begun"), RunDir(folder / "alone")
     both, said = processes(path, 2, points={1: "step:2@SIGTERM"})
     for process in both:
         process.join(300)
     assert [process.exitcode for process in both] == [75, 75], [file.read_text()[-2000:] for file in said]
+    finish(alone)
     (saved,) = states(run_dir)
-    total = steps_taken(whole)
-    assert 2 <= saved < total
+    assert 2 <= saved < steps_taken(whole)
     finish(path)
-    assert steps_taken(run_dir) == total
     rows, expected = ([row for row in run.read_metrics() if row["stage"] == "train"] for run in (run_dir, whole))
     for row, other in zip(rows, expected, strict=True):
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
     found, wanted = (read_policy(run) for run in (run_dir, whole))
     for (name, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -157,10 +158,15 @@ DEFECTS = {
 }
 
 
+@functools.cache
+def judged(name):
+    return run(**DEFECTS[name][0])
+
+
 @pytest.mark.parametrize("name", DEFECTS)
 def test_each_defect_raises_its_own_warning_and_no_other(name):
-    planted, expected = DEFECTS[name]
-    matrix, figures = run(**planted)
+    expected = DEFECTS[name][1]
+    matrix, figures = judged(name)
     found = audit(matrix, figures, QualitySection(), EvaluationSection())
     if expected is None:
         assert found == []
@@ -174,7 +180,7 @@ def test_each_defect_raises_its_own_warning_and_no_other(name):
 def test_limits_of_none_silence():
     silent = EvaluationSection(min_prompts=None, max_design_effect=None)
     for name in ("few prompts", "clusters"):
-        matrix, figures = run(**DEFECTS[name][0])
+        matrix, figures = judged(name)
         assert audit(matrix, figures, QualitySection(), silent) == []
 
 

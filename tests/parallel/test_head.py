@@ -15,8 +15,8 @@ from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import init_params
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, TRAIN, Constrain
+from dno_jax.plan.hlo import calls
 from dno_jax.training.batches import TrainingRow, make_batch
-from tests.collectives import collectives
 from tests.training.trained import begin
 
 B, T, D, V = 8, 13, 16, 64
@@ -113,7 +113,7 @@ def test_a_layout_that_splits_no_weight_over_rows_needs_no_gather(arrays, wanted
 def test_no_loop_moves_the_head_and_no_gradient_is_summed_whole(arrays, axes):
     """21 slices: with a gather or a sum in each, the head would cross the devices 63 times."""
     text = on_mesh(arrays, axes, chunk=1)[0].as_text()
-    found = collectives(text)
+    found = calls(text)
     share = V // axes.get("tensor", 1) * D  # numbers of a device's columns
     looped = [one.sizes for one in found if one.looped]
     assert looped or axes.get("tensor", 1) == 1
@@ -133,7 +133,7 @@ def test_a_whole_step_moves_the_head_outside_of_its_loops():
     params = jax.tree.map(np.asarray, init_params(config, jax.random.key(0)))
     state, take = begin(config, params, OptimizerSection(), axes=(1, 8, 1))
     batch = make_batch([row] * 16, batch_size=16, max_length=32)
-    found = collectives(take.lowered(state, batch).compile().as_text())
+    found = calls(take.lowered(state, batch).compile().as_text())
     share = 512 * 32 // 8  # numbers of the head on a device, and more than of any layer's weights of a device
     assert not [one.kind for one in found if one.looped and max(one.sizes) > share]
     large = Counter(one.kind for one in found if max(one.sizes) == 512 * 32)

@@ -40,7 +40,7 @@ def test_a_recipe_fits_the_devices_that_it_names(name):
     plan = plan_run(load_config(RunConfig, CONFIGS / name), asked=asked(arguments, num_prompts=2_600))
     assert {"train", "score", "prefill", "decode"} == set(plan.programs)
     assert all(one.fits for one in plan.programs.values())
-    assert plan.sampling["sample"].slots >= 16
+    assert plan.sampling["sample"].most_slots >= 16
     whole = totals(plan)
     assert whole is not None
     assert whole.device_hours is not None
@@ -84,7 +84,5 @@ def test_the_papers_recipe_decodes_on_chips_of_16_gib():
     wider = load_config(RunConfig, CONFIGS / "mistral_7b_ultrafeedback.yaml", ["sampling.mesh={tensor: 8}"])
     assert plan_run(wider, asked=given).sampling["sample"].programs.mesh.shape["tensor"] == 8
     alone = load_config(RunConfig, CONFIGS / "mistral_7b_ultrafeedback.yaml", ["sampling.mesh={tensor: 1}"])
-    tight = plan_run(alone, asked=given).sampling["sample"]
-    assert tight.slots < 8
     with pytest.raises(DnoError, match="not even one sampling slot fits"):
-        plan_run(alone, asked=Asked(num_devices=256, memory=14 * 2**30, model="mistral-7b"))
+        plan_run(alone, asked=given)

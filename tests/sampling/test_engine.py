@@ -192,7 +192,7 @@ def assert_close(found, expected):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("float8_e4m3fn", marks=pytest.mark.soak)])
 def test_a_prompt_beside_a_longer_one_is_the_prompt(params, kv_dtype):
     """Also of a rounded cache: what is attended is what the cache holds, whether it is read there or not."""
     pair = [REQUESTS[2], request(140, 40)]
@@ -222,7 +222,11 @@ def test_prompts_come_when_they_are_finished(params):
     found.close()
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (1, 8, 1), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param((8, 1, 1), marks=pytest.mark.soak), pytest.param((1, 8, 1), marks=pytest.mark.soak), (2, 4, 1)],
+    ids=str,
+)
 def test_data_meshes_give_the_same_tokens(params, responses, axes):
     assert ids(on_mesh(params, axes)) == ids(responses)
 
@@ -505,10 +509,10 @@ def truncated(scores, *, top_k, top_p, min_p):
 @pytest.mark.parametrize(
     "truncation",
     [
-        Truncation(),
-        Truncation(repetition_penalty=2.0),
         Truncation(temperature=1.3, top_k=20, top_p=0.9, min_p=0.02, repetition_penalty=0.7),
         # One rule at a time: test_transforms.py has the laws of each.
+        pytest.param(Truncation(), marks=pytest.mark.soak),
+        pytest.param(Truncation(repetition_penalty=2.0), marks=pytest.mark.soak),
         pytest.param(Truncation(temperature=0.5), marks=pytest.mark.soak),
         pytest.param(Truncation(top_k=7), marks=pytest.mark.soak),
         pytest.param(Truncation(top_p=0.6), marks=pytest.mark.soak),
@@ -600,6 +604,7 @@ def test_logprobs_of_long_texts_with_prompts_in_pieces_and_sliding_windows(param
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-4)
 
 
+@pytest.mark.soak
 def test_long_texts_depend_on_neither_slots_order_nor_mesh_and_take_few_programs(params, long_sizes, long_responses):
     shape = dataclasses.replace(long_sizes, slots=2, chunk_steps=32)
     again = run(params, LONG_REQUESTS[::-1], LONG, shape=shape, model=Decoder(WINDOWED))
@@ -635,7 +640,11 @@ def test_a_repetition_penalty_remembers_prompt_and_response(params):
 @pytest.mark.parametrize(
     ("kv_dtype", "bound"),
     # A number keeps 8 bits of mantissa, 8 bits of the largest of its column, 4 bits of mantissa.
-    [("bfloat16", 0.1), ("int8", 0.1), ("float8_e4m3fn", 0.8)],
+    [
+        pytest.param("bfloat16", 0.1, marks=pytest.mark.soak),
+        ("int8", 0.1),
+        pytest.param("float8_e4m3fn", 0.8, marks=pytest.mark.soak),
+    ],
 )
 def test_smaller_caches_err_by_their_rounding_alone(params, kv_dtype, bound, capsys):
     found = run(params, shape=dataclasses.replace(SIZES, kv_dtype=kv_dtype))
@@ -717,9 +726,10 @@ def test_a_greedy_mixture_is_the_argmax_chain_of_the_formula(params, reference_p
         np.testing.assert_array_equal(one.token_ids, expected[len(item.token_ids) - 1 : -1])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("weight", "temperature"),
-    [pytest.param(0.3, 1.0, marks=pytest.mark.soak), (0.3, 0.7), pytest.param(0.8, 1.0, marks=pytest.mark.soak)],
+    [(0.3, 1.0), (0.3, 0.7), (0.8, 1.0)],
 )
 def test_frequencies_are_those_of_the_geometric_mixture(params, reference_params, weight, temperature):
     """First and second token of many samples of one prompt, against probabilities computed from the formula."""
@@ -758,7 +768,7 @@ def fit(counts, probability):
     return scipy.stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 4, 1)], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param((8, 1, 1), marks=pytest.mark.soak), (2, 4, 1)], ids=str)
 def test_data_meshes_give_the_same_tokens_of_a_mixture(params, reference_params, mixed_responses, axes):
     assert ids(on_mesh(params, axes, reference_params=reference_params, weight=0.4)) == ids(mixed_responses)
 
@@ -786,7 +796,14 @@ def test_prompt_buckets_are_few_powers_of_two():
     assert [prompt_bucket(n, max_length=700, piece=256) for n in (200, 300, 600)] == [256, 512, 768]
 
 
-@pytest.mark.parametrize("truncation", [Truncation(), Truncation(temperature=0.0), Truncation(0.8, 30, 0.9, 0.01)])
+@pytest.mark.parametrize(
+    "truncation",
+    [
+        pytest.param(Truncation(), marks=pytest.mark.soak),
+        pytest.param(Truncation(temperature=0.0), marks=pytest.mark.soak),
+        Truncation(0.8, 30, 0.9, 0.01),
+    ],
+)
 def test_rows_of_the_embedding_without_a_token_are_never_drawn(params, truncation):
     """A tokenizer may have fewer ids than the embedding has rows; what those rows say is likeliest here."""
     num_ids = 60

@@ -35,6 +35,8 @@ TRUNCATIONS = [
     Truncation(temperature=0.7, top_p=0.8, min_p=0.1),
     Truncation(temperature=1.3, top_k=12, top_p=0.7, min_p=0.1, repetition_penalty=1.3),
 ]
+# Each rule by itself is for the soak; the last has them all.
+EACH_AND_ALL = [*(pytest.param(one, marks=pytest.mark.soak) for one in TRUNCATIONS[:-4]), *TRUNCATIONS[-4:]]
 # A right sampler fails one chi-square test with this probability, over the choice of the seed. The seeds are fixed, so
 # a test that passes goes on passing; with 20 of them the first run was to fail by bad luck once in 50,000.
 FALSE_ALARM = 1e-6
@@ -118,7 +120,7 @@ def test_draws_follow_the_truncated_distribution(truncation, vocabulary):
     assert chi <= scipy.stats.chi2.isf(FALSE_ALARM, df=len(wanted) - 1) if len(wanted) > 1 else chi == 0
 
 
-@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+@pytest.mark.parametrize("truncation", EACH_AND_ALL, ids=str)
 def test_kept_set_and_drawn_logprobs_equal_numpy_on_a_thousand_rows(truncation):
     logits, seen = rows_with_ties()
     expected = np.stack([reference(*row) for row in zip(logits, [truncation] * 1000, seen, strict=True)])
@@ -254,7 +256,9 @@ def test_every_part_of_the_address_matters():
 
 
 @pytest.mark.timeout(120, method="thread")  # a loop on the device hears no signal
-@pytest.mark.parametrize("top_p", [0.5, 1e-30, 1e-45, 1.0 - 1e-12])
+@pytest.mark.parametrize(
+    "top_p", [1e-45, *(pytest.param(one, marks=pytest.mark.soak) for one in (0.5, 1e-30, 1.0 - 1e-12))]
+)
 def test_every_loop_ends(top_p):
     near = np.linspace(0.0, 1e-3, 4096, dtype=np.float32)  # thousands are rejected before the likeliest comes by chance
     huge = np.where(np.arange(4096) % 2 == 0, 3e38, -3e38).astype(np.float32)
@@ -315,7 +319,9 @@ def test_sums_that_rise_over_nothing_or_fall_choose_a_bin_with_mass():
     np.testing.assert_array_equal(_first_above(jnp.zeros((5, 5)), jnp.zeros((5, 5)), goal), 0)
 
 
-@pytest.mark.parametrize("truncation", TRUNCATIONS[-3:], ids=str)
+@pytest.mark.parametrize(
+    "truncation", [*(pytest.param(one, marks=pytest.mark.soak) for one in TRUNCATIONS[-3:-1]), TRUNCATIONS[-1]], ids=str
+)
 def test_padding_of_the_vocabulary_leaves_the_distribution_of_the_rest(truncation):
     """What is drawn beside impossible ids is what is drawn without them, token for token."""
     truncation = dataclasses.replace(truncation, repetition_penalty=1.0)

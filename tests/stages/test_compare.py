@@ -98,7 +98,7 @@ def test_held_out_responses_are_judged_against_each_other_when_asked(runs, tmp_p
     assert rates[0][1] != 0.5
     text = shown(found)
     assert "judged against each other by" in text
-    assert "% of wins of row over column" in text
+    assert "of the row over the column" in text
     assert not (tmp_path / "runs" / "one" / "suites").exists()
 
 
@@ -175,5 +175,5 @@ def test_the_last_matrix_of_a_run_is_a_table(runs):
     console = PlainConsole(width=100)
     with console.capture() as captured:
         console.print(last_matrix(runs[0], iterations=2))
-    assert "% of wins of row over column" in captured.get()
+    assert "of the row over the column" in captured.get()
     assert "Nash mixture of the policies" in captured.get()

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from dno_jax.config import OptimizerSection
+from dno_jax.plan.hlo import calls
 from dno_jax.training.batches import make_batch
 from dno_jax.training.packing import Packing
-from tests.collectives import collectives
 from tests.training.trained import begin
 
 # Adam's first step is g / (|g| + eps): with an eps above the rounding of gradients it does not magnify that.
@@ -46,7 +46,7 @@ def test_gradients_cross_data_once_after_the_micro_batches(config, params, rows,
     for name, value in whole[1].items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=3e-6, err_msg=name)
 
-    over = [one for one in collectives(program.as_text()) if one.crosses(axes, 0)]
+    over = [one for one in calls(program.as_text()) if one.crosses(axes, 0)]
     of_pairs = batch.num_tokens[0].size
     assert [one for one in over if one.looped]  # a pair's log-probabilities, which its loss needs together
     assert all(size <= of_pairs for one in over if one.looped for size in one.sizes)

@@ -93,7 +93,8 @@ def test_a_judge_that_always_says_first_makes_no_pair_and_is_named(tmp_path, ope
 @pytest.mark.parametrize(
     ("openai", "bias"),
     [
-        ({"form": "pairwise"}, {"first_bias": 0.2}),  # 60 to 40: of each 10 pairs it reads 8
+        # 60 to 40: of each 10 pairs it reads 8
+        pytest.param({"form": "pairwise"}, {"first_bias": 0.2}, marks=pytest.mark.soak),
         ({"form": "listwise"}, {"first_bonus": 2.0}),
         # 70 to 30, and nothing cancels it
         pytest.param({"form": "pairwise", "both_orders": False}, {"first_bias": 0.4}, marks=pytest.mark.soak),
