@@ -21,6 +21,7 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stage_dir import StageDir
 from dno_jax.stages.draw import Draws, sample_to_shards
+from dno_jax.training.checkpoint import is_pruned, policy_fingerprint
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,24 @@ def run(runtime: Runtime[RunConfig], *, newest: int) -> dict[str, Any] | None:
     if not kept:
         raise DnoError(f"{section.path}: none of its {len(questions)} questions can be asked ({dict(dropped)})")
     by_id = {question.prompt.prompt_id: question for question in questions}
-    right = {policy: dict(_answers(runtime, kept, by_id, policy)) for policy in range(newest + 1)}
-    if not right[newest]:
+    there = [policy for policy in range(newest + 1) if _can_answer(runtime.run_dir, kept, policy, section.num_samples)]
+    if len(there) <= newest and is_primary():
+        gone = ", ".join(str(policy) for policy in range(newest + 1) if policy not in there)
+        say(f"the guard's questions: policy {gone} has no weights any more and is not asked")
+    right = {policy: dict(_answers(runtime, kept, by_id, policy)) for policy in there}
+    if not right.get(newest):
         raise DnoError(f"{section.path}: policy {newest} has no answer to any of its {len(kept)} questions; run again")
     figures = guard_figures({policy: own for policy, own in right.items() if own})
     for sentence in figures["warnings"] if is_primary() else ():
         say(f"warning: {sentence}")
     return {"questions": len(kept), **figures}
+
+
+def _can_answer(run_dir: RunDir, kept: Sequence[TokenizedPrompt], policy: int, num_samples: int) -> bool:
+    """Whether a policy has answered, or its weights are there: old ones may be pruned before there is a guard."""
+    path = run_dir.policy(policy)
+    has_weights = policy_fingerprint(path) is not None and not is_pruned(path)
+    return has_weights or bool(answers_of(run_dir, kept, policy, num_samples=num_samples).shard_paths())
 
 
 def _answers(
