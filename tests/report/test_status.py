@@ -6,14 +6,18 @@ import io
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dno_jax import iteration
 from dno_jax.cli import looking
 from dno_jax.console import Meter, PlainConsole
+from dno_jax.data.prompts import load_prompts
 from dno_jax.errors import DnoError
 from dno_jax.report import status
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.runtime import Runtime
 
 
 def unfinish(run_dir, *names, iteration=1):
@@ -157,3 +161,29 @@ def test_a_lock_is_seen_while_it_is_held(tmp_path):
         thread.join()
         assert found[0].startswith("process ")
     assert folder.holder() is None
+
+
+def test_the_loop_writes_the_report_after_stages_and_says_what_an_iteration_reached(copied, monkeypatch, capsys):
+    """Whatever the stages do: here they find that they are done."""
+    config, run_dir = copied
+    seen = []
+
+    def stage(name):
+        def act(*_, **__):
+            seen.append((name, run_dir.report_path.exists()))
+            return run_dir.stage(name, 1).manifest()
+
+        return act
+
+    monkeypatch.setattr(iteration, "sample_and_annotate", stage("sample"))
+    for name in ("pair", "score", "train", "evaluate"):
+        monkeypatch.setattr(getattr(iteration, name), "run", stage(name))
+    monkeypatch.setattr(iteration.pruning, "prune", lambda *_: None)
+    held_out = load_prompts(config.prompts.held_out_path)
+    found = {"config": config, "run_dir": run_dir, "prompts": SimpleNamespace(split=SimpleNamespace(held_out=held_out))}
+    runtime = object.__new__(type("Here", (Runtime,), found))  # nothing is to be computed
+    iteration.run_iteration(runtime, 1)
+    assert seen == [("sample", False), ("pair", True), ("score", True), ("train", True), ("evaluate", True)]
+    said = capsys.readouterr().err
+    assert said.count("iteration 1 (of 2) is done; policy 2 beats policy 0 in 70 % [45, 75]") == 1
+    assert (run_dir.report_files_path / "win_rates.csv").exists()
