@@ -38,6 +38,7 @@ def mixture(small_folder):
     return str(small_folder / "mixture")
 
 
+@pytest.mark.soak
 def test_an_iteration_on_an_expert_axis(make_config, mixture):
     config = make_config(model={"path": mixture}, mesh={"data": 2, "expert": 2, "tensor": 2})
     prepare(config)

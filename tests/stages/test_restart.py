@@ -123,6 +123,7 @@ def test_twenty_steps_are_ten_a_stop_and_ten(trainer, straight, kind):
     assert {name for name, value in result.metrics.items() if straight.metrics.get(name) != value} <= timed
 
 
+@pytest.mark.soak
 def test_what_eight_devices_began_four_end(trainer, straight, kind):
     stopped = trainer("moved", **kind)
     with pytest.raises(KeyboardInterrupt):

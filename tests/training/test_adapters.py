@@ -167,6 +167,7 @@ def mesh_of(devices, **axes):
     return make_mesh(MeshSection(**axes), devices)
 
 
+@pytest.mark.soak
 def test_on_every_mesh_the_loss_leaves_log_2_alike(config, params, batch, halves):
     """With B = 0 in place of A the first step of Adam goes by rounding, and on some meshes the loss stays."""
     devices = jax.devices()
@@ -294,6 +295,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of transformers, through PEFT
+@pytest.mark.soak
 def test_ten_steps_match_torch_and_peft_step_by_step(checkpoint, rows, tmp_path):
     pytest.importorskip("peft")
     config, params = hf.load(checkpoint)

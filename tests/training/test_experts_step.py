@@ -86,7 +86,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=3e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("axes", [(1, 2, 2, 2), (2, 1, 4, 1)], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param((1, 2, 2, 2), marks=pytest.mark.soak), (2, 1, 4, 1)], ids=str)
 def test_meshes_agree_with_one_device(mixture, mixture_params, batch, plain, axes):
     assert_same(step(mixture, mixture_params, batch, axes, remat="full"), plain)
 
@@ -131,6 +131,7 @@ def test_micro_batches_report_the_whole_batchs_load(mixture, mixture_params, row
 
 
 @pytest.mark.parametrize("axes", [(1, 1, 1, 1), (2, 1, 2, 1)], ids=str)
+@pytest.mark.soak
 def test_micro_batches_weigh_in_by_their_tokens(mixture, mixture_params, rows, axes):
     """Two micro-batches of the same rows: the mean of their losses is the loss of both."""
     rows = [row for row in rows[:4] for _ in range(2)]

@@ -283,7 +283,7 @@ def test_compiled_losses_equal_eager_ones(name, batch, logprob, num_tokens):
     np.testing.assert_allclose(compiled, eager, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sppo", "nash_md_pg"])
+@pytest.mark.parametrize("name", ["sppo", pytest.param("nash_md_pg", marks=pytest.mark.soak)])
 def test_micro_batches_and_meshes_take_the_whole_batchs_step(name, config, params, rows):
     """With an initial policy that is another one, and rewards: columns that DNO does not read."""
     rng = np.random.default_rng(1)

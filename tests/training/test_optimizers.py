@@ -201,7 +201,9 @@ SECTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize(
+    "name", [name if name == "adafactor" else pytest.param(name, marks=pytest.mark.soak) for name in SECTIONS]
+)
 def test_a_mesh_takes_one_devices_steps(config, params, rows, name):
     """Also those that round at random: the draws are the same wherever an array lies."""
     section, dtype = SECTIONS[name]

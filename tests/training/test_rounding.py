@@ -94,6 +94,7 @@ def losses(config, params, batch, **dtypes):
         yield float(metrics["loss"])
 
 
+@pytest.mark.soak
 def test_two_hundred_steps_in_bfloat16_follow_float32_and_to_the_nearest_they_do_not(
     config, params, batch, monkeypatch
 ):
