@@ -122,8 +122,9 @@ def sample_ranges(run_dir: RunDir, policy: int, *, num_samples: int) -> list[tup
     beyond, where an earlier call drew more.
     """
     folder = rollouts_of(run_dir, policy, 0, 0).path.parent
-    names = [path.name.split("-") for path in folder.iterdir()] if folder.exists() else []
-    found = {int(first): int(count) for _, own, first, count in (n for n in names if len(n) == 4) if int(own) == policy}
+    named = f"policy-{policy:03d}-"
+    names = [path.name for path in folder.iterdir() if path.name.startswith(named)] if folder.exists() else []
+    found = {int(first): int(count) for first, count in (name.removeprefix(named).split("-") for name in names)}
     ranges: list[tuple[int, int]] = []
     first = 0
     while first < num_samples:
