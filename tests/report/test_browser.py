@@ -54,7 +54,7 @@ def quiet(tab, page):
 def demo(tmp_path_factory):
     """The demo as a newcomer runs it, one iteration of it."""
     folder = tmp_path_factory.mktemp("demo") / "run"
-    done = start("run", ROOT / "configs/demo.yaml", f"run_dir={folder}", "iterations=1")
+    done = start("run", ROOT / "configs/demo.yaml", f"run_dir={folder}", "iterations=1", timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"report: {folder}/report.html" in done.stderr
     run_dir = RunDir(folder)
