@@ -265,9 +265,9 @@ def _scored(runtime: Runtime[RunConfig], rows: Sequence[TrainingRow], *, pairs: 
         jax.block_until_ready(logprobs)
         times.append(time.perf_counter())
     seconds = (times[-1] - times[0]) / max(len(times) - 1, 1)
-    tokens = sum(rows[index].num_tokens for batch in batches[1:] for index in batch) / max(len(batches) - 1, 1)
+    tokens = sum(rows[int(index)].num_tokens for batch in batches[1:] for index in batch) / max(len(batches) - 1, 1)
     policies = 2 if runtime.config.uses_initial else 1
-    work = work_of(runtime.model_config, text_lengths([rows[index] for index in batches[-1]]))
+    work = work_of(runtime.model_config, text_lengths([rows[int(index)] for index in batches[-1]]))
     return StageFigures(
         seconds,
         tokens / max(seconds, 1e-9),

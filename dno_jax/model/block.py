@@ -26,13 +26,12 @@ from dno_jax.model.rope import query_growth, rotate
 
 @runtime_checkable
 class Constrain(Protocol):
-    """Where arrays lie, for a model that knows names of axes and no devices; hashable.
+    """Where arrays lie, for a model that knows names of axes and no devices; hashable."""
 
-    Attributes:
-        mesh: of those devices; None: there is one.
-    """
-
-    mesh: Any
+    @property
+    def mesh(self) -> Any:
+        """The mesh of those devices; None: there is one."""
+        ...
 
     def __call__(self, array: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         """Return the array, pinned to where axes of these names lie."""

@@ -1,6 +1,6 @@
 """What one device of each kind can do, at its best: one table for MFU, for plans and for what is reserved of a GPU.
 
-From the makers' data sheets and Cloud documentation (docs/training.md names those of the peaks); a TPU's links are
+As the makers give them (docs/training.md says where the peaks were read); a TPU's links are
 those of one direction, all of them together. A tpu7x chip is two devices.
 """
 

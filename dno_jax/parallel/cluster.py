@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
         initialization_timeout=_MEET_SECONDS + _JAX_LATER_SECONDS,
         heartbeat_timeout_seconds=math.ceil(heartbeat_seconds) + _JAX_LATER_SECONDS,
     )
-    client = distributed.global_state.client  # jax has no public way to it
+    client = _client()
     client.key_value_set(f"{_HOSTS}{meeting.process_id}", socket.gethostname())
     client.wait_at_barrier("dno_jax/met", (_MEET_SECONDS + _JAX_LATER_SECONDS) * 1000)
     limit.cancel()
@@ -219,15 +220,20 @@ def part() -> None:
         _joined.heartbeat.part()
 
 
+def _client() -> Any:
+    """The process's line to the coordinator, to which jax has no public way."""
+    return distributed.global_state.client
+
+
 def _leave_word(key: str, word: str) -> None:
     """Leave a word with the coordinator, where nobody has left one before."""
     with unless("ALREADY_EXISTS"):
-        distributed.global_state.client.key_value_set(key, word)
+        _client().key_value_set(key, word)
 
 
 def _word(key: str) -> str | None:
     with unless("NOT_FOUND"):
-        return distributed.global_state.client.key_value_try_get(key)
+        return _client().key_value_try_get(key)
     return None
 
 

@@ -104,7 +104,7 @@ def pairs_per_prompt(config: RunConfig) -> float:
     section, count = config.pairing, config.sampling.num_samples
     pool = count + 1
     most = {"spin": count, "matching": count / 2, "all": pool * (pool - 1) / 2, "verdict": pool * (pool - 1) / 2}
-    found = _FOUND.get(section.rule, most.get(section.rule, 1.0))
+    found: float = _FOUND.get(section.rule, most.get(section.rule, 1.0))
     return min(found, section.max_pairs_per_prompt or found)
 
 

@@ -151,7 +151,7 @@ def _policies(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
     return Group(table, Text("win rates by each run's own judge"))
 
 
-def _guard(found: Mapping[str, Any] | None) -> list[RenderableType]:
+def _guard(found: Mapping[str, Any] | None) -> list[Text]:
     if not found:
         return []
     told = ", ".join(f"policy {name} {100 * share['value']:.1f} %" for name, share in found["accuracy"].items())

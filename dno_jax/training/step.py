@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def train_step(
     def weighted_loss(params: Any, frozen: Any, part: PairBatch) -> tuple[Array, tuple[Metrics, ExpertLoad | None]]:
         found = _logprobs_and_load(config.model, variables_of(params, frozen), part, chunk=config.chunk)
         # A pair's texts may lie in different groups, each of which then goes on with the whole pair.
-        logprob, load = summed_over(found, apart)
+        logprob, load = cast(tuple[Array, ExpertLoad | None], summed_over(found, apart))
         loss, metrics = config.row_loss(logprob, part.num_tokens, part)
         weight = part.weight / total_weight
         summed = {name: jnp.sum(weight * value) for name, value in {"loss": loss, **metrics}.items()}
