@@ -103,9 +103,10 @@ def pairs_per_prompt(config: RunConfig) -> float:
     """Pairs that are made of a prompt's pool; of rules with floors and margins, what runs found."""
     section, count = config.pairing, config.sampling.num_samples
     pool = count + 1
-    most = {"spin": count, "matching": count / 2, "all": pool * (pool - 1) / 2, "verdict": pool * (pool - 1) / 2}
-    found: float = _FOUND.get(section.rule, most.get(section.rule, 1.0))
-    return min(found, section.max_pairs_per_prompt or found)
+    every = pool * (pool - 1) / 2
+    most: dict[str, float] = {"spin": count, "matching": count / 2, "all": every, "verdict": every}
+    found = (most | _FOUND).get(section.rule, 1.0)
+    return found if section.max_pairs_per_prompt is None else min(found, section.max_pairs_per_prompt)
 
 
 def _replayed(config: RunConfig, iteration: int) -> float:
