@@ -66,7 +66,7 @@ def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
         pruning.prune(config, run_dir, iteration)
         if reached := standing(run_dir, iteration):
             say(reached)
-    _report(runtime, pictures=True)
+    _report(runtime)
 
 
 def _report(runtime: Runtime[RunConfig], *, pictures: bool = False) -> None:
