@@ -186,4 +186,4 @@ def test_the_loop_writes_the_report_after_stages_and_says_what_an_iteration_reac
     assert seen == [("sample", False), ("pair", True), ("score", True), ("train", True), ("evaluate", True)]
     said = capsys.readouterr().err
     assert said.count("iteration 1 (of 2) is done; policy 2 beats policy 0 in 70 % [45, 75]") == 1
-    assert (run_dir.report_files_path / "win_rates.csv").exists()
+    assert run_dir.report_path.exists()
