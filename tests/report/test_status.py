@@ -89,7 +89,7 @@ def test_watching_without_a_terminal_says_a_line_a_change_and_ends_with_the_run(
         if len(looks) == 3:
             run_dir.stage("evaluate", 1).finish(config, inputs={}, rows=1, seconds=0.5, details=details)
 
-    monkeypatch.setattr(status.time, "sleep", sleep)
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep))  # its own alone: other threads sleep too
     looking.status(Path(run_dir.path), watch=True, every=0.1, as_json=as_json)
     captured = capsys.readouterr()
     lines = (captured.out if as_json else captured.err).splitlines()
