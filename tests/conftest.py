@@ -90,6 +90,19 @@ def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _plots_where_they_are_looked_at(request: pytest.FixtureRequest):
+    """Every stage of every small run writes a report; its plots are drawn in their own room alone."""
+    if request.path.parent.name == "report":
+        yield
+        return
+    from dno_jax.report import plots
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "installed", lambda: False)
+        yield
+
+
 # Their programs run for longer than they take to compile.
 OPTIMISED = ("games/test_sampled_games.py", "training/test_torch_parity.py", "sampling/test_transforms.py")
 OPTIMISED += ("end_to_end/test_cyclic_game.py",)

@@ -30,6 +30,7 @@ def assert_follows(one, *, moved):
     assert 0.5 * np.abs(one.exact[-1] - one.exact[0]).sum() > moved
 
 
+@pytest.mark.soak
 def test_a_language_model_takes_a_step_of_the_exact_algorithm(example, folder):
     assert_follows(example["play"](folder, "soft_dno", "iterations=1"), moved=0.05)
 

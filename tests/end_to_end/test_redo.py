@@ -132,6 +132,7 @@ def test_costs_change_nothing_bit_for_bit(make_config, straight, monkeypatch):
         assert policy_fingerprint(run_dir.policy(policy)) == policy_fingerprint(straight.policy(policy))
 
 
+@pytest.mark.soak
 def test_another_learning_rate_trains_anew_from_the_stored_verdicts(make_config, monkeypatch, capsys):
     config = make_config(**SHARED)
     iteration.run(config)
