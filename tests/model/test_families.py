@@ -230,7 +230,7 @@ def test_cached_decoding_equals_the_full_forward_pass(reference, name):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), found.exact[LONG][:, :102], atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EACH)
 def test_export_is_the_original(tmp_path, reference, name):
     """Names, shapes and bytes of every tensor; transformers computes the same bits from it, with tied heads tied."""
     found = reference(name)
