@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ def status(
     if watch:
         report.watch(folder, every=every, as_json=as_json)
     elif as_json:
-        typer.echo(report.as_json(folder))
+        typer.echo(json.dumps(report.facts(folder)))
     else:
         for table in report.tables(folder, verify=verify):
             console.print(table)

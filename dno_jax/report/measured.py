@@ -136,7 +136,7 @@ def _policies(runs: Sequence[Mapping[str, Any]]) -> RenderableType:
         for details in run["iterations"].values():
             policy = details["policy"]
             rates = [_rate(details["win_rates"].get(name)) for name in ("0", str(policy - 1), "gold")]
-            lengths = details["lengths"].get(str(policy)) or {}
+            lengths = details.get("lengths", {}).get(str(policy)) or {}
             accuracy = (details.get("guard") or {}).get("accuracy", {}).get(str(policy))
             words = f"{lengths['mean_words']:.1f}" if lengths else ""
             guard = f"{100 * accuracy['value']:.1f}" if accuracy else ""

@@ -107,11 +107,6 @@ def _seconds_left(statuses: list[StageStatus]) -> float | None:
     return round(math.fsum(sum(took[stage]) / len(took[stage]) for stage in left), 1)
 
 
-def as_json(folder: RunDir) -> str:
-    """One line of JSON; no character in it acts on a terminal."""
-    return json.dumps(facts(folder))
-
-
 def line(found: dict[str, Any]) -> str:
     """Say in a line how a directory stands: what comes next, the win rate so far, dollars, the time left."""
     step = found["training"]
@@ -160,14 +155,14 @@ def _step(step: dict[str, Any]) -> str:
 def watch(folder: RunDir, *, every: float, as_json: bool = False) -> None:
     """Show how a run stands until it is finished: in place on a terminal, else a line whenever it has changed."""
     if as_json or not console.is_terminal:
-        said = ""
+        said: Any = None
         while True:
             found = facts(folder)
-            text = json.dumps(found) if as_json else line(found)
-            if text != said:
-                typer.echo(text) if as_json else say(text)
+            shown = found if as_json else line(found)
+            if shown != said:
+                typer.echo(json.dumps(found)) if as_json else say(line(found))
                 sys.stdout.flush()
-                said = text
+                said = shown
             if found["finished"]:
                 return
             time.sleep(every)

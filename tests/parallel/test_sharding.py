@@ -24,9 +24,9 @@ from dno_jax.parallel.sharding import (
     row_sharding,
     to_device,
 )
+from dno_jax.plan.hlo import calls
 from dno_jax.training.checkpoint import fingerprint, load_policy, policy_fingerprint, save_policy
 from dno_jax.training.state import param_shardings
-from tests.collectives import collectives
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -99,7 +99,7 @@ def test_tokens_travel_to_the_embedding_and_the_table_stays(axes):
     np.testing.assert_allclose(slope, wanted, rtol=1e-6, atol=1e-6)
     assert slope.sharding.is_equivalent_to(table.sharding, 2)
     own = 48 * 64 // (axes[1] * axes[2])
-    for one in collectives(program.as_text()):
+    for one in calls(program.as_text()):
         assert max(one.sizes) <= (own if axes[0] > 1 else token.size * 64 // axes[1])
 
 

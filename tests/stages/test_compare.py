@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 
 import pytest
 
@@ -53,7 +54,7 @@ def make_run(folder, name, text, *, prompts=60, first=0, done=1, **changes):
             if not rollouts_of(run_dir, policy, 0, 1).shard_paths():
                 rollouts_of(run_dir, policy, 0, 1).write_shard("0000000", rows)
         found = judged_groups(groups, Asked(config.evaluation_judge, "annotation", "here", "judge", 0), run_dir)
-        details = _figures(_Judged(found, dropped={}, lengths={}), config, newest=t + 1)
+        details = _figures(_Judged(found, dropped=Counter(), lengths={}), config, newest=t + 1)
         stage.finish(config, inputs={}, rows=len(found.rows), seconds=1.0, details=details)
     return run_dir
 
