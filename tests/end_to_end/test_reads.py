@@ -23,6 +23,7 @@ def parsed(monkeypatch):
     return found
 
 
+@pytest.mark.soak
 def test_a_stage_parses_each_shard_once_at_most(make_config, parsed):
     config = make_config(iterations=2)
     prepare(config)

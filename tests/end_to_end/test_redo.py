@@ -114,6 +114,7 @@ def test_out_of_memory_is_cured_in_the_same_directory(make_config, straight, mon
     assert json.loads(aside.read_text())["stage"] == "evaluate"  # the earlier figures
 
 
+@pytest.mark.soak
 def test_costs_change_nothing_bit_for_bit(make_config, straight, monkeypatch):
     config = make_config(**SHARED, evaluation={"num_samples": 1})
     with monkeypatch.context() as patch:

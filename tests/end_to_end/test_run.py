@@ -282,6 +282,7 @@ def test_bfloat16_compute_runs_the_loop_within_the_guard(make_config):
     assert first["loss"] == pytest.approx(math.log(2), abs=0.02)
 
 
+@pytest.mark.soak
 def test_micro_batches_train_the_same_policy(make_config, tmp_path):
     other = make_config(training={"micro_batch_size": 8, "batch_size": 16})
     whole = make_config(run_dir=str(tmp_path / "whole"), training={"batch_size": 16})
