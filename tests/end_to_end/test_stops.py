@@ -40,6 +40,7 @@ def states(run_dir):
     return sorted(int(state.name) for state in path.iterdir() if state.name.isdecimal()) if path.exists() else []
 
 
+@pytest.mark.soak
 def test_a_run_that_is_stopped_in_every_stage_ends_bit_for_bit_the_same(folder, whole):
     path = write_config(folder, "stopped", iterations=1, training=NEVER)
     run_dir = RunDir(folder / "stopped")

@@ -166,6 +166,7 @@ def test_a_lock_is_seen_while_it_is_held(tmp_path):
 def test_the_loop_writes_the_report_after_stages_and_says_what_an_iteration_reached(copied, monkeypatch, capsys):
     """Whatever the stages do: here they find that they are done."""
     config, run_dir = copied
+    run_dir.report_path.unlink(missing_ok=True)
     seen = []
 
     def stage(name):
