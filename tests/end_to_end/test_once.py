@@ -40,6 +40,7 @@ def counts(monkeypatch):
     return found
 
 
+@pytest.mark.soak
 def test_a_run_makes_one_runtime_and_reads_and_tokenises_its_prompts_once(make_config, counts):
     config = make_config(iterations=3, prompts={"split": "shared"})
     iteration.run(config)

@@ -272,6 +272,7 @@ def test_without_held_out_prompts_the_last_policy_is_returned_and_not_called_the
     assert "*" not in said
 
 
+@pytest.mark.soak
 def test_bfloat16_compute_runs_the_loop_within_the_guard(make_config):
     config = make_config(iterations=1, model={"dtype": "bfloat16", "remat": "full"})
     iteration.run(config)
