@@ -25,6 +25,7 @@ from dno_jax.console import say
 from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.errors import DnoError
 from dno_jax.files import write_lines_atomically
+from dno_jax.model.sizes import attention_layers, state_bytes
 from dno_jax.parallel.chips import chip_of
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.parallel.sharding import num_row_shards
@@ -228,9 +229,9 @@ def _sampled(runtime: Runtime[RunConfig], *, total: int) -> dict[str, StageFigur
     length = float(np.mean([len(item.token_ids) for item in kept])) + mean / 2
     shapes, model = runtime.computing_shapes, runtime.model_config
     weights = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    token_bytes = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    token_bytes = 2 * attention_layers(model) * model.num_key_value_heads * model.head_dim
     token_bytes *= jnp.dtype(config.model.dtype).itemsize
-    read = weights * num_row_shards(mesh) + slots * length * token_bytes
+    read = weights * num_row_shards(mesh) + slots * (length * token_bytes + 2 * state_bytes(model))
     chip = chip_of(mesh.devices.flat[0].device_kind)
     rate = slots / step * runtime.submesh.count  # with every slot busy
     drawn = mean * config.sampling.num_samples * total

@@ -5,6 +5,8 @@ They are a collection of their own, "adapters", beside "params" (float32, layers
     layers/ q_a [L, D, r]  q_b [L, r, N, H]    k, v likewise, with K heads    o_a [L, N, H, r]  o_b [L, r, D]
             gate_a, up_a [L, D, r]  gate_b, up_b [L, r, F]    down_a [L, F, r]  down_b [L, r, D]
 
+and so on for the matrices of other mixers; those that checkpoints hold in one (delta_qkv, conv_in) have one A.
+
 A new adapter has A = 0 and B random, the other way round than most: with B = 0 rounding decides the signs that Adam's
 first step follows, which differ from mesh to mesh, and on some the loss then stays where it was (docs/adapters.md).
 """
@@ -21,9 +23,33 @@ import jax.numpy as jnp
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.stack import group_at
 
-LINEAR = ("q", "k", "v", "o", "gate", "up", "down")  # our leaves; of a layer's matrices, all but a router
-_MLP = ("gate", "up", "down")
+# What an adapter can stand beside -> our leaves, which have one A and a B each: all of a layer's matrices but a router.
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+TARGETS: dict[str, tuple[str, ...]] = {name: (name,) for name in (*_ATTENTION, *_MLP)} | {
+    "delta_qkv": ("delta_q", "delta_k", "delta_v"),
+    "delta_gate": ("delta_gate",),
+    "delta_strength": ("delta_strength",),
+    "delta_decay": ("delta_decay",),
+    "delta_out": ("delta_out",),
+    "conv_in": ("conv_in_gate", "conv_out_gate", "conv_value"),
+    "conv_out": ("conv_out",),
+}
+LINEAR = tuple(TARGETS)
+LEAVES = tuple(leaf for leaves in TARGETS.values() for leaf in leaves)
+# What PEFT calls them, where that is not our name and _proj.
+_PEFT_NAMES = {
+    "in_proj_qkv": ("delta_qkv",),
+    "in_proj_z": ("delta_gate",),
+    "in_proj_b": ("delta_strength",),
+    "in_proj_a": ("delta_decay",),
+    "in_proj": ("conv_in",),
+    "out_proj": ("delta_out", "conv_out"),
+    "w1": ("gate",),
+    "w3": ("up",),
+    "w2": ("down",),
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +80,11 @@ class AdapterConfig:
         Raises:
             DnoError: the model has no such matrix, or adapters of it are not supported.
         """
-        named = LINEAR if isinstance(targets, str) else tuple(name.removesuffix("_proj") for name in targets)
-        if unknown := sorted(set(named) - set(LINEAR)):
-            raise DnoError(f"adapter.targets has {unknown[0]!r}; expected all, or some of {', '.join(LINEAR)}")
+        had = targets_of(config)
+        named = had if isinstance(targets, str) else tuple(one for name in targets for one in _meant(name, config))
+        if unknown := sorted(set(named) - set(had)):
+            expected = ", ".join(map(shown_target, had))
+            raise DnoError(f"adapter.targets has {unknown[0]!r}; expected all, or some of {expected}")
         if config.num_experts and (experts := [f"{name}_proj" for name in _MLP if name in named]):
             raise DnoError(
                 f"adapter.targets is {'all' if isinstance(targets, str) else list(targets)}, which takes in "
@@ -64,6 +92,35 @@ class AdapterConfig:
                 "supported; set adapter.targets=[q_proj,k_proj,v_proj,o_proj]"
             )
         return cls(rank, float(alpha), tuple(name for name in LINEAR if name in named))
+
+
+def targets_of(config: ModelConfig) -> tuple[str, ...]:
+    """Return which of LINEAR a model has."""
+    mixers = set(config.layer_mixers)
+    had = [name for name in _ATTENTION if "attention" in mixers] + list(_MLP)
+    had += [name for name in LINEAR if name.startswith("delta_") and "gated_delta" in mixers]
+    had += [name for name in LINEAR if name.startswith("conv_") and "short_conv" in mixers]
+    return tuple(name for name in LINEAR if name in had)
+
+
+def _meant(name: str, config: ModelConfig) -> tuple[str, ...]:
+    """Return the targets that a name means, ours or PEFT's."""
+    if name not in _PEFT_NAMES:
+        return (name.removesuffix("_proj"),)
+    had = targets_of(config)
+    found = tuple(target for target in _PEFT_NAMES[name] if target in had)
+    # LFM2 has this name for attention's output too.
+    return (*found, "o") if name == "out_proj" and "conv_out" in found and "o" in had else found or (name,)
+
+
+def shown_target(target: str) -> str:
+    """The name of a target for a person."""
+    return f"{target}_proj" if target in (*_ATTENTION, *_MLP) else target
+
+
+def target_of(leaf: str) -> str | None:
+    """Return which target a leaf of the parameter tree belongs to."""
+    return next((target for target, leaves in TARGETS.items() if leaf in leaves), None)
 
 
 def merged(leaf: jax.Array, a: jax.Array, b: jax.Array, *, scale: float) -> jax.Array:
@@ -89,12 +146,13 @@ def _add_products(leaf: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array)
 
 def merging(adapters: Mapping[str, Any], adapter: AdapterConfig) -> Callable[[Sequence[str], jax.Array], jax.Array]:
     """Return what gives each parameter, by its path in their tree and float32, with its adapter merged into it."""
-    layers = adapters["layers"]
 
     def change(path: Sequence[str], leaf: jax.Array) -> jax.Array:
         name = path[-1]
-        if len(path) < 2 or name not in adapter.targets:
+        target = target_of(name)
+        if len(path) < 2 or target not in adapter.targets:
             return leaf
-        return merged(leaf, layers[f"{name}_a"], layers[f"{name}_b"], scale=adapter.scale)
+        group = group_at(adapters["layers"], tuple(path[1:-1]))
+        return merged(leaf, group[f"{target}_a"], group[f"{name}_b"], scale=adapter.scale)
 
     return change

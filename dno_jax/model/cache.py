@@ -1,10 +1,14 @@
-"""The key-value cache: an explicit value, in and out of the decoder. A token lies in the column of its position.
+"""What layers keep of the texts so far: an explicit value, in and out of the decoder.
+
+Attention keeps keys and values. A token lies in the column of its position.
 
 So every row has a length of its own, and what a row's query sees needs no bookkeeping: the columns up to its own
 position. What a former text left behind it is overwritten before anybody can see it.
 
 A layer's keys are an array of their own. Products take their operands whole: of a stack of layers, each would be copied
 out before it is read, which for the small products of a decoding step costs as much as the products.
+
+Other mixers keep a state of fixed size, and the last inputs of a convolution. A token at position 0 begins anew there.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dno_jax.model.config import ModelConfig
+from dno_jax.model.config import Mixer, ModelConfig
 
 # The largest magnitude of a stored key or value, by the dtypes that need a scale.
 _QUANTISED = {"int8": 127.0, "float8_e4m3fn": 448.0}
@@ -48,8 +52,27 @@ class KVCache:
         return self.key.shape[-1]
 
 
+@flax.struct.dataclass
+class MixerState:
+    """What a layer that is no attention keeps of B texts, in float32 whatever the cache's dtype.
+
+    Attributes:
+        tails: the last inputs of each of its convolutions, [B, W - 1, heads, head_dim] or [B, W - 1, channels].
+        recurrent: [B, V, H, P] state of the delta rule; None of a short convolution.
+    """
+
+    tails: tuple[Any, ...]
+    recurrent: Any = None
+
+
+LayerCache = KVCache | MixerState
 # One a layer.
-Cache = tuple[KVCache, ...]
+Cache = tuple[LayerCache, ...]
+
+
+def num_slots_of(cache: Cache) -> int | None:
+    """Columns of the layers that have some; None where no layer attends."""
+    return next((layer.num_slots for layer in cache if isinstance(layer, KVCache)), None)
 
 
 @runtime_checkable
@@ -62,12 +85,14 @@ class WriteCache(Protocol):
 
 
 def init_cache(config: ModelConfig, *, batch_size: int, num_slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Return an empty cache of float32, bfloat16, int8 or float8_e4m3fn."""
+    """Return an empty cache, keys and values in float32, bfloat16, int8 or float8_e4m3fn."""
     K, H = config.num_key_value_heads, config.head_dim
     shape = (batch_size, K, H, num_slots)
     scale = (batch_size, K, num_slots) if jnp.dtype(dtype).name in _QUANTISED else None
 
-    def layer() -> KVCache:
+    def layer(mixer: Mixer) -> LayerCache:
+        if mixer != "attention":
+            return _init_state(config, mixer, batch_size)
         return KVCache(
             key=jnp.zeros(shape, dtype),
             value=jnp.zeros(shape, dtype),
@@ -75,11 +100,28 @@ def init_cache(config: ModelConfig, *, batch_size: int, num_slots: int, dtype: A
             value_scale=None if scale is None else jnp.zeros(scale, jnp.float32),
         )
 
-    return tuple(layer() for _ in range(config.num_hidden_layers))
+    return tuple(map(layer, config.layer_mixers))
 
 
-def cache_axes(cache: KVCache) -> KVCache:
-    """Return the axis names of every field of a layer's cache, in a KVCache of tuples."""
+def _init_state(config: ModelConfig, mixer: Mixer, batch_size: int) -> MixerState:
+    def zeros(*shape: int) -> jax.Array:
+        return jnp.zeros((batch_size, *shape), jnp.float32)
+
+    tail = config.conv_kernel - 1
+    if mixer == "short_conv":
+        return MixerState((zeros(tail, config.hidden_size),))
+    key = config.linear_num_key_heads, config.linear_key_head_dim
+    value = config.linear_num_value_heads, config.linear_value_head_dim
+    return MixerState((zeros(tail, *key), zeros(tail, *key), zeros(tail, *value)), zeros(value[0], key[1], value[1]))
+
+
+def cache_axes(cache: LayerCache) -> LayerCache:
+    """Return the axis names of every field of a layer's cache, in one of tuples."""
+    if isinstance(cache, MixerState):
+        if cache.recurrent is None:
+            return MixerState((("batch", "taps", "channels"),))
+        key, value = ("batch", "taps", "kv_heads", "head_dim"), ("batch", "taps", "heads", "head_dim")
+        return MixerState((key, key, value), ("batch", "heads", "head_dim", "head_dim"))
     wide, scale = ("batch", "kv_heads", "head_dim", "slots"), ("batch", "kv_heads", "slots")
     return KVCache(
         key=wide,

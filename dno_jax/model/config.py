@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "none"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Head = Literal["logits", "reward"]
+Mixer = Literal["attention", "gated_delta", "short_conv"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,21 @@ class ModelConfig:
         norm_offset: norms multiply by offset + weight (Gemma: 1).
         pre_norm, post_norm: whether a sublayer's input is normed, and whether its output is.
         qk_norm: queries and keys are normed over each head's dimensions ("head") or over all heads' ("all").
+        attention_gate: what attention gives is multiplied by the sigmoid of a gate, of its own size, which the query
+            projection gives beside the queries (Qwen 3.5).
         attention_scale: multiplies scores; None: head_dim ** -0.5.
         query_growth: (beta, n): a query at a position beyond n is multiplied by 1 + beta ln(1 + floor(position / n))
             (Ministral 3); None: by nothing.
         attention_softcap, logit_softcap: x becomes cap * tanh(x / cap), of scores and of logits; None: x.
         clip_qkv: queries, keys and values are clipped to [-clip_qkv, clip_qkv]; None: they are not.
         embed_scale, residual_scale, logit_scale: multiply embeddings, what a sublayer adds, and logits.
+        mixers: of each layer, what mixes tokens: attention, a gated delta rule (Qwen 3.5) or a short convolution
+            (LFM2). None: attention, everywhere.
+        linear_num_key_heads, linear_num_value_heads: heads of the delta rule; each key head serves a group of
+            consecutive value heads.
+        linear_key_head_dim, linear_value_head_dim: sizes of its heads, hence of its state.
+        conv_kernel: tokens that a convolution sees, its own included: the delta rule's, or the short one.
+        conv_bias: the short convolution and its projections have biases.
         windows: of each layer, how many of the last tokens a query sees, itself included; NO_WINDOW
             (attention.py) for all. None: all, everywhere.
         ropes: the rotations that layers choose from.
@@ -119,6 +129,7 @@ class ModelConfig:
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: Literal["head", "all"] | None = None
+    attention_gate: bool = False
     attention_scale: float | None = None
     query_growth: tuple[float, int] | None = None
     attention_softcap: float | None = None
@@ -127,6 +138,13 @@ class ModelConfig:
     embed_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    mixers: tuple[Mixer, ...] | None = None
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    conv_kernel: int = 0
+    conv_bias: bool = False
     windows: tuple[int, ...] | None = None
     ropes: tuple[RopeConfig, ...] = (RopeConfig(),)
     layer_ropes: tuple[int, ...] | None = None
@@ -148,6 +166,16 @@ class ModelConfig:
             if rope.rope_type in ("yarn", "dynamic")
         ]
         return max(self.max_position_embeddings, *stretched, 0)
+
+    @property
+    def layer_mixers(self) -> tuple[Mixer, ...]:
+        """What mixes tokens in each layer."""
+        return self.mixers or ("attention",) * self.num_hidden_layers
+
+    @property
+    def attends_everywhere(self) -> bool:
+        """Whether every layer is attention: no state passes from a token to the next."""
+        return set(self.layer_mixers) == {"attention"}
 
     def __post_init__(self) -> None:
         for name in (
@@ -187,6 +215,8 @@ class ModelConfig:
             raise ValueError("mlp_bias is true; experts have no biases")
         for name, lowest, highest in (("windows", 1, None), ("layer_ropes", 0, len(self.ropes) - 1)):
             self._check_layers(name, lowest=lowest, highest=highest)
+        if self.mixers is not None:
+            self._check_mixers(self.mixers)
         if self.norm == "layer" and self.qk_norm is not None:
             raise ValueError(f"qk_norm is {self.qk_norm!r}; norm 'layer' has no parameters to norm queries and keys by")
         for rope in self.ropes:
@@ -195,6 +225,36 @@ class ModelConfig:
                     raise ValueError(
                         f"short_factor and long_factor have {len(factors)} numbers; expected {rotary // 2}"
                     )
+
+    def _check_mixers(self, mixers: tuple[Mixer, ...]) -> None:
+        known = get_args(Mixer)
+        if len(mixers) != self.num_hidden_layers or not set(mixers) <= set(known):
+            raise ValueError(
+                f"mixers is {mixers}; expected {' or '.join(known)} for each of {self.num_hidden_layers} layers"
+            )
+        if self.attends_everywhere:
+            raise ValueError("mixers names attention alone; expected None, which says the same")
+        if self.num_experts:
+            raise ValueError("mixers and num_experts are both given; a mixture of experts has attention in every layer")
+        if self.norm != "rms":
+            raise ValueError(f"norm is {self.norm!r}; layers that are no attention have norms with parameters")
+        if self.conv_kernel < 2:
+            raise ValueError(f"conv_kernel is {self.conv_kernel}; expected at least 2 tokens")
+        if "gated_delta" not in mixers:
+            return
+        for name in (
+            "linear_num_key_heads",
+            "linear_num_value_heads",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.linear_num_value_heads % self.linear_num_key_heads:
+            raise ValueError(
+                f"linear_num_key_heads {self.linear_num_key_heads} does not divide "
+                f"linear_num_value_heads {self.linear_num_value_heads}"
+            )
 
     def _check_layers(self, name: str, *, lowest: int, highest: int | None) -> None:
         values = getattr(self, name)

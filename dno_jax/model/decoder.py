@@ -8,6 +8,16 @@ The tree (float32, layers stacked on axis 0; [...] are shapes):
             attention_norm, mlp_norm, attention_post_norm, mlp_post_norm [L, D]
             q_norm, k_norm [L, H], or [L, N, H] and [L, K, H] where all heads are normed together
             router [L, D, E]  gate, up [L, E, D, F]  down [L, E, F, D]  where experts take the MLP's place
+            q [L, D, N, 2H] with its gate behind the queries, where attention is gated
+
+In place of q, k, v and o, other mixers have (K, H heads of keys; V, P of values; W taps)
+
+            delta_q, delta_k [L, D, K, H]  delta_v, delta_gate [L, D, V, P]  delta_strength, delta_decay [L, D, V]
+            delta_q_conv, delta_k_conv [L, K, H, W]  delta_v_conv [L, V, P, W]  delta_rate, delta_shift [L, V]
+            delta_norm [L, P]  delta_out [L, V, P, D]
+            conv_in_gate, conv_out_gate, conv_value [L, D, D]  conv_taps [L, D, W]  conv_out [L, D, D]
+
+and L then counts the layers of one kind that are stacked together, at layers/SECTION/POSITION (stack.py).
 
 What a family has of these, ModelConfig says; a LayerNorm without parameters has no *_norm at all.
 """
@@ -25,12 +35,14 @@ from jaxtyping import Array, Bool, Float, Int
 from dno_jax.logprobs import einsum_float32, softcapped
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.attention import Attention, xla_attention
-from dno_jax.model.block import NORMAL, Block, Constrain, declare, identity, layer_numbers, norm
-from dno_jax.model.cache import Cache, WriteCache, reach_index, write_layer
-from dno_jax.model.config import ModelConfig
+from dno_jax.model.block import Block, LayerNumbers, layer_numbers
+from dno_jax.model.cache import Cache, WriteCache, num_slots_of, reach_index, write_layer
+from dno_jax.model.config import Mixer, ModelConfig
 from dno_jax.model.moe import Experts, dense_experts
+from dno_jax.model.parts import NORMAL, Constrain, declare, identity, norm
 from dno_jax.model.places import Places, as_places
 from dno_jax.model.rope import rope_angles
+from dno_jax.model.stack import Section, group_at, is_uniform, layer_places, sections
 
 Remat = Literal["none", "full", "dots"]
 
@@ -83,8 +95,9 @@ class Decoder(nn.Module):
         position = places.position
         if token.shape != position.shape:
             raise ValueError(f"token {token.shape} and position {position.shape} differ in shape")
-        if cache is not None and token.shape[1] > cache[0].num_slots:
-            raise ValueError(f"{token.shape[1]} tokens do not fit a cache of {cache[0].num_slots} slots")
+        slots = None if cache is None else num_slots_of(cache)
+        if slots is not None and token.shape[1] > slots:
+            raise ValueError(f"{token.shape[1]} tokens do not fit a cache of {slots} slots")
         table_shape = (config.vocab_size, config.hidden_size)
         table = declare(self, "embed", init=NORMAL, shape=table_shape, axes=("vocab", "embed"))
         # Declared here so that it belongs to the tree; used by logits and head_logprobs, or by rewards.
@@ -99,28 +112,23 @@ class Decoder(nn.Module):
         cos, sin = rope_angles(config, position)
         parts = (config, self.dtype, self.constrain, self.attention, self.experts, self.write, self.adapter)
         if cache is None:
-            in_axes: Any = (0, *[nn.broadcast] * 4)  # flax's own hint is int
-            stack = nn.scan(
-                _remat_block(self.remat),
-                variable_axes={"params": 0, "adapters": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=in_axes,
-                length=config.num_hidden_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )(*parts, name="layers")
-            (x, _), _ = stack((x, None), layer_numbers(config), cos, sin, places, None)
+            if is_uniform(config):
+                stack = _scanned(_remat_block(self.remat), config.num_hidden_layers)
+                layers = stack(*parts, mixer=config.layer_mixers[0], name="layers")
+            else:
+                layers = _Sections(parts, remat=self.remat, name="layers")
+            (x, _), _ = layers((x, None), layer_numbers(config), cos, sin, places, None)
         else:
             # Layer by layer, each on arrays of its own; see model/cache.py.
-            reach = reach_index(
-                position, cache[0].num_slots
-            )  # once for all: on a mesh it takes a word from every device
+            # Once for all: on a mesh it takes a word from every device.
+            reach = None if slots is None else reach_index(position, slots)
             layers, written = self.variables["params"]["layers"], []
-            for index, own in enumerate(cache):
-                held = {"params": layers[index] if isinstance(layers, tuple) else _layer(layers, index)}
+            for index, (own, (path, row)) in enumerate(zip(cache, layer_places(config), strict=True)):
+                held = {"params": layers[index] if isinstance(layers, tuple) else _layer(group_at(layers, path), row)}
                 if self.adapter is not None:
-                    held["adapters"] = _layer(self.variables["adapters"]["layers"], index)
+                    held["adapters"] = _layer(group_at(self.variables["adapters"]["layers"], path), row)
                 numbers = _layer(layer_numbers(config), index)
-                block = Block(*parts, parent=None)
+                block = Block(*parts, mixer=config.layer_mixers[index], parent=None)
                 (x, own), _ = block.apply(held, (x, own), numbers, cos, sin, places, reach)
                 written.append(own)
             cache = tuple(written)
@@ -134,6 +142,55 @@ class Decoder(nn.Module):
 
 def _layer(stacked: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+class _Period(nn.Module):
+    """The layers of a pattern, one after the other: what the scan of a section repeats."""
+
+    parts: tuple[Any, ...]
+    remat: Remat
+    mixers: tuple[Mixer, ...]
+
+    @nn.compact
+    def __call__(self, carry: Any, numbers: LayerNumbers, *call: Any) -> tuple[Any, None]:
+        for position, mixer in enumerate(self.mixers):
+            block = _remat_block(self.remat)(*self.parts, mixer=mixer, name=str(position))
+            carry, _ = block(carry, _layer(numbers, position), *call)
+        return carry, None
+
+
+class _Sections(nn.Module):
+    """All layers of a model whose mixers differ: a scan for each section (stack.py)."""
+
+    parts: tuple[Any, ...]
+    remat: Remat
+
+    @nn.compact
+    def __call__(self, carry: Any, numbers: LayerNumbers, *call: Any) -> tuple[Any, None]:
+        config: ModelConfig = self.parts[0]
+        for number, section in enumerate(sections(config.layer_mixers)):
+            scan = _scanned(_Period, section.repeats)(self.parts, self.remat, section.mixers, name=str(number))
+            carry, _ = scan(carry, _cut(numbers, section), *call)
+        return carry, None
+
+
+def _cut(numbers: LayerNumbers, section: Section) -> Any:
+    """Return the numbers of a section's layers as [repeats, pattern]."""
+    shape = (section.repeats, len(section.mixers))
+    return jax.tree.map(lambda row: row[section.first : section.end].reshape(shape), numbers)
+
+
+def _scanned(body: Any, length: int) -> Any:
+    """Return a module that runs `body` over layers whose parameters are stacked."""
+    in_axes: Any = (0, *[nn.broadcast] * 4)  # flax's own hint is int
+    return nn.scan(
+        body,
+        variable_axes={"params": 0, "adapters": 0, "intermediates": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def _remat_block(remat: Remat) -> Any:

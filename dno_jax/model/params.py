@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dno_jax.model.adapters import LINEAR, AdapterConfig
+from dno_jax.model.adapters import LEAVES, AdapterConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder
+from dno_jax.model.stack import stacked_groups
 
 
 def _without_mesh() -> Any:
@@ -57,13 +58,14 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 def computing_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
     """Return `abstract_params` as they are computed with in a dtype, so that to hold them so changes no result.
 
-    Matrices and biases are cast where they are used. Norms take their scales in float32, as training leaves them: in
-    bfloat16 they would be another policy's.
+    Matrices and biases are cast where they are used. Norms take their scales in float32, as training leaves them, and
+    so does the decay of a delta rule: in bfloat16 they would be another policy's.
     """
 
     def held(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        is_norm = path[-1].key.endswith("norm")
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if is_norm else dtype)
+        name = path[-1].key
+        whole = name.endswith("norm") or name in ("delta_rate", "delta_shift")
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float32 if whole else dtype)
 
     return jax.tree.map_with_path(held, abstract_params(config))
 
@@ -95,10 +97,14 @@ def init_adapters(config: ModelConfig, adapter: AdapterConfig, key: jax.Array) -
     """
 
     def fresh(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name, _, half = path[-1].key.rpartition("_")
+        *above, name = (part.key for part in path)
+        name, _, half = name.rpartition("_")
         if half == "a":
             return jnp.zeros(leaf.shape, leaf.dtype)
-        drawn = jax.random.normal(jax.random.fold_in(key, LINEAR.index(name)), leaf.shape, leaf.dtype)
+        own = jax.random.fold_in(key, LEAVES.index(name))
+        for group in above[1:]:  # of models whose layers differ
+            own = jax.random.fold_in(own, int(group))
+        drawn = jax.random.normal(own, leaf.shape, leaf.dtype)
         return drawn * math.prod(leaf.shape[2:]) ** -0.5
 
     return jax.tree.map_with_path(fresh, abstract_adapters(config, adapter))
@@ -114,14 +120,18 @@ def unstack_layers(params: Mapping[str, Any], *, donate: bool = False) -> dict[s
     layers = params["layers"]
     if isinstance(layers, tuple):
         return dict(params)
-    leaves, tree = jax.tree.flatten(layers)
-    split = []
-    for leaf in leaves:
-        split.append(_split(leaf))
-        if donate:
-            jax.block_until_ready(split[-1])
-            leaf.delete()
-    return {**params, "layers": tuple(jax.tree.unflatten(tree, own) for own in zip(*split, strict=True))}
+    apart: dict[int, Any] = {}
+    for group, numbers in stacked_groups(layers):
+        leaves, tree = jax.tree.flatten(dict(group))
+        split = []
+        for leaf in leaves:
+            split.append(_split(leaf))
+            if donate:
+                jax.block_until_ready(split[-1])
+                leaf.delete()
+        rows = [jax.tree.unflatten(tree, own) for own in zip(*split, strict=True)]
+        apart |= dict(zip(numbers or range(len(rows)), rows, strict=True))
+    return {**params, "layers": tuple(apart[number] for number in range(len(apart)))}
 
 
 @jax.jit

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from dno_jax.model.cache import KVCache, cache_axes, write_layer
+from dno_jax.model.cache import KVCache, LayerCache, cache_axes, write_layer
 from dno_jax.model.cache_columns import write_columns, writes_columns
 from dno_jax.parallel.sharding import AnyMesh, Layout
 
@@ -49,6 +49,10 @@ def _on_tpus(mesh: AnyMesh) -> bool:
     return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "tpu"
 
 
-def cache_specs(cache: KVCache, layout: Layout) -> KVCache:
-    """Return where each field of a cache lies, in a KVCache of PartitionSpecs."""
-    return jax.tree.map(layout.activation_spec, cache_axes(cache), is_leaf=lambda axes: isinstance(axes, tuple))
+def cache_specs(cache: LayerCache, layout: Layout) -> LayerCache:
+    """Return where each field of a layer's cache lies, in one of PartitionSpecs."""
+    return jax.tree.map(layout.activation_spec, cache_axes(cache), is_leaf=_names_axes)
+
+
+def _names_axes(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(axis, str) for axis in value)

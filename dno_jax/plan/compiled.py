@@ -23,6 +23,7 @@ from dno_jax.console import Meter
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.stack import Section, is_uniform, sections
 from dno_jax.plan.hlo import Collective, collectives
 from dno_jax.runtime.arguments import Call
 
@@ -92,14 +93,25 @@ def compile_all(jobs: list[Job], *, cache: Path | None = None) -> dict[str, Figu
 
 def _depths(job: Job) -> tuple[int, ...]:
     layers = job.model.num_hidden_layers
-    return _DEPTHS if job.unrolled and layers > _MOST_LAYERS else (layers,)
+    found = sections(job.model.layer_mixers)
+    # Layers that differ are added by whole patterns; where these change on the way, all are compiled.
+    depths = tuple(len(found[0].mixers) * depth for depth in _DEPTHS) if is_uniform(job.model) else _periods(found)
+    return depths if job.unrolled and layers > max(_MOST_LAYERS, *depths) else (layers,)
+
+
+def _periods(found: tuple[Section, ...]) -> tuple[int, int]:
+    width = len(found[0].mixers)
+    return (width, 2 * width) if len(found) == 1 else (found[-1].end, found[-1].end)
 
 
 def _with_depth(model: ModelConfig, layers: int) -> ModelConfig:
     if layers == model.num_hidden_layers:
         return model
-    windows, ropes = (None if each is None else each[:layers] for each in (model.windows, model.layer_ropes))
-    return replace(model, num_hidden_layers=layers, windows=windows, layer_ropes=ropes)
+    cut = {
+        name: None if (each := getattr(model, name)) is None else each[:layers]
+        for name in ("windows", "layer_ropes", "mixers")
+    }
+    return replace(model, num_hidden_layers=layers, **cut)
 
 
 def fingerprint_of(lowered: Any) -> str:
@@ -157,7 +169,8 @@ def _joined(found: list[Figures], job: Job) -> Figures:
     if len(found) == 1:
         return found[0]
     few, more = found
-    rest = (job.model.num_hidden_layers - _DEPTHS[1]) / (_DEPTHS[1] - _DEPTHS[0])
+    first, second = _depths(job)
+    rest = (job.model.num_hidden_layers - second) / (second - first)
 
     def grown(a: int, b: int) -> int:
         return int(b + rest * (b - a))
@@ -174,7 +187,7 @@ def _joined(found: list[Figures], job: Job) -> Figures:
         for one in more.collectives
     )
     peak = grown(few.peak, more.peak)
-    source = f"compiled at {_DEPTHS[0]} and {_DEPTHS[1]} layers, extrapolated to {job.model.num_hidden_layers}"
+    source = f"compiled at {first} and {second} layers, extrapolated to {job.model.num_hidden_layers}"
     return Figures(parts, peak - sum(parts.values()), peak, source, sent, "", more.refused or few.refused)
 
 

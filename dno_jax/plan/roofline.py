@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dno_jax.config import RunConfig
+from dno_jax.model.sizes import attention_layers, mixer_flops, state_bytes
 from dno_jax.parallel.chips import Chip
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.runtime.arguments import Call
@@ -121,9 +122,12 @@ def decode_load(slots: SlotPlan) -> Load:
     rows, policies = slots.slots, slots.num_policies
     length = slots.programs.num_slots / 2
     numbers = body_params(config) + config.hidden_size * config.vocab_size
-    attended = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * length
+    attended = 4 * config.num_attention_heads * config.head_dim * attention_layers(config) * length
+    attended += sum(mixer_flops(config, mixer) for mixer in config.layer_mixers)
     needed = policies * rows * (2 * numbers + attended) / tensor
-    cache = slots.slot_bytes * rows / 2
+    # Half of the keys and values on average; a state is read and written whole.
+    states = policies * state_bytes(config) / tensor
+    cache = rows * ((slots.slot_bytes - states) / 2 + 2 * states)
     width = jnp.dtype(slots.programs.model.dtype).itemsize
     layers = config.num_hidden_layers
     # Two sums a layer of all rows' hidden states, and the logits of one part of the vocabulary at each device.

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dno_jax.model.params import abstract_adapters, abstract_params
+from dno_jax.model.sizes import attention_layers
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.plan.costs import cost_tables
 from dno_jax.plan.roofline import BUSY, SHARES
@@ -112,7 +113,7 @@ def _sampling_table(plan: RunPlan) -> Table:
 
 def _head_numbers(slots: SlotPlan) -> str:
     model, tensor = slots.programs.model.config, slots.programs.mesh.shape["tensor"]
-    return f"{model.num_hidden_layers} x {model.num_key_value_heads // tensor} x {model.head_dim}"
+    return f"{attention_layers(model)} x {model.num_key_value_heads // tensor} x {model.head_dim}"
 
 
 def _memory_table(plan: RunPlan) -> Table:

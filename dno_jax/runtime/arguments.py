@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dno_jax.config import RunConfig
 from dno_jax.model.params import abstract_adapters, abstract_params, computing_params
 from dno_jax.model.places import Places
+from dno_jax.model.stack import group_at, layer_groups
 from dno_jax.parallel.sharding import DECODE, TRAIN, AnyMesh, num_row_shards, row_sharding
 from dno_jax.runtime.programs import ConfigT, Programs, max_length_of
 from dno_jax.sampling.decode import decode, fill
@@ -185,8 +186,10 @@ def decoding_params(programs: Programs[RunConfig], mesh: AnyMesh) -> Any:
         sharding = NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
         return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
-    own = jax.tree.map(layer, params["layers"])
-    return {**params, "layers": (own,) * config.num_hidden_layers}
+    layers: dict[int, Any] = {}
+    for path, numbers in layer_groups(config).items():
+        layers |= dict.fromkeys(numbers, jax.tree.map(layer, dict(group_at(params["layers"], path))))
+    return {**params, "layers": tuple(layers[number] for number in range(config.num_hidden_layers))}
 
 
 def decode_call(programs: Programs[RunConfig], slots: SlotPlan) -> Call:

@@ -132,7 +132,7 @@ class Programs(Generic[ConfigT]):
         granule = 128 if backend == "splash" else max(8, 1 << (max(longest // 16, 1).bit_length() - 1))
         return Packing(
             packed=section.packing == "on" or (section.packing == "auto" and backend != "cudnn"),
-            share_prompt=backend == "xla",
+            share_prompt=backend == "xla" and self.model_config.attends_everywhere,
             skips=backend == "xla" and on_cpu,
             row_shards=num_row_shards(self.mesh),
             granule=min(granule, 128),

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from dno_jax.config import RunConfig, SftConfig, parse_config
 from dno_jax.config.loading import lay_over
 from dno_jax.errors import DnoError
+from dno_jax.model.delta_rule import CHUNK
+from dno_jax.model.sizes import mixer_width
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.runtime.arguments import largest, local_bytes, longest_texts, train_call, train_plan
 from dno_jax.runtime.programs import ConfigT, Programs
@@ -69,13 +71,20 @@ def _activations(programs: Programs[ConfigT], shape: BatchShape) -> int:
     tokens = math.ceil(shape.rows / num_row_shards(mesh)) * shape.length
     width, tensor = jnp.dtype(config.model.dtype).itemsize, mesh.shape["tensor"]
     experts = max(model.num_experts_per_tok, 1)
-    heads = (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim // tensor
+    widths = [mixer_width(model, mixer) // tensor for mixer in model.layer_mixers]
     mlp = 3 * model.intermediate_size * experts // tensor
-    products = heads + 2 * mlp // 3 + model.hidden_size
-    kept = {"full": 0, "dots": products, "none": heads + mlp + 4 * model.hidden_size}[config.model.remat]
-    layers = model.num_hidden_layers * tokens * (model.hidden_size + kept) * width
+    depth, remat = model.num_hidden_layers, config.model.remat
+    kept = {
+        "full": 0,
+        "dots": sum(widths) + depth * (2 * mlp // 3 + model.hidden_size),
+        "none": sum(widths) + depth * (mlp + 4 * model.hidden_size),
+    }[remat]
+    layers = tokens * (depth * model.hidden_size + kept) * width
     # One layer is computed again for its own backward pass.
-    once = 0 if config.model.remat == "none" else tokens * (heads + mlp) * width
+    once = 0 if remat == "none" else tokens * (max(widths) + mlp) * width
+    if "gated_delta" in model.layer_mixers:  # its states between chunks, which `remat: none` keeps of every layer
+        state = 4 * model.linear_num_value_heads * model.linear_value_head_dim * model.linear_key_head_dim // tensor
+        once += -(-tokens // CHUNK) * state * (model.layer_mixers.count("gated_delta") if remat == "none" else 1)
     head = 2 * min(config.training.logprob_chunk, tokens) * (model.vocab_size // tensor) * 4
     return layers + max(once, head)
 

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.errors import DnoError
+from dno_jax.model.cache import KVCache, LayerCache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.params import computing_params, param_axes
+from dno_jax.model.sizes import mixer_width
 from dno_jax.parallel.sharding import DECODE, AnyMesh, num_row_shards, weight_shardings
 from dno_jax.sampling.state import CompiledPrograms, State, abstract_start, prompt_bucket
 
@@ -109,7 +111,7 @@ class SlotPlan:
 
     @property
     def slot_bytes(self) -> int:
-        """Of one slot: keys, values and the last hidden state of every policy, and a few counters."""
+        """Of one slot: what layers keep of a text, and the last hidden state, of every policy, and a few counters."""
         return self._own_parts["slots"] // self.slots
 
     @property
@@ -176,16 +178,21 @@ def plan_slots(
 
 
 def _decode_temporaries(programs: CompiledPrograms, state: State) -> int:
-    """Logits of all slots, and one layer of their keys and values.
+    """Logits of all slots, and one layer of their keys and values, or of its states.
 
     Products take a copy of what is read of a layer, in the model's dtype. A CPU's sums need none; it is counted all the
     same, a layer of many.
     """
     config, slots = programs.model.config, programs.shape.slots
     logits = LOGITS_COPIES * slots * config.vocab_size * 4  # the whole vocabulary, also where the head is split
-    cache = state.slots.text.cache[0][0]
-    width = jnp.dtype(programs.model.dtype).itemsize / cache.key.dtype.itemsize
-    return logits + int(width * _local_bytes((cache.key, cache.value)))
+    size = jnp.dtype(programs.model.dtype).itemsize
+
+    def copied(layer: LayerCache) -> int:
+        if isinstance(layer, KVCache):
+            return int(size / layer.key.dtype.itemsize * _local_bytes((layer.key, layer.value)))
+        return _local_bytes(layer)
+
+    return logits + max(map(copied, state.slots.text.cache[0]))
 
 
 def _fill_temporaries(programs: CompiledPrograms, state: State) -> int:
@@ -196,8 +203,8 @@ def _fill_temporaries(programs: CompiledPrograms, state: State) -> int:
     caches = shape.fill_rows * _local_bytes(state.queue.text.cache) // shape.entries * width // shape.prompt_length
     piece = min(shape.prefill_chunk, width)
     mlp = config.intermediate_size * max(config.num_experts_per_tok, 1) // tensor
-    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim // tensor
-    numbers = 3 * mlp + 4 * config.hidden_size + 2 * heads
+    mixers = max(mixer_width(config, mixer) for mixer in config.layer_mixers) // tensor
+    numbers = 3 * mlp + 4 * config.hidden_size + mixers
     scores = 2 * config.num_attention_heads // tensor * width * 4  # float32, before and after the softmax
     return caches + shape.fill_rows * piece * (numbers * jnp.dtype(programs.model.dtype).itemsize + scores)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from dno_jax.model.cache import Cache, KVCache, init_cache
+from dno_jax.model.cache import Cache, KVCache, MixerState, init_cache
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.cache import cache_specs
 from dno_jax.parallel.sharding import DECODE, ROW_AXES, AnyMesh, num_row_shards
@@ -264,11 +264,11 @@ def _specs(tree: Any) -> Any:
     """Where everything of a struct lies: rows on the row axes, heads on the tensor axis."""
 
     def spec(leaf: Any) -> Any:
-        if isinstance(leaf, KVCache):
+        if isinstance(leaf, KVCache | MixerState):
             return cache_specs(leaf, DECODE)
         return PartitionSpec(ROW_AXES) if leaf.ndim else PartitionSpec()
 
-    return jax.tree.map(spec, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+    return jax.tree.map(spec, tree, is_leaf=lambda leaf: isinstance(leaf, KVCache | MixerState))
 
 
 def enqueue(queue: Queue, text: Text, prompts: Prompts, key: Array, *, mesh: AnyMesh) -> Queue:

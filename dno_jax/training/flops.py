@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.sizes import mixer_flops, mixer_params
 from dno_jax.parallel.chips import chip_of
 from dno_jax.training.packing import TextLengths
 
@@ -41,7 +42,9 @@ def work_of(config: ModelConfig, lengths: TextLengths, *, share_prompt: bool = F
     prompt, whole = lengths.prompt, lengths.prompt + lengths.response
     again = np.where(lengths.same_prompt, prompt.shape[1] - 1, 0) if share_prompt else np.zeros(len(prompt), int)
     tokens = int(whole.sum() - (again * prompt[:, 0]).sum())
-    windows = Counter(config.windows or [int(whole.max(initial=1))] * config.num_hidden_layers)
+    longest = (int(whole.max(initial=1)),) * config.num_hidden_layers
+    kinds = zip(config.windows or longest, config.layer_mixers, strict=True)
+    windows = Counter(window for window, mixer in kinds if mixer == "attention")
     seen = sum(
         layers * (_seen(whole, window).sum() - (again * _seen(prompt[:, 0], window)).sum())
         for window, layers in windows.items()
@@ -57,20 +60,22 @@ def _seen(length: np.ndarray, window: int) -> np.ndarray:
 
 def body_params(config: ModelConfig) -> int:
     """Numbers of the matrices that a token is multiplied by in all layers: N. Of a mixture, those of its experts."""
-    heads = config.head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    mixers = sum(mixer_params(config, mixer) for mixer in config.layer_mixers)
     experts = config.num_experts_per_tok if config.num_experts else 1
     mlp = 3 * config.intermediate_size * experts + config.num_experts  # and the router
-    return config.num_hidden_layers * config.hidden_size * (heads + mlp)
+    return mixers + config.num_hidden_layers * config.hidden_size * mlp
+
+
+def _without_weights(config: ModelConfig, work: Work) -> float:
+    """FLOPs of a forward pass that no matrix of weights has a part in: attention, and what other mixers do."""
+    mixers = sum(mixer_flops(config, mixer) for mixer in config.layer_mixers)
+    return float(4 * config.num_attention_heads * config.head_dim * work.seen + mixers * work.tokens)
 
 
 def forward_flops(config: ModelConfig, work: Work) -> float:
     """FLOPs of log-probabilities: a pass of the reference. A multiplication and its addition are two."""
     head = config.hidden_size * config.vocab_size
-    return float(
-        2 * body_params(config) * work.tokens
-        + 4 * config.num_attention_heads * config.head_dim * work.seen
-        + 2 * head * work.predicted
-    )
+    return float(2 * body_params(config) * work.tokens + _without_weights(config, work) + 2 * head * work.predicted)
 
 
 def train_flops(config: ModelConfig, work: Work, *, adapter_params: int | None = None) -> float:
@@ -78,10 +83,9 @@ def train_flops(config: ModelConfig, work: Work, *, adapter_params: int | None =
 
     Args:
         adapter_params: numbers of the adapters' matrices where these alone are trained: no gradient of the base's
-            weights is needed, and 4 N stands in the place of 6 N. Attention has no weights: it costs the same.
+            weights is needed, and 4 N stands in the place of 6 N. What has no weights, as attention, costs the same.
     """
     forward = forward_flops(config, work)
     if adapter_params is None:
         return 3 * forward
-    attention = 4 * config.num_attention_heads * config.head_dim * work.seen
-    return 2 * forward + attention + 6 * adapter_params * work.tokens
+    return 2 * forward + _without_weights(config, work) + 6 * adapter_params * work.tokens

@@ -13,10 +13,11 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt32
 
-from dno_jax.model.block import LOAD, Constrain, identity
+from dno_jax.model.block import LOAD
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
 from dno_jax.model.moe import ExpertLoad, busiest_share, load_balance_loss
+from dno_jax.model.parts import Constrain, identity
 from dno_jax.training.accumulation import accumulated, groups_apart, in_groups, summed_over
 from dno_jax.training.batches import PairBatch
 from dno_jax.training.objectives import RowLoss

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dno_jax.model.cache import MixerState
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.params import init_params
@@ -40,8 +41,14 @@ def run(config: ModelConfig, params, token, position=None, **kwargs) -> np.ndarr
 
 def grow(cache, num_slots):
     """The cache with empty slots at the end, `num_slots` in all."""
-    more = num_slots - cache[0].num_slots
-    return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), cache)
+
+    def one(layer):
+        if isinstance(layer, MixerState):
+            return layer
+        more = num_slots - layer.num_slots
+        return jax.tree.map(lambda field: jnp.pad(field, [(0, 0)] * (field.ndim - 1) + [(0, more)]), layer)
+
+    return tuple(map(one, cache))
 
 
 @pytest.fixture(scope="session")

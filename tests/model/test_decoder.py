@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from dno_jax.model.attention import NO_WINDOW
-from dno_jax.model.block import Unconstrained
 from dno_jax.model.cache import as_stored, cache_axes, init_cache
 from dno_jax.model.decoder import Decoder, head_logprobs, logits
 from dno_jax.model.params import abstract_params, init_params, param_axes, unstack_layers
+from dno_jax.model.parts import Unconstrained
 from tests.model.conftest import grow, random_params, run
 
 

@@ -18,6 +18,7 @@ class Composite:
         architecture: the only class of its checkpoints that is supported.
         texts: model_types that text_config may have; where it names none, the first.
         keys: what else its config.json holds: nothing that a text's logits depend on.
+        towers: modules beside the language model.
         unread: keys of text_config that its class does not apply, as that of the text alone does.
     """
 
@@ -25,10 +26,17 @@ class Composite:
     texts: tuple[str, ...]
     keys: frozenset[str]
     unread: tuple[str, ...] = ()
+    towers: tuple[str, ...] = ("vision_tower", "multi_modal_projector")
 
 
 _TOWER = frozenset({"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"})
 COMPOSITES: dict[str, Composite] = {
+    "qwen3_5": Composite(
+        "Qwen3_5ForConditionalGeneration",
+        ("qwen3_5_text",),
+        _TOWER | {"video_token_id", "vision_start_token_id", "vision_end_token_id"},
+        towers=("visual",),
+    ),
     "gemma3": Composite(
         "Gemma3ForConditionalGeneration",
         ("gemma3_text",),

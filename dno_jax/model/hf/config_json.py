@@ -7,6 +7,7 @@ soft-cap that some converter did not look at.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ def has_tower(path: str | Path) -> bool:
     return read_json(path, "config.json")[1].get("model_type") in COMPOSITES
 
 
+def carried_names(path: str | Path) -> re.Pattern[str] | None:
+    """Return what names of tensors begin with that are carried along, and read by nobody here; None: there are none."""
+    tree = read_json(path, "config.json")[1]
+    composite, family = COMPOSITES.get(str(tree.get("model_type"))), FAMILIES.get(str(text_of(tree).get("model_type")))
+    found = [] if composite is None else [f"(model\\.)?({'|'.join(composite.towers)})\\."]
+    found += [re.escape(family.carried)] if family is not None and family.carried is not None else []
+    return re.compile("|".join(found)) if found else None
+
+
 def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     """Return (file, content) of a JSON object in a checkpoint directory.
 
@@ -189,6 +199,10 @@ def parse_config(
     if any(sliding):
         window = _number(values, "sliding_window", int, place=place)
         fields["windows"] = tuple(window if slides else NO_WINDOW for slides in sliding)
+    try:
+        fields |= _mixers(values, family, place=place) | dict(family.derived(values) if family.derived else {})
+    except ValueError as error:
+        raise DnoError(f"{place}: {error}") from None
     fields |= read_ropes(values, family, sliding=sliding, place=place)
     if any(rope.rope_type in ("dynamic", "longrope") for rope in fields["ropes"]):
         fields["rope_length"] = rope_length
@@ -278,7 +292,7 @@ def _rope_layers(values: dict[str, Any], *, place: str) -> list[bool]:
 
 def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> list[bool]:
     """Whether each layer's queries see a window of keys only."""
-    count, kinds = values["num_hidden_layers"], values.get("layer_types")
+    count, kinds = values["num_hidden_layers"], None if family.mixers else values.get("layer_types")
     if family.layer_kinds and (
         not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(family.layer_kinds)
     ):
@@ -299,6 +313,20 @@ def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> li
     if any(sliding) and values["sliding_window"] is None:
         raise DnoError(f"{place}: layers slide but there is no sliding_window (or use_sliding_window is false)")
     return sliding
+
+
+def _mixers(values: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
+    """What mixes tokens in each layer, where that is not attention everywhere."""
+    if family.kinds is None:
+        return {}
+    count, given = values["num_hidden_layers"], values["layer_types"]
+    kinds = family.kinds(values) if given is None else given
+    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in family.mixers for kind in kinds):
+        raise DnoError(
+            f"{place}: layer_types is {shown(kinds)}; expected {' or '.join(family.mixers)} for each of {count} layers"
+        )
+    mixers = tuple(family.mixers[kind] for kind in kinds)
+    return {} if set(mixers) == {"attention"} else {"mixers": mixers}
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:

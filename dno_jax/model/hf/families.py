@@ -10,6 +10,7 @@ import math
 
 from dno_jax.model.hf.family import LLAMA_NAMES as _NAMES
 from dno_jax.model.hf.family import Family, Meaning, Values
+from dno_jax.model.hf.hybrids import HYBRIDS
 
 # The same name means different things: post_attention_layernorm stands before the MLP in Llama, after attention here.
 _POST_NORMS = {
@@ -97,8 +98,7 @@ _GLM = {
 }
 _OLMO_2 = {"num_key_value_heads": None, "max_position_embeddings": 2048, "attention_bias": False}
 _OLMO_2_FIXED = {"pre_norm": False, "post_norm": True, "qk_norm": "all"}
-
-FAMILIES: dict[str, Family] = {
+_DENSE: dict[str, Family] = {
     "llama": Family(
         "LlamaForCausalLM",
         reward="LlamaForSequenceClassification",
@@ -396,3 +396,5 @@ FAMILIES: dict[str, Family] = {
         names=_NAMES | _FUSED_MLP | _GLM_4_NORMS,
     ),
 }
+
+FAMILIES = _DENSE | HYBRIDS

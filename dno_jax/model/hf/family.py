@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dno_jax.model.config import Mixer
+
 Values = Mapping[str, Any]
 # (key of config.json, field of ModelConfig, type in the file, conversion or None)
 Meaning = tuple[str, str, type, Callable[[Any], Any] | None]
@@ -43,6 +45,11 @@ class Family:
         sliding: (values, layer) -> whether a layer has the sliding window where layer_types does not say.
         theta: transformers' default of rope_theta.
         local_theta: that of layers with a sliding window, where these have a rotation of their own.
+        mixers: names that layer_types may have -> what mixes tokens there; {}: attention everywhere.
+        kinds: values -> the names of all layers where layer_types is absent.
+        derived: values -> fields of ModelConfig that several keys decide together; raises ValueError.
+        carried: beginning of the names of tensors that no text's logits depend on; they go through an export untouched.
+        final_norm: Hugging Face's name of the norm behind all layers.
         rotates_in_windows: where there is a sliding window, the layers without one have no rotation.
         interleaved: dimensions 2i and 2i + 1 of a head rotate together, not i and i + half. In our tree they lie in
             Llama's order: the rows of q and k are put so on the way in, and back on the way out.
@@ -63,6 +70,11 @@ class Family:
     sliding: Callable[[Values, int], bool] | None = None
     theta: float = 10_000.0
     local_theta: float | None = None
+    mixers: Mapping[str, Mixer] = field(default_factory=dict)
+    kinds: Callable[[Values], list[str]] | None = None
+    derived: Callable[[Values], Values] | None = None
+    carried: str | None = None
+    final_norm: str = "norm"
     rotates_in_windows: bool = False
     interleaved: bool = False
     names: Mapping[str, str] = field(default_factory=lambda: LLAMA_NAMES)

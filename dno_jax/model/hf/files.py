@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dno_jax.errors import DnoError
-from dno_jax.model.hf.config_json import has_tower, read_json
+from dno_jax.model.hf.config_json import carried_names, read_json
 from dno_jax.model.hf.strangers import refuse_folder, refuse_pointer, wrapper_of
 from dno_jax.model.hf.tensors import Tensor
 
@@ -24,8 +24,6 @@ HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 # Buffers of rotations, by whatever name; they follow from config.json.
 _ROTARY = re.compile(r"(^|\.)rotary|inv_freq$|\.(cos|sin)_cached$")
-# What stands beside a language model: read by nobody here, and carried into exports.
-_TOWERS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 _INSIDE = re.compile(r"(model\.language_model|language_model\.model)\.|language_model\.(?=lm_head\.)")
 _COMPARED_BYTES = 1 << 24
 # Header bytes of one file: 120 for each of 200,000 tensors. The largest mixtures have a tenth of that, over all files.
@@ -75,8 +73,8 @@ class TensorFiles:
             self.headers.setdefault(EMBED, self.headers[HEAD])
         missing = sorted(expected.keys() - self.headers.keys())
         surplus = sorted(name for name in self.headers.keys() - expected.keys() if not (tied and name == HEAD))
-        if has_tower(place):
-            surplus = [name for name in surplus if not is_of_tower(name)]
+        if (carried := carried_names(place)) is not None:
+            surplus = [name for name in surplus if not carried.match(name)]
         if missing and (wrapper := wrapper_of(self.headers)):
             raise DnoError(f"{place}: {wrapper}")
         wrong = [f"tensor {name} is missing; expected shape {expected[name]}" for name in missing]
@@ -138,7 +136,7 @@ def read_headers(path: Path) -> dict[str, Header]:
         DnoError: as TensorFiles.
     """
     if (path / SINGLE_FILE).exists():
-        return _whole_names(read_header(path / SINGLE_FILE))
+        return _whole_names(path, read_header(path / SINGLE_FILE))
     if not (path / INDEX_FILE).exists():
         refuse_folder(path)
     index, shard_of = _weight_map(path)
@@ -160,7 +158,7 @@ def read_headers(path: Path) -> dict[str, Header]:
             f"{index}: index and files disagree on tensor {', '.join(misplaced[:_MAX_LINES])}{more}; fetch the "
             "checkpoint again"
         )
-    return _whole_names(found)
+    return _whole_names(path, found)
 
 
 def _may_be_absent(name: str) -> bool:
@@ -168,18 +166,18 @@ def _may_be_absent(name: str) -> bool:
     return name.endswith(HEAD) or _ROTARY.search(name) is not None
 
 
-def is_of_tower(name: str) -> bool:
-    """Whether a tensor belongs to what stands beside a language model."""
-    return _TOWERS.match(name) is not None
-
-
-def _whole_names(found: dict[str, Header]) -> dict[str, Header]:
+def _whole_names(path: Path, found: dict[str, Header]) -> dict[str, Header]:
     """Drop rotary buffers; give the tensors of a model that was saved without its head the prefix they have with it."""
-    kept = {name: stored for name, stored in found.items() if is_of_tower(name) or _ROTARY.search(name) is None}
+    carried = carried_names(path)
+
+    def is_carried(name: str) -> bool:
+        return carried is not None and carried.match(name) is not None
+
+    kept = {name: stored for name, stored in found.items() if is_carried(name) or _ROTARY.search(name) is None}
     if any(_INSIDE.match(name) for name in kept):
         whole = {name: _INSIDE.sub("model." if "lm_head" not in name else "", name, count=1) for name in kept}
         return {whole[name] if _INSIDE.match(name) else name: stored for name, stored in kept.items()}
-    bare = {name for name in kept if name.startswith(("embed_tokens.", "layers.", "norm."))}
+    bare = {name for name in kept if name.startswith(("embed_tokens.", "layers.", "norm.", "embedding_norm."))}
     if not bare or any(name.startswith("model.") for name in kept):
         return kept
     return {f"model.{name}" if name in bare else name: stored for name, stored in kept.items()}

@@ -129,7 +129,7 @@ class Reader:
 
     def _refuse(self, tensor: Tensor, part: np.ndarray, *, first: list[int]) -> None:
         at = np.argwhere(~np.isfinite(part))[0] + first
-        stored = self.files.headers[tensor.template.format(*at[: len(tensor.stack)])]
+        stored = self.files.headers[tensor.name(at[: len(tensor.stack)].tolist())]
         raise DnoError(
             f"{stored.file}: tensor {stored.name} holds NaN or infinity, and no model can be trained from that; fetch "
             "the checkpoint again, or give one of an earlier step of the training that broke"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dno_jax.errors import DnoError
-from dno_jax.model.adapters import LINEAR, AdapterConfig
+from dno_jax.model.adapters import LINEAR, TARGETS, AdapterConfig, shown_target, target_of
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf.config_json import has_tower, read_json
 from dno_jax.model.hf.exporter import gather, on_host, on_primary
@@ -63,31 +63,42 @@ def adapter_table(config: ModelConfig, adapter: AdapterConfig) -> list[Tensor]:
     Raises:
         NotForPeft: the family's checkpoints hold several of our matrices in one, whose adapter PEFT has one of.
     """
-    table = []
+    table: list[Tensor] = []
     for tensor in tensor_table(config):
-        name = tensor.path[-1]
-        if tensor.path[0] != "layers" or name not in adapter.targets:
+        name, target = tensor.path[-1], target_of(tensor.path[-1])
+        if tensor.path[0] != "layers" or target not in adapter.targets:
             continue
         module = tensor.template.removesuffix(".weight")
-        if tensor.total_rows is not None:
+        if tensor.total_rows is not None and len(TARGETS[target]) == 1:
             raise NotForPeft(
                 f"{config.family}'s checkpoints have one matrix {module.rpartition('.')[2]} in place of {name}_proj "
                 "and others, and PEFT one adapter for it, where we have several: they are neither written for PEFT nor "
                 "read from it; a merged checkpoint holds the policy"
             )
         inputs, outputs = tensor.shape[: tensor.inputs], tensor.shape[tensor.inputs :]
-        for half, taken, shape in (("a", tensor.inputs, (*inputs, adapter.rank)), ("b", 1, (adapter.rank, *outputs))):
-            table.append(
-                replace(
-                    tensor,
-                    path=("layers", f"{name}_{half}"),
-                    template=f"{_PREFIX}{module}.lora_{half.upper()}.weight",
-                    inputs=taken,
-                    shape=shape,
-                    interleaved=tensor.interleaved if half == "b" else 0,
-                )
-            )
+        a = replace(
+            tensor,
+            path=(*tensor.path[:-1], f"{target}_a"),
+            template=f"{_PREFIX}{module}.lora_A.weight",
+            shape=(*inputs, adapter.rank),
+            first_row=0,
+            total_rows=None,
+            interleaved=0,
+        )
+        if a not in table:  # matrices that checkpoints hold in one have one A
+            table.append(a)
+        path, template = (*tensor.path[:-1], f"{name}_b"), f"{_PREFIX}{module}.lora_B.weight"
+        table.append(replace(tensor, path=path, template=template, inputs=1, shape=(adapter.rank, *outputs)))
     return table
+
+
+def _stored(table: list[Tensor]) -> dict[str, list[tuple[Tensor, tuple[int, ...]]]]:
+    """Return, by the name of each tensor of the file, what its rows are made of, in order."""
+    found: dict[str, list[tuple[Tensor, tuple[int, ...]]]] = {}
+    for tensor in table:
+        for index, name in zip(np.ndindex(*tensor.stack), tensor.names, strict=True):
+            found.setdefault(name, []).append((tensor, index))
+    return found
 
 
 def save(
@@ -118,15 +129,11 @@ def save(
             "transformers: no adapter is written for PEFT; the merged checkpoint holds the policy"
         )
     table = adapter_table(config, adapter)
-    parts = {
-        name: (tensor, index)
-        for tensor in table
-        for index, name in zip(np.ndindex(*tensor.stack), tensor.names, strict=True)
-    }
     tensors: dict[str, np.ndarray] = {}
-    for name, part in parts.items():
-        gathered = on_host(gather(adapters, part))  # by all processes together
-        tensors[name] = np.ascontiguousarray(part[0].to_hf(gathered.astype(np.float32)))
+    for name, parts in _stored(table).items():
+        gathered = [on_host(gather(adapters, part)).astype(np.float32) for part in parts]  # by all processes together
+        rows = [tensor.to_hf(leaf) for (tensor, _), leaf in zip(parts, gathered, strict=True)]
+        tensors[name] = np.ascontiguousarray(np.concatenate(rows))
     tree = _config_json(table, adapter, base)
     on_primary(lambda: _write(path, tree, tensors), path=path)
     on_primary(lambda: _compare(path, config, adapter, tensors), path=path)
@@ -208,7 +215,7 @@ def _is_number(value: Any) -> bool:
 
 def _is_of(config: ModelConfig, target: str, stored: str) -> bool:
     """Whether a tensor of the file is of a matrix of ours, in any layer."""
-    templates = [tensor.template for tensor in tensor_table(config) if tensor.path == ("layers", target)]
+    templates = [tensor.template for tensor in tensor_table(config) if tensor.path[-1] in TARGETS[target]]
     return any(stored.endswith(f".{name.split('{}.')[-1].removesuffix('weight')}lora_A.weight") for name in templates)
 
 
@@ -273,7 +280,7 @@ def load(path: str | Path, config: ModelConfig, adapter: AdapterConfig) -> dict[
     """
     given = read(path, config)
     if (given.rank, given.targets) != (adapter.rank, adapter.targets) or not np.isclose(given.alpha, adapter.alpha):
-        fix = ",".join(f"{name}_proj" for name in given.targets)
+        fix = ",".join(map(shown_target, given.targets))
         raise DnoError(
             f"adapter.path {path}: rank {given.rank}, alpha {given.alpha:g}, targets {', '.join(given.targets)}; "
             f"the configuration says {adapter.rank}, {adapter.alpha:g} and {', '.join(adapter.targets)}. Set "

@@ -6,13 +6,15 @@ Hugging Face stores one [out, in] matrix per layer with heads merged; we store [
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from dno_jax.model.config import ModelConfig
+from dno_jax.model.config import Mixer, ModelConfig
 from dno_jax.model.hf.families import FAMILIES
+from dno_jax.model.stack import layer_groups
 
 
 @runtime_checkable
@@ -33,6 +35,8 @@ class Tensor:
             order; otherwise Hugging Face's matrix is [merged outputs, merged inputs].
         shape: of one tensor, in our order.
         stack: leading axes of ours along which tensors are stacked: (), (layers,) or (layers, experts).
+        layers: the numbers of the layers that are stacked; (): all, from 0.
+        merges: our axes (after the stack) that each axis of Hugging Face's tensor merges; None: as `inputs` says.
         first_row, total_rows: where several parameters share one tensor, where this one's begin on its axis 0, and
             how many there are in all. None: the tensor is this one's own.
         interleaved: leading entries of our last axis that stand in pairs (i, i + half) in ours, and side by side in
@@ -44,18 +48,28 @@ class Tensor:
     inputs: int
     shape: tuple[int, ...]
     stack: tuple[int, ...]
+    layers: tuple[int, ...] = ()
+    merges: tuple[tuple[int, ...], ...] | None = None
     first_row: int = 0
     total_rows: int | None = None
     interleaved: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self.template.format(*index) for index in np.ndindex(*self.stack))
+        return tuple(map(self.name, np.ndindex(*self.stack)))
+
+    def name(self, index: Sequence[int]) -> str:
+        """The name of the tensor at an index of the stack."""
+        if self.layers:
+            index = (self.layers[index[0]], *index[1:])
+        return self.template.format(*index)
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Our axes (after the stack) that each axis of Hugging Face's tensor merges."""
         axes = tuple(range(len(self.shape)))
+        if self.merges is not None:
+            return self.merges
         if self.inputs:
             return axes[self.inputs :], axes[: self.inputs]
         # A bias merges its axes; a table keeps them.
@@ -83,7 +97,7 @@ class Tensor:
         bounds = [s.indices(size)[:2] for s, size in zip(index, self.shape, strict=True)]
         out = np.empty((*map(len, rows), *(stop - start for start, stop in bounds)), np.float32)
         for place in np.ndindex(*map(len, rows)):
-            name = self.template.format(*(row[i] for row, i in zip(rows, place, strict=True)))
+            name = self.name([row[i] for row, i in zip(rows, place, strict=True)])
             out[place] = self._read_one(files, name, bounds)
         return out
 
@@ -91,6 +105,9 @@ class Tensor:
         merged, apart, rest = [], [], []
         for group in self.groups:
             # Slice the file along the outermost axis of each group; what lies inside comes whole and is cut in memory.
+            if not group:  # an axis of one entry, which ours has not
+                merged.append(slice(0, 1))
+                continue
             first, inner = group[0], [self.shape[axis] for axis in group[1:]]
             stride = math.prod(inner)
             start, stop = bounds[first]
@@ -135,65 +152,136 @@ class Stored:
 
 def tensor_table(config: ModelConfig) -> list[Tensor]:
     """Return where each leaf of the parameter tree lies. Leaves that share a tensor stand in the order of its rows."""
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    N, K, H, L = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.num_hidden_layers
-    names = FAMILIES[config.family].names
-    rotary = (config.rotary_dim or H) if FAMILIES[config.family].interleaved else 0
+    family, D, V = FAMILIES[config.family], config.hidden_size, config.vocab_size
     table = [Tensor(("embed",), "model.embed_tokens.weight", 0, (V, D), ())]
     if config.norm == "rms":
-        table.append(Tensor(("final_norm",), "model.norm.weight", 0, (D,), ()))
+        table.append(Tensor(("final_norm",), f"model.{family.final_norm}.weight", 0, (D,), ()))
     if config.head == "reward":
         table.append(Tensor(("score",), "score.weight", 1, (D, 1), ()))
     elif not config.tie_word_embeddings:
         table.append(Tensor(("head",), "lm_head.weight", 1, (D, V), ()))
-
-    def layer(leaf: str, hf_name: str, inputs: int, *shape: int) -> None:
-        stack = (L, config.num_experts) if "{}" in hf_name else (L,)
-        turns = rotary if leaf.removesuffix("_bias") in ("q", "k") else 0
-        name = f"model.layers.{{}}.{hf_name}"
-        table.append(Tensor(("layers", leaf), name, inputs, shape, stack, interleaved=turns))
-
-    norms: list[tuple[str, bool, tuple[int, ...]]] = [
-        ("attention_norm", config.pre_norm, (D,)),
-        ("attention_post_norm", config.post_norm, (D,)),
-        ("mlp_norm", config.pre_norm, (D,)),
-        ("mlp_post_norm", config.post_norm, (D,)),
-        ("q_norm", config.qk_norm is not None, (N, H) if config.qk_norm == "all" else (H,)),
-        ("k_norm", config.qk_norm is not None, (K, H) if config.qk_norm == "all" else (H,)),
-    ]
-    for leaf, present, shape in norms:
-        if present and config.norm == "rms":
-            layer(leaf, f"{names[leaf]}.weight", 0, *shape)
-    if config.num_experts:
-        layer("router", f"{names['router']}.weight", 1, D, config.num_experts)
-    projections = [
-        ("q", config.attention_bias, 1, (D, N, H)),
-        ("k", config.attention_bias, 1, (D, K, H)),
-        ("v", config.attention_bias, 1, (D, K, H)),
-        ("o", config.output_bias, 2, (N, H, D)),
-        ("gate", config.mlp_bias, 1, (D, F)),
-        ("up", config.mlp_bias, 1, (D, F)),
-        ("down", config.mlp_bias, 1, (F, D)),
-    ]
-    for leaf, bias, inputs, shape in projections:
-        layer(leaf, f"{names[leaf]}.weight", inputs, *shape)
-        if bias:
-            layer(f"{leaf}_bias", f"{names[leaf]}.bias", 0, *shape[inputs:])
+    rotary = (config.rotary_dim or config.head_dim) if family.interleaved else 0
+    for path, layers in layer_groups(config).items():
+        for leaf in _leaves(config, config.layer_mixers[layers[0]]):
+            name = family.names[leaf.name]
+            bare = leaf.name in _BARE
+            table.append(
+                Tensor(
+                    ("layers", *path, f"{leaf.name}_bias" if leaf.is_bias else leaf.name),
+                    f"model.layers.{{}}.{name}" + ("" if bare else ".bias" if leaf.is_bias else ".weight"),
+                    leaf.inputs,
+                    leaf.shape,
+                    (len(layers), config.num_experts) if "{}" in name else (len(layers),),
+                    layers=layers if path else (),
+                    merges=leaf.merges,
+                    interleaved=rotary if leaf.name in ("q", "k") else 0,
+                )
+            )
     return _share_rows(table)
+
+
+# Of tensors whose names end with no kind.
+_BARE = ("delta_rate", "delta_shift")
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One parameter of a layer; see Tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    inputs: int = 0
+    is_bias: bool = False
+    merges: tuple[tuple[int, ...], ...] | None = None
+
+
+def _leaves(config: ModelConfig, mixer: Mixer) -> Iterator[_Leaf]:
+    """Yield what a layer with a mixer has."""
+    D, F = config.hidden_size, config.intermediate_size
+    if config.norm == "rms":
+        for name, present in (
+            ("attention_norm", config.pre_norm),
+            ("attention_post_norm", config.post_norm),
+            ("mlp_norm", config.pre_norm),
+            ("mlp_post_norm", config.post_norm),
+        ):
+            if present:
+                yield _Leaf(name, (D,))
+    yield from _MIXERS[mixer](config)
+    if config.num_experts:
+        yield _Leaf("router", (D, config.num_experts), 1)
+    for name, shape in (("gate", (D, F)), ("up", (D, F)), ("down", (F, D))):
+        yield from _matrix(name, shape, inputs=1, bias=config.mlp_bias)
+
+
+def _matrix(name: str, shape: tuple[int, ...], *, inputs: int, bias: bool = False) -> Iterator[_Leaf]:
+    yield _Leaf(name, shape, inputs)
+    if bias:
+        yield _Leaf(name, shape[inputs:], is_bias=True)
+
+
+def _attention(config: ModelConfig) -> Iterator[_Leaf]:
+    D, N, K, H = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if config.qk_norm is not None and config.norm == "rms":
+        yield _Leaf("q_norm", (N, H) if config.qk_norm == "all" else (H,))
+        yield _Leaf("k_norm", (K, H) if config.qk_norm == "all" else (H,))
+    width = 2 * H if config.attention_gate else H
+    for name, shape in (("q", (D, N, width)), ("k", (D, K, H)), ("v", (D, K, H))):
+        yield from _matrix(name, shape, inputs=1, bias=config.attention_bias)
+    yield from _matrix("o", (N, H, D), inputs=2, bias=config.output_bias)
+
+
+def _gated_delta(config: ModelConfig) -> Iterator[_Leaf]:
+    D, W, V, P = config.hidden_size, config.conv_kernel, config.linear_num_value_heads, config.linear_value_head_dim
+    key, value = (config.linear_num_key_heads, config.linear_key_head_dim), (V, P)
+    heads = (("delta_q", key), ("delta_k", key), ("delta_v", value))
+    for name, shape in heads:
+        yield _Leaf(name, (D, *shape), 1)
+    for name, shape in heads:  # [channels, 1, taps] in the file
+        yield _Leaf(f"{name}_conv", (*shape, W), merges=((0, 1), (), (2,)))
+    yield _Leaf("delta_gate", (D, *value), 1)
+    yield _Leaf("delta_strength", (D, V), 1)
+    yield _Leaf("delta_decay", (D, V), 1)
+    yield _Leaf("delta_rate", (V,))
+    yield _Leaf("delta_shift", (V,))
+    yield _Leaf("delta_norm", (P,))
+    yield _Leaf("delta_out", (*value, D), 2)
+
+
+def _short_conv(config: ModelConfig) -> Iterator[_Leaf]:
+    D, bias = config.hidden_size, config.conv_bias
+    for name in ("conv_in_gate", "conv_out_gate", "conv_value"):
+        yield from _matrix(name, (D, D), inputs=1, bias=bias)
+    yield _Leaf("conv_taps", (D, config.conv_kernel), merges=((0,), (), (1,)))
+    if bias:
+        yield _Leaf("conv_taps", (D,), is_bias=True)
+    yield from _matrix("conv_out", (D, D), inputs=1, bias=bias)
+
+
+_MIXERS: dict[Mixer, Callable[[ModelConfig], Iterator[_Leaf]]] = {
+    "attention": _attention,
+    "gated_delta": _gated_delta,
+    "short_conv": _short_conv,
+}
 
 
 def _share_rows(table: list[Tensor]) -> list[Tensor]:
     """Give each of the parameters that name one tensor its rows of it, in the order of the table."""
-    sizes: dict[str, list[int]] = {}
+
+    def key(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+        return tensor.template, tensor.layers
+
+    sizes: dict[Any, list[int]] = {}
     for tensor in table:
-        sizes.setdefault(tensor.template, []).append(tensor.part_shape[0])
+        sizes.setdefault(key(tensor), []).append(tensor.part_shape[0])
     start = dict.fromkeys(sizes, 0)
     shared = []
     for tensor in table:
-        if len(sizes[tensor.template]) > 1:
-            first, count = start[tensor.template], tensor.part_shape[0]
-            start[tensor.template] += count
-            tensor = replace(tensor, first_row=first, total_rows=sum(sizes[tensor.template]))
+        own = key(tensor)
+        if len(sizes[own]) > 1:
+            first, count = start[own], tensor.part_shape[0]
+            start[own] += count
+            tensor = replace(tensor, first_row=first, total_rows=sum(sizes[own]))
         shared.append(tensor)
     return shared
 

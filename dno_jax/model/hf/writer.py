@@ -19,14 +19,13 @@ import numpy as np
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf.config_json import has_tower, read_json
+from dno_jax.model.hf.config_json import carried_names, has_tower, read_json
 from dno_jax.model.hf.files import (
     EMBED,
     HEAD,
     INDEX_FILE,
     SINGLE_FILE,
     Header,
-    is_of_tower,
     read_headers,
     read_whole,
 )
@@ -89,7 +88,7 @@ def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Plann
         codes = {headers[name].dtype for name in tensor.names if name in headers}
         found = next((kind for code, kind in DTYPES.items() if code in codes), named)
         widest |= dict.fromkeys(tensor.names, found)
-    tower = has_tower(source)
+    tower, carried = has_tower(source), carried_names(source)
     if tower and not headers:
         raise DnoError(f"{source}: a model with a tower beside it, whose weights are not here to be carried along")
 
@@ -103,7 +102,7 @@ def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Plann
         if stored.name == EMBED and config.tie_word_embeddings and twice:
             plan.append(replace(plan[-1], name=name_of(HEAD)))
     for name, header in headers.items():
-        if tower and is_of_tower(name):
+        if carried is not None and carried.match(name):
             plan.append(Planned(name, header.shape, _dtype_of(header), (), header))
     return sorted(plan, key=lambda planned: _natural(planned.name))
 
