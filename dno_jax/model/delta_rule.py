@@ -87,7 +87,7 @@ def _chunk(state: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
     # Which text of the chunk a token is of; 0 is the one that the state has read.
     text = jnp.cumsum(begins, axis=-1)[:, None, None]
     same = text[..., :, None] == text[..., None, :]
-    lower = jnp.tril(jnp.ones(same.shape[-2:], bool))
+    lower = jnp.tril(jnp.ones(same.shape, bool))
     # Chosen before the exponential: above the diagonal it might be infinite, and its gradient no number.
     decay = jnp.exp(jnp.where(same & lower, total[..., :, None] - total[..., None, :], -jnp.inf))
     since_state = jnp.where(text == 0, jnp.exp(total), 0)
@@ -114,7 +114,7 @@ def unit_lower_inverse(below: Float[Array, "*rows C C"]) -> Float[Array, "*rows 
     """
     size = below.shape[-1]
     inverse = jnp.broadcast_to(jnp.eye(size, dtype=below.dtype), below.shape)
-    row, column = jnp.arange(size)[:, None], jnp.arange(size)[None]
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, below.shape, below.ndim - 2 + axis) for axis in (0, 1))
     half = 1
     while half < size:
         across = (row // (2 * half) == column // (2 * half)) & (row // half != column // half)

@@ -154,7 +154,7 @@ def gated_delta(layer: MixingLayer, y: jax.Array, state: Any, call: Call) -> tup
     rate = jnp.exp(jnp.asarray(declare(layer, "delta_rate", init=ZEROS, shape=(V,), axes=("heads",))))
     shift = jnp.asarray(declare(layer, "delta_shift", init=ONES, shape=(V,), axes=("heads",)))
     # A token of padding neither decays nor writes.
-    log_decay = jnp.where(real, -rate * jax.nn.softplus(step.astype(jnp.float32) + shift), 0)
+    log_decay = jnp.where(real, -rate[None, None] * jax.nn.softplus(step.astype(jnp.float32) + shift[None, None]), 0)
     strength = jnp.where(real, jax.nn.sigmoid(strength).astype(jnp.float32), 0)
     q, k, begins = unit(q) * H**-0.5, unit(k), position == 0
     if state is None:
@@ -190,7 +190,7 @@ def short_conv(layer: MixingLayer, y: jax.Array, state: Any, call: Call) -> tupl
     tail = None if state is None else state.tails[0]
     mixed = causal_conv(x, jnp.asarray(kernel, layer.dtype), position=position, tail=tail)
     if bias:
-        mixed = mixed + declare(layer, "conv_taps_bias", init=ZEROS, shape=(D,), axes=("channels",))
+        mixed = mixed + declare(layer, "conv_taps_bias", init=ZEROS, shape=(D,), axes=("channels",))[None, None]
     mixed = layer.constrain(outward * mixed.astype(layer.dtype), ("batch", "length", "channels"))
     (y,) = project(layer, mixed, Output("conv_out", (("embed", D),)), inputs=channels, bias=bias)
     return y, None if tail is None else MixerState(tails=(next_tail(tail, x, position=position),))

@@ -24,15 +24,30 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Sizes that differ from each other, and an odd number of heads.
+DELTA = {
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 20,
+}
 FACTORS = [1.0 + 0.3 * i for i in range(6)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A config.json, in words that both transformers and we read, without the sizes that all have."""
+    """A config.json, in words that both transformers and we read, without the sizes that all have.
+
+    Where projections are multiplied with each other, rounding shows `rougher` times as much: transformers' two forms of
+    one delta rule differ by 4e-6 to 6e-6 in these models.
+    """
 
     model_type: str
     tree: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rougher(self) -> float:
+        return 2.0 if self.model_type in ("qwen3_5_text", "lfm2") else 1.0
 
     @property
     def config_json(self) -> dict[str, Any]:
@@ -201,4 +216,36 @@ CASES = {
     "ernie4_5": Case("ernie4_5", {"head_dim": 20, "use_bias": True}),
     "glm": Case("glm", {"head_dim": 20, "partial_rotary_factor": 0.6, "rope_theta": 5000.0}),
     "glm4": Case("glm4", {"head_dim": 16, "attention_bias": False}),
+    "qwen3_5": Case(
+        "qwen3_5_text",
+        {
+            "head_dim": 16,
+            **DELTA,
+            **rope("default", partial_rotary_factor=0.5, mrope_section=[2, 1, 1], mrope_interleaved=True),
+        },
+    ),
+    "qwen3_5_odd": Case(
+        "qwen3_5_text",
+        {
+            "head_dim": 24,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "linear", "linear", "full")],
+            **DELTA,
+            "linear_num_key_heads": 5,
+            "linear_num_value_heads": 5,
+            "linear_conv_kernel_dim": 3,
+        },
+    ),
+    "lfm2": Case("lfm2", {"norm_eps": 1e-2, "full_attn_idxs": [2], "conv_bias": True, "block_multiple_of": 8}),
+    "lfm2_plain": Case(
+        "lfm2",
+        {
+            "norm_eps": 1e-2,
+            "layer_types": ["full_attention", "conv", "full_attention", "conv"],
+            "conv_L_cache": 5,
+            "block_auto_adjust_ff_dim": False,
+            "tie_word_embeddings": False,
+        },
+    ),
 }

@@ -30,7 +30,16 @@ from tests.model.families import CASES, LONG, SHORT, SIZES
 TOLERANCE = 5e-6
 # One case of each family; what another one has besides, logits show, and for the rest there is the soak.
 ONE_EACH = {case.model_type: name for name, case in reversed(CASES.items())}.values()
-CACHED = ("llama", "mistral", "gemma2", "phi4", "smollm3", "ernie4_5")  # windows, soft caps, rotations of each kind
+CACHED = (
+    "llama",
+    "mistral",
+    "gemma2",
+    "phi4",
+    "smollm3",
+    "ernie4_5",
+    "qwen3_5",
+    "lfm2",
+)  # windows, soft caps, rotations of each kind
 FEW = [name if name in CACHED else pytest.param(name, marks=pytest.mark.soak) for name in CASES]
 EACH = [name if name in ONE_EACH else pytest.param(name, marks=pytest.mark.soak) for name in CASES]
 
@@ -72,7 +81,7 @@ def stir(model: Any, seed: int) -> None:
             elif name.endswith(("embed_tokens.weight", "lm_head.weight")):
                 weight.copy_(0.04 * noise)
             else:
-                weight.copy_(noise / weight.shape[1] ** 0.5)
+                weight.copy_(noise / weight[0].numel() ** 0.5)
 
 
 @pytest.fixture(scope="session")
@@ -104,17 +113,21 @@ def test_logits_equal_those_of_transformers(reference, name):
     _, params = hf.load(found.path)
     config = hf.read_config(found.path, rope_length=LONG)
     assert config == CASES[name].config(LONG)
-    ours = run(config, params, found.token)
-    np.testing.assert_allclose(ours, found.exact[LONG], atol=TOLERANCE, rtol=0)
+    ours, tolerance = run(config, params, found.token), CASES[name].rougher * TOLERANCE
+    np.testing.assert_allclose(ours, found.exact[LONG], atol=tolerance, rtol=0)
     if config.rope_length is not None:  # the rotation depends on it
         config = hf.read_config(found.path, rope_length=SHORT)
         ours = run(config, params, found.token[:, :SHORT])
-    np.testing.assert_allclose(ours[:, :SHORT], found.exact[SHORT], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(ours[:, :SHORT], found.exact[SHORT], atol=tolerance, rtol=0)
     assert 0.2 < found.exact[LONG].std() < 1
 
 
 # Not switches: names of tensors, what stands on the hidden states, and the context of a rotation that names none.
 NOT_SWITCHES = {"family", "max_position_embeddings", "head"}
+# Sizes of parameters: another one is another model's, and cannot be loaded.
+NOT_SWITCHES |= {"attention_gate", "conv_kernel"} | {
+    f"linear_{name}" for name in ("num_key_heads", "num_value_heads", "key_head_dim", "value_head_dim")
+}
 # Mixtures have a file of their own, test_moe_models.py.
 NOT_SWITCHES |= {"num_experts", "num_experts_per_tok", "expert_norm"}
 
@@ -211,7 +224,7 @@ def test_bfloat16_is_as_near_as_transformers(reference, name):
         return float(np.sqrt(((a - b) ** 2).mean()) / exact.std())
 
     assert distance(ours, exact) < 1.25 * distance(theirs, exact)
-    assert distance(ours, theirs) < 0.04
+    assert distance(ours, theirs) < 0.04 * CASES[name].rougher
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -229,7 +242,8 @@ def test_cached_decoding_equals_the_full_forward_pass(reference, name):
             hidden, cache = model.apply({"params": params}, token[:, start:stop], position, cache)
             parts.append(logits(config, params, hidden))
     # Against transformers' whole forward pass, hence with its tolerance.
-    np.testing.assert_allclose(np.concatenate(parts, axis=1), found.exact[LONG][:, :102], atol=TOLERANCE, rtol=0)
+    tolerance = CASES[name].rougher * TOLERANCE
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), found.exact[LONG][:, :102], atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("name", EACH)
