@@ -66,8 +66,8 @@ def _lfm2_sizes(values: Values) -> dict[str, Any]:
         if factor is not None and (type(factor) not in (int, float) or not 0 < factor < 1e6):
             raise ValueError(f"block_ffn_dim_multiplier is {factor!r}; expected a positive number")
         width = int(2 * width / 3)
-        width = width if factor is None else int(factor * width)
-        width = -(-width // multiple) * multiple
+        if factor is not None:
+            width = -(-int(factor * width) // multiple) * multiple
     if type(width) is not int:
         raise ValueError(f"block_ff_dim is {width!r}; expected int")
     return {"intermediate_size": width}
