@@ -188,8 +188,8 @@ def test_an_adapter_that_peft_made_of_layers_that_do_not_attend_is_read(tmp_path
 def test_targets_that_a_model_has_not_are_named():
     qwen, lfm, llama = (CASES[name].config() for name in ("qwen3_5", "lfm2", "llama"))
     for config, name, words in (
-        (lfm, "in_proj_qkv", "'in_proj_qkv'; expected all, or some of .*o_proj, .*conv_in, conv_out"),
-        (qwen, "w1", "'w1'; expected .*in_proj_qkv"),
+        (lfm, "in_proj_qkv", "'in_proj_qkv'; expected all, or some of q_proj, .*in_proj, conv.out_proj"),
+        (qwen, "conv.out_proj", "'conv.out_proj'; expected .*in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj"),
         (qwen, "conv1d", "'conv1d'"),
         (llama, "out_proj", "'out_proj'; expected all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj"),
         (llama, "in_proj", "'in_proj'"),
