@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -337,7 +337,7 @@ class OneTraining(Section):
     heartbeat_seconds: HeartbeatSeconds = HEARTBEAT_SECONDS
 
     @model_validator(mode="after")
-    def _one_iteration(self) -> Self:
+    def _one_iteration(self) -> OneTraining:
         for section, names in (("optimizer", ("learning_rate_decay", "carry")), ("training", ("keep_policies",))):
             own = getattr(self, section)
             for name in names:

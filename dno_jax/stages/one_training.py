@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from dno_jax.addresses import Purpose
 from dno_jax.config import RewardConfig, SftConfig, changes, deciding
@@ -21,9 +21,9 @@ from dno_jax.stages.checkpoints import adapter_digest, checkpoint_digest
 AnyRuntime = Runtime[SftConfig] | Runtime[RewardConfig]
 
 
-def note_path(run_dir: RunDir, stage: str) -> Path:
+def note_path(run_dir: RunDir, stage: str) -> epath.Path:
     """Where what decides the result is noted, before anything is trained."""
-    return Path(run_dir.path / f"{stage.upper()}.json")
+    return run_dir.path / f"{stage.upper()}.json"
 
 
 def started(runtime: AnyRuntime, stage: str, *, examples: str) -> dict[str, Any]:

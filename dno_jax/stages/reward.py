@@ -231,7 +231,8 @@ def _row(runtime: Runtime[RewardConfig], pair: LabelledPair, *, pad_id: int) -> 
     chosen, rejected = found.ids
     if chosen == rejected:
         return "the same tokens twice"
-    common = len(os.path.commonprefix([chosen, rejected]))
+    differing = (index for index, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other)
+    common = next(differing, min(len(chosen), len(rejected)))
     before = np.asarray(chosen[:common], np.int32)
     after = tuple(np.asarray(ids[common:] + _BEHIND, np.int32) for ids in (chosen, rejected))
     return TrainingRow((before, before), after, target=pair.target, weight=pair.weight, name=pair.place)

@@ -1,0 +1,345 @@
+"""`dno reward`: preferences from the file or from a run's own judge to the exported reward model."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dno_jax.annotation.pool import Candidate, Pool
+from dno_jax.cli import main as cli
+from dno_jax.config import OptimizerSection, RewardConfig, RunConfig, dump_config, parse_config
+from dno_jax.errors import DnoError
+from dno_jax.model import hf
+from dno_jax.model.decoder import Decoder
+from dno_jax.records import Message, Prompt
+from dno_jax.run_dir import RunDir
+from dno_jax.runtime.runtime import Runtime
+from dno_jax.stages import reward
+from dno_jax.stages.judge_on_devices.reward_model import RewardModel
+from dno_jax.training.batches import make_batch
+from dno_jax.training.objectives import reward_loss
+from dno_jax.training.optimizers import make_optimizer
+from dno_jax.training.state import TrainState
+from dno_jax.training.step import StepConfig, train_step
+from tests.small import TEMPLATE, WORDS, small_tree, write_checkpoint
+
+PAIR = {"prompt": "bam bas", "chosen": "dom fen", "rejected": "kos les ket"}
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory) -> Path:
+    """A language model whose template ends an answer with its end token, which is all the padding that it has."""
+    return write_checkpoint(tmp_path_factory.mktemp("policy") / "policy", template=TEMPLATE)
+
+
+@pytest.fixture
+def make(tmp_path, policy):
+    def config(*rows, model=None, training=None, **pairs) -> RewardConfig:
+        path = tmp_path / "pairs.jsonl"
+        if rows:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            pairs["path"] = str(path)
+        tree = {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(policy)} | (model or {}),
+            "pairs": {"max_length": 24} | pairs,
+            "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
+            "training": {"batch_size": 8} | (training or {}),
+            "report": {"tensorboard": False},
+        }
+        return parse_config(RewardConfig, tree, place="test")
+
+    return config
+
+
+def worth(words: list[str]) -> float:
+    """The planted reward: what its words are worth, whatever the prompt."""
+    return sum(math.sin(1.0 + 3.0 * WORDS.index(word)) for word in words)
+
+
+def planted(count: int, *, seed: int = 0) -> list[dict]:
+    """Rows of pairs whose verdicts are drawn from Bradley-Terry."""
+    rng, rows = np.random.default_rng(seed), []
+    for index in range(count):
+        first, second = (rng.choice(WORDS, size=rng.integers(2, 6)).tolist() for _ in range(2))
+        if rng.random() > 1 / (1 + math.exp(worth(second) - worth(first))):
+            first, second = second, first
+        prompt = " ".join(rng.choice(WORDS, size=3))
+        rows.append({"prompt": f"{prompt} {WORDS[index % len(WORDS)]}", "chosen": " ".join(first),
+                     "rejected": " ".join(second)})  # fmt: skip
+    return rows
+
+
+def torch_model(path, **options):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", **options
+    ).eval()
+
+
+def transformers_rewards(path, chats) -> np.ndarray:
+    """What transformers makes of a batch of chats of different lengths, by the folder's own tokenizer and template."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(path), torch_model(path)
+    ids = [tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) for chat in chats]
+    width = max(map(len, ids))
+    pad = model.config.pad_token_id
+    token = torch.tensor([[*own, *[pad] * (width - len(own))] for own in ids])
+    mask = torch.tensor([[1] * len(own) + [0] * (width - len(own)) for own in ids])
+    with torch.no_grad():
+        return model(token, attention_mask=mask).logits[:, 0].numpy()
+
+
+def chat(prompt: str, answer: str) -> list[dict]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def test_rows_share_what_two_chats_have_in_common_and_the_preferred_one_is_first(make):
+    worse = {"prompt": "bam bas", "candidates": [{"text": "dom fen", "score": 1}, {"text": "dom les ket", "score": 3}]}
+    tied = {"prompt": "kos", "candidates": [{"text": "dom", "score": 2}, {"text": "fen", "score": 2}]}
+    runtime = Runtime.start(make(PAIR, worse, tied))
+    found = reward.preferences_of(runtime)
+    spelt = [[runtime.tokenizer.strip(ids.tolist()) for ids in (*row.prompt_ids, *row.response_ids)]
+             for row in found.rows]  # fmt: skip
+    asked = ["<s>", "bam", "bas"]
+    # The end token is padding, too: transformers reads the reward off the word before it. Then a token nobody reads.
+    assert spelt[0] == [asked, asked, ["dom", "fen", "<unk>"], ["kos", "les", "ket", "<unk>"]]
+    assert spelt[1] == [[*asked, "dom"], [*asked, "dom"], ["les", "ket", "<unk>"], ["fen", "<unk>"]]
+    assert [row.target for row in found.rows] == [1.0, 1.0, 0.5]
+    assert "3 pairs of 2 prompts from 3 rows" in found.lines[0]
+    soft = reward.preferences_of(Runtime.start(make(PAIR, worse, tied, score_temperature=2.0)))
+    assert [row.target for row in soft.rows] == pytest.approx([1 / (1 + math.exp(-0.5)), 1 / (1 + math.exp(-1)), 0.5])
+    assert soft.digest != found.digest
+
+
+@pytest.mark.soak
+def test_rewards_are_those_of_transformers_packed_or_not(make, policy, tmp_path):
+    """A reward model of transformers' making is read back, and its rewards come out of the training's own batches."""
+    torch = pytest.importorskip("torch")
+    source = as_classifier(policy, tmp_path / "classifier")
+    chats = [chat(row["prompt"], row[side]) for row in planted(9) for side in ("chosen", "rejected")]
+    expected = transformers_rewards(source, chats).reshape(9, 2)
+    assert torch.is_grad_enabled()
+    assert np.ptp(expected) > 0.1
+    for packing in ("on", "off"):
+        runtime = Runtime.start(make(*planted(9), model={"path": str(source)}, training={"packing": packing}))
+        found = reward.rewards_of(runtime, reward.initial_params(runtime), reward.preferences_of(runtime).rows)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)  # float32 through two layers
+
+
+def as_classifier(policy: Path, path: Path) -> Path:
+    """What transformers makes of the language model when it is told to classify, its score drawn at random."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    model = torch_model(policy, num_labels=1, pad_token_id=2)
+    with torch.no_grad():
+        model.score.weight.copy_(torch.randn(model.score.weight.shape))
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(policy).save_pretrained(path)
+    return path
+
+
+def judge_with(target: Path, folder: Path) -> RewardModel:
+    tree = small_tree(folder) | {"iterations": 1}
+    tree["prompts"] = {"path": tree["prompts"]["path"], "max_length": 16}
+    model = {"path": str(target), "max_length": 24, "batch_size": 8}
+    tree["annotation"] = {"kind": "reward_model", "reward_model": model}
+    return RewardModel.start(Runtime.start(parse_config(RunConfig, tree, place="test")))
+
+
+def test_it_trains_exports_and_judges(make, small_folder, tmp_path, capsys):
+    config = make(*planted(24), held_out=6, training={"batch_size": 8, "num_epochs": 2})
+    runtime = Runtime.start(config)
+    assert not np.asarray(reward.initial_params(runtime)["score"]).any()  # no text is better than another yet
+    target = Path(reward.run(runtime))
+    steps = [row for row in RunDir(config.run_dir).read_metrics() if row["stage"] == "reward"]
+    assert len(steps) == 6  # two epochs of 18 pairs
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    said = capsys.readouterr().err
+    assert "18 pairs are trained on, 6 held out" in said
+    assert "held-out agreement" in said
+    tree = json.loads((target / "config.json").read_text())
+    assert tree["architectures"] == ["LlamaForSequenceClassification"]
+    assert (tree["id2label"], tree["pad_token_id"]) == ({"0": "LABEL_0"}, 2)
+    card = (target / "README.md").read_text()
+    assert "text-classification" in card
+    assert "Bradley-Terry" in card
+    assert json.loads((Path(config.run_dir) / "held_out.json").read_text())["n"] == 6
+
+    # A run's judge reads the same rewards off it as the training does that goes on from it.
+    rows = planted(8, seed=7)
+    more = Runtime.start(make(*rows, model={"path": str(target)}))
+    ours = reward.rewards_of(more, reward.initial_params(more), reward.preferences_of(more).rows)
+    judge = judge_with(target, small_folder)
+    pools = [
+        Pool(Prompt(prompt_id="p", messages=tuple(map(Message.model_validate, chat(row["prompt"], "")[:1]))),
+             (Candidate("a", row["chosen"]), Candidate("b", row["rejected"])))
+        for row in rows
+    ]  # fmt: skip
+    asked = [ids for pool in pools for ids in judge.ask(pool)]
+    assert np.ptp(ours) > 1e-3
+    np.testing.assert_allclose(judge.rewards(judge.load(), asked), ours.reshape(-1), atol=1e-5, rtol=0)
+
+    # The same command again has nothing to do; other pairs are refused by name; status and export know it.
+    make(*planted(24), held_out=6)
+    assert Path(reward.run(runtime)) == target
+    with pytest.raises(DnoError, match=r"made by another configuration:\n  examples: "):
+        reward.run(Runtime.start(make(*planted(24, seed=1), held_out=6, training={"num_epochs": 2})))
+    assert command("status", config.run_dir) == 0
+    assert "reward model" in capsys.readouterr().err
+    assert command("export", config.run_dir, str(tmp_path / "again")) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
+
+
+@pytest.mark.soak
+def test_the_export_scores_equal_in_transformers(make):
+    target = Path(reward.run(Runtime.start(make(*planted(24), training={"num_epochs": 4}))))
+    rows = planted(8, seed=7)
+    theirs = transformers_rewards(target, [chat(row["prompt"], row[s]) for row in rows for s in ("chosen", "rejected")])
+    more = Runtime.start(make(*rows, model={"path": str(target)}))
+    ours = reward.rewards_of(more, reward.initial_params(more), reward.preferences_of(more).rows)
+    assert np.ptp(theirs) > 0.01
+    np.testing.assert_allclose(ours.reshape(-1), theirs, atol=1e-4, rtol=0)
+
+
+def command(*words: str) -> int:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["dno", *words])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    return caught.value.code
+
+
+@pytest.mark.soak
+def test_ten_steps_match_torch_step_by_step(make, policy, tmp_path):
+    torch = pytest.importorskip("torch")
+    source = as_classifier(policy, tmp_path / "classifier")
+    rows = planted(8)
+    chats = [chat(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
+    expected = torch_history(torch, source, chats)
+
+    runtime = Runtime.start(make(*rows, model={"path": str(source)}))
+    config, params = hf.load(source, head="reward")
+    model = Decoder(config, remat="none")
+    batch = make_batch(reward.preferences_of(runtime).rows, batch_size=8, max_length=25)
+    optimizer = make_optimizer(OptimizerSection(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0))
+    params = jax.tree.map(jnp.asarray, params)
+    state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+    step = StepConfig(model, optimizer, reward_loss, chunk=128)
+    for at, (loss, norm) in enumerate(expected):
+        state, metrics = train_step(state, batch, jnp.float32(1e-3), config=step)
+        # Sums of float32 in another order; Adam divides small gradients by their size.
+        assert float(metrics["loss"]) == pytest.approx(loss, abs=1e-4), f"loss at step {at}"
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=2e-3), f"gradient norm at step {at}"
+    assert expected[-1][0] < 0.8 * expected[0][0]
+
+
+def torch_history(torch, source, chats):
+    """Ten AdamW steps on -log sigma(r_w - r_l), written from section 2.1 with transformers' model."""
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(source), torch_model(source)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    ids = [tokenizer.apply_chat_template(one, tokenize=True, return_dict=False) for one in chats]
+    history = []
+    for _ in range(10):
+        rewards = torch.stack([model(torch.tensor([own])).logits[0, 0] for own in ids]).reshape(-1, 2)
+        loss = -torch.nn.functional.logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        history.append((float(loss.detach()), float(norm)))
+    return history
+
+
+@pytest.mark.soak
+def test_planted_rewards_are_recovered(make, tmp_path):
+    """Verdicts drawn from Bradley-Terry, one a pair: texts that it has not seen are ranked as the rewards do."""
+    config = make(
+        *planted(6000), held_out=40, training={"batch_size": 100, "num_epochs": 3, "save_every": 1000},
+    )  # fmt: skip
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 3e-3})})
+    target = Path(reward.run(Runtime.start(config)))
+    rows = planted(300, seed=11)
+    found = transformers_rewards(target, [chat(r["prompt"], r[side]) for r in rows for side in ("chosen", "rejected")])
+    truth = [worth(r[side].split()) for r in rows for side in ("chosen", "rejected")]
+    assert stats.spearmanr(found, truth).statistic > 0.95
+    differences = np.diff(found.reshape(-1, 2)), np.diff(np.reshape(truth, (-1, 2)))
+    assert stats.spearmanr(*map(np.ravel, differences)).statistic > 0.95
+
+
+@pytest.mark.parametrize(
+    ("rows", "pairs", "why"),
+    [
+        ([{"prompt": "bam", "response": "dom"}], {}, "holds no pairs: .*fewer than two responses with points"),
+        ([{"text": "bam"}], {}, "pairs.jsonl:1: not a valid preference: columns 'text'"),
+        ([PAIR], {"max_length": 3}, r"pairs.jsonl:1: 7 tokens exceed pairs.max_length 3; .*pairs.too_long=drop"),
+        ([PAIR], {"max_length": 3, "too_long": "drop"}, "1 x too long.*none is left to train on"),
+        ([PAIR], {"held_out": 1}, "there are pairs of 1 prompts: none would be left"),
+        ([PAIR | {"chosen": "dom </s>"}], {}, "spells the control token '</s>'.*none is left"),
+        ([PAIR | {"chosen": "kos les ket"}], {}, "the same tokens twice"),
+    ],
+)
+def test_pairs_that_cannot_be_trained_on_are_refused(make, rows, pairs, why):
+    with pytest.raises(DnoError, match=f"(?s){why}"):
+        reward.preferences_of(Runtime.start(make(*rows, **pairs)))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"pairs": {}}, "give one of pairs.path"),
+        ({"pairs": {"path": "a.jsonl", "run": "r"}}, "give one of pairs.path"),
+        ({"pairs": {"path": "a.jsonl", "iterations": [0]}}, "are those of pairs.run"),
+        ({"pairs": {"run": "r", "iterations": [-1]}}, "expected numbers from 0"),
+        ({"model": {"path": "m", "chat_template": "raw"}}, "reads chats by the template in its directory"),
+        ({"model": {"path": "m", "template_options": {"x": 1}}}, "write them into a Jinja file"),
+        ({"optimizer": {"carry": True}}, "this training has one"),
+        ({"adapter": {"rank": 4}}, "'adapter' is unknown"),
+        ({"data": {"path": "a.jsonl"}, "pairs": None}, "a recipe of `dno sft`"),
+    ],
+)
+def test_a_configuration_that_makes_no_reward_model_is_refused(change, why):
+    tree = {"run_dir": "r", "model": {"path": "m"}, "pairs": {"path": "a.jsonl"}} | change
+    tree = {name: value for name, value in tree.items() if value is not None}
+    with pytest.raises(DnoError, match=why):
+        parse_config(RewardConfig, tree, place="test")
+
+
+def test_a_recipe_of_a_run_is_none_of_a_reward_model_and_a_family_without_them_is_named(make, policy, tmp_path):
+    with pytest.raises(DnoError, match=r"a recipe of `dno run`.*`dno reward` reads one with pairs"):
+        parse_config(RewardConfig, small_tree(tmp_path), place="test")
+    copy = tmp_path / "granite"
+    copy.mkdir()
+    for file in policy.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    tree = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(tree | {"model_type": "granite",
+                                                         "architectures": ["GraniteForCausalLM"]}))  # fmt: skip
+    with pytest.raises(DnoError, match="granite has no reward models; transformers has no such class"):
+        Runtime.start(make(PAIR, model={"path": str(copy)}))
+
+
+def test_a_call_that_is_refused_leaves_nothing_behind(make, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(dump_config(make({"prompt": "bam", "response": "dom"})))
+    before = sorted(tmp_path.rglob("*"))
+    assert command("reward", str(tmp_path / "config.yaml")) == 2
+    said = capsys.readouterr().err
+    assert "holds no pairs" in said
+    assert "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before
