@@ -25,13 +25,13 @@ from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dno_jax import games, iteration
-from dno_jax.config import RunConfig, SftConfig, load_config, parse_config
+from dno_jax.config import RewardConfig, RunConfig, SftConfig, load_config, parse_config
 from dno_jax.console import console
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Message
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.stages import sft
+from dno_jax.stages import reward, sft
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.step import score_step
 
@@ -61,6 +61,11 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any] | None]] = {
         ["outer.scheme=extragradient", "loss.beta=0.25"],
         {"algorithm": "nash_mirror_prox", "eta": 0.25, "tau": 0.0},
     ),
+    "reward_maximisation": (
+        ["annotation.kind=reward_model", "pairing.rule=matching", "pairing.transform=logit", "loss.name=nash_md_pg",
+         *HARD, "reference.kind=mixture", "reference.tau=0.1"],
+        None,  # a policy gradient has no step in closed form; its end is pi_0 exp(r / tau)
+    ),
 }  # fmt: skip
 TITLES = {
     "soft_dno": "DNO, soft targets (Eq. 8)",
@@ -69,6 +74,7 @@ TITLES = {
     "proximal": "proximal DNO (COMAL)",
     "optimistic": "optimistic",
     "extragradient": "extragradient",
+    "reward_maximisation": "reward model, maximised",
 }
 FIGURE = ("soft_dno", "dno_prct", "iterative_dpo", "proximal")
 # Outer schemes -> samples of a prompt with which each compares some 91 pairs of them per iteration. All take the same
@@ -120,6 +126,25 @@ def make_policy(folder: Path, *, prompts: int = 512) -> None:
     Path(str(exported)).rename(folder / "policy")
 
 
+def make_reward_model(folder: Path) -> Path:
+    """Train a reward model on what the judge said of policy 0's samples, by `dno reward`; return where it lies."""
+    source = variant_config(folder, "soft_dno", "iterations=1", run="verdicts")
+    if not (folder / "verdicts").exists():
+        iteration.run(source)
+    template = folder / "chat.jinja"
+    template.write_text("{{ bos_token }}{% for message in messages %}{{ message.content }} {% endfor %}")
+    tree = {
+        "run_dir": str(folder / "reward_model"),
+        "model": {"path": str(folder / "policy"), "remat": "none", "chat_template": str(template)},
+        "pairs": {"run": str(folder / "verdicts"), "max_length": 8},
+        "optimizer": {"learning_rate": 1e-3, "eps": 1e-5, "schedule": "cosine"},
+        "training": {"batch_size": 512, "num_epochs": 40, "save_every": 1000},
+        "report": {"tensorboard": False},
+    }
+    config = parse_config(RewardConfig, tree, place="examples/cyclic_game.py")
+    return Path(str(reward.run(Runtime.start(config))))
+
+
 def variant_config(folder: Path, name: str, *overrides: str, run: str | None = None) -> RunConfig:
     """The configuration of one variant, its files in `folder`; its run directory is called as the variant or `run`."""
     places = [
@@ -127,6 +152,9 @@ def variant_config(folder: Path, name: str, *overrides: str, run: str | None = N
         f"model.path={folder / 'policy'}",
         f"prompts.path={folder / 'prompts.jsonl'}",
     ]
+    if name == "reward_maximisation":
+        model = f"{{path: {folder / 'reward_model' / 'export'}, max_length: 32, batch_size: 64}}"
+        places.append(f"annotation.reward_model={model}")
     return load_config(RunConfig, CONFIG, [*places, *VARIANTS[name][0], *overrides])
 
 
@@ -187,6 +215,8 @@ def play(folder: Path, name: str, *overrides: str, run: str | None = None) -> Pl
 
     Of extragradient steps, which take two iterations, the trial policies are left out.
     """
+    if name == "reward_maximisation":
+        make_reward_model(folder)
     config = variant_config(folder, name, *overrides, run=run)
     iteration.run(config)
     halves = 2 if config.outer.scheme == "extragradient" else 1

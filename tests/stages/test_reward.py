@@ -29,15 +29,17 @@ from dno_jax.training.objectives import reward_loss
 from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.state import TrainState
 from dno_jax.training.step import StepConfig, train_step
-from tests.small import TEMPLATE, WORDS, small_tree, write_checkpoint
+from tests.small import TEMPLATE, WORDS, small_tree
 
+SAID = WORDS[:24]
 PAIR = {"prompt": "bam bas", "chosen": "dom fen", "rejected": "kos les ket"}
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory) -> Path:
+@pytest.fixture
+def policy(tmp_path, small_folder) -> Path:
     """A language model whose template ends an answer with its end token, which is all the padding that it has."""
-    return write_checkpoint(tmp_path_factory.mktemp("policy") / "policy", template=TEMPLATE)
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    return Path(small_tree(small_folder)["model"]["path"])
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def make(tmp_path, policy):
             pairs["path"] = str(path)
         tree = {
             "run_dir": str(tmp_path / "run"),
-            "model": {"path": str(policy)} | (model or {}),
+            "model": {"path": str(policy), "chat_template": str(tmp_path / "chat.jinja")} | (model or {}),
             "pairs": {"max_length": 24} | pairs,
             "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
             "training": {"batch_size": 8} | (training or {}),
@@ -69,7 +71,7 @@ def planted(count: int, *, seed: int = 0) -> list[dict]:
     """Rows of pairs whose verdicts are drawn from Bradley-Terry."""
     rng, rows = np.random.default_rng(seed), []
     for index in range(count):
-        first, second = (rng.choice(WORDS, size=rng.integers(2, 6)).tolist() for _ in range(2))
+        first, second = (rng.choice(SAID, size=rng.integers(2, 6)).tolist() for _ in range(2))
         if rng.random() > 1 / (1 + math.exp(worth(second) - worth(first))):
             first, second = second, first
         prompt = " ".join(rng.choice(WORDS, size=3))
@@ -150,6 +152,7 @@ def as_classifier(policy: Path, path: Path) -> Path:
         model.score.weight.copy_(torch.randn(model.score.weight.shape))
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(policy).save_pretrained(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
     return path
 
 
