@@ -126,11 +126,8 @@ def make_policy(folder: Path, *, prompts: int = 512) -> None:
     Path(str(exported)).rename(folder / "policy")
 
 
-def make_reward_model(folder: Path) -> Path:
-    """Train a reward model on what the judge said of policy 0's samples, by `dno reward`; return where it lies."""
-    source = variant_config(folder, "soft_dno", "iterations=1", run="verdicts")
-    if not (folder / "verdicts").exists():
-        iteration.run(source)
+def reward_config(folder: Path) -> RewardConfig:
+    """The configuration of `dno reward` on what the judge said of policy 0's samples."""
     template = folder / "chat.jinja"
     template.write_text("{{ bos_token }}{% for message in messages %}{{ message.content }} {% endfor %}")
     tree = {
@@ -141,8 +138,16 @@ def make_reward_model(folder: Path) -> Path:
         "training": {"batch_size": 512, "num_epochs": 40, "save_every": 1000},
         "report": {"tensorboard": False},
     }
-    config = parse_config(RewardConfig, tree, place="examples/cyclic_game.py")
-    return Path(str(reward.run(Runtime.start(config))))
+    return parse_config(RewardConfig, tree, place="examples/cyclic_game.py")
+
+
+def make_reward_model(folder: Path) -> Path:
+    """Have policy 0's samples judged, train a reward model on the verdicts, and return where it lies."""
+    target = Path(reward_config(folder).run_dir) / "export"
+    if not target.exists():
+        iteration.run(variant_config(folder, "soft_dno", "iterations=1", run="verdicts"))
+        reward.run(Runtime.start(reward_config(folder)))
+    return target
 
 
 def variant_config(folder: Path, name: str, *overrides: str, run: str | None = None) -> RunConfig:
@@ -215,9 +220,9 @@ def play(folder: Path, name: str, *overrides: str, run: str | None = None) -> Pl
 
     Of extragradient steps, which take two iterations, the trial policies are left out.
     """
-    if name == "reward_maximisation":
-        make_reward_model(folder)
     config = variant_config(folder, name, *overrides, run=run)
+    if config.annotation.kind == "reward_model":
+        make_reward_model(folder)
     iteration.run(config)
     halves = 2 if config.outer.scheme == "extragradient" else 1
     raw = probabilities(config)[::halves]
