@@ -31,7 +31,7 @@ from dno_jax.training.state import TrainState
 from dno_jax.training.step import StepConfig, train_step
 from tests.small import TEMPLATE, WORDS, small_tree
 
-SAID = WORDS[:24]
+SAID = WORDS[:16]
 PAIR = {"prompt": "bam bas", "chosen": "dom fen", "rejected": "kos les ket"}
 
 
@@ -271,19 +271,22 @@ def torch_history(torch, source, chats):
 
 
 @pytest.mark.soak
-def test_planted_rewards_are_recovered(make, tmp_path):
-    """Verdicts drawn from Bradley-Terry, one a pair: texts that it has not seen are ranked as the rewards do."""
-    config = make(
-        *planted(6000), held_out=40, training={"batch_size": 100, "num_epochs": 3, "save_every": 1000},
-    )  # fmt: skip
-    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"learning_rate": 3e-3})})
-    target = Path(reward.run(Runtime.start(config)))
-    rows = planted(300, seed=11)
-    found = transformers_rewards(target, [chat(r["prompt"], r[side]) for r in rows for side in ("chosen", "rejected")])
-    truth = [worth(r[side].split()) for r in rows for side in ("chosen", "rejected")]
-    assert stats.spearmanr(found, truth).statistic > 0.95
-    differences = np.diff(found.reshape(-1, 2)), np.diff(np.reshape(truth, (-1, 2)))
-    assert stats.spearmanr(*map(np.ravel, differences)).statistic > 0.95
+def test_planted_rewards_are_recovered(make):
+    """One verdict a pair, drawn from Bradley-Terry: on pairs that it has not seen, differences are ranked as planted.
+
+    Differences, as a prompt's own worth is in no pair.
+    """
+    config = make(*planted(10_000), training={"batch_size": 100, "num_epochs": 3, "save_every": 1000})
+    optimizer = config.optimizer.model_copy(update={"learning_rate": 3e-3, "schedule": "cosine"})
+    target = reward.run(Runtime.start(config.model_copy(update={"optimizer": optimizer})))
+    rows = planted(400, seed=11)
+    more = Runtime.start(make(*rows, model={"path": str(target)}))
+    found = reward.rewards_of(more, reward.initial_params(more), reward.preferences_of(more).rows)
+    truth = [[worth(row[side].split()) for side in ("chosen", "rejected")] for row in rows]
+    ours, planted_ones = (np.diff(values, axis=1)[:, 0] for values in (found, np.asarray(truth)))
+    assert stats.spearmanr(ours, planted_ones).statistic > 0.95
+    # And they are of the planted size, not only of its order.
+    assert np.polyfit(planted_ones, ours, 1)[0] == pytest.approx(1.0, abs=0.25)
 
 
 @pytest.mark.parametrize(
