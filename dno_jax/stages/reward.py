@@ -192,6 +192,9 @@ def _read(config: RewardConfig) -> Labelled:
     section = config.pairs
     if section.run is None:
         assert section.path is not None  # the configuration's own check
+        for path in (section.path,) if isinstance(section.path, str) else section.path:
+            if "://" not in path and RunDir(path).config_path.exists():
+                raise DnoError(f"pairs.path {path}: a run directory; give it as pairs.run")
         return read_labelled(section.path, temperature=section.score_temperature)
     if os.path.realpath(section.run) == os.path.realpath(config.run_dir):
         raise DnoError(f"run_dir {config.run_dir} is pairs.run, whose files would be mixed with these; give another")

@@ -44,7 +44,7 @@ def policy(tmp_path, small_folder) -> Path:
 
 @pytest.fixture
 def make(tmp_path, policy):
-    def config(*rows, model=None, training=None, **pairs) -> RewardConfig:
+    def config(*rows, model=None, training=None, mesh=None, **pairs) -> RewardConfig:
         path = tmp_path / "pairs.jsonl"
         if rows:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -52,6 +52,7 @@ def make(tmp_path, policy):
         tree = {
             "run_dir": str(tmp_path / "run"),
             "model": {"path": str(policy), "chat_template": str(tmp_path / "chat.jinja")} | (model or {}),
+            "mesh": mesh or {},
             "pairs": {"max_length": 24} | pairs,
             "optimizer": {"learning_rate": 1e-3, "schedule": "constant"},
             "training": {"batch_size": 8} | (training or {}),
@@ -135,8 +136,9 @@ def test_rewards_are_those_of_transformers_packed_or_not(make, policy, tmp_path)
     expected = transformers_rewards(source, chats).reshape(9, 2)
     assert torch.is_grad_enabled()
     assert np.ptp(expected) > 0.1
-    for packing in ("on", "off"):
-        runtime = Runtime.start(make(*planted(9), model={"path": str(source)}, training={"packing": packing}))
+    for packing, mesh in (("on", {}), ("off", {}), ("on", {"data": 2, "fsdp": 2, "tensor": 2})):
+        config = make(*planted(9), model={"path": str(source)}, training={"packing": packing}, mesh=mesh)
+        runtime = Runtime.start(config)
         found = reward.rewards_of(runtime, reward.initial_params(runtime), reward.preferences_of(runtime).rows)
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)  # float32 through two layers
 
@@ -197,26 +199,27 @@ def test_it_trains_exports_and_judges(make, small_folder, tmp_path, capsys):
     assert np.ptp(ours) > 1e-3
     np.testing.assert_allclose(judge.rewards(judge.load(), asked), ours.reshape(-1), atol=1e-5, rtol=0)
 
-    # The same command again has nothing to do; other pairs are refused by name; status and export know it.
+    # The same command again has nothing to do; other pairs are refused by name; status knows it.
     make(*planted(24), held_out=6)
     assert Path(reward.run(runtime)) == target
     with pytest.raises(DnoError, match=r"made by another configuration:\n  examples: "):
         reward.run(Runtime.start(make(*planted(24, seed=1), held_out=6, training={"num_epochs": 2})))
     assert command("status", config.run_dir) == 0
     assert "reward model" in capsys.readouterr().err
-    assert command("export", config.run_dir, str(tmp_path / "again")) == 0
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
 
 
 @pytest.mark.soak
-def test_the_export_scores_equal_in_transformers(make):
-    target = Path(reward.run(Runtime.start(make(*planted(24), training={"num_epochs": 4}))))
+def test_the_export_scores_equal_in_transformers(make, tmp_path):
+    config = make(*planted(24), training={"num_epochs": 4})
+    target = Path(reward.run(Runtime.start(config)))
     rows = planted(8, seed=7)
     theirs = transformers_rewards(target, [chat(row["prompt"], row[s]) for row in rows for s in ("chosen", "rejected")])
     more = Runtime.start(make(*rows, model={"path": str(target)}))
     ours = reward.rewards_of(more, reward.initial_params(more), reward.preferences_of(more).rows)
     assert np.ptp(theirs) > 0.01
     np.testing.assert_allclose(ours.reshape(-1), theirs, atol=1e-4, rtol=0)
+    assert command("export", config.run_dir, str(tmp_path / "again")) == 0
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (target / "model.safetensors").read_bytes()
 
 
 def command(*words: str) -> int:
@@ -339,6 +342,17 @@ def test_a_recipe_of_a_run_is_none_of_a_reward_model_and_a_family_without_them_i
                                                          "architectures": ["GraniteForCausalLM"]}))  # fmt: skip
     with pytest.raises(DnoError, match="granite has no reward models; transformers has no such class"):
         Runtime.start(make(PAIR, model={"path": str(copy)}))
+
+
+def test_a_run_directory_in_the_place_of_a_file_is_named(make, make_config, tmp_path):
+    config = make_config()
+    RunDir(config.run_dir).create(config)
+    own = make(path=config.run_dir).model_copy(update={"run_dir": str(tmp_path / "elsewhere")})
+    with pytest.raises(DnoError, match=r"pairs\.path .*: a run directory; give it as pairs\.run"):
+        reward.preferences_of(Runtime.start(own))
+    own = make(run=config.run_dir)  # whose run directory is the same
+    with pytest.raises(DnoError, match=r"is pairs\.run, whose files would be mixed with these"):
+        reward.preferences_of(Runtime.start(own))
 
 
 def test_a_call_that_is_refused_leaves_nothing_behind(make, tmp_path, capsys):
