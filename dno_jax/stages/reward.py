@@ -121,10 +121,11 @@ def padding_of(runtime: Runtime[RewardConfig]) -> int:
     """Return the id by which transformers will tell where a text ends.
 
     It is what the tokenizer fills rows up with, or else what the checkpoint names, or else the end id: the first of
-    them that the model has an embedding of.
+    them that the model has an embedding of. Of a reward model the checkpoint's comes first: it was trained so.
     """
-    named = hf.read_pad_token_id(hf.folder(runtime.config.model.path))
-    for pad_id in (runtime.tokenizer.pad_id, named):
+    source = hf.folder(runtime.config.model.path)
+    known = [runtime.tokenizer.pad_id, hf.read_pad_token_id(source)]
+    for pad_id in reversed(known) if hf.head_of(source) == "reward" else known:
         if isinstance(pad_id, int) and 0 <= pad_id < runtime.model_config.vocab_size:
             return pad_id
     return runtime.end_ids[0]

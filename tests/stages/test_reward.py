@@ -344,6 +344,28 @@ def test_a_recipe_of_a_run_is_none_of_a_reward_model_and_a_family_without_them_i
         Runtime.start(make(PAIR, model={"path": str(copy)}))
 
 
+def test_the_padding_that_transformers_will_know_is_settled_before_anything_is_read(make, policy, tmp_path):
+    """The tokenizer's, else config.json's, else the end id; where it is none of the model's ids it is passed over."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in policy.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    config, tokenizer = (json.loads((copy / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+
+    def padding(pad_id, pad_token):
+        (copy / "config.json").write_text(json.dumps(config | {"pad_token_id": pad_id}))
+        (copy / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"pad_token": pad_token}))
+        return reward.padding_of(Runtime.start(make(PAIR, model={"path": str(copy)})))
+
+    assert [padding(*given) for given in ((None, None), (5, None), (-1, None), (999, None), (5, "."))] == [
+        2,
+        5,
+        2,
+        2,
+        3,
+    ]
+
+
 def test_a_run_directory_in_the_place_of_a_file_is_named(make, make_config, tmp_path):
     config = make_config()
     RunDir(config.run_dir).create(config)
