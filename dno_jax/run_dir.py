@@ -21,7 +21,7 @@ from typing import Any
 
 from etils import epath
 
-from dno_jax.config import RunConfig, Section, SftConfig, dump_config, parse_config, read_yaml
+from dno_jax.config import AnyConfig, RewardConfig, RunConfig, Section, SftConfig, dump_config, parse_config, read_yaml
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
@@ -194,8 +194,8 @@ class RunDir:
             )
         return parse_config(kind, tree, place=str(self.config_path))
 
-    def kind(self) -> type[RunConfig] | type[SftConfig]:
-        """What the directory was made by: a run, or a supervised fine-tuning.
+    def kind(self) -> type[AnyConfig]:
+        """What the directory was made by: a run, a supervised fine-tuning, or the training of a reward model.
 
         Raises:
             DnoError: there is no configuration in it.
@@ -203,7 +203,9 @@ class RunDir:
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))
-        return SftConfig if isinstance(tree, dict) and "data" in tree and "prompts" not in tree else RunConfig
+        if not isinstance(tree, dict) or "prompts" in tree:
+            return RunConfig
+        return SftConfig if "data" in tree else RewardConfig if "pairs" in tree else RunConfig
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl; what is no number (NaN, infinity) is null there, as in JSON."""

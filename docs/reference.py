@@ -11,7 +11,7 @@ _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((\.\./[^)\s]*)\)")
 
 def configuration() -> str:
     """Every field that a configuration may set, by section."""
-    from dno_jax.config import RunConfig, SftConfig
+    from dno_jax.config import RewardConfig, RunConfig, SftConfig
     from dno_jax.config.fields import described
 
     parts = [
@@ -20,7 +20,8 @@ def configuration() -> str:
         "([run_directory.md](run_directory.md#changing-the-configuration-of-a-run)), and what it is. `dno config` "
         "lists the same.",
     ]
-    for kind, title in ((RunConfig, "A run"), (SftConfig, "`dno sft`")):
+    kinds = ((RunConfig, "A run", ""), (SftConfig, "`dno sft`", " (sft)"), (RewardConfig, "`dno reward`", " (reward)"))
+    for kind, title, of in kinds:
         parts.append(f"## {title}")
         sections: dict[str, list[str]] = {}
         for field in described(kind):
@@ -32,7 +33,7 @@ def configuration() -> str:
             sections.setdefault(section, []).append(row)
         for section, rows in sections.items():
             if section:
-                parts.append(f"### `{section}`{'' if kind is RunConfig else ' (sft)'}")
+                parts.append(f"### `{section}`{of}")
             parts.append("\n".join(["| field | default | a change | what it is |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 

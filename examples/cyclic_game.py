@@ -2,6 +2,7 @@
 
     python examples/cyclic_game.py [--iterations 30] [--folder runs/cyclic_game]
                                    [--figure docs/figures/cyclic_language_model.png]
+    python examples/cyclic_game.py --schemes --iterations 20     # outer schemes at one cost, over seeds
 
 A Llama of some thousand parameters answers one question with rock, paper or scissors; the judge prefers them in a cycle
 (configs/cyclic_game.yaml). Every policy's probabilities are read off the model itself, and held against what the exact
@@ -12,26 +13,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
+from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from dno_jax import games, iteration
-from dno_jax.config import RunConfig, SftConfig, load_config, parse_config
+from dno_jax.config import RewardConfig, RunConfig, SftConfig, load_config, parse_config
 from dno_jax.console import console
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Message
+from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.stages import sft
+from dno_jax.stages import reward, sft
 from dno_jax.training.batches import TrainingRow, make_batch
 from dno_jax.training.step import score_step
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "cyclic_game.yaml"
+FIGURES = Path("docs/figures")
 QUESTION = "what wins ?"
 START = {"rock": 0.5, "paper": 0.3, "scissors": 0.2}
 
@@ -50,13 +56,31 @@ VARIANTS: dict[str, tuple[list[str], dict[str, Any] | None]] = {
         {"algorithm": "iterative_dpo", "eta": 2.0},
     ),
     "proximal": (PROXIMAL, {"algorithm": "comal", "eta": 0.5, "tau": 0.1, "refresh": 10}),
+    "optimistic": (["outer.scheme=optimistic"], {"algorithm": "onpo", "eta": 0.5}),
+    "extragradient": (
+        ["outer.scheme=extragradient", "loss.beta=0.25"],
+        {"algorithm": "nash_mirror_prox", "eta": 0.25, "tau": 0.0},
+    ),
+    "reward_maximisation": (
+        ["annotation.kind=reward_model", "pairing.rule=matching", "pairing.transform=logit", "loss.name=nash_md_pg",
+         *HARD, "reference.kind=mixture", "reference.tau=0.1"],
+        None,  # a policy gradient has no step in closed form; its end is pi_0 exp(r / tau)
+    ),
 }  # fmt: skip
 TITLES = {
     "soft_dno": "DNO, soft targets (Eq. 8)",
     "dno_prct": "DNO-Prct (Eq. 13)",
     "iterative_dpo": "iterative DPO",
     "proximal": "proximal DNO (COMAL)",
+    "optimistic": "optimistic",
+    "extragradient": "extragradient",
+    "reward_maximisation": "reward model, maximised",
 }
+FIGURE = ("soft_dno", "dno_prct", "iterative_dpo", "proximal")
+# Outer schemes -> samples of a prompt with which each compares some 91 pairs of them per iteration. All take the same
+# optimiser steps.
+SCHEMES = {"soft_dno": 14, "optimistic": 8, "extragradient": 10, "proximal": 14}
+SEEDS = (0, 1, 2)
 
 
 def make_policy(folder: Path, *, prompts: int = 512) -> None:
@@ -102,9 +126,40 @@ def make_policy(folder: Path, *, prompts: int = 512) -> None:
     Path(str(exported)).rename(folder / "policy")
 
 
-def variant_config(folder: Path, name: str, *overrides: str) -> RunConfig:
-    """The configuration of one variant, its files in `folder`."""
-    places = [f"run_dir={folder / name}", f"model.path={folder / 'policy'}", f"prompts.path={folder / 'prompts.jsonl'}"]
+def reward_config(folder: Path) -> RewardConfig:
+    """The configuration of `dno reward` on what the judge said of policy 0's samples."""
+    template = folder / "chat.jinja"
+    template.write_text("{{ bos_token }}{% for message in messages %}{{ message.content }} {% endfor %}")
+    tree = {
+        "run_dir": str(folder / "reward_model"),
+        "model": {"path": str(folder / "policy"), "remat": "none", "chat_template": str(template)},
+        "pairs": {"run": str(folder / "verdicts"), "max_length": 8},
+        "optimizer": {"learning_rate": 1e-3, "eps": 1e-5, "schedule": "cosine"},
+        "training": {"batch_size": 512, "num_epochs": 40, "save_every": 1000},
+        "report": {"tensorboard": False},
+    }
+    return parse_config(RewardConfig, tree, place="examples/cyclic_game.py")
+
+
+def make_reward_model(folder: Path) -> Path:
+    """Have policy 0's samples judged, train a reward model on the verdicts, and return where it lies."""
+    target = Path(reward_config(folder).run_dir) / "export"
+    if not target.exists():
+        iteration.run(variant_config(folder, "soft_dno", "iterations=1", run="verdicts"))
+        reward.run(Runtime.start(reward_config(folder)))
+    return target
+
+
+def variant_config(folder: Path, name: str, *overrides: str, run: str | None = None) -> RunConfig:
+    """The configuration of one variant, its files in `folder`; its run directory is called as the variant or `run`."""
+    places = [
+        f"run_dir={folder / (run or name)}",
+        f"model.path={folder / 'policy'}",
+        f"prompts.path={folder / 'prompts.jsonl'}",
+    ]
+    if name == "reward_maximisation":
+        model = f"{{path: {folder / 'reward_model' / 'export'}, max_length: 32, batch_size: 64}}"
+        places.append(f"annotation.reward_model={model}")
     return load_config(RunConfig, CONFIG, [*places, *VARIANTS[name][0], *overrides])
 
 
@@ -141,6 +196,11 @@ class Played:
         return gaps(self.policies)
 
     @property
+    def late(self) -> float:
+        """Mean gap of the last third of the policies."""
+        return late(self.policies)
+
+    @property
     def average_gaps(self) -> np.ndarray:
         """Of the mixture of all policies up to each one."""
         counts = np.arange(1, len(self.policies) + 1)[:, None]
@@ -151,18 +211,88 @@ def gaps(policies: np.ndarray) -> np.ndarray:
     return np.asarray([games.duality_gap(games.cyclic_game(), policy) for policy in policies])
 
 
-def play(folder: Path, name: str, *overrides: str) -> Played:
-    """Run a variant by the ordinary stages (or go on where it stopped) and read off what it played."""
-    config = variant_config(folder, name, *overrides)
+def late(policies: np.ndarray) -> float:
+    return float(gaps(policies)[-(len(policies) // 3) :].mean())
+
+
+def play(folder: Path, name: str, *overrides: str, run: str | None = None) -> Played:
+    """Run a variant by the ordinary stages (or go on where it stopped) and read off what it played.
+
+    Of extragradient steps, which take two iterations, the trial policies are left out.
+    """
+    config = variant_config(folder, name, *overrides, run=run)
+    if config.annotation.kind == "reward_model":
+        make_reward_model(folder)
     iteration.run(config)
-    raw = probabilities(config)
+    halves = 2 if config.outer.scheme == "extragradient" else 1
+    raw = probabilities(config)[::halves]
     policies = raw / raw.sum(axis=1, keepdims=True)
     settings = VARIANTS[name][1]
     exact = None
     if settings:
-        solved = games.solve(games.cyclic_game(), initial=policies[0], iterations=config.iterations, **settings)
-        exact = solved.policies
+        steps = config.iterations // halves
+        exact = games.solve(games.cyclic_game(), initial=policies[0], iterations=steps, **settings).policies
     return Played(policies=policies, exact=exact, other=float(1.0 - raw.sum(axis=1).min()))
+
+
+def comparisons(config: RunConfig) -> int:
+    """Pairs of samples of one prompt that a run compares; those of the policy before were compared already."""
+    known = math.comb(config.sampling.num_samples, 2)
+    each = (math.comb(config.num_candidates(t), 2) - known * config.meets_previous(t) for t in range(config.iterations))
+    return sum(each)
+
+
+def play_schemes(folder: Path, *, iterations: int, seeds: Sequence[int]) -> dict[str, list[Played]]:
+    """Run every outer scheme at one cost with every seed; say what it cost and how near it comes."""
+    found = Table(
+        title="outer schemes at one cost: duality gap over the last third of the policies, and what they took"
+    )
+    for column in ("", "K", "comparisons of a prompt", "optimiser steps", "gap", "95 % of seeds", "last", "exact"):
+        found.add_column(column, justify="right" if column else "left")
+    played: dict[str, list[Played]] = {}
+    for name, count in SCHEMES.items():
+        own = [f"iterations={iterations}", f"sampling.num_samples={count}"]
+        own.append(f"loss.target_temperature={count / (count - 1)}")
+        played[name] = [play(folder, name, *own, f"seed={seed}", run=f"{name}-{seed}") for seed in seeds]
+        config = variant_config(folder, name, *own, run=f"{name}-{seeds[0]}")
+        steps = sum(row.get("stage") == "train" and "step" in row for row in RunDir(config.run_dir).read_metrics())
+        reached = np.asarray([one.late for one in played[name]])
+        half = stats.t.ppf(0.975, len(seeds) - 1) * reached.std(ddof=1) / len(seeds) ** 0.5
+        found.add_row(
+            TITLES[name], str(count), f"{comparisons(config):,}", f"{steps:,}", f"{reached.mean():.4f}",
+            f"{max(reached.mean() - half, 0.0):.4f} to {reached.mean() + half:.4f}",
+            f"{np.mean([one.gaps[-1] for one in played[name]]):.4f}", f"{late(played[name][0].exact):.4f}",
+        )  # fmt: skip
+        console.print(f"{name}: {', '.join(f'{one:.4f}' for one in reached)}", markup=False)
+    console.print(found)
+    return played
+
+
+def draw_schemes(played: Mapping[str, Sequence[Played]], path: Path) -> None:
+    """The gap of every policy of every seed; dashes are the exact algorithm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "dno_jax"
+    figure, axes = plt.subplots(figsize=(6.4, 3.6))
+    for name, runs in played.items():
+        every = 2 if name == "extragradient" else 1
+        at = every * np.arange(len(runs[0].policies))
+        color = None
+        for number, one in enumerate(runs):
+            (line,) = axes.semilogy(at, one.gaps, color=color, linewidth=1.0, label=None if number else TITLES[name])
+            color = line.get_color()
+        axes.semilogy(at, gaps(runs[0].exact), color=color, linewidth=0.8, linestyle="--", alpha=0.6)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("duality gap")
+    axes.set_ylim(1e-3, 1.0)
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def table(played: dict[str, Played]) -> Table:
@@ -183,7 +313,7 @@ def table(played: dict[str, Played]) -> Table:
         found.add_row(
             TITLES[name],
             f"{one.gaps[-1]:.4f}",
-            f"{one.gaps[-(len(one.gaps) // 3) :].mean():.4f}",
+            f"{one.late:.4f}",
             f"{one.average_gaps[-1]:.4f}",
             "" if one.exact is None else f"{gaps(one.exact)[-1]:.4f}",
             "" if tv is None else f"{tv:.3f}",
@@ -232,15 +362,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--folder", type=Path, default=Path("runs/cyclic_game"))
-    parser.add_argument("--figure", type=Path, default=Path("docs/figures/cyclic_language_model.png"))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--figure", type=Path, default=None)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=FIGURE)
+    parser.add_argument("--schemes", action="store_true", help="the outer schemes at one cost, over seeds")
     options = parser.parse_args()
     folder = options.folder.absolute()
     make_policy(folder)
-    played = {name: play(folder, name, f"iterations={options.iterations}") for name in options.variants}
-    console.print(table(played))
-    draw(played, options.figure)
-    console.print(f"figure: {options.figure}", markup=False)
+    path = options.figure or FIGURES / ("cyclic_schemes.png" if options.schemes else "cyclic_language_model.png")
+    if options.schemes:
+        draw_schemes(play_schemes(folder, iterations=options.iterations, seeds=SEEDS), path)
+    else:
+        played = {name: play(folder, name, f"iterations={options.iterations}") for name in options.variants}
+        console.print(table(played))
+        draw(played, path)
+    console.print(f"figure: {path}", markup=False)
 
 
 if __name__ == "__main__":

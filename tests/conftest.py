@@ -105,7 +105,7 @@ def _plots_where_they_are_looked_at(request: pytest.FixtureRequest):
 
 # Their programs run for longer than they take to compile.
 OPTIMISED = ("games/test_sampled_games.py", "training/test_torch_parity.py", "sampling/test_transforms.py")
-OPTIMISED += ("end_to_end/test_cyclic_game.py",)
+OPTIMISED += ("end_to_end/test_cyclic_game.py", "end_to_end/test_reward_recipe.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

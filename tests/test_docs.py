@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from dno_jax.cli.main import app
-from dno_jax.config import RunConfig, SftConfig, parse_config
+from dno_jax.config import RewardConfig, RunConfig, SftConfig, parse_config
 from dno_jax.config.fields import described
 
 ROOT = Path(__file__).parents[1]
@@ -117,13 +117,13 @@ def test_the_block_of_the_readme_computes_the_loss():
 
 def test_the_configuration_reference_has_every_field():
     text = reference.configuration()
-    for kind in (RunConfig, SftConfig):
+    for kind in (RunConfig, SftConfig, RewardConfig):
         for field in described(kind):
             section, _, name = field.name.rpartition(".")
             assert f"| `{name}` |" in text, field.name
             assert not section or f"### `{section}`" in text, field.name
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert len(rows) == sum(1 for kind in (RunConfig, SftConfig) for _ in described(kind))
+    assert len(rows) == sum(1 for kind in (RunConfig, SftConfig, RewardConfig) for _ in described(kind))
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)  # no cell breaks its table
 
 

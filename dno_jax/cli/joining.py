@@ -10,16 +10,14 @@ import typer
 from dno_jax import stopping
 
 if TYPE_CHECKING:
-    from dno_jax.config import RunConfig, SftConfig
+    from dno_jax.config import AnyConfig
 
 Coordinator = Annotated[str | None, typer.Option(help="host:port of process 0, for several processes")]
 NumProcesses = Annotated[int | None, typer.Option(help="how many processes there are")]
 ProcessId = Annotated[int | None, typer.Option(help="index of this process, from 0")]
 
 
-def join(
-    settings: RunConfig | SftConfig, coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
+def join(settings: AnyConfig, coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
     """Join the processes of the run, by these flags or by what their launcher has left in the environment."""
     from dno_jax.parallel.cluster import initialize
 

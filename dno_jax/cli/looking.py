@@ -10,7 +10,9 @@ import typer
 
 
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
+    run_dir: Annotated[
+        Path, typer.Argument(help="a run directory, or one of `dno sft`, `dno reward`", show_default=False)
+    ],
     verify: Annotated[
         bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
     ] = False,
@@ -43,14 +45,14 @@ def report(
 
     The run may be unfinished; what it lacks is said. Plots need the extra `report`.
     """
-    from dno_jax.config import SftConfig
+    from dno_jax.config import RunConfig
     from dno_jax.errors import DnoError
     from dno_jax.report.page import write_report
     from dno_jax.run_dir import RunDir
 
     folder = RunDir(str(run_dir))
-    if folder.kind() is SftConfig:
-        raise DnoError(f"{folder.path}: a directory of `dno sft` has no report; `dno status` shows how it went")
+    if folder.kind() is not RunConfig:
+        raise DnoError(f"{folder.path}: a single training has no report; `dno status` shows how it went")
     from dno_jax.display import printable
 
     typer.echo(printable(str(write_report(folder, folder.load_config()))))

@@ -192,6 +192,24 @@ def sft(
     stage.run(Runtime.start(settings))
 
 
+@app.command()
+def reward(
+    config: Config,
+    overrides: Overrides = None,
+    variants: With = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+) -> None:
+    """Train a Bradley-Terry reward model on preferences, and export it for annotation.kind=reward_model."""
+    settings = load(config, overrides, variants, kind="RewardConfig")
+    join(settings, coordinator, num_processes, process_id)
+    from dno_jax.runtime.runtime import Runtime
+    from dno_jax.stages import reward as stage
+
+    stage.run(Runtime.start(settings))
+
+
 @app.command("import")
 def import_(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Check the configuration, open the run directory and import the checkpoint as policy 0."""
@@ -205,7 +223,9 @@ def import_(config: Config, overrides: Overrides = None, variants: With = None) 
 
 @app.command()
 def export(
-    run_dir: Annotated[str, typer.Argument(help="a run directory, or one of `dno sft`", show_default=False)],
+    run_dir: Annotated[
+        str, typer.Argument(help="a run directory, or one of `dno sft`, `dno reward`", show_default=False)
+    ],
     path: Annotated[Path, typer.Argument(help="where the Hugging Face checkpoint goes", show_default=False)],
     policy: Annotated[int | None, typer.Option(help="which policy; the best on held-out prompts by default")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; by default that of the base")] = None,
@@ -221,7 +241,7 @@ def export(
 ) -> None:
     """Write a policy as a Hugging Face checkpoint and check that it reloads to the same values and logits.
 
-    RUN_DIR may be a directory of `dno sft` too, and the devices need not be those of the run.
+    RUN_DIR may be a directory of `dno sft` or `dno reward` too, and the devices need not be those of the run.
     """
     from dno_jax.run_dir import RunDir
     from dno_jax.stages import exports

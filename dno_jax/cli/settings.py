@@ -12,16 +12,19 @@ def config(
         str | None, typer.Argument(help="such as sampling, annotation.openai or loss.beta; all by default")
     ] = None,
     sft: Annotated[bool, typer.Option("--sft", help="of `dno sft`, not of a run")] = False,
+    reward: Annotated[bool, typer.Option("--reward", help="of `dno reward`, not of a run")] = False,
 ) -> None:
     """List what a configuration may set: name and default, what a change means for a run directory, description."""
     from rich.text import Text
 
-    from dno_jax.config import RunConfig, SftConfig
+    from dno_jax.config import RewardConfig, RunConfig, SftConfig
     from dno_jax.config.fields import described
     from dno_jax.console import PlainConsole
     from dno_jax.errors import DnoError
 
-    kind = SftConfig if sft else RunConfig
+    if sft and reward:
+        raise DnoError("--sft and --reward are of two commands; give one of them")
+    kind = SftConfig if sft else RewardConfig if reward else RunConfig
     fields = list(described(kind))
     asked = None if section is None else f"{section.replace('[]', '')}."
     found = [field for field in fields if asked is None or f"{field.name.replace('[]', '')}.".startswith(asked)]

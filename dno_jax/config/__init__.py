@@ -25,6 +25,7 @@ from dno_jax.config.judges import (
 )
 from dno_jax.config.loading import dump_config, load_config, parse_config
 from dno_jax.config.mesh import MeshSection
+from dno_jax.config.reward import RewardConfig, RewardPairsSection
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
 from dno_jax.config.sampling import CompletionServerSection, SamplingSection
 from dno_jax.config.sections import (
@@ -44,10 +45,13 @@ from dno_jax.config.training import (
 )
 from dno_jax.config.yaml_reader import read_yaml
 
+AnyConfig = RunConfig | SftConfig | RewardConfig  # whatever trains a model
+
 __all__ = [
     "MIN_TEMPERATURE",
     "AdapterSection",
     "AnnotationSection",
+    "AnyConfig",
     "ChatSection",
     "CompletionServerSection",
     "EndpointSection",
@@ -67,7 +71,9 @@ __all__ = [
     "QualitySection",
     "ReferenceSection",
     "ReportSection",
+    "RewardConfig",
     "RewardModelSection",
+    "RewardPairsSection",
     "RunConfig",
     "SamplingSection",
     "Section",

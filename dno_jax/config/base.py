@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from dno_jax.display import is_variable_name
 
-Stage = Literal["teach", "sample", "annotate", "pair", "score", "train", "evaluate", "sft"]
+Stage = Literal["teach", "sample", "annotate", "pair", "score", "train", "evaluate", "sft", "reward"]
 Kind = Literal["decides", "contents", "rounds", "costs"]
 
 
@@ -35,7 +35,7 @@ COSTS: dict[str, Any] = {"kind": "costs"}  # may change, and nothing differs
 SAMPLED = decides("sample", "evaluate")
 JUDGED = decides("annotate", "evaluate")
 PAIRED = decides("pair")
-TRAINED = decides("train", "sft")
+TRAINED = decides("train", "sft", "reward")
 
 # Of what is sampled here. Logits are float32: 1e-38 is 0 there, by which no difference of them can be divided.
 MIN_TEMPERATURE = 1e-6

@@ -22,7 +22,7 @@ from dno_jax.records import explain
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 _MAX_BYTES = 1 << 18  # of a file of YAML
-_COMMANDS = {"data": "dno sft", "prompts": "dno run"}  # the section that one recipe has and the other has not
+_COMMANDS = {"data": "dno sft", "prompts": "dno run", "pairs": "dno reward"}  # the section that only its recipes have
 
 
 def load_config(

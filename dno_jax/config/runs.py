@@ -1,4 +1,4 @@
-"""The two things that can be run: DNO, and the supervised fine-tuning before it."""
+"""What can be run: DNO, and the trainings beside it, supervised fine-tuning and reward models."""
 
 from __future__ import annotations
 
@@ -296,7 +296,7 @@ class SftModelSection(ModelConfigSection):
     init_config: ModelPath | None = Field(
         default=None,
         description="directory with a config.json, or an id on the Hub: start from random weights of that shape",
-        json_schema_extra=contents("sft"),
+        json_schema_extra=contents("sft", "reward"),
     )
 
 
@@ -321,15 +321,15 @@ class SftDataSection(Section):
     )
 
 
-class SftConfig(Section):
-    """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
+class OneTraining(Section):
+    """What every training has that is no iteration of a run."""
 
     run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
-    seed: int = Field(default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft"))
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft", "reward")
+    )
     model: SftModelSection
     mesh: MeshSection = Field(default=MeshSection())
-    data: SftDataSection
-    adapter: AdapterSection | None = None
     optimizer: OptimizerSection = OptimizerSection(learning_rate=5e-6)
     training: TrainingSection = TrainingSection(num_epochs=3)
     report: ReportSection = Field(default=ReportSection())
@@ -337,16 +337,28 @@ class SftConfig(Section):
     heartbeat_seconds: HeartbeatSeconds = HEARTBEAT_SECONDS
 
     @model_validator(mode="after")
-    def _one_iteration(self) -> SftConfig:
+    def _one_iteration(self) -> OneTraining:
         for section, names in (("optimizer", ("learning_rate_decay", "carry")), ("training", ("keep_policies",))):
             own = getattr(self, section)
             for name in names:
                 if getattr(own, name) != type(own).model_fields[name].default:
                     raise ValueError(
-                        f"{section}.{name}: concerns what one iteration leaves to the next, and supervised fine-tuning "
-                        "has one; leave it out"
+                        f"{section}.{name}: concerns what one iteration leaves to the next, and this training has one; "
+                        "leave it out"
                     )
         return self
+
+
+class SftConfig(OneTraining):
+    """Supervised fine-tuning, the step before DNO (the paper: 3 epochs at 5e-6, prompt tokens masked)."""
+
+    data: SftDataSection
+    adapter: AdapterSection | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest example."""
+        return self.data.max_length
 
     @model_validator(mode="after")
     def _adapters_have_a_base(self) -> SftConfig:

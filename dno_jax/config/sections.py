@@ -30,12 +30,12 @@ class ModelConfigSection(Section):
 
     path: ModelPath = Field(
         description="directory of a Hugging Face checkpoint, or an id on the Hub: owner/name or owner/name@revision",
-        json_schema_extra=contents("sample", "evaluate", "sft"),
+        json_schema_extra=contents("sample", "evaluate", "sft", "reward"),
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
         description="compute dtype; parameters stay float32",
-        json_schema_extra=decides("sample", "score", "train", "evaluate", "sft"),
+        json_schema_extra=decides("sample", "score", "train", "evaluate", "sft", "reward"),
     )
     remat: Literal["none", "full", "dots"] = Field(
         default="full",
@@ -51,17 +51,17 @@ class ModelConfigSection(Section):
     chat_template: str = Field(
         default="tokenizer",
         description="'tokenizer' (its own), 'raw' (no template: a base model), or the path of a Jinja file",
-        json_schema_extra=contents("sample", "evaluate", "sft"),
+        json_schema_extra=contents("sample", "evaluate", "sft", "reward"),
     )
     template_date: DateStr = Field(
         default="2024-07-26",
         description="the date given to templates that write today's, the same in every iteration and after a restart",
-        json_schema_extra=decides("sample", "evaluate", "sft"),
+        json_schema_extra=decides("sample", "evaluate", "sft", "reward"),
     )
     template_options: dict[str, bool | int | float | str] = Field(
         default={},
         description="further variables of the chat template, such as {enable_thinking: false}",
-        json_schema_extra=decides("sample", "evaluate", "sft"),
+        json_schema_extra=decides("sample", "evaluate", "sft", "reward"),
     )
 
 

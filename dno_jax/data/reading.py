@@ -108,14 +108,8 @@ def prompts_of(rows: Rows, reading: Reading, *, candidates: bool = True) -> Iter
     names: set[str] = set()
     seen: set[bytes] = set()
     for found, place in reading.understood(rows, what="prompt"):
-        if not found.strict and not (found.messages and found.messages[-1]["content"].strip()):
-            reading.left_out["no question"] += 1
-            continue
         own = found.own if found.strict else {name: found.own[name] for name in found.own if name != "prompt_id"}
-        row = _named(found.messages, found.own) | {"gold": found.gold}
-        if found.candidates and (candidates or found.strict):
-            row["candidates"] = found.candidates
-        prompt = reading.made(Prompt, row, place=place, what="prompt")
+        prompt = prompt_of(found, reading, place=place, candidates=candidates)
         if prompt is None:
             continue
         words, name = words_of(prompt), prompt.prompt_id
@@ -131,6 +125,21 @@ def prompts_of(rows: Rows, reading: Reading, *, candidates: bool = True) -> Iter
         reading.repeated += words in seen
         seen.add(words)
         yield prompt, place
+
+
+def prompt_of(found: Understood, reading: Reading, *, place: str, candidates: bool = True) -> Prompt | None:
+    """Make a prompt of a row; None where it asks nothing, which is counted.
+
+    Raises:
+        DnoError: it is not one.
+    """
+    if not found.strict and not (found.messages and found.messages[-1]["content"].strip()):
+        reading.left_out["no question"] += 1
+        return None
+    row = _named(found.messages, found.own) | {"gold": found.gold}
+    if found.candidates and (candidates or found.strict):
+        row["candidates"] = found.candidates
+    return reading.made(Prompt, row, place=place, what="prompt")
 
 
 def examples_of(

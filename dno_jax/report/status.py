@@ -13,7 +13,7 @@ import typer
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import RunConfig
 from dno_jax.console import console, say
 from dno_jax.report import verify as verification
 from dno_jax.report.measured import last_matrix
@@ -23,6 +23,7 @@ from dno_jax.report.summary import (
     iteration_table,
     policy_table,
     rate_text,
+    stage_of,
     stage_statuses,
     status_table,
 )
@@ -32,7 +33,7 @@ from dno_jax.run_dir import RunDir
 
 
 def tables(folder: RunDir, *, verify: bool = False) -> Iterator[RenderableType]:
-    """Yield a run's tables, or those of a fine-tuning.
+    """Yield a run's tables, or those of a single training.
 
     Args:
         verify: read everything first, and hold it to its digests.
@@ -41,8 +42,8 @@ def tables(folder: RunDir, *, verify: bool = False) -> Iterator[RenderableType]:
         DnoError: there is no run, or something is not as it was written.
     """
     trainings = training_table(folder)
-    if folder.kind() is SftConfig:
-        yield fine_tuning_table(folder)
+    if (kind := folder.kind()) is not RunConfig:
+        yield fine_tuning_table(folder, stage=stage_of(kind))
     else:
         settings = folder.load_config()
         if verify:
@@ -64,8 +65,8 @@ def facts(folder: RunDir) -> dict[str, Any]:
     steps = [row for row in folder.read_metrics() if {"iteration", "stage", "step", "loss"} <= row.keys()]
     step = {name: steps[-1].get(name) for name in ("iteration", "stage", "step", "loss")} if steps else None
     found = {"run_dir": str(folder.path), "in_use_by": folder.holder(), "training": step}
-    if folder.kind() is SftConfig:
-        return found | {"kind": "sft", "finished": folder.export_path.exists()}
+    if (kind := folder.kind()) is not RunConfig:
+        return found | {"kind": stage_of(kind), "finished": folder.export_path.exists()}
     config: RunConfig = folder.load_config()
     statuses = stage_statuses(folder, config)
     left = [status for status in statuses if status.manifest is None]
@@ -110,7 +111,7 @@ def _seconds_left(statuses: list[StageStatus]) -> float | None:
 def line(found: dict[str, Any]) -> str:
     """Say in a line how a directory stands: what comes next, the win rate so far, dollars, the time left."""
     step = found["training"]
-    if found["kind"] == "sft":
+    if found["kind"] != "run":
         return "finished" if found["finished"] else _step(step) if step else "begun"
     parts = []
     if found["next"] is None:

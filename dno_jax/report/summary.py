@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from dno_jax.config import RunConfig
+from dno_jax.config import AnyConfig, RunConfig, SftConfig
 from dno_jax.errors import DnoError
 from dno_jax.records import PairKind
 from dno_jax.report.judge import quality_lines
@@ -57,14 +57,21 @@ def status_table(statuses: list[StageStatus]) -> Table:
     return table
 
 
-def fine_tuning_table(run_dir: RunDir) -> Table:
-    """What a directory of `dno sft` holds: how far the training is, and where the model lies when it is done."""
-    steps = [row for row in run_dir.read_metrics() if row.get("stage") == "sft"]
+def stage_of(kind: type[AnyConfig]) -> str:
+    """The command of a single training, which its figures are filed under."""
+    return "sft" if kind is SftConfig else "reward"
+
+
+def fine_tuning_table(run_dir: RunDir, *, stage: str) -> Table:
+    """What a directory of `dno sft` or `dno reward` holds: how far it is, and where the model lies when it is done."""
+    steps = [row for row in run_dir.read_metrics() if row.get("stage") == stage]
     done = run_dir.export_path.exists()
-    table = Table(title="supervised fine-tuning", box=SIMPLE_HEAD, show_header=False)
+    table = Table(
+        title="supervised fine-tuning" if stage == "sft" else "reward model", box=SIMPLE_HEAD, show_header=False
+    )
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("state", "done" if done else "begun" if steps else "next: dno sft")
+    table.add_row("state", "done" if done else "begun" if steps else f"next: dno {stage}")
     if steps:
         table.add_row("last step", f"{steps[-1]['step']:,}")
         table.add_row("loss", f"{steps[-1]['loss']:.4f}")

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dno_jax.config import RunConfig
+from dno_jax.config import RunConfig, SftConfig
 from dno_jax.model.params import abstract_adapters, abstract_params, computing_params
 from dno_jax.model.places import Places
 from dno_jax.model.stack import group_at, layer_groups
 from dno_jax.parallel.sharding import DECODE, TRAIN, AnyMesh, num_row_shards, row_sharding
-from dno_jax.runtime.programs import ConfigT, Programs, max_length_of
+from dno_jax.runtime.programs import ConfigT, Programs
 from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.memory import SlotPlan
 from dno_jax.sampling.state import Prompts, abstract_start, prompt_bucket
@@ -75,11 +75,11 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 def longest_texts(programs: Programs[ConfigT], *, num_rows: int) -> TextLengths:
     """Return the lengths of rows whose texts are all as long as they may be."""
-    config, longest = programs.config, max_length_of(programs.config)
+    config, longest = programs.config, programs.config.max_length
     num_rows = min(num_rows, _MOST_BATCHES * config.training.batch_size)
-    texts, prompt = 1, longest // 4
+    texts, prompt = 1 if isinstance(config, SftConfig) else 2, longest // 4
     if isinstance(config, RunConfig):
-        texts, prompt = 2, min(config.prompts.max_length, longest - 1)
+        prompt = min(config.prompts.max_length, longest - 1)
     lengths = np.full((num_rows, texts), prompt, np.int64)
     return TextLengths(lengths, longest - lengths, np.ones(num_rows, bool))
 
@@ -97,7 +97,7 @@ def score_plan(programs: Programs[ConfigT], lengths: TextLengths) -> Plan:
     size = section.micro_batch_size or section.batch_size
     starts = range(0, min(len(lengths), _MOST_BATCHES * size), size)
     batches = [np.arange(at, min(at + size, len(lengths))) for at in starts]
-    longest = max_length_of(programs.config)
+    longest = programs.config.max_length
     return plan_batches(lengths, batches, programs.packing, batch_size=size, max_length=longest)
 
 
@@ -107,7 +107,7 @@ def largest(plan: Plan) -> BatchShape:
 
 def abstract_batch(programs: Programs[ConfigT], shape: BatchShape) -> PairBatch:
     """Return a batch of this shape, as `make_batch` makes and lays it out."""
-    texts, packing = 2 if isinstance(programs.config, RunConfig) else 1, programs.packing
+    texts, packing = 1 if isinstance(programs.config, SftConfig) else 2, programs.packing
     shared = packing.packed and packing.share_prompt and texts > 1
 
     def array(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import AnyConfig, RunConfig, SftConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.runtime.programs import ConfigT, Programs
@@ -83,8 +83,8 @@ def _message(what: str, said: str, settings: Sequence[Setting]) -> str:
 
 def training_settings(programs: Programs[ConfigT]) -> list[Setting]:
     """What decides on the memory of training and scoring."""
-    config: RunConfig | SftConfig = programs.config
-    section, texts = config.training, 2 if isinstance(config, RunConfig) else 1
+    config: AnyConfig = programs.config
+    section, texts = config.training, 1 if isinstance(config, SftConfig) else 2
     size = section.micro_batch_size or section.batch_size
     # Packed, a device takes a whole row at least: fewer texts than devices would take no less.
     shards = num_row_shards(programs.mesh)

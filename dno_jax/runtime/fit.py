@@ -5,22 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import AnyConfig, RewardConfig, RunConfig, SftConfig
 from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf import folder, read_config, read_dropout
+from dno_jax.model.hf import folder, read_config, read_dropout, reward_shape
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.cluster import is_primary
 
 
-def read_shape(config: RunConfig | SftConfig) -> ModelConfig:
-    """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike."""
+def read_shape(config: AnyConfig) -> ModelConfig:
+    """Read the model's shape: once for the whole run, so that sampling, scoring, training and judging rotate alike.
+
+    That of a reward model has a score in place of the head, whichever of the two the checkpoint has.
+
+    Raises:
+        DnoError: the checkpoint cannot be read, or is of a family without reward models.
+    """
+    if isinstance(config, RewardConfig):
+        return reward_shape(_shape_from(config), rope_length=longest_text(config))
     return read_config(_shape_from(config), rope_length=longest_text(config))
 
 
-def warn_of_dropout(config: RunConfig | SftConfig) -> None:
+def warn_of_dropout(config: AnyConfig) -> None:
     """Say, on the first process, what a checkpoint would have dropped in training."""
     shape_from = _shape_from(config)
     if is_primary() and (dropped := read_dropout(shape_from)):
@@ -31,13 +39,11 @@ def warn_of_dropout(config: RunConfig | SftConfig) -> None:
         )
 
 
-def _shape_from(config: RunConfig | SftConfig) -> Path:
+def _shape_from(config: AnyConfig) -> Path:
     return folder(getattr(config.model, "init_config", None) or config.model.path)
 
 
-def check_fit(
-    config: RunConfig | SftConfig, *, model_config: ModelConfig, tokenizer: ChatTokenizer, row_shards: int
-) -> None:
+def check_fit(config: AnyConfig, *, model_config: ModelConfig, tokenizer: ChatTokenizer, row_shards: int) -> None:
     """Check lengths, ids and batches of a run against its model, tokenizer and mesh.
 
     Raises:
@@ -48,11 +54,11 @@ def check_fit(
     _check_ends(config, tokenizer)
 
 
-def check_shape(config: RunConfig | SftConfig, *, model_config: ModelConfig, row_shards: int) -> None:
+def check_shape(config: AnyConfig, *, model_config: ModelConfig, row_shards: int) -> None:
     """Check lengths and batches of a run against its model and mesh; raises as `check_fit`."""
     longest, context = _longest_example(config), model_config.context
     if longest > context:
-        remedy = "lower data.max_length"
+        remedy = f"lower {'data' if isinstance(config, SftConfig) else 'pairs'}.max_length"
         if isinstance(config, RunConfig):
             remedy = (
                 "lower prompts.max_length or sampling.max_new_tokens, or bound both together by "
@@ -69,7 +75,7 @@ def check_shape(config: RunConfig | SftConfig, *, model_config: ModelConfig, row
         )
     trained_adapter(config, model_config)
     count = config.training.micro_batch_size or config.training.batch_size
-    texts = 2 if isinstance(config, RunConfig) else 1
+    texts = 1 if isinstance(config, SftConfig) else 2
     if (count * texts) % row_shards:
         what = "pairs of 2 texts" if texts == 2 else "texts"
         raise DnoError(
@@ -78,7 +84,7 @@ def check_shape(config: RunConfig | SftConfig, *, model_config: ModelConfig, row
         )
 
 
-def trained_adapter(config: RunConfig | SftConfig, model_config: ModelConfig) -> AdapterConfig | None:
+def trained_adapter(config: AnyConfig, model_config: ModelConfig) -> AdapterConfig | None:
     """The adapters that are trained; None where all parameters are.
 
     Raises:
@@ -114,7 +120,7 @@ def check_ids(tokenizer: ChatTokenizer, model_config: ModelConfig) -> None:
         )
 
 
-def _check_ends(config: RunConfig | SftConfig, tokenizer: ChatTokenizer) -> None:
+def _check_ends(config: AnyConfig, tokenizer: ChatTokenizer) -> None:
     """Raise DnoError if no response could be ended by what is to end responses: an end id or a stop string."""
     if (last := max(tokenizer.end_ids)) >= tokenizer.vocab_size:
         raise DnoError(
@@ -130,7 +136,7 @@ def _check_ends(config: RunConfig | SftConfig, tokenizer: ChatTokenizer) -> None
             )
 
 
-def longest_text(config: RunConfig | SftConfig) -> int:
+def longest_text(config: AnyConfig) -> int:
     """Return the tokens of the longest text that the run puts through the model, what it judges by itself included."""
     longest = _longest_example(config)
     if isinstance(config, RunConfig) and config.annotation.kind == "self":
@@ -139,5 +145,5 @@ def longest_text(config: RunConfig | SftConfig) -> int:
     return longest
 
 
-def _longest_example(config: RunConfig | SftConfig) -> int:
-    return config.max_length if isinstance(config, RunConfig) else config.data.max_length
+def _longest_example(config: AnyConfig) -> int:
+    return config.pairs.max_length if isinstance(config, RewardConfig) else config.max_length

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import AnyConfig, RunConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.adapters import AdapterConfig
 from dno_jax.model.config import ModelConfig
@@ -37,12 +37,7 @@ from dno_jax.training.step import StepConfig
 
 _COMPILING = 4e11  # floating-point operations that a CPU does in the time that it takes to compile a training step
 
-ConfigT = TypeVar("ConfigT", bound=RunConfig | SftConfig)
-
-
-def max_length_of(config: RunConfig | SftConfig) -> int:
-    """Tokens of the longest text that is trained on."""
-    return config.max_length if isinstance(config, RunConfig) else config.data.max_length
+ConfigT = TypeVar("ConfigT", bound=AnyConfig)
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,7 @@ class Programs(Generic[ConfigT]):
                 "apart; set training.packing to auto, or model.attention to xla"
             )
         on_cpu = not isinstance(self.mesh, Mesh) or self.mesh.devices.flat[0].platform == "cpu"
-        longest = max_length_of(self.config)
+        longest = self.config.max_length
         # A sixteenth of the longest text leaves few shapes; splash attention's tiles are of 128.
         granule = 128 if backend == "splash" else max(8, 1 << (max(longest // 16, 1).bit_length() - 1))
         return Packing(
@@ -158,7 +153,7 @@ class Programs(Generic[ConfigT]):
             self.packing,
             batch_size=section.batch_size,
             parts=section.batch_size // (section.micro_batch_size or section.batch_size),
-            max_length=max_length_of(self.config),
+            max_length=self.config.max_length,
         )
 
     def param_shardings(self, layout: Layout, *, mesh: AnyMesh | None = None) -> Any:

@@ -20,7 +20,7 @@ from dno_jax.config import MeshSection, ModelConfigSection, RunConfig
 from dno_jax.data.prompts import PromptSet
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf import folder, read_config
+from dno_jax.model.hf import folder, head_of, read_config
 from dno_jax.model.params import abstract_params, computing_params, unstack_layers
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import Submesh, make_mesh
@@ -183,12 +183,13 @@ def _on_any_devices(config: ConfigT, model_config: ModelConfig) -> Programs[Conf
 
 def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
     """Read the tokenizer and chat template that a configuration names, beside the model's vocabulary."""
+    shape_from = folder(getattr(section, "init_config", None) or section.path)
     return ChatTokenizer.load(
         folder(section.path),
         section.chat_template,
         date=datetime.date.fromisoformat(section.template_date),
         options=section.template_options,
-        num_rows=read_config(folder(getattr(section, "init_config", None) or section.path)).vocab_size,
+        num_rows=read_config(shape_from, head=head_of(shape_from)).vocab_size,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,13 +12,13 @@ from jaxtyping import Int
 
 from dno_jax.config import RunConfig
 from dno_jax.parallel.sharding import TRAIN
-from dno_jax.runtime.runtime import Runtime
+from dno_jax.runtime.runtime import ConfigT, Runtime
 from dno_jax.training.batches import TrainingRow, make_batch, text_lengths
 from dno_jax.training.packing import plan_batches
 from dno_jax.training.step import score_step
 
 
-def scoring_batches(runtime: Runtime[RunConfig], lengths: Int[np.ndarray, " N"], *, size: int) -> list[np.ndarray]:
+def scoring_batches(runtime: Runtime[ConfigT], lengths: Int[np.ndarray, " N"], *, size: int) -> list[np.ndarray]:
     """Indices of the rows of every batch of up to `size`.
 
     Packed, each has its share of the long ones and of the short, so that all are of one size; otherwise rows of like
@@ -46,10 +47,27 @@ def frozen_logprobs(
         batches: indices of the rows of each; their shapes follow from all of them.
         wanted: which batches to go through; None: all.
     """
+    yield from logprobs_of(runtime, runtime.load_trained(policy), rows, batches, size=size, wanted=wanted)
+
+
+def logprobs_of(
+    runtime: Runtime[ConfigT],
+    weights: tuple[Any, Any],
+    rows: Sequence[TrainingRow],
+    batches: Sequence[np.ndarray],
+    *,
+    size: int,
+    wanted: Iterable[int] | None = None,
+) -> Iterator[jax.Array]:
+    """Yield the same under weights that are here; of a reward model its rewards.
+
+    Args:
+        weights: what is trained, and what stands beside it, or None.
+    """
     config, programs = runtime.config, runtime.programs
     lengths = text_lengths(rows)
     plan = plan_batches(lengths, batches, programs.packing, batch_size=size, max_length=config.max_length)
-    (params, frozen), model = runtime.load_trained(policy), programs.model(TRAIN)
+    (params, frozen), model = weights, programs.model(TRAIN)
     before: jax.Array | None = None
     for index in range(len(batches)) if wanted is None else wanted:
         batch = make_batch([rows[i] for i in batches[index]], batch_size=size, max_length=config.max_length, plan=plan)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dno_jax.config import RunConfig, SftConfig, parse_config
+from dno_jax.config import SftConfig, parse_config
 from dno_jax.config.loading import lay_over
 from dno_jax.errors import DnoError
 from dno_jax.model.delta_rule import CHUNK
@@ -160,7 +160,7 @@ def smallest_change(
 def changes(programs: Programs[ConfigT]) -> Iterator[list[list[str]]]:
     """What takes less, in the order in which it is worth trying: of each kind, every value, the nearest first."""
     config = programs.config
-    section, texts = config.training, 2 if isinstance(config, RunConfig) else 1
+    section, texts = config.training, 1 if isinstance(config, SftConfig) else 2
     size = section.micro_batch_size or section.batch_size
     shards = 1 if programs.packing.packed else num_row_shards(programs.mesh)
     smaller = [n for n in range(size - 1, 0, -1) if section.batch_size % n == 0 and n * texts % shards == 0]
@@ -177,7 +177,7 @@ def changes(programs: Programs[ConfigT]) -> Iterator[list[list[str]]]:
 def overridden(config: ConfigT, overrides: list[str]) -> ConfigT:
     """Return a configuration with fields set, as on the command line."""
     tree: Any = config.model_dump(mode="json", exclude_unset=True)
-    kind: Any = RunConfig if isinstance(config, RunConfig) else SftConfig
+    kind: Any = type(config)
     for override in overrides:
         lay_over(tree, override, kind=kind)
     return parse_config(kind, tree, place="a change to the configuration")

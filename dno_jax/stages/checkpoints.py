@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from dno_jax.addresses import Purpose, integer
-from dno_jax.config import AnnotationSection, RunConfig, SftConfig
+from dno_jax.config import AnnotationSection, AnyConfig, RunConfig
 from dno_jax.config.base import hub_id
 from dno_jax.console import Meter, say
 from dno_jax.errors import DnoError
@@ -285,7 +285,7 @@ def export_facts(config: RunConfig, run_dir: RunDir, *, policy: int) -> hf.Expor
     )
 
 
-def by_adapters(config: RunConfig | SftConfig) -> str:
+def by_adapters(config: AnyConfig) -> str:
     """What a model card adds to how a model was trained."""
     return "" if config.adapter is None else f", by adapters of rank {config.adapter.rank}"
 

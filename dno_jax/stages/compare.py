@@ -124,7 +124,7 @@ def run(paths: Sequence[str], judge: RunConfig | None = None) -> Comparison:
 def _read(path: str, name: str) -> Run:
     run_dir = RunDir(path)
     if run_dir.kind() is not RunConfig:
-        raise DnoError(f"{path}: a directory of `dno sft`, which has no held-out evaluation; give run directories")
+        raise DnoError(f"{path}: a directory of one training, which has no held-out evaluation; give run directories")
     config: RunConfig = run_dir.load_config()
     found = {t: run_dir.stage("evaluate", t).manifest() for t in range(config.iterations)}
     iterations = {t: manifest.details for t, manifest in found.items() if manifest is not None}

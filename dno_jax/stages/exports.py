@@ -1,4 +1,4 @@
-"""`dno export`: a policy of a run, or the model of a `dno sft` directory, on whatever devices there are here."""
+"""`dno export`: a policy of a run, or the model of one training (`dno sft`, `dno reward`), on any devices."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import RunConfig
 from dno_jax.config.base import absolute, hub_id, model_place
 from dno_jax.console import say
 from dno_jax.errors import DnoError
@@ -49,7 +49,7 @@ def run(folder: RunDir, path: str, wanted: Wanted) -> None:
     """
     if wanted.push is not None and is_primary():  # refused now, not after the work
         hub.create(wanted.push, private=not wanted.public)
-    export = _fine_tuned if folder.kind() is SftConfig else _policy
+    export = _policy if folder.kind() is RunConfig else _trained
     say(f"{export(folder, path, wanted)} exported to {path}")
     if wanted.push is not None and is_primary():
         try:
@@ -85,13 +85,13 @@ def _policy(folder: RunDir, path: str, wanted: Wanted) -> str:
     return f"policy {policy}"
 
 
-def _fine_tuned(folder: RunDir, path: str, wanted: Wanted) -> str:
+def _trained(folder: RunDir, path: str, wanted: Wanted) -> str:
     if wanted.policy is not None or wanted.base is not None:
-        raise DnoError(f"{folder.path}: a directory of `dno sft` has one model; leave --policy and --base out")
+        raise DnoError(f"{folder.path}: a directory of one training has one model; leave --policy and --base out")
     source = Path(folder.export_path)
     if not source.exists():
-        raise DnoError(f"{folder.path}: the fine-tuning is not finished; run `dno sft` on its configuration to its end")
-    config, params = hf.load(source)
+        raise DnoError(f"{folder.path}: the training is not finished; run its command on its configuration to its end")
+    config, params = hf.load(source, head=hf.head_of(source))
     hf.save(
         path,
         config,
@@ -104,4 +104,4 @@ def _fine_tuned(folder: RunDir, path: str, wanted: Wanted) -> str:
     shutil.copyfile(source / "README.md", Path(path) / "README.md")  # it names the base and the examples
     if (source / checkpoints.ADAPTER_FOLDER).exists():
         shutil.copytree(source / checkpoints.ADAPTER_FOLDER, Path(path) / checkpoints.ADAPTER_FOLDER)
-    return "the fine-tuned model"
+    return "the trained model"

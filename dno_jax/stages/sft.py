@@ -15,40 +15,36 @@ import numpy as np
 from etils import epath
 
 from dno_jax import stopping
-from dno_jax.addresses import Purpose
-from dno_jax.config import SftConfig, changes, deciding
+from dno_jax.config import SftConfig
 from dno_jax.console import say
 from dno_jax.data.reading import Reading, examples_of
 from dno_jax.data.sources import named, read_rows
 from dno_jax.errors import DnoError
-from dno_jax.files import digest_of, read_note, write_atomically
+from dno_jax.files import write_atomically
 from dno_jax.model import hf
 from dno_jax.model.adapters import merging
-from dno_jax.model.params import init_adapters, init_params
+from dno_jax.model.params import init_adapters
 from dno_jax.model.text.truncation import shorten_chat
 from dno_jax.parallel.cluster import barrier, described, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.records import Example, Message
 from dno_jax.runtime.capacity import known_capacity
 from dno_jax.runtime.exhausted import explained, training_settings
-from dno_jax.runtime.runtime import Runtime, draw_key
+from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.training_memory import refuse_training
 from dno_jax.stages.checkpoints import (
-    adapter_digest,
     by_adapters,
-    checkpoint_digest,
     export_adapter,
     read_adapter,
     read_checkpoint,
 )
+from dno_jax.stages.one_training import fresh_params, note_path, started
 from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import Training, train
 from dno_jax.training.adapted import first_key
 from dno_jax.training.batches import TrainingRow
 from dno_jax.training.checkpoint import remove_states
 from dno_jax.training.objectives import supervised_loss
-
-_STARTED = "SFT.json"
 
 
 def run(runtime: Runtime[SftConfig]) -> epath.Path:
@@ -67,7 +63,7 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
     if is_primary():
         say(described(runtime.mesh))
         say(examples.line)
-    started = _started(runtime, config, examples)
+    noted = started(runtime, "sft", examples=examples.digest)
     if target.exists():
         if is_primary():
             say(f"{target} is there already: nothing to do")
@@ -76,33 +72,11 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
     with runtime.run_dir.held() if is_primary() else nullcontext():
         if is_primary():
             runtime.run_dir.create(config)
-            write_atomically(runtime.run_dir.path / _STARTED, json.dumps(started, indent=2) + "\n")
+            write_atomically(note_path(runtime.run_dir, "sft"), json.dumps(noted, indent=2) + "\n")
             save_template(runtime)
         barrier("sft config")
-        base = None if frozen is None else started["weights"]
+        base = None if frozen is None else noted["weights"]
         return _fine_tune(runtime, examples.rows, params, start=start, frozen=frozen, base=base)
-
-
-def _started(runtime: Runtime[SftConfig], config: SftConfig, examples: Examples) -> dict[str, Any]:
-    """Return what decides the result, after a check that states in the run directory are of the same."""
-    place = runtime.run_dir.path / _STARTED
-    source = config.model.init_config or config.model.path
-    now = deciding(config, "sft") | {
-        "examples": examples.digest,
-        "tokenizer": runtime.tokenizer.digest,
-        "weights": digest_of(hf.folder(source) / "config.json")
-        if config.model.init_config
-        else checkpoint_digest(source),
-    }
-    if config.adapter is not None and config.adapter.path is not None:
-        now["adapter"] = adapter_digest(config.adapter.path)
-    if place.exists() and (changed := changes(read_note(place), now)):
-        lines = "\n  ".join(changed)
-        raise DnoError(
-            f"run_dir {runtime.run_dir.path} was made by another configuration:\n  {lines}\nset these back, or give "
-            "another run_dir"
-        )
-    return now
 
 
 @stopping.finishing()
@@ -116,7 +90,7 @@ def _fine_tune(
             params,
             rows,
             runtime.programs.step_config(supervised_loss),
-            Training("sft", 0, runtime.run_dir.path / "states", max_length=config.data.max_length, base=base),
+            Training("sft", 0, runtime.run_dir.path / "states", max_length=config.max_length, base=base),
             frozen=frozen,
         )
         for leaf in jax.tree.leaves(frozen):  # the base is read once more, to be merged with
@@ -234,11 +208,9 @@ def _shortened(runtime: Runtime[SftConfig], example: Example, longest: int, *, p
 def _initial(runtime: Runtime[SftConfig], config: SftConfig) -> tuple[Any, Any]:
     """What is trained, in the dtypes that it is trained in, and the weights that stand beside it, or None."""
     shardings, adapter = runtime.programs.param_shardings(TRAIN), runtime.programs.adapter
-    dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.programs.trained_params)
     if config.model.init_config is not None:
-        key = draw_key(Purpose.INITIAL_WEIGHTS, config.seed)
-        fresh = jax.jit(init_params, static_argnums=0, out_shardings=shardings)(runtime.model_config, key)
-        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), fresh, dtypes), None
+        return fresh_params(runtime), None
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, runtime.programs.trained_params)
     if adapter is None or config.adapter is None:
         return read_checkpoint(config.model.path, shardings=shardings, dtype=dtypes), None
     if config.adapter.path is not None:

@@ -14,7 +14,7 @@ from etils import epath
 
 from dno_jax import stopping
 from dno_jax.addresses import Purpose, key_data
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import AnyConfig, RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.errors import DnoError
@@ -254,7 +254,7 @@ def _peak_flops(runtime: Runtime[ConfigT]) -> float | None:
     return None if peak is None else peak * devices.size
 
 
-def _not_finite(error: NotFinite, training: Training, saved: int | None, config: RunConfig | SftConfig) -> str:
+def _not_finite(error: NotFinite, training: Training, saved: int | None, config: AnyConfig) -> str:
     """Say which step failed, on what, and what can be done."""
     names = ", ".join(error.names[:16]) + (f" and {len(error.names) - 16} more" if len(error.names) > 16 else "")
     rate, dtype = config.optimizer.learning_rate, config.model.dtype

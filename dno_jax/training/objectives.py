@@ -172,3 +172,21 @@ def supervised_loss(logprob: Array, num_tokens: Array, batch: PairBatch) -> tupl
     """The mean negative log-likelihood per response token (rows weigh as many tokens as they have)."""
     del batch
     return losses.nll_loss(logprob=logprob[:, 0], num_tokens=num_tokens[:, 0]), {}
+
+
+def reward_loss(reward: Array, num_tokens: Array, batch: PairBatch) -> tuple[Array, dict[str, Array]]:
+    """The negative log-likelihood of the preferences under Bradley-Terry, -log sigma(r_w - r_l) where they are certain.
+
+    Args:
+        reward: [P, 2], in the place of log-probabilities.
+    """
+    del num_tokens
+    margin = reward[:, 0] - reward[:, 1]
+    told = jnp.sign(batch.target - 0.5)
+    return losses.cross_entropy(margin=margin, target=batch.target), {
+        "accuracy": jnp.where(told == 0.0, 0.5, (told * margin > 0.0).astype(jnp.float32)),
+        "margin": told * margin,
+        "chosen_reward": reward[:, 0],
+        "rejected_reward": reward[:, 1],
+        "tied": (told == 0.0).astype(jnp.float32),
+    }

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt32
 
+from dno_jax.logprobs import einsum_float32
 from dno_jax.model.block import LOAD
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, head_logprobs
@@ -56,6 +57,28 @@ def response_logprobs(
     return jnp.sum(jnp.where(own, logprob[None], 0.0), axis=(1, 2)).reshape(count, width)
 
 
+def text_rewards(hidden: Float[Array, "R T D"], params: Any, part: PairBatch) -> Float[Array, "P C"]:
+    """Return r(x, y) of each text: what a reward model's score is of the hidden state before its last token.
+
+    That token is one that no text has: rows put it behind what is read (data/labelled.py), so that the state is that of
+    the text's own last token, as transformers' classifiers have it.
+
+    Args:
+        hidden: after the final norm.
+        params: of a decoder whose head is "reward".
+        part: one micro-batch.
+    """
+    count, width = part.weight.shape[0], part.num_tokens.shape[1]
+    text = jnp.asarray(part.text)
+    # The tokens of a text stand side by side: its last is followed by another text's, by padding, or by nothing.
+    last = (text >= 0) & (text != jnp.pad(text[:, 1:], ((0, 0), (0, 1)), constant_values=-1))
+    window = jnp.take_along_axis(hidden, jnp.asarray(part.source)[..., None], axis=1)
+    score = einsum_float32("rwd,dl->rwl", window, params["score"].astype(hidden.dtype))[..., 0]
+    # Masked sums: a scatter would fail where rows are split over devices.
+    own = last[None] & (text[None] == jnp.arange(count * width, dtype=text.dtype)[:, None, None])
+    return jnp.sum(jnp.where(own, score[None], 0.0), axis=(1, 2)).reshape(count, width)
+
+
 def variables_of(trained: Any, frozen: Any = None) -> dict[str, Any]:
     """Return what the decoder is applied to: parameters that are trained, or adapters beside parameters that are not.
 
@@ -69,18 +92,20 @@ def variables_of(trained: Any, frozen: Any = None) -> dict[str, Any]:
 def batch_logprobs(
     model: Decoder, params: Any, part: PairBatch, *, chunk: int, frozen: Any = None
 ) -> Float[Array, "P C"]:
-    """Return log pi(y|x) of every text of a micro-batch."""
+    """Return log pi(y|x) of every text of a micro-batch; of a reward model r(x, y)."""
     return _logprobs_and_load(model, variables_of(params, frozen), part, chunk=chunk)[0]
 
 
 def _logprobs_and_load(
     model: Decoder, variables: dict[str, Any], part: PairBatch, *, chunk: int
 ) -> tuple[Float[Array, "P C"], ExpertLoad | None]:
-    """Return log pi(y|x) of every text, and the load of every layer's experts; None where there are none."""
+    """Return log pi(y|x) of every text, or r(x, y), and every layer's load of experts; None where there are none."""
     left: Any
     places = jax.tree.map(jnp.asarray, part.places)
     (hidden, _), left = model.apply(variables, jnp.asarray(part.token), places, mutable=["intermediates"])
     load = left["intermediates"]["layers"][LOAD][0] if model.config.num_experts else None
+    if model.config.head == "reward":
+        return text_rewards(hidden, variables["params"], part), load
     own: Any = {"config": model.config, "constrain": model.constrain}
     return response_logprobs(hidden, variables["params"], part, chunk=chunk, **own), load
 
@@ -134,8 +159,9 @@ def train_step(
 
     Returns:
         The next state and scalars: loss, grad_norm, the loss's own metrics (weighted means), response_tokens, and
-        max_abs_log_ratio, the largest |log pi/pi_t| of a response in the batch before the update, nats. For a mixture
-        of experts also load_balance and busiest_expert of the whole batch (moe.load_balance_loss, busiest_share).
+        max_abs_log_ratio, the largest |log pi/pi_t| of a response in the batch before the update, nats (of a reward
+        model the largest |r|). For a mixture of experts also load_balance and busiest_expert of the whole batch
+        (moe.load_balance_loss, busiest_share).
     """
     apart = groups_apart(config.model.constrain.mesh, parts=batch.token.shape[0])
     total_weight = jnp.maximum(jnp.sum(batch.weight), 1e-9)

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from dno_jax.config import (
+    RewardConfig,
     RunConfig,
     SftConfig,
     changes,
@@ -152,7 +153,7 @@ def test_no_field_holds_a_secret():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_loads(path):
-    kind = SftConfig if path.name == "sft.yaml" else RunConfig
+    kind = {"sft.yaml": SftConfig, "reward_model.yaml": RewardConfig}.get(path.name, RunConfig)
     config = load_config(kind, path)
     assert config.run_dir
     assert "shared" not in path.read_text().replace("split: shared", "")

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from dno_jax.cli import main as cli
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import RewardConfig, RunConfig, SftConfig
 from dno_jax.config.fields import described
 
 
-@pytest.mark.parametrize("kind", [RunConfig, SftConfig])
+@pytest.mark.parametrize("kind", [RunConfig, SftConfig, RewardConfig])
 def test_every_field_has_a_kind_and_a_description(kind):
     fields = list(described(kind))
     assert len({field.name for field in fields}) == len(fields)
@@ -47,6 +47,8 @@ def run(monkeypatch, capsys, *arguments):
         (["run_dir"], ["run_dir (has to be given)"]),
         ([], ["seed = 0", "evaluation.annotation.openai.form = listwise"]),
         (["--sft"], ["data.path (has to be given)"]),
+        (["--reward"], ["pairs.path = null", "    contents reward: a run directory in place of `path`: every pair of "
+                        "every pool that its judge has compared"]),
     ],
 )  # fmt: skip
 def test_what_is_asked_for_is_listed(monkeypatch, capsys, arguments, lines):
@@ -54,7 +56,7 @@ def test_what_is_asked_for_is_listed(monkeypatch, capsys, arguments, lines):
     assert code == 0
     for line in lines:
         assert line in out.splitlines()
-    prefix = arguments[0] if arguments and arguments[0] != "--sft" else ""
+    prefix = arguments[0] if arguments and arguments[0] not in ("--sft", "--reward") else ""
     names = [line.partition(" ")[0] for line in out.splitlines() if not line.startswith(" ")]
     assert all(f"{name}".startswith(prefix) for name in names)
 

@@ -7,7 +7,7 @@ from typing import get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from dno_jax.config import RunConfig, SftConfig, deciding, parse_config, stage_digest
+from dno_jax.config import RewardConfig, RunConfig, SftConfig, deciding, parse_config, stage_digest
 from dno_jax.config.base import Kind, Section, Stage
 
 TREE = {
@@ -16,7 +16,7 @@ TREE = {
     "prompts": {"path": "prompts.jsonl"},
     "pairing": {"reward": "win_rate", "positive_floor": 0.5, "margin": 0.2, "student_margin": 0.2},
 }
-STAGES = [stage for stage in get_args(Stage) if stage != "sft"]
+STAGES = [stage for stage in get_args(Stage) if stage not in ("sft", "reward")]
 
 
 def sections(annotation):
@@ -35,7 +35,7 @@ def leaves(kind, prefix=""):
             yield from leaves(section, f"{prefix}{name}.")
 
 
-FIELDS = {name: field for config in (RunConfig, SftConfig) for name, field in leaves(config)}
+FIELDS = {name: field for config in (RunConfig, SftConfig, RewardConfig) for name, field in leaves(config)}
 
 
 @pytest.mark.parametrize("name", FIELDS)

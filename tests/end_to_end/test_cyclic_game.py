@@ -51,3 +51,25 @@ def test_hard_labels_are_played_too(example, folder, name):
     one = example["play"](folder, name, "iterations=1")
     # Rock is beaten by paper, which few scissors beat: paper gains.
     assert one.policies[1, 1] > one.policies[0, 1] + 0.01
+
+
+def test_schemes_are_compared_at_one_cost(example, tmp_path):
+    """Some 91 pairs of samples of a prompt per iteration, whichever scheme; a text of its own each."""
+    costs = {}
+    for name, count in example["SCHEMES"].items():
+        config = example["variant_config"](tmp_path, name, "iterations=20", f"sampling.num_samples={count}")
+        costs[name] = example["comparisons"](config) / 20
+    assert costs["soft_dno"] == costs["proximal"] == 91  # all pairs of 14
+    # Of the policy before, whose pairs are known: 8 x 8 across and 28 of one's own; the first iteration has the latter.
+    assert costs["optimistic"] == pytest.approx((28 + 19 * 92) / 20)
+    assert costs["extragradient"] == (45 + 45 + 100) / 2  # two iterations a step
+    assert max(costs.values()) / min(costs.values()) < 1.1
+
+
+@pytest.mark.soak
+def test_a_pull_to_a_centre_leaves_soft_dno_behind_at_one_cost(example, folder):
+    """What docs/theory.md shows with three seeds, with one and fewer iterations."""
+    late = {}
+    for name in ("soft_dno", "proximal"):
+        late[name] = example["play"](folder, name, "iterations=12", run=f"{name}-late").late
+    assert late["proximal"] < 0.5 * late["soft_dno"]

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints in and out: safetensors files to and from our parameter tree."""
 
 from dno_jax.model.hf.card import ExportFacts, HeldOutRate
+from dno_jax.model.hf.classifiers import head_of, reward_shape
 from dno_jax.model.hf.config_json import read_config, read_dropout, read_end_token_ids, read_pad_token_id
 from dno_jax.model.hf.exporter import MAX_SHARD_BYTES, check_replaceable, save, stored_shapes
 from dno_jax.model.hf.files import weight_files
@@ -15,11 +16,13 @@ __all__ = [
     "check",
     "check_replaceable",
     "folder",
+    "head_of",
     "load",
     "read_config",
     "read_dropout",
     "read_end_token_ids",
     "read_pad_token_id",
+    "reward_shape",
     "save",
     "stored_shapes",
     "untrained_rows",

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from dno_jax.display import printable
+from dno_jax.model.config import Head
 
 LICENCE_FILES = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE")
 _MAX_CHARACTERS = 200
@@ -58,6 +59,7 @@ class ExportFacts:
         held_out_judge: who gave those behind the win rates.
         num_pairs: training pairs (rows) over all those iterations.
         num_examples: examples of supervised fine-tuning.
+        agreement: how often a reward model agrees with held-out preferences, in words.
         win_rates: on held-out prompts.
         template_options: variables that the chat template was given, as apply_chat_template takes them.
         messages: of a held-out prompt, as (role, text).
@@ -73,6 +75,7 @@ class ExportFacts:
     held_out_judge: str | None = None
     num_pairs: int | None = None
     num_examples: int | None = None
+    agreement: str | None = None
     win_rates: tuple[HeldOutRate, ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[tuple[str, str], ...] = ()
@@ -89,13 +92,16 @@ class _Base:
     licence: dict[str, str]
 
 
-def model_card(source: Path, *, facts: ExportFacts | None) -> str:
+def model_card(source: Path, *, facts: ExportFacts | None, head: Head = "logits") -> str:
     """Return README.md of a checkpoint made from `source`."""
     base = _read_base(source)
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["dno_jax"]}
+    tags = {"pipeline_tag": "text-generation", "tags": ["dno_jax"]}
+    if head == "reward":
+        tags = {"pipeline_tag": "text-classification", "tags": ["dno_jax", "reward-model"]}
+    front: dict[str, Any] = {"library_name": "transformers"} | tags
     if base.hub_id is not None:
-        head["base_model"] = base.hub_id
-    head |= base.licence
+        front["base_model"] = base.hub_id
+    front |= base.licence
     licence = base.licence.get("license_name") or base.licence.get("license")
     rows: list[tuple[str, str]] = [
         ("base model", code(base.name)),
@@ -106,7 +112,7 @@ def model_card(source: Path, *, facts: ExportFacts | None) -> str:
         rows += _fact_rows(facts)
     rows.append(("written by", f"dno_jax {metadata.version('dno_jax')}"))
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=True, allow_unicode=False)}---",
+        f"---\n{yaml.safe_dump(front, sort_keys=True, allow_unicode=False)}---",
         "# Model card",
         (code(base.name) + (f" after {facts.method}" if facts else ", written anew") + "."),
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
@@ -132,6 +138,7 @@ def _fact_rows(facts: ExportFacts) -> list[tuple[str, str]]:
         ("judge of held-out prompts", facts.held_out_judge and code(facts.held_out_judge)),
         ("training pairs", facts.num_pairs),
         ("training examples", facts.num_examples),
+        ("held-out agreement", facts.agreement),
         ("chats rendered with", options and code(f"apply_chat_template(..., {options})")),
     ]
     return [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in values if value is not None]

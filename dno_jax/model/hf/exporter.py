@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.decoder import Decoder, logits
+from dno_jax.model.decoder import Decoder, logits, rewards
 from dno_jax.model.hf.card import LICENCE_FILES, ExportFacts, model_card
 from dno_jax.model.hf.config_json import PROCESSOR_FILES, TOKENIZER_FILES
 from dno_jax.model.hf.files import INDEX_FILE, TensorFiles, read_whole
@@ -50,6 +50,7 @@ def save(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     facts: ExportFacts | None = None,
     overwrite: bool = False,
+    pad_token_id: int | None = None,
 ) -> None:
     """Write a checkpoint that transformers loads, and prove it by reading it back before it gets its name.
 
@@ -69,6 +70,7 @@ def save(
         max_shard_bytes: several files and an index are written where one file would be larger.
         facts: what the model card says of the run.
         overwrite: replace a directory that is empty or holds an exported checkpoint.
+        pad_token_id: of a reward model, whose source may be a language model; None: the source's.
 
     Raises:
         DnoError: the target exists and may not be replaced, or cannot be written; the source disagrees with `config`; a
@@ -80,7 +82,7 @@ def save(
         raise DnoError(f"dtype of a checkpoint is {np.dtype(dtype)}; expected float32 or bfloat16")
     if max_shard_bytes < 1:
         raise DnoError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
-    text = config_text(config, source=source, dtype=dtype)
+    text = config_text(config, source=source, dtype=dtype, pad_token_id=pad_token_id)
     _check_params(config, params)
     plan = plan_tensors(config, source=source, dtype=dtype)
     temporary, beside = path.parent / f".{path.name}.partial", Path(tokenizer or source)
@@ -94,7 +96,7 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(text, encoding="utf-8")
-        (temporary / "README.md").write_text(model_card(source, facts=facts), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(source, facts=facts, head=config.head), encoding="utf-8")
         for file in _side_files(beside):
             shutil.copyfile(file, temporary / file.name)
         write_tokenizer(beside, temporary, chat_template=chat_template)
@@ -277,7 +279,7 @@ def _compare_logits(directory: Path, config: ModelConfig, plan: list[Planned], p
     dtypes = _dtypes(plan)
     on_devices = all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(dict(params)))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(params)) if on_devices else None
-    written = _probe(config, load(directory, shardings=shardings, dtype=dtypes, finite=False)[1])
+    written = _probe(config, load(directory, head=config.head, shardings=shardings, dtype=dtypes, finite=False)[1])
     meant = _probe(config, jax.tree.map(_as_stored, dict(params), dtypes))
     if not (np.array_equal(written, meant) and np.all(np.isfinite(meant))):
         raise DnoError(
@@ -320,7 +322,7 @@ def _probe_logits(params: Any, *, config: ModelConfig, everywhere: NamedSharding
     position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (2, length))
     token = jnp.asarray(np.random.default_rng(0).integers(config.vocab_size, size=(2, length)), jnp.int32)
     hidden, _ = Decoder(config).apply({"params": params}, token, position)
-    found = logits(config, params, hidden)
+    found = rewards(params, hidden, position) if config.head == "reward" else logits(config, params, hidden)
     return found if everywhere is None else jax.lax.with_sharding_constraint(found, everywhere)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
+from dno_jax.model.hf.classifiers import as_reward_model
 from dno_jax.model.hf.composites import COMPOSITES
 from dno_jax.model.hf.config_json import parse_config, read_json
 from dno_jax.model.hf.families import FAMILIES
@@ -29,14 +30,20 @@ _PLAIN_CLASS = "PreTrainedTokenizerFast"
 _CODE = ("auto_map", "custom_pipelines")
 
 
-def config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
+def config_text(config: ModelConfig, *, source: Path, dtype: Any, pad_token_id: int | None = None) -> str:
     """Return config.json of an export.
+
+    Args:
+        pad_token_id: of a reward model; None: the source's.
 
     Raises:
         DnoError: the source's describes another model than `config`.
     """
     file, tree = read_json(source, "config.json")
-    theirs = parse_config(tree, place=str(file), rope_length=config.rope_length)
+    before = tree
+    if config.head == "reward":
+        tree = as_reward_model(tree, pad_token_id=pad_token_id)
+    theirs = parse_config(tree, place=str(file), head=config.head, rope_length=config.rope_length)
     for field in fields(ModelConfig):
         mine, other = getattr(config, field.name), getattr(theirs, field.name)
         if mine != other:
@@ -56,7 +63,7 @@ def config_text(config: ModelConfig, *, source: Path, dtype: Any) -> str:
         # transformers loads in the dtype that this entry names, whatever the file holds.
         for part in (changed, text):
             part |= {key: np.dtype(dtype).name for key in ("dtype", "torch_dtype") if key in part}
-    return file.read_text(encoding="utf-8") if changed == tree else _dump(changed)
+    return file.read_text(encoding="utf-8") if changed == before else _dump(changed)
 
 
 def write_tokenizer(source: Path, target: Path, *, chat_template: str | None) -> None:

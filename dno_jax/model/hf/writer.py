@@ -78,7 +78,7 @@ def plan_tensors(config: ModelConfig, *, source: Path, dtype: Any) -> list[Plann
     A tied head is left out, unless the source has one.
     """
     headers = _source_headers(source)
-    twice = {HEAD, EMBED} <= headers.keys()
+    twice = config.head == "logits" and {HEAD, EMBED} <= headers.keys()
     if config.tie_word_embeddings and HEAD in headers:
         headers.setdefault(EMBED, headers[HEAD])
     named = _named_dtype(source)

@@ -118,6 +118,11 @@ class ChatTokenizer:
         """Ids of the tokens that were added to the vocabulary of words."""
         return frozenset(self._added)
 
+    @property
+    def pad_id(self) -> int | None:
+        """The id that fills rows up, or None."""
+        return self._tokenizer.pad_token_id
+
     def control_tokens(self, *texts: str) -> list[str]:
         """Return the control tokens that the tokenizer would make of these texts, which would pass for structure."""
         return self.strip([i for text in texts for i in self._plain_ids(text) if i in self.control_ids])

@@ -43,6 +43,7 @@ from dno_jax.runtime.exhausted import explained, reward_settings
 from dno_jax.runtime.fit import check_ids
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stage_dir import Manifest
+from dno_jax.stages.chats_to_score import chats_to_score
 from dno_jax.stages.checkpoints import read_checkpoint
 from dno_jax.stages.judge_on_devices.shards import CloseShard, DeviceJudge, judge_on_devices
 
@@ -158,28 +159,13 @@ class RewardModel:
 
     def ask(self, pool: Pool) -> list[tuple[int, ...]] | str:
         """Return the ids of each candidate's chat up to the token that is read off, or why there are none."""
-        tokenizer, limit = self.runtime.tokenizer, self.section.max_length
-        conversation, texts = pool.prompt.messages, [candidate.text for candidate in pool.candidates]
-        everything = [*(message.content for message in conversation), *texts]
-        if spelt := tokenizer.control_tokens(*everything):
-            # The tokenizer would make an id of it, and the model would read a chat that nobody held.
-            return f"the text to judge spells the control token {spelt[0]!r}"
-        if held := tokenizer.rowless_tokens(*everything):
-            return f"the text to judge holds {held[0]!r}, of which the reward model has no embedding"
-        try:
-            asked = [tokenizer.chat_ids(conversation, text) for text in texts]
-        except DnoError as error:
-            return str(error)
-        if (longest := max(map(len, asked))) > limit:
-            return f"a chat has {longest} tokens, annotation.reward_model.max_length is {limit}"
-        return [self._without_padding(ids) for ids in asked]
-
-    def _without_padding(self, ids: tuple[int, ...]) -> tuple[int, ...]:
-        # Where padding is the end token too, transformers reads the reward off the token before: in training already.
-        kept = len(ids)
-        while kept > 1 and ids[kept - 1] == self.pad_id:
-            kept -= 1
-        return ids[:kept]
+        texts = [candidate.text for candidate in pool.candidates]
+        asked = chats_to_score(self.runtime.tokenizer, pool.prompt.messages, texts, pad_id=self.pad_id)
+        if isinstance(asked, str):
+            return asked
+        if asked.longest > (limit := self.section.max_length):
+            return f"a chat has {asked.longest} tokens, annotation.reward_model.max_length is {limit}"
+        return list(asked.ids)
 
     def rewards(self, params: Any, texts: Sequence[tuple[int, ...]]) -> Float[np.ndarray, " texts"]:
         """Return the reward of each text, float32, however they are batched: texts of like lengths together."""
