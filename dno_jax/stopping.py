@@ -2,7 +2,8 @@
 
 Either ends the work by KeyboardInterrupt, wherever it is; where that would lose something (`finishing`), it is noted
 and raised at the end. A thread hears signals too, also while the main one is inside of a library: it ends the process
-where the grace is over, or at a second signal.
+where the grace is over, or at a second signal. An interrupt that Python or a library drops is sent again (`repeat`), or
+raised where the next piece of work is whole (`heed`). A signal that the process ignores stays ignored.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class _Stop:
     grace: float = GRACE_SECONDS
     listens: bool = False
     heeds_interrupts: bool = True
+    echoes: int = 0  # signals of our own that are still to be heard
     untold: list[Callable[[], None]] = field(default_factory=list)
 
     def note(self, number: int) -> None:
@@ -46,6 +48,9 @@ class _Stop:
 
     def hear(self, number: int) -> None:
         """Note a signal and tell of it; a second one ends the process at once."""
+        if self.echoes:
+            self.echoes -= 1
+            return
         if number not in _SIGNALS or (number == signal.SIGINT and not self.heeds_interrupts):
             return
         self.note(number)
@@ -77,6 +82,22 @@ def end_now(why: str, status: int) -> NoReturn:
 def asked() -> bool:
     """Whether this process has been asked to stop."""
     return _stop.by is not None
+
+
+def heed() -> None:
+    """Raise the interrupt of a stop that was asked for and went lost; called where a piece of work is whole.
+
+    Raises:
+        KeyboardInterrupt: in the main thread of a process that was asked to stop.
+    """
+    if asked() and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+
+
+def repeat() -> None:
+    """Interrupt the main thread once more for what was asked already; it counts as no second request."""
+    _stop.echoes += 1
+    os.kill(os.getpid(), _stop.by or signal.SIGINT)
 
 
 def exit_status() -> int:
@@ -152,7 +173,9 @@ def finishing() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [(number, signal.signal(number, _note)) for number in _SIGNALS]
+    # A shell's background jobs ignore Ctrl-C, which is meant for the one in front: here too.
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [(number, signal.signal(number, _note)) for number in heeded]
     try:
         yield
     finally:

@@ -64,6 +64,32 @@ TALKS = """
             except KeyboardInterrupt: print("heard", flush=True)
     print(stopping.asked(), flush=True)
 """
+SWALLOWED = """
+    from dno_jax.parallel import cluster
+    try:
+        at_work()
+        time.sleep(60)
+    except BaseException: pass  # as some library may
+    print("whole", flush=True)
+    cluster.wait_until(lambda: True)
+    print("never here", flush=True)
+"""
+DROPPED = """
+    import ctypes
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    class Last:
+        def __del__(self):  # what is raised here, Python drops
+            library.pthread_mutex_lock(mutex)
+            threading.Timer(0.3, at_work).start()
+            threading.Timer(1.8, library.pthread_mutex_unlock, [mutex]).start()
+            library.pthread_mutex_lock(mutex)  # longer than two signals are taken for one request
+            time.sleep(60)
+    try:
+        Last()
+        while True: time.sleep(60)
+    finally: print("saved", flush=True)
+"""
+STOPPED = "dno: stopped by SIGTERM; the same command goes on from what is saved\n"
 END = """
 sys.argv = ["dno", "work"]
 cli.main()
@@ -97,10 +123,30 @@ def test_a_signal_ends_the_command_by_its_status(number, status, body, said):
     assert working.ended()[:2] == (status, said)
 
 
-def test_who_ignores_ctrl_c_still_heeds_sigterm():
-    working = Working("\n    signal.signal(signal.SIGINT, signal.SIG_IGN)" + ENDS)
+IGNORES = "\n    signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize("body", [ENDS, FINISHES])
+def test_who_ignores_ctrl_c_still_heeds_sigterm(body):
+    working = Working(IGNORES + body)
+    working.send(signal.SIGINT)
+    time.sleep(0.1)
+    assert working.process.poll() is None
     working.send(signal.SIGTERM)
     assert working.ended()[0] == 75
+
+
+@pytest.mark.parametrize(("before", "number", "status"), [("", signal.SIGINT, 130), (IGNORES, signal.SIGTERM, 75)])
+def test_an_interrupt_that_python_drops_is_sent_again_and_is_no_second_request(before, number, status):
+    working = Working(before + DROPPED)
+    working.send(number)
+    assert working.ended() == (status, "saved\n", "" if status == 130 else STOPPED)
+
+
+def test_an_interrupt_that_a_library_swallows_ends_the_command_where_its_work_is_whole():
+    working = Working(SWALLOWED)
+    working.send(signal.SIGTERM)
+    assert working.ended()[:2] == (75, "whole\n")
 
 
 @pytest.mark.parametrize("body", [STUCK, DEAF])

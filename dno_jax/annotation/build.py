@@ -62,7 +62,11 @@ def open_client(section: AnnotationSection, *, store_path: str | os.PathLike[str
         clients[chat] = EndpointClient(chat, who=f"the {who} {chat.model!r}", place=place)
     own = os.fspath(store_path)
     store = VerdictStore(section.store or own)
-    return JudgeClient(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
+    try:
+        return JudgeClient(clients, store=store, budget=Budget(section, store=store, run=run_name(own, store.path)))
+    except BaseException:
+        store.close()
+        raise
 
 
 def run_name(own_path: str, path: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -112,14 +111,14 @@ class _LazyLines(logging.Handler):
 
 @contextmanager
 def _no_interrupt_is_lost() -> Iterator[None]:
-    """Send a Ctrl-C again where Python drops it: in a callback of the garbage collector, of which jax has one."""
+    """Interrupt again where Python drops it: in a callback of the garbage collector, of which jax has one."""
     before = sys.unraisablehook
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if dropped.exc_type is not KeyboardInterrupt:
             before(dropped)
             return
-        again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # at once, it would end up in this hook
+        again = threading.Timer(0.05, stopping.repeat)  # at once, it would end up in this hook
         again.daemon = True
         again.start()
 

@@ -286,6 +286,10 @@ def barrier(name: str) -> None:
 
 
 def wait_until(ready: Callable[[], bool], *, seconds: float = 0.5) -> None:
-    """Poll for something that another process writes; no collective that could time out is held meanwhile."""
+    """Poll for something that another process writes; no collective that could time out is held meanwhile.
+
+    Every stage ends here, whole: a stop that was asked for goes no further.
+    """
     while not ready():
         time.sleep(seconds)
+    stopping.heed()

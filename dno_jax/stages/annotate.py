@@ -58,7 +58,6 @@ def run(config: RunConfig, run_dir: RunDir, iteration: int, *, abandoned: Callab
         return manifest
     stage.start(config)
     annotator = build_annotator(config.annotation, store_path=str(run_dir.annotations_path), seed=config.seed)
-    _tell_another_judge(run_dir, iteration, identity=annotator.identity)
     work = _Work(config, stage, sampled, annotator, run_dir)
     found = asyncio.run(work.run(abandoned=abandoned))
     return stage.finish(
@@ -149,6 +148,7 @@ class _Work:
 
     async def run(self, *, abandoned: Callable[[], bool] | None) -> Survey:
         async with closing(self._annotator, self._run_dir):
+            _tell_another_judge(self._run_dir, self._stage.iteration, identity=self._annotator.identity)
             closed = self._closed()
             label, paid = f"annotate  {self._stage.iteration}", lambda: dollars(self._annotator.receipt())
             with Meter(label, total=0, unit="pools", done=self._judged, aside=paid) as meter:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from dno_jax import stopping
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.prompts import TokenizedPrompt
@@ -86,6 +87,7 @@ def sample_to_shards(
         out.write_shard(shard.name, rows)
         shard.found.clear()  # an iteration's responses need not all be held
         shard.closed = True
+        stopping.heed()
         after_shard()
 
     if pending:

@@ -29,7 +29,8 @@ def sample_and_annotate(runtime: Runtime[RunConfig], iteration: int) -> None:
         wait_for_annotation(runtime, iteration)
         return
     annotate.probe(config, run_dir, iteration)
-    sampled, stopped = threading.Event(), threading.Event()
+    # Not by Thread.join, which takes a thread for ended when it is interrupted itself (before Python 3.13).
+    sampled, stopped, ended = threading.Event(), threading.Event(), threading.Event()
     errors: list[BaseException] = []
 
     def annotate_beside() -> None:
@@ -44,24 +45,24 @@ def sample_and_annotate(runtime: Runtime[RunConfig], iteration: int) -> None:
                 errors.append(error)  # handed to the main thread, which raises it
                 if not sampled.is_set() and not stopped.is_set():
                     say(f"annotation has failed, and sampling stops when it has closed a shard: {error}")
+            ended.set()
             return
 
     def stop_with_annotation() -> None:
         if errors:
             raise errors[0]
 
-    thread = threading.Thread(target=annotate_beside, name="annotate", daemon=True)
-    thread.start()
+    threading.Thread(target=annotate_beside, name="annotate", daemon=True).start()
     try:
         sample.run(runtime, iteration, after_shard=stop_with_annotation)
         sampled.set()
-        thread.join()
+        ended.wait()
     except BaseException:
         stopped.set()
         sampled.set()
-        if thread.is_alive():
+        if not ended.is_set():
             say("stopping when the verdicts in flight are there and stored; interrupt again to give them up")
-        thread.join()
+        ended.wait()
         raise
     stop_with_annotation()
 

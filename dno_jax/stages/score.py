@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float, Int
 
+from dno_jax import stopping
 from dno_jax.config import RunConfig
 from dno_jax.console import Meter, say
 from dno_jax.data.pair_table import PairRows, PairTable
@@ -158,6 +159,7 @@ def _score(
                 _check_finite(values, [pairs.pair_ids[int(row)].as_py() for row in batch[own]], policy=policy)
                 out.write_shard(f"{prefix}{index * size + own[0]:07d}", _scores(pairs, batch[own], values))
             meter.advance(batch.size)
+            stopping.heed()
     barrier(f"scored {out.path}")
 
 

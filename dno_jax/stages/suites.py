@@ -129,16 +129,17 @@ def evaluate(config: RunConfig, wanted: Wanted) -> dict[str, Any]:
         DnoError: as `sample` does; the judge is no endpoint of form=logprob, or its key is missing; or more answers
             than `max_failed` allows have no verdict.
     """
-    judge = _judge_of(config, wanted)  # before anything is drawn for it
-    folder = sample(config, wanted)
+    asyncio.run(_judge_of(config, wanted).close())  # what is wrong shows before anything is drawn
     items = _items(wanted)
     if missing := [item for item in items if not item.reference]:
         raise DnoError(
             f"{wanted.prompts}: {len(missing)} rows have no output of the reference to compare with; give --reference "
             "FILE, rows of {instruction, output}"
         )
-    rows = json.loads((folder / OUTPUTS).read_text())
-    preferences = _preferences(config, judge, items, [row["output"] for row in rows], folder)
+    folder = sample(config, wanted)
+    outputs = json.loads((folder / OUTPUTS).read_text())
+    judge = _judge_of(config, wanted)
+    preferences = _preferences(config, judge, items, [row["output"] for row in outputs], folder)
     annotations = [
         {
             "instruction": item.instruction,
@@ -150,7 +151,7 @@ def evaluate(config: RunConfig, wanted: Wanted) -> dict[str, Any]:
             "annotator": judge.identity,
             "preference": None if math.isnan(preference) else preference,
         }
-        for item, row, preference in zip(items, rows, preferences, strict=True)
+        for item, row, preference in zip(items, outputs, preferences, strict=True)
     ]
     write_atomically(folder / ANNOTATIONS, json.dumps(annotations, indent=2, ensure_ascii=False) + "\n")
     results = _results(wanted, annotations) | {"policy": int(folder.name.split("-")[1]), "annotator": judge.identity}

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from multiprocessing.process import BaseProcess
@@ -57,6 +58,7 @@ def _main(arguments: list[str], point: str | None, stderr: str) -> None:
         os.dup2(file, stream.fileno())
         os.close(file)
     logging.getLogger().handlers.clear()  # what libraries set up in the server: a process of its own has none yet
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     if point:
         arm(point)
     sys.argv = ["dno", *arguments]

@@ -3,8 +3,10 @@
 The sampler is played: it needs no model.
 """
 
+import signal
 import sys
 import threading
+import time
 
 import pytest
 import yaml
@@ -48,6 +50,30 @@ def test_a_refused_key_stops_before_anything_is_sampled(tmp_path, play):
         with pytest.raises(DnoError, match="HTTP 401"):
             overlap.sample_and_annotate(idle_runtime(config), 0)
     assert not sampled
+
+
+def test_an_interrupt_while_it_is_waited_for_lets_annotation_end(tmp_path, play, monkeypatch, capfd):
+    stored = []
+
+    def annotating(*_args, abandoned, **_kwargs):
+        threading.Timer(0.2, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        while not abandoned():
+            time.sleep(0.01)
+        time.sleep(0.5)  # the verdicts in flight
+        stored.append(True)
+
+    with FakeJudge(prefers="marker") as server:
+        config = sampled_run(tmp_path, server.url, prompts=4, **LIST_WISE)
+        play(config, lambda after_shard: None)
+        monkeypatch.setattr(annotate, "run", annotating)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                overlap.sample_and_annotate(idle_runtime(config), 0)
+        finally:
+            signal.signal(signal.SIGINT, before)
+    assert stored
+    assert "stopping when the verdicts in flight are there" in capfd.readouterr().err
 
 
 def test_what_stops_the_judge_is_said_at_once_and_stops_sampling(tmp_path, play, monkeypatch, capfd):

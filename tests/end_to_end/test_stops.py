@@ -49,6 +49,8 @@ def test_a_run_that_is_stopped_in_every_stage_ends_bit_for_bit_the_same(folder, 
         ended = start("run", path, point=f"{point}@{sent}")
         assert ended.returncode == (130 if sent == "SIGINT" else 75), f"{point}:\n{ended.stderr[-3000:]}"
         assert "Traceback" not in ended.stderr
+        if point.startswith("finish-"):  # the main thread waited for the one that was at it
+            assert run_dir.stage("annotate", 0).manifest() is not None
         if point.startswith("step:"):  # asked while it took its second step, before which there was no state
             assert states(run_dir) == [2]
         if point.startswith("policy:"):  # all steps are taken: the policy is what is to be saved

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -192,7 +195,16 @@ def test_bad_input_is_named_before_anything_is_drawn(made, tmp_path, monkeypatch
     (tmp_path / "odd.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(DnoError, match="expected a text in 'instruction'"):
         suites.sample(config, Wanted(wanted.suite, str(tmp_path / "odd.json")))
-    assert drawn == []
     (tmp_path / "bare.json").write_text(json.dumps([{"instruction": f"Question {n}?"} for n in range(3)]))
     with pytest.raises(DnoError, match="3 rows have no output of the reference"):
         suites.evaluate(config, Wanted(wanted.suite, str(tmp_path / "bare.json")))
+    assert drawn == []
+
+
+def test_no_file_of_verdicts_is_left_open_where_a_policy_is_not_there(made):
+    config, wanted, _ = made
+    with pytest.raises(DnoError, match="there is no policy 4") as caught:
+        suites.evaluate(config, dataclasses.replace(wanted, policy=4))
+    held = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    assert not [path for path in held if path.endswith(".sqlite")]
+    assert caught.traceback  # whose frames hold what they held
