@@ -10,6 +10,7 @@ from typing import Any
 
 from dno_jax.files import read_note
 from dno_jax.report.facts import Facts
+from dno_jax.report.measured import label_sentences
 from dno_jax.report.shapes import Figure, Shape
 
 BETTER = "better"
@@ -55,6 +56,21 @@ def comparison_figures(facts: Facts) -> Iterator[Figure]:
             for pair in controlled
         ],
         Shape("intervals", "player", "win rate", "against", percent=True, rule=0.5),
+    )  # fmt: skip
+    labels = details.get("labels") or {}
+    yield Figure(
+        "corrected",
+        BETTER,
+        "Win rate by the labels' measure",
+        "The newest policy's win rates, corrected for what the judge gets wrong on labelled pairs; the 95 % intervals "
+        "carry the uncertainty of both.",
+        ("policy", "against", "win rate", "low", "high", "by the judge"),
+        [
+            (player(str(details["policy"])), player(name), one["value"], one["low"], one["high"],
+             details["win_rates"][name]["rate"])
+            for name, one in labels.get("corrected", {}).items()
+        ],
+        Shape("intervals", "against", "win rate", percent=True, rule=0.5),
     )  # fmt: skip
     yield Figure(
         "neighbours",
@@ -143,6 +159,7 @@ def comparison_words(facts: Facts) -> list[str]:
             f"Cycles (a beats b beats c beats a): {cycles['observed']} of {cycles['triples']} triples; a ranking with "
             f"this much noise would show {cycles['expected']:.1f}."
         )
+    said += label_sentences(details)
     if not found.get("length_controlled"):
         said.append("Not measured: win rates at equal length.")
     return said
