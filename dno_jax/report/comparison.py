@@ -5,7 +5,7 @@ An evaluation keeps it under `comparison` in its details; what is not there is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dno_jax.files import read_note
@@ -20,6 +20,13 @@ def player(name: str) -> str:
     """What a player of the held-out game is called."""
     known = {"gold": "the teacher", "average": "the mixture"}
     return f"policy {name}" if name.isdecimal() else known.get(name, name)
+
+
+def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The same comparison, seen by the opponent."""
+    ends = {"value": "value", "low": "high", "high": "low"}
+    numbers = {end: None if pair[other] is None else round(1.0 - pair[other], 4) for end, other in ends.items()}
+    return {**pair, "player": pair["opponent"], "opponent": pair["player"], **numbers}
 
 
 def comparison_figures(facts: Facts) -> Iterator[Figure]:
@@ -43,7 +50,12 @@ def comparison_figures(facts: Facts) -> Iterator[Figure]:
         ],
         Shape("heat", "against", "win rate", "player", percent=True),
     )
-    controlled = [pair for pair in found.get("length_controlled", ()) if pair["opponent"] in ("0", "gold")]
+    controlled = [
+        pair
+        for one in found.get("length_controlled", ())
+        for pair in (one, _turned(one))
+        if pair["opponent"] == "gold" or (pair["opponent"] == "0" and pair["player"].isdecimal())
+    ]
     yield Figure(
         "length_controlled",
         BETTER,
@@ -139,6 +151,9 @@ def comparison_words(facts: Facts) -> list[str]:
         return []
     guard = details.get("guard") or {}
     said = [f"warning: {sentence}" for sentence in (*details.get("warnings", ()), *guard.get("warnings", ()))]
+    if gone := guard.get("not_asked"):
+        names = ", ".join(player(str(policy)) for policy in gone)
+        said.append(f"Not asked the guard's questions, their weights being gone: {names}.")
     if "judge" in details:
         said.append(f"Held-out answers were judged by {details['judge']}.")
     found: dict[str, Any] = details.get("comparison") or {}

@@ -174,6 +174,8 @@ def _guard(found: Mapping[str, Any] | None) -> list[Text]:
     if not found:
         return []
     told = ", ".join(f"policy {name} {100 * share['value']:.1f} %" for name, share in found["accuracy"].items())
+    gone = ", ".join(str(policy) for policy in found.get("not_asked", ()))
+    told += f"; not asked, their weights being gone: {gone}" if gone else ""
     return [Text(f"guard: right answers to {found['questions']} questions: {told}")] + [
         Text(f"warning: {sentence}", style="yellow") for sentence in found["warnings"]
     ]
