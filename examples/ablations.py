@@ -70,15 +70,20 @@ class Plan:
 
 
 def run_method(plan: Plan, method: str, seed: int) -> None:
-    """Run a method, or what is left of it, and note its CPU time beside it."""
-    done = plan.folder(seed) / f"{method}.json"
-    if done.exists():
+    """Run a method, or what is left of it, and note beside it the CPU time of all tries."""
+    place = plan.folder(seed) / f"{method}.json"
+    noted = json.loads(place.read_text()) if place.exists() else {"cpu_seconds": 0.0, "finished": False}
+    if noted["finished"]:
         return
     start = time.process_time()
-    iteration.run(plan.config(method, seed))
-    seconds = time.process_time() - start
-    done.write_text(json.dumps({"cpu_seconds": seconds}))
-    print(f"seed {seed}: {METHODS[method]}, {seconds:.0f} s of CPU", flush=True)
+    try:
+        iteration.run(plan.config(method, seed))
+        noted["finished"] = True
+    finally:
+        noted["cpu_seconds"] += time.process_time() - start
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(noted))
+    print(f"seed {seed}: {METHODS[method]}, {noted['cpu_seconds']:.0f} s of CPU", flush=True)
 
 
 def compare_seed(plan: Plan, seed: int) -> None:
@@ -173,7 +178,7 @@ def read_run(plan: Plan, method: str, seed: int) -> Found:
 
 def pool_costs(run_dir: RunDir, iteration: int) -> tuple[int, int]:
     """Pairs of an iteration's pools, and the tokens of their responses in them."""
-    tokens = {row.rollout_id: len(row.tokens) for row in run_dir.stage("sample", iteration).read(Rollout)}
+    tokens = {row.rollout_id: len(row.token_ids) for row in run_dir.stage("sample", iteration).read(Rollout)}
     verdicts = read = 0
     for pool in run_dir.stage("annotate", iteration).read(Judgement):
         others = len(pool.candidate_ids) - 1
@@ -255,12 +260,31 @@ def against_table(plan: Plan) -> list[str]:
     return lines
 
 
+def write_tables(plan: Plan, page: Path | None) -> None:
+    """Print the tables, keep them beside the runs, and put them into a page between its two marks, if there is one.
+
+    Raises:
+        SystemExit: the page has no such marks.
+    """
+    tables = "\n".join([*method_table(plan), "", *against_table(plan)])
+    (plan.out / "tables.md").write_text(tables + "\n")
+    print(tables)
+    if page is not None:
+        begin, end = (f"<!-- {word} of {plan.out.name} -->" for word in ("tables", "end"))
+        text = page.read_text()
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise SystemExit(f"{page}: expected the lines {begin} and {end}, between which the tables go")
+        before, rest = text.split(begin)
+        page.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{rest.split(end)[1]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="demo, or the path of a small base model")
     parser.add_argument("--prompts", type=Path, help="of a base model: beginnings of texts, rows of {prompt}")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
+    parser.add_argument("--page", type=Path, help="such as docs/results.md: where the tables are put, between marks")
     parser.add_argument("settings", nargs="*", help="fields to set in all runs, such as iterations=2")
     options = parser.parse_args()
     if options.model == "demo":
@@ -277,9 +301,7 @@ def main() -> None:
         for method in METHODS:
             run_method(plan, method, seed)
         compare_seed(plan, seed)
-    tables = "\n".join([*method_table(plan), "", *against_table(plan)])
-    (plan.out / "tables.md").write_text(tables + "\n")
-    print(tables)
+    write_tables(plan, options.page)
 
 
 if __name__ == "__main__":
