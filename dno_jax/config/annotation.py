@@ -250,12 +250,17 @@ class AnnotationSection(Section):
     def _who_is_measured_can_be_asked(self) -> AnnotationSection:
         if self.nobody_judges:
             return self
-        for name, value in (("repeat", self.quality.repeat), ("calibration", self.quality.calibration)):
-            if value and self.kind not in ("openai", "ensemble"):
-                raise ValueError(
-                    f"quality.{name}={value} asks an endpoint more than it must, and annotation.kind={self.kind} has "
-                    "none (kinds that do: openai, ensemble); leave it out"
-                )
+        if self.quality.repeat and self.kind not in ("openai", "ensemble"):
+            raise ValueError(
+                f"quality.repeat={self.quality.repeat} asks an endpoint more than it must, and annotation.kind="
+                f"{self.kind} has none (kinds that do: openai, ensemble); leave it out"
+            )
+        if self.quality.calibration and not self.is_judge:
+            raise ValueError(
+                f"quality.calibration={self.quality.calibration} holds a judge to labelled pairs, and annotation.kind="
+                f"{self.kind} is not asked about any (kinds that are: oracle, openai, ensemble, table, python); leave "
+                "it out"
+            )
         return self
 
     @model_validator(mode="after")

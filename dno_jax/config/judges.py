@@ -18,6 +18,7 @@ from dno_jax.config.base import (
     Temperature,
     absolute,
     contents,
+    decides,
 )
 
 
@@ -56,12 +57,12 @@ class QualitySection(Section):
     calibration: PathStr | None = Field(
         default=None,
         description="JSONL of {prompt, first, second, preference}: people's P(first beats second)",
-        json_schema_extra=COSTS,
+        json_schema_extra=contents("evaluate"),
     )
     calibration_pairs: Count = Field(
         default=300,
         description="labelled pairs used, drawn by seed, the same in each iteration",
-        json_schema_extra=COSTS,
+        json_schema_extra=decides("evaluate"),
     )
     max_flip_rate: Fraction | None = Field(
         default=0.25, description="of pairs asked in both orders", json_schema_extra=COSTS

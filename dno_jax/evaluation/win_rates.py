@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,9 +52,18 @@ def win_rate(preferences: Sequence[float], prompt_ids: Sequence[str]) -> WinRate
 
 def rate_over(rows: Sequence[Row], player: str, opponent: str) -> WinRate | None:
     """Return a player's win rate over another; None where they never met."""
-    own = [(row.preference, row.prompt_id) for row in rows if row[1:3] == (player, opponent)]
-    own += [(1.0 - row.preference, row.prompt_id) for row in rows if row[1:3] == (opponent, player)]
-    return win_rate(*map(list, zip(*own, strict=True))) if own else None
+    values, prompt_ids = preferences_of(rows, player, opponent)
+    return win_rate(values, prompt_ids) if values else None
+
+
+def preferences_of(rows: Iterable[Row], player: str, opponent: str) -> tuple[list[float], list[str]]:
+    """Return P(player preferred) of every comparison with an opponent, and the prompt of each."""
+    values, prompt_ids = [], []
+    for row in rows:
+        if {row.player, row.opponent} == {player, opponent}:
+            values.append(row.preference if row.player == player else 1.0 - row.preference)
+            prompt_ids.append(row.prompt_id)
+    return values, prompt_ids
 
 
 def best_policy(wins: Float[np.ndarray, "T T"]) -> int:

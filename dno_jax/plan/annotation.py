@@ -202,6 +202,10 @@ def plan_annotation(
     if evaluation.judges and split.held_out:
         held_out = _held_out_loads(config, tokenize(split.held_out), count=count, length=length, taught=taught)
         parts["held out"] = Estimate.of(counter.demands(evaluation, held_out), evaluation, always_live=True)
+        if evaluation.quality.calibration and config.evaluation.annotation is not None:  # else they are asked once
+            labelled = _labelled_loads(evaluation.quality, count=count, seed=config.seed)
+            asked = Estimate.of(counter.demands(evaluation, labelled), evaluation, always_live=True)
+            parts["labelled pairs, held out"] = asked
     if section.teacher is not None:
         teacher = _teacher_demand(section.teacher, split, count=count)
         parts["teacher"] = Estimate.of(teacher, section, always_live=True)

@@ -5,11 +5,12 @@ An evaluation keeps it under `comparison` in its details; what is not there is s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dno_jax.files import read_note
 from dno_jax.report.facts import Facts
+from dno_jax.report.measured import label_sentences
 from dno_jax.report.shapes import Figure, Shape
 
 BETTER = "better"
@@ -19,6 +20,13 @@ def player(name: str) -> str:
     """What a player of the held-out game is called."""
     known = {"gold": "the teacher", "average": "the mixture"}
     return f"policy {name}" if name.isdecimal() else known.get(name, name)
+
+
+def _turned(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """The same comparison, seen by the opponent."""
+    ends = {"value": "value", "low": "high", "high": "low"}
+    numbers = {end: None if pair[other] is None else round(1.0 - pair[other], 4) for end, other in ends.items()}
+    return {**pair, "player": pair["opponent"], "opponent": pair["player"], **numbers}
 
 
 def comparison_figures(facts: Facts) -> Iterator[Figure]:
@@ -42,7 +50,12 @@ def comparison_figures(facts: Facts) -> Iterator[Figure]:
         ],
         Shape("heat", "against", "win rate", "player", percent=True),
     )
-    controlled = [pair for pair in found.get("length_controlled", ()) if pair["opponent"] in ("0", "gold")]
+    controlled = [
+        pair
+        for one in found.get("length_controlled", ())
+        for pair in (one, _turned(one))
+        if pair["opponent"] == "gold" or (pair["opponent"] == "0" and pair["player"].isdecimal())
+    ]
     yield Figure(
         "length_controlled",
         BETTER,
@@ -55,6 +68,21 @@ def comparison_figures(facts: Facts) -> Iterator[Figure]:
             for pair in controlled
         ],
         Shape("intervals", "player", "win rate", "against", percent=True, rule=0.5),
+    )  # fmt: skip
+    labels = details.get("labels") or {}
+    yield Figure(
+        "corrected",
+        BETTER,
+        "Win rate by the labels' measure",
+        "The newest policy's win rates, corrected for what the judge gets wrong on labelled pairs; the 95 % intervals "
+        "carry the uncertainty of both.",
+        ("policy", "against", "win rate", "low", "high", "by the judge"),
+        [
+            (player(str(details["policy"])), player(name), one["value"], one["low"], one["high"],
+             details["win_rates"][name]["rate"])
+            for name, one in labels.get("corrected", {}).items()
+        ],
+        Shape("intervals", "against", "win rate", percent=True, rule=0.5),
     )  # fmt: skip
     yield Figure(
         "neighbours",
@@ -123,6 +151,9 @@ def comparison_words(facts: Facts) -> list[str]:
         return []
     guard = details.get("guard") or {}
     said = [f"warning: {sentence}" for sentence in (*details.get("warnings", ()), *guard.get("warnings", ()))]
+    if gone := guard.get("not_asked"):
+        names = ", ".join(player(str(policy)) for policy in gone)
+        said.append(f"Not asked the guard's questions, their weights being gone: {names}.")
     if "judge" in details:
         said.append(f"Held-out answers were judged by {details['judge']}.")
     found: dict[str, Any] = details.get("comparison") or {}
@@ -143,6 +174,7 @@ def comparison_words(facts: Facts) -> list[str]:
             f"Cycles (a beats b beats c beats a): {cycles['observed']} of {cycles['triples']} triples; a ranking with "
             f"this much noise would show {cycles['expected']:.1f}."
         )
+    said += label_sentences(details)
     if not found.get("length_controlled"):
         said.append("Not measured: win rates at equal length.")
     return said

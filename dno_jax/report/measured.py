@@ -45,7 +45,8 @@ def matrix_table(details: Mapping[str, Any]) -> RenderableType:
         rows.append((name, *cells))
     table = stacked("win rates, %", ("", *names), rows)
     legend = Text("of the row over the column; * told apart, over all pairs at once")
-    return Group(table, legend, *(Text(sentence) for sentence in sentences(found)), *guard)
+    said = (*sentences(found), *label_sentences(details))
+    return Group(table, legend, *(Text(sentence) for sentence in said), *guard)
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
@@ -73,6 +74,24 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
         gap = "" if nash["gap"] is None else f"; gap {nash['gap']:.3f} on prompts that it was not made from"
         said.append(f"Nash mixture of the policies: {shares}{gap}")
     return said
+
+
+def label_sentences(details: Mapping[str, Any]) -> list[str]:
+    """What labelled pairs say of the judge, and the newest policy's win rates corrected for its errors.
+
+    Args:
+        details: of the evaluation's manifest.
+    """
+    labels = details.get("labels")
+    if not labels:
+        return []
+    if labels["why"]:
+        return [f"win rates are not corrected for the judge's errors: {labels['why']}"]
+    errors = ", ".join(
+        f"{name} {_rate(labels[name])} % of {labels[name]['n']}" for name in ("sensitivity", "specificity")
+    )
+    rates = ", ".join(f"{name} in {_rate(found)} %" for name, found in labels["corrected"].items())
+    return [f"corrected for the judge's errors ({errors} labels): policy {details['policy']} beats {rates}"]
 
 
 def suite_table(results: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -155,13 +174,17 @@ def _guard(found: Mapping[str, Any] | None) -> list[Text]:
     if not found:
         return []
     told = ", ".join(f"policy {name} {100 * share['value']:.1f} %" for name, share in found["accuracy"].items())
+    gone = ", ".join(str(policy) for policy in found.get("not_asked", ()))
+    told += f"; not asked, their weights being gone: {gone}" if gone else ""
     return [Text(f"guard: right answers to {found['questions']} questions: {told}")] + [
         Text(f"warning: {sentence}", style="yellow") for sentence in found["warnings"]
     ]
 
 
 def _rate(found: Mapping[str, Any] | None) -> str:
-    return "" if found is None else f"{100 * found['rate']:.0f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
+    if found is None:
+        return ""
+    return f"{100 * found.get('rate', found.get('value')):.0f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
 
 
 def _value(value: Any) -> str:

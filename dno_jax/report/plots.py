@@ -102,8 +102,9 @@ def _intervals(alt: Any, figure: Figure, shape: Shape) -> Any:
 
 
 def _heat(alt: Any, figure: Figure, shape: Shape) -> Any:
+    axis = alt.Axis(labelAngle=-35, labelOverlap=False)  # every name, on a phone too
     base = alt.Chart(alt.NamedData(name=ROWS)).encode(
-        x=alt.X(field=shape.x, type="nominal", sort=_words(figure, shape.colour), title="against"),
+        x=alt.X(field=shape.x, type="nominal", sort=_words(figure, shape.colour), title="against", axis=axis),
         y=alt.Y(field=shape.colour, type="nominal", sort=None, title=None),
         tooltip=_tooltip(alt, figure),
     )

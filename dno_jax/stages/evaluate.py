@@ -96,6 +96,8 @@ def _files(config: RunConfig) -> dict[str, str]:
     files = {f"evaluation.external.{name}": path for name, path in section.external.items()}
     if section.guard is not None:
         files["evaluation.guard"] = section.guard.path
+    if (labels := config.evaluation_judge.quality.calibration) is not None and config.evaluation_judge.is_judge:
+        files["labelled pairs"] = labels
     try:
         return {name: digest_of(path) for name, path in files.items()}
     except OSError as error:
@@ -253,12 +255,18 @@ def _figures(judged: _Judged, config: RunConfig, *, newest: int) -> dict[str, An
         return {name: one.as_dict() for name, one in found.items() if one is not None}
 
     average = rates(AVERAGE, [*policies, *others])
+    errors = judged.compared.errors
+    opponents = (*policies[:-1], *others)
+    corrected = {
+        name: one.as_dict() for name in opponents if errors and (one := errors.correct(rows, str(newest), name))
+    }
     among = np.asarray(matrix.rates, np.float64)[: newest + 1, : newest + 1]
     quality = judged.compared.quality
     return {
         "policy": newest,
         "judge": judged.compared.judge,
-        "win_rates": rates(str(newest), [*policies[:-1], *others]),
+        "win_rates": rates(str(newest), opponents),
+        **({"labels": errors.as_dict() | {"corrected": corrected}} if errors else {}),
         **({AVERAGE: average} if average else {}),
         "matrix": np.round(among, 4).tolist(),
         "comparison": matrix.as_dict(),

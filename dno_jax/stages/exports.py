@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from dno_jax.report.summary import best_policy_of
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.stages import checkpoints
+
+# Of lm-evaluation-harness, by its names; what the Open LLM Leaderboard asked, and the paper's tables have.
+_TASKS = ("arc_challenge", "gsm8k", "hellaswag", "mmlu", "truthfulqa_mc2", "winogrande")
 
 
 @dataclass(frozen=True)
@@ -51,12 +56,26 @@ def run(folder: RunDir, path: str, wanted: Wanted) -> None:
         hub.create(wanted.push, private=not wanted.public)
     export = _policy if folder.kind() is RunConfig else _trained
     say(f"{export(folder, path, wanted)} exported to {path}")
+    template = folder.load_config().model.chat_template
+    say(f"benchmarks of lm-evaluation-harness: {harness_command(path, template=template)}")
     if wanted.push is not None and is_primary():
         try:
             commit = hub.push(path, wanted.push)
         except DnoError as error:
             raise DnoError(f"{error}\nThe export is whole in {path}; to try again, export with --overwrite") from None
         say(f"uploaded to {wanted.push} as commit {commit}")
+
+
+def harness_command(path: str, *, template: str) -> str:
+    """The command of lm-evaluation-harness that asks an export what the paper's policies were asked.
+
+    Args:
+        template: the run's `model.chat_template`: a base model's "raw" has none to apply.
+    """
+    chat = [] if template == "raw" else ["--apply_chat_template"]
+    model = json.dumps({"pretrained": path})  # a list of name=value would break at a comma in the path
+    words = ["lm_eval", "--model", "hf", "--model_args", model, "--tasks", ",".join(_TASKS), *chat]
+    return shlex.join([*words, "--batch_size", "auto"])
 
 
 def _policy(folder: RunDir, path: str, wanted: Wanted) -> str:

@@ -21,7 +21,7 @@ from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import SampleSpec
 from dno_jax.stage_dir import StageDir
 from dno_jax.stages.draw import Draws, sample_to_shards
-from dno_jax.training.checkpoint import is_pruned, policy_fingerprint
+from dno_jax.training.checkpoint import is_pruned, policy_fingerprint, policy_remedy
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,10 @@ class Question:
 
 
 def run(runtime: Runtime[RunConfig], *, newest: int) -> dict[str, Any] | None:
-    """Have policies 0 to the newest answer where they have not, and return the figures; None without a guard.
+    """Have policies 0 to the newest answer where they have not, and return the figures.
+
+    Policies without weights that have not answered are left out; without a guard, or where the newest is one of them,
+    there is nothing to return.
 
     Raises:
         DnoError: the file cannot be read, a row is no question with an answer, or a question is trained on.
@@ -54,24 +57,34 @@ def run(runtime: Runtime[RunConfig], *, newest: int) -> dict[str, Any] | None:
     if not kept:
         raise DnoError(f"{section.path}: none of its {len(questions)} questions can be asked ({dict(dropped)})")
     by_id = {question.prompt.prompt_id: question for question in questions}
-    there = [policy for policy in range(newest + 1) if _can_answer(runtime.run_dir, kept, policy, section.num_samples)]
-    if len(there) <= newest and is_primary():
-        gone = ", ".join(str(policy) for policy in range(newest + 1) if policy not in there)
-        say(f"the guard's questions: policy {gone} has no weights any more and is not asked")
+    there = [policy for policy in range(newest + 1) if _can_answer(runtime, kept, policy)]
+    gone = [policy for policy in range(newest + 1) if policy not in there]
+    for policy in gone if is_primary() else ():
+        path = runtime.run_dir.policy(policy)
+        figures = "; this evaluation has no figures of the guard" if policy == newest else ""
+        say(
+            f"warning: {path}: policy {policy} is not asked the guard's questions, as its weights are not there "
+            f"(training.keep_policies){figures}. To have it asked, {policy_remedy(path)}"
+        )
+    if newest in gone:
+        return None
     right = {policy: dict(_answers(runtime, kept, by_id, policy)) for policy in there}
     if not right.get(newest):
         raise DnoError(f"{section.path}: policy {newest} has no answer to any of its {len(kept)} questions; run again")
     figures = guard_figures({policy: own for policy, own in right.items() if own})
     for sentence in figures["warnings"] if is_primary() else ():
         say(f"warning: {sentence}")
-    return {"questions": len(kept), **figures}
+    return {"questions": len(kept), **figures, **({"not_asked": gone} if gone else {})}
 
 
-def _can_answer(run_dir: RunDir, kept: Sequence[TokenizedPrompt], policy: int, num_samples: int) -> bool:
-    """Whether a policy has answered, or its weights are there: old ones may be pruned before there is a guard."""
-    path = run_dir.policy(policy)
-    has_weights = policy_fingerprint(path) is not None and not is_pruned(path)
-    return has_weights or bool(answers_of(run_dir, kept, policy, num_samples=num_samples).shard_paths())
+def _can_answer(runtime: Runtime[RunConfig], kept: Sequence[TokenizedPrompt], policy: int) -> bool:
+    """Whether a policy has answered all questions, or its weights are there: old ones may be pruned before a guard."""
+    path, section = runtime.run_dir.policy(policy), runtime.config.evaluation.guard
+    assert section is not None
+    if policy_fingerprint(path) is not None and not is_pruned(path):
+        return True
+    shards = -(-len(kept) // runtime.config.sampling.shard_prompts)
+    return len(answers_of(runtime.run_dir, kept, policy, num_samples=section.num_samples).shard_paths()) == shards
 
 
 def _answers(

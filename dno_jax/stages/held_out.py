@@ -13,6 +13,7 @@ import numpy as np
 
 from dno_jax.annotation.build import build_annotator
 from dno_jax.annotation.pool import Candidate, Pool
+from dno_jax.annotation.quality.calibration import read_calibration
 from dno_jax.annotation.quality.figures import Quality, Response
 from dno_jax.annotation.receipts import closing
 from dno_jax.annotation.shortfall import refuse_shortfall
@@ -20,6 +21,7 @@ from dno_jax.config import AnnotationSection
 from dno_jax.console import Meter
 from dno_jax.data.pools import shown_prefix
 from dno_jax.evaluation.comparisons import Row
+from dno_jax.evaluation.judge_errors import JudgeErrors
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt
 from dno_jax.run_dir import RunDir
@@ -95,6 +97,7 @@ class Compared:
     missing: int = 0
     quality: dict[str, Any] = field(default_factory=dict)
     judge: str = ""
+    errors: JudgeErrors | None = None  # of the judge, by labelled pairs; None where there are none
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,20 @@ def compare(groups: Sequence[Players], asked: Asked, run_dir: RunDir) -> Compare
         DnoError: more pools than `max_failed` allows have no verdict; run again to ask for those.
     """
     pools = {index: pool for index, group in enumerate(groups) if (pool := group.pool())}
-    identity = ""
+    identity, labelled = "", _labelled(asked) if pools else []
+    verdicts: list[Judgement] = []  # on labelled pairs
 
     async def judge_all() -> list[Judgement]:
-        nonlocal identity
+        nonlocal identity, verdicts
         annotator = build_annotator(asked.section, store_path=str(run_dir.annotations_path), seed=asked.seed)
         identity = annotator.identity
         async with closing(annotator, run_dir):
             with Meter(asked.title, total=len(pools), unit="pools") as meter:
                 judgements = await judge_pools(annotator, list(pools.values()), meter=meter)
                 judgements = await judge_late(annotator, list(pools.values()), judgements)
-            annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in judgements))
+            verdicts = await judge_pools(annotator, [pool for pool, _ in labelled], meter=None)
+            every = (*judgements, *verdicts)
+            annotator.refuse_over_budget(sum(judgement.state == "over budget" for judgement in every))
             return judgements
 
     # A policy that judges itself is no judge of held-out responses, and is not asked for one where there are none.
@@ -148,6 +154,10 @@ def compare(groups: Sequence[Players], asked: Asked, run_dir: RunDir) -> Compare
     )
     found = Compared(judgements=list(judgements.values()), missing=len(missing), judge=identity)
     quality = Quality()
+    for verdict, (_, label) in zip(verdicts, labelled, strict=True):
+        quality.add_label(verdict, label)
+    if labelled:
+        found.errors = _errors(labelled, verdicts)
     for index, group in enumerate(groups):
         verdict = judgements.get(index)
         if verdict is not None:
@@ -156,3 +166,23 @@ def compare(groups: Sequence[Players], asked: Asked, run_dir: RunDir) -> Compare
             found.rows += group.preferences(verdict)
     found.quality = quality.figures()
     return found
+
+
+def _labelled(asked: Asked) -> list[tuple[Pool, float]]:
+    """Pairs that people have judged, where the judge is held to some: the same in every iteration."""
+    section = asked.section.quality
+    if section.calibration is None:
+        return []
+    return read_calibration(section.calibration, limit=section.calibration_pairs, seed=asked.seed)
+
+
+def _errors(labelled: Sequence[tuple[Pool, float]], verdicts: Sequence[Judgement]) -> JudgeErrors:
+    return JudgeErrors.of(
+        (
+            pool.prompt.model_dump_json(exclude={"prompt_id"}),
+            float(win_matrix(wins=row.wins, scores=row.scores)[0, 1]),
+            label,
+        )
+        for (pool, label), row in zip(labelled, verdicts, strict=True)
+        if row.state == "ok"
+    )

@@ -107,7 +107,7 @@ def _check_judges(config: RunConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:  # the run's own store is opened with the run directory
         store = os.path.join(folder, "annotations.sqlite")
         for section in (config.annotation, config.evaluation_judge):
-            if section.judges and section.quality.calibration:
+            if section.quality.calibration:
                 read_calibration(section.quality.calibration, limit=1, seed=0)
             if not section.on_devices:
                 asyncio.run(build_annotator(section, store_path=store, seed=config.seed).close())

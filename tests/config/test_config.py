@@ -181,7 +181,10 @@ MIXTURE = {"reference.kind": "mixture", "reference.tau": 0.01}
         ({"pairing.rule": "restrictive", "pairing.margin": 2.0}, r"margin is 2\.0, no win rate"),
         ({"pairing.replay_decay": 1.0, "pairing.replay": 1.0}, "leaves no room for new pairs"),
         ({"annotation.kind": "oracle", "annotation.quality.repeat": 0.1}, "quality.repeat=0.1 asks an endpoint"),
-        ({"annotation.quality.calibration": "f"}, "quality.calibration=.*annotation.kind=oracle has none"),
+        (
+            {"annotation.kind": "self", "annotation.quality.calibration": "f"},
+            "calibration=.*annotation.kind=self is not asked",
+        ),
         ({"annotation.kind": "openai", "annotation.apart": True}, "apart=true without annotation.store"),
         ({"annotation.kind": "table"}, r"kind=table needs annotation\.table"),
         # the judge

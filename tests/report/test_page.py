@@ -268,7 +268,8 @@ def test_what_an_evaluation_says_of_all_players_is_shown(copied):
         "players": ["0", "1", "2", "gold"], "policies": ["0", "1", "2"],
         "rates": [[0.5, 0.4, 0.3, None], [0.6, 0.5, 0.4, 0.51], [0.7, 0.6, 0.5, 0.52], [None, 0.49, 0.48, 0.5]],
         "pairs": [{"player": "2", "opponent": "0", **rate, "value": 0.7, "ties": 0.1}],
-        "length_controlled": [{"player": "2", "opponent": "0", **rate}, {"player": "2", "opponent": "1", **rate}],
+        # As a run writes them: the earlier player first.
+        "length_controlled": [{"player": "0", "opponent": "2", **rate}, {"player": "1", "opponent": "2", **rate}],
         "neighbours": [{"player": "2", "opponent": "1", "rate": 0.6, "low": 0.48, "high": 0.7, "different": False}],
         "nash": {"shares": {"0": 0.0, "1": 0.25, "2": 0.75}, "gap": 0.02, "gaps": {"0": 0.4, "1": 0.2, "2": 0.0}},
         "choice": {"best": "2", "alike": ["1"], "flattery": 0.013},
@@ -277,13 +278,15 @@ def test_what_an_evaluation_says_of_all_players_is_shown(copied):
     }  # fmt: skip
     details = stage.require().details
     right = {"value": 0.625, "low": 0.5, "high": 0.75, "n": 40, "prompts": 40}
+    labels = {"sensitivity": right, "specificity": right, "why": "", "corrected": {"1": rate | {"value": 0.66}}}
     guard = {
         "questions": 40,
+        "not_asked": [1],
         "accuracy": {"0": right, "2": right | {"value": 0.55}},
         "warnings": ["sums are forgotten"],
     }
     more = {"comparison": comparison, "judge": "<b>another</b>", "warnings": ["6 held-out prompts are few"]}
-    more["guard"] = guard
+    more |= {"guard": guard, "labels": labels, "win_rates": {"1": rate | {"rate": 0.61}}}
     suite = run_dir.path / "suites" / "alpaca_eval" / "policy-002"
     suite.mkdir(parents=True)
     (suite / "results.json").write_text(
@@ -302,13 +305,17 @@ def test_what_an_evaluation_says_of_all_players_is_shown(copied):
         "about 1.3 points",
         "1 of 4 triples",
         "would show 0.3",
+        "Not asked the guard's questions, their weights being gone: policy 1.",
+        "corrected for the judge's errors (sensitivity 62 [50, 75] % of 40, specificity 62 [50, 75] % of 40 labels): "
+        "policy 2 beats 1 in 66 [55, 72] %",
     ):
         assert sentence in said
     assert "Not measured: win rates at equal length" not in said
     rows = {tuple(row) for table in page.tables for row in table}
     assert ("policy 2", "policy 0", "0.7", "0.55", "0.72") in rows
     assert ("the teacher", "policy 1", "0.49", "", "") in rows
-    assert ("policy 2", "policy 0", "0.64", "0.55", "0.72", "6") in rows
+    assert ("policy 2", "policy 0", "0.36", "0.28", "0.45", "6") in rows
+    assert ("policy 2", "policy 1", "0.66", "0.55", "0.72", "0.61") in rows
     assert ("policy 2", "policy 1", "0.6", "0.48", "0.7", "no") in rows
     assert ("policy 2", "0.55", "0.5", "0.75", "40") in rows
     assert ("alpaca_eval", "policy 2", "12.5", "1.25", "13.5", "805", "1,500") in rows

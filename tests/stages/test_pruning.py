@@ -1,17 +1,23 @@
 """Which policies are kept, and that a pruned one is named where it is asked for."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
 from dno_jax import iteration
 from dno_jax.config import RunConfig, parse_config
+from dno_jax.config.sections import GuardSection
+from dno_jax.console import PlainConsole
 from dno_jax.errors import DnoError
 from dno_jax.parallel.sharding import TRAIN
+from dno_jax.report.measured import matrix_table
 from dno_jax.report.verify import verify
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
-from dno_jax.stages import pruning
-from dno_jax.training.checkpoint import is_pruned, policy_fingerprint
+from dno_jax.stages import evaluate, pruning, redo
+from dno_jax.training.checkpoint import is_pruned, policy_fingerprint, prune_policy
 from tests.configured import deep_merge
 from tests.small import small_tree
 
@@ -82,6 +88,44 @@ def test_a_pruned_policy_is_named_where_it_is_asked_for(pruned):
     gone = next(t for t in range(4) if is_pruned(run_dir.policy(t)))
     with pytest.raises(DnoError, match=rf"policies/00{gone}: .*training\.keep_policies.*--from train:{gone - 1}"):
         Runtime.start(config).load_policy(run_dir.policy(gone), TRAIN)
+
+
+def test_a_guard_given_later_asks_whom_it_can(pruned, tmp_path, capsys):
+    """Who was pruned before there was a guard is named; the evaluation itself, whose responses are there, goes on."""
+    before, _, _ = pruned
+    questions = [{"question": f"des dot {word}", "answer": word} for word in ("bas", "des", "dot")]
+    (tmp_path / "guard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    shutil.copytree(before.run_dir, tmp_path / "run")
+    section = before.evaluation.model_copy(update={"guard": GuardSection(path=str(tmp_path / "guard.jsonl"))})
+    config = before.model_copy(update={"run_dir": str(tmp_path / "run"), "evaluation": section})
+    run_dir = RunDir(config.run_dir)
+    gone = next(t for t in range(1, 4) if is_pruned(run_dir.policy(t)))
+    redo.set_aside(run_dir, "evaluate", 0)
+    capsys.readouterr()
+    runtime = Runtime.start(config)
+    own = evaluate.run(runtime, gone - 1)
+    said = capsys.readouterr().err
+    assert "guard" not in own.details
+    assert own.details["win_rates"]
+    assert f"policies/00{gone}: policy {gone} is not asked the guard's questions, as its weights are not there" in said
+    assert "this evaluation has no figures of the guard. To have it asked, restore it from a copy, or train it" in said
+    assert f"dno run CONFIG --from train:{gone - 1}" in said
+    figures = evaluate.run(runtime, 2).details
+    guard = figures["guard"]
+    assert gone in guard["not_asked"]
+    assert str(gone) not in guard["accuracy"]
+    assert {"0", "3"} <= set(guard["accuracy"])
+    console = PlainConsole(width=200)
+    with console.capture() as shown:
+        console.print(matrix_table(figures))
+    assert "not asked, their weights being gone: " in shown.get()
+
+    # Answers that were cut short by the pruning are no whole answers, and are not gone on with.
+    prune_policy(run_dir.policy(3))
+    redo.set_aside(run_dir, "evaluate", 2)
+    folder = next(run_dir.stage("evaluate", 2).path.glob("guard-003-*"))
+    next(folder.glob("*.jsonl")).unlink()
+    assert "guard" not in evaluate.run(runtime, 2).details
 
 
 def test_where_the_best_was_pruned_the_best_of_the_kept_is_returned(make_config, capsys):
