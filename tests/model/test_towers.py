@@ -39,7 +39,11 @@ TOWERS = {
         "text_config": CASES["qwen3_5"].config_json,
         "vision_config": {
             **{key: VISION[key] for key in ("hidden_size", "intermediate_size")},
-            **{"depth": 1, "num_heads": 2, "patch_size": 4, "out_hidden_size": 96, "num_position_embeddings": 16},
+            "depth": 1,
+            "num_heads": 2,
+            "patch_size": 4,
+            "out_hidden_size": 96,
+            "num_position_embeddings": 16,
         },
         **{f"{what}_token_id": 3 + index for index, what in enumerate(("image", "video", "vision_start"))},
     },
