@@ -10,7 +10,8 @@ c the decays of a chunk added up and D_ij = exp(c_i - c_j) for j <= i, what toke
 
     (I + tril(b K K^T * D, -1)) [U, W] = [b V, b exp(c) K]
 
-S is float32, as are all products: what is written stays, rounding too.
+Keys and queries are brought to unit length first, and queries divided by sqrt(H). S is float32, as are all products:
+what is written stays, rounding too.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def delta_rule(
     """Run tokens through the rule, a chunk at a time.
 
     Args:
-        q_BTKH, k_BTKH: of unit length, queries scaled; each of K heads serves V / K consecutive value heads.
+        q_BTKH, k_BTKH: of any length and dtype; each of K heads serves V / K consecutive value heads.
         log_decay: g, at most 0; with strength 0, a token of log_decay 0 leaves the state as it is.
         strength: b, in [0, 1].
         begins: whether a text begins with a token; what came before it in its row is forgotten there.
@@ -61,11 +62,11 @@ def delta_rule(
     padding = -T % chunk
 
     def chunks(array: Array, *heads: int) -> Array:
-        """[B, T, heads..., rest...] -> [T / C, B, heads..., C, rest...], float32."""
+        """[B, T, heads..., rest...] -> [T / C, B, heads..., C, rest...]."""
         array = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * (array.ndim - 2)])
         rest = array.shape[3:] if heads else array.shape[2:]
         array = array.reshape(B, -1, chunk, *heads, *rest)
-        return jnp.moveaxis(jnp.moveaxis(array, 1, 0), 2, 2 + len(heads)).astype(jnp.float32)
+        return jnp.moveaxis(jnp.moveaxis(array, 1, 0), 2, 2 + len(heads))
 
     parts = (
         chunks(q_BTKH, K),
@@ -83,6 +84,8 @@ def delta_rule(
 def _chunk(state: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
     """One chunk: state [B, K, G, H, P]; q, k [B, K, C, H], v [B, K, G, C, P], g, b [B, K, G, C], begins [B, C]."""
     q, k, v, log_decay, strength, begins = parts
+    # Widened here: a whole text's would lie in memory twice as large.
+    q, k, v = unit(q) * q.shape[-1] ** -0.5, unit(k), v.astype(jnp.float32)
     total = jnp.cumsum(log_decay, axis=-1)
     # Which text of the chunk a token is of; 0 is the one that the state has read.
     text = jnp.cumsum(begins, axis=-1)[:, None, None]
@@ -152,7 +155,7 @@ def delta_step(
     kept = jnp.where(begins[:, None], 0, jnp.exp(log_decay)).reshape(B, K, V // K, 1, 1)
     grouped = grouped * kept
     # Sums that read the state where it lies: as products of one row, each would copy it first.
-    q, k = (array.astype(jnp.float32)[:, :, None, :, None] for array in (q_BKH, k_BKH))
+    q, k = (array[:, :, None, :, None] for array in (unit(q_BKH) * H**-0.5, unit(k_BKH)))
     read = jnp.sum(grouped * k, axis=3)
     strength = strength.reshape(B, K, V // K, 1)
     written = strength * (v_BVP.astype(jnp.float32).reshape(B, K, V // K, P) - read)

@@ -17,7 +17,7 @@ from dno_jax.model.attention import Attention, attend
 from dno_jax.model.cache import KVCache, MixerState, WriteCache, as_stored, reaches, read_layer
 from dno_jax.model.causal_conv import causal_conv, next_tail
 from dno_jax.model.config import Mixer
-from dno_jax.model.delta_rule import delta_rule, delta_step, unit
+from dno_jax.model.delta_rule import delta_rule, delta_step
 from dno_jax.model.layers import rms_norm
 from dno_jax.model.parts import NORMAL, ONES, ZEROS, Layer, Output, declare, norm, project
 from dno_jax.model.places import NO_WINDOW, Places, visible
@@ -156,7 +156,7 @@ def gated_delta(layer: MixingLayer, y: jax.Array, state: Any, call: Call) -> tup
     # A token of padding neither decays nor writes.
     log_decay = jnp.where(real, -rate[None, None] * jax.nn.softplus(step.astype(jnp.float32) + shift[None, None]), 0)
     strength = jnp.where(real, jax.nn.sigmoid(strength).astype(jnp.float32), 0)
-    q, k, begins = unit(q) * H**-0.5, unit(k), position == 0
+    begins = position == 0
     if state is None:
         before = jnp.zeros((y.shape[0], V, H, P), jnp.float32)
         before = layer.constrain(before, ("batch", "heads", "head_dim", "head_dim"))

@@ -12,7 +12,7 @@ import pytest
 from dno_jax.model.cache import KVCache, MixerState, init_cache
 from dno_jax.model.causal_conv import causal_conv, next_tail
 from dno_jax.model.decoder import Decoder, logits
-from dno_jax.model.delta_rule import delta_rule, delta_step, unit, unit_lower_inverse
+from dno_jax.model.delta_rule import delta_rule, delta_step, unit_lower_inverse
 from dno_jax.model.params import abstract_params, unstack_layers
 from dno_jax.model.places import Places
 from dno_jax.model.stack import layer_groups, layer_places, sections
@@ -29,17 +29,17 @@ def drawn(length, *, alike=False, seed=0):
         k = 1 + 0.05 * k
     decay = -np.exp(rng.normal(size=(B, length, V))) * (1e-4 if alike else 0.1)
     strength = 1 / (1 + np.exp(-3 * rng.normal(size=(B, length, V)) - (4 if alike else 0)))
-    q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
     return [q, k, rng.normal(size=(B, length, V, P)), decay, strength]
 
 
 def written_out(q, k, v, decay, strength, begins, state):
     """Eq. 10 of arXiv 2412.06464 token by token in float64, value head by value head."""
+    q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
     state, out = np.array(state, np.float64), np.zeros(v.shape)
     for b in range(B):
         for t in range(q.shape[1]):
             for head in range(V):
-                key, query = k[b, t, head // (V // K)], q[b, t, head // (V // K)]
+                key, query = k[b, t, head // (V // K)], q[b, t, head // (V // K)] / H**0.5
                 before = np.zeros((H, P)) if begins[b, t] else state[b, head]
                 gate, write = np.exp(decay[b, t, head]), strength[b, t, head]
                 forget = np.eye(H) - write * np.outer(key, key)
@@ -100,11 +100,8 @@ def test_gradients_of_the_rule_are_torchs():
     (out * torch.tensor(weight)).sum().backward()
 
     def total(parts):
-        q, k = unit(parts[0]) * H**-0.5, unit(parts[1])
         state = jnp.zeros((B, V, H, P))
-        out, _ = delta_rule(
-            q, k, parts[2], log_decay=parts[3], strength=parts[4], begins=jnp.asarray(begins), state=state
-        )
+        out, _ = delta_rule(*parts[:3], log_decay=parts[3], strength=parts[4], begins=jnp.asarray(begins), state=state)
         return jnp.sum(out * weight)
 
     found = jax.jit(jax.grad(total))([jnp.asarray(part, jnp.float32) for part in parts])
