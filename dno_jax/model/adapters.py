@@ -40,16 +40,16 @@ LINEAR = tuple(TARGETS)
 LEAVES = tuple(leaf for leaves in TARGETS.values() for leaf in leaves)
 # What PEFT calls them, where that is not our name and _proj.
 _PEFT_NAMES = {
-    "in_proj_qkv": ("delta_qkv",),
-    "in_proj_z": ("delta_gate",),
-    "in_proj_b": ("delta_strength",),
-    "in_proj_a": ("delta_decay",),
-    "in_proj": ("conv_in",),
-    "out_proj": ("delta_out", "conv_out"),
-    "w1": ("gate",),
-    "w3": ("up",),
-    "w2": ("down",),
+    "delta_qkv": "in_proj_qkv",
+    "delta_gate": "in_proj_z",
+    "delta_strength": "in_proj_b",
+    "delta_decay": "in_proj_a",
+    "delta_out": "out_proj",
+    "conv_in": "in_proj",
+    "conv_out": "conv.out_proj",
 }
+# And other words for some of them, LFM2's.
+_SYNONYMS = {"w1": "gate", "w3": "up", "w2": "down", "self_attn.out_proj": "o"}
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ class AdapterConfig:
             DnoError: the model has no such matrix, or adapters of it are not supported.
         """
         had = targets_of(config)
-        named = had if isinstance(targets, str) else tuple(one for name in targets for one in _meant(name, config))
-        if unknown := sorted(set(named) - set(had)):
+        meant = {name: _meant(name, had) for name in (map(shown_target, had) if isinstance(targets, str) else targets)}
+        if unknown := sorted(name for name, own in meant.items() if not set(own) <= set(had)):
             expected = ", ".join(map(shown_target, had))
             raise DnoError(f"adapter.targets has {unknown[0]!r}; expected all, or some of {expected}")
+        named = {target for own in meant.values() for target in own}
         if config.num_experts and (experts := [f"{name}_proj" for name in _MLP if name in named]):
             raise DnoError(
                 f"adapter.targets is {'all' if isinstance(targets, str) else list(targets)}, which takes in "
@@ -103,19 +104,17 @@ def targets_of(config: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in LINEAR if name in had)
 
 
-def _meant(name: str, config: ModelConfig) -> tuple[str, ...]:
-    """Return the targets that a name means, ours or PEFT's."""
-    if name not in _PEFT_NAMES:
-        return (name.removesuffix("_proj"),)
-    had = targets_of(config)
-    found = tuple(target for target in _PEFT_NAMES[name] if target in had)
-    # LFM2 has this name for attention's output too.
-    return (*found, "o") if name == "out_proj" and "conv_out" in found and "o" in had else found or (name,)
+def _meant(name: str, had: Sequence[str]) -> tuple[str, ...]:
+    """Return the targets that a name means, ours or PEFT's, in a model that has `had`."""
+    if name == "out_proj" and "conv_out" in had:  # LFM2's attention has it too
+        return tuple(target for target in ("o", "conv_out") if target in had)
+    known = {spelled: target for target in LINEAR for spelled in (target, shown_target(target))} | _SYNONYMS
+    return (known.get(name, name),)
 
 
 def shown_target(target: str) -> str:
-    """The name of a target for a person."""
-    return f"{target}_proj" if target in (*_ATTENTION, *_MLP) else target
+    """The name of a target for a person, which is PEFT's."""
+    return _PEFT_NAMES.get(target, f"{target}_proj")
 
 
 def target_of(leaf: str) -> str | None:

@@ -29,6 +29,27 @@ def sizes(hidden: int, mlp: int, layers: int, heads: int, kv: int, vocab: int, p
 
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LONG_FACTORS = {"long_factor": [1.0 + i for i in range(48)], "short_factor": [1.0 + i / 64 for i in range(48)]}
+LFM2_KEYS = {
+    "block_auto_adjust_ff_dim": True,
+    "block_dim": 2048,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_mlp_init_scale": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-5,
+    "block_out_init_scale": 1.0,
+    "block_use_swiglu": True,
+    "block_use_xavier_init": True,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_dim": 2048,
+    "conv_dim_out": 2048,
+    "conv_use_xavier_init": True,
+    "norm_eps": 1e-5,
+    "num_heads": 32,
+    "use_pos_enc": True,
+}
+LFM2_LAYERS = ["full_attention" if layer in (2, 5, 8, 10, 12, 14) else "conv" for layer in range(16)]
 PUBLISHED = {
     "Llama-2-7b": published(
         "llama", **sizes(4096, 11008, 32, 32, 32, 32000, 4096), rms_norm_eps=1e-5, pretraining_tp=1, rope_scaling=None
@@ -226,6 +247,52 @@ PUBLISHED = {
         tie_word_embeddings=True,
         use_bias=False,
     ),
+    "LFM2-1.2B": published(
+        "lfm2",
+        **{key: value for key, value in sizes(2048, 0, 16, 32, 8, 65536, 128000).items() if key != "intermediate_size"},
+        **LFM2_KEYS,
+        full_attn_idxs=[2, 5, 8, 10, 12, 14],
+        rope_theta=1000000.0,
+        theta=1000000.0,
+        tie_embedding=True,
+    ),
+    "LFM2.5-1.2B": published(
+        "lfm2",
+        **sizes(2048, 12288, 16, 32, 8, 65536, 128000),
+        **LFM2_KEYS,
+        layer_types=LFM2_LAYERS,
+        rope_parameters={"rope_theta": 1000000.0, "rope_type": "default"},
+        tie_embedding=True,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3.5-9B's text": published(
+        "qwen3_5_text",
+        **sizes(4096, 12288, 32, 16, 4, 248320, 262144),
+        attention_bias=False,
+        attention_dropout=0.0,
+        attn_output_gate=True,
+        full_attention_interval=4,
+        head_dim=256,
+        layer_types=["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 8,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        linear_value_head_dim=128,
+        mamba_ssm_dtype="float32",
+        mlp_only_layers=[],
+        mtp_num_hidden_layers=1,
+        mtp_use_dedicated_embeddings=False,
+        partial_rotary_factor=0.25,
+        rms_norm_eps=1e-6,
+        rope_parameters={
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    ),
     "glm-4-9b-chat": published(
         "glm",
         **sizes(4096, 13696, 40, 32, 2, 151552, 131072),
@@ -287,6 +354,14 @@ def test_published_configs_mean_what_their_papers_say():
     assert (read("Seed-OSS-36B").attention_bias, read("Seed-OSS-36B").output_bias) == (True, False)
     assert (read("glm-4-9b-chat").attention_bias, read("glm-4-9b-chat").output_bias) == (True, False)
     assert read("GLM-4-9B-0414").rotary_dim == 64
+    liquid, qwen = read("LFM2-1.2B"), read("Qwen3.5-9B's text")
+    assert liquid == read("LFM2.5-1.2B")  # one model_type, in the words of the first files and of later ones
+    assert (liquid.intermediate_size, liquid.conv_kernel, liquid.head_dim) == (8192, 3, 64)
+    assert [layer for layer in range(16) if liquid.layer_mixers[layer] == "attention"] == [2, 5, 8, 10, 12, 14]
+    assert liquid.tie_word_embeddings
+    assert qwen.layer_mixers == ("gated_delta", "gated_delta", "gated_delta", "attention") * 8
+    assert (qwen.rotary_dim, qwen.attention_gate, qwen.norm_offset) == (64, True, 1.0)
+    assert [model.attends_everywhere for model in (liquid, qwen, gemma)] == [False, False, True]
 
 
 @pytest.mark.parametrize("names", [{"type": "su"}, {"type": "yarn"}, {"type": "su", "rope_type": "longrope"}])
@@ -338,6 +413,7 @@ BAD = [
         "layer_types is .* supported is attention for each of 4",
     ),
     (changed("granite4", layer_types=...), "layer_types is None; supported is attention"),
+    (changed("granite4", layer_types=[["attention"]] * 4), "layer_types is"),
     (changed("granite4", num_local_experts=8), "num_local_experts is 8; supported is only 0"),
     (changed("granite4", position_embedding_type="alibi"), "position_embedding_type is 'alibi'; supported are rope"),
     (changed("ministral3", **rope("default", llama_4_scaling_beta=0.1)), "no original_max_position_embeddings"),
@@ -358,6 +434,50 @@ BAD = [
     (changed("gemma3", rope_parameters={"rope_type": "default"}), "rope_parameters has rope_type = 'default'"),
     (changed("gemma3", rope_theta=1e4), "full_attention has rope_theta = 5000.0, but rope_theta is 10000.0"),
     (changed("gemma3", rope_parameters={**GEMMA_ROPES, "chunked_attention": {}}), "has chunked_attention"),
+    (changed("qwen3_5", layer_types=["sliding_attention"] * 4), "layer_types is .* full_attention or linear_attention"),
+    (changed("qwen3_5", layer_types=["linear_attention"] * 3), "layer_types is .* for each of 4 layers"),
+    (changed("qwen3_5", layer_types="linear_attention"), "layer_types is 'linear_attention'; expected"),
+    (changed("qwen3_5", layer_types=[["linear_attention"]] * 4), "layer_types is"),
+    (changed("qwen3_5", full_attention_interval=0), "full_attention_interval is 0; expected at least 1"),
+    (changed("qwen3_5", full_attention_interval=2.5), "full_attention_interval is 2.5; expected"),
+    (changed("qwen3_5", attn_output_gate=False), "attn_output_gate is False; supported is only True"),
+    (changed("qwen3_5", linear_num_key_heads=4), "linear_num_key_heads 4 does not divide linear_num_value_heads 6"),
+    (changed("qwen3_5", linear_num_value_heads=0), "linear_num_value_heads is 0; expected at least 1"),
+    (changed("qwen3_5", linear_key_head_dim="24"), "linear_key_head_dim is '24'; expected int"),
+    (changed("qwen3_5", linear_value_head_dim=1 << 30), "linear_value_head_dim is 1073741824; expected at most"),
+    (changed("qwen3_5", linear_conv_kernel_dim=1), "linear_conv_kernel_dim is 1; expected at least 2"),
+    (changed("qwen3_5", linear_conv_kernel_dim=1 << 40), "linear_conv_kernel_dim is 1099511627776; expected at most"),
+    (changed("qwen3_5", num_key_value_heads=4), "num_key_value_heads 4 does not divide num_attention_heads 6"),
+    (changed("qwen3_5", hidden_act="gelu"), "hidden_act is 'gelu'; supported is only 'silu'"),
+    (changed("qwen3_5", mlp_only_layers=[0]), r"mlp_only_layers is \[0\]; supported is only"),
+    (changed("qwen3_5", num_experts=8), "key 'num_experts' .value 8. is not understood"),
+    (changed("qwen3_5", model_type="qwen3_next"), "model_type is 'qwen3_next'; supported are .*lfm2.*qwen3_5"),
+    (changed("qwen3_5", partial_rotary_factor=0.75), "has partial_rotary_factor = 0.5, but .* is 0.75"),
+    (changed("lfm2", layer_types=["conv"] * 3), "layer_types is .*; expected full_attention or conv for each of 4"),
+    (changed("lfm2", layer_types=["linear_attention"] * 4), "layer_types is"),
+    (changed("lfm2", full_attn_idxs=[4]), r"full_attn_idxs is \[4\]; expected numbers of 4 layers, from 0"),
+    (changed("lfm2", full_attn_idxs=[-1]), "full_attn_idxs is"),
+    (changed("lfm2", full_attn_idxs=[True]), "full_attn_idxs is"),
+    (changed("lfm2", full_attn_idxs="2"), "full_attn_idxs is '2'"),
+    (changed("lfm2", conv_L_cache=0), "conv_L_cache is 0; expected at least 2"),
+    (changed("lfm2", conv_bias="no"), "conv_bias is 'no'; expected bool"),
+    (changed("lfm2", norm_eps=-1.0), "norm_eps is -1.0; expected a positive number"),
+    (changed("lfm2", block_dim=95), "block_dim is 95, but hidden_size is 96; make them equal"),
+    (changed("lfm2", conv_dim=95), "conv_dim is 95, but hidden_size is 96"),
+    (changed("lfm2", conv_dim_out=95), "conv_dim_out is 95, but hidden_size is 96"),
+    (changed("lfm2", num_heads=3), "num_heads is 3, but num_attention_heads is 6"),
+    (changed("lfm2", block_norm_eps=1e-5), "block_norm_eps is 1e-05, but norm_eps is 0.01"),
+    (changed("lfm2", theta=5000.0), "theta is 5000.0, but rope_theta is 1000000.0; make them equal"),
+    (changed("lfm2", tie_embedding="yes"), "tie_word_embeddings is 'yes'; expected bool"),
+    (changed("lfm2", use_pos_enc=False), "use_pos_enc is False; supported is only True"),
+    (changed("lfm2", block_use_swiglu=False), "block_use_swiglu is False"),
+    (changed("lfm2", block_auto_adjust_ff_dim="yes"), "block_auto_adjust_ff_dim is 'yes'; expected bool"),
+    (changed("lfm2", block_multiple_of=0), "block_multiple_of is 0; expected at least 1"),
+    (changed("lfm2", block_ffn_dim_multiplier=-1), "block_ffn_dim_multiplier is -1; expected a positive number"),
+    (changed("lfm2", block_ffn_dim_multiplier=None), "block_ffn_dim_multiplier is None; expected a positive number"),
+    (changed("lfm2", block_ff_dim="big"), "intermediate_size is 'big'; expected int"),
+    (changed("lfm2", intermediate_size=..., block_ff_dim=None), "'intermediate_size' is missing"),
+    (changed("lfm2", num_attention_heads=5), "num_attention_heads 5 does not divide hidden_size 96"),
     (changed("olmo3", rope_parameters=..., rope_theta=1e4), "rope_theta is 10000.0; versions of transformers differ"),
 ]
 
@@ -367,6 +487,31 @@ def test_configs_not_understood_are_refused(tree, words):
     with pytest.raises(DnoError, match=words) as error:
         parse_config(tree, place="where/config.json")
     assert str(error.value).startswith("where/config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields"),
+    [
+        ({"block_ff_dim": 96}, {"intermediate_size": 64}),  # whatever intermediate_size says
+        ({"intermediate_size": ..., "block_ff_dim": 95}, {"intermediate_size": 64}),
+        ({"block_ff_dim": 96, "block_ffn_dim_multiplier": 1.3}, {"intermediate_size": 88}),
+        ({"block_ff_dim": 97, "block_auto_adjust_ff_dim": False}, {"intermediate_size": 97}),
+        ({"tie_embedding": False, "tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": False}),
+        ({"full_attn_idxs": None}, {"mixers": None}),
+        ({"full_attn_idxs": [0, 3]}, {"mixers": ("attention", "short_conv", "short_conv", "attention")}),
+        ({"layer_types": ["conv"] * 4}, {"mixers": ("short_conv",) * 4}),  # before full_attn_idxs
+    ],
+)
+def test_what_lfm2s_first_files_say_is_what_transformers_makes_of_it(tmp_path, changes, fields):
+    pytest.importorskip("torch")
+    from transformers import AutoConfig
+
+    tree = changed("lfm2", **changes)
+    AutoConfig.for_model(**copy.deepcopy(tree)).save_pretrained(tmp_path)
+    found, again = parse_config(tree, place="x"), hf.read_config(tmp_path)
+    assert found == again
+    assert {name: getattr(found, name) for name in fields} == fields
 
 
 def test_a_granite_of_attention_alone_rotates_or_does_not():

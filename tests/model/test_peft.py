@@ -17,6 +17,7 @@ from dno_jax.model.params import abstract_adapters
 from tests.model.checkpoints import same, torch_logits
 from tests.model.conftest import hf_config, run, write_json
 from tests.model.families import CASES
+from tests.model.test_families import stir
 
 TOKEN = np.random.default_rng(0).integers(3, 97, size=(2, 24))
 # What transformers itself, and PEFT by what it calls of it, warn of.
@@ -96,23 +97,106 @@ def test_peft_on_transformers_gives_our_logits(config, params, adapter, folder, 
     np.testing.assert_allclose(by_peft(checkpoint, folder, merge=True), found, atol=1e-4)
 
 
-@QUIET
-def test_where_dimensions_rotate_side_by_side_peft_gives_our_logits(tmp_path):
-    """ERNIE's rows of q and k lie in another order in files: those of an adapter as well."""
+def save_theirs(name, path):
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES["ernie4_5"].config_json))
-    model.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**CASES[name].config_json))
+    stir(model, 0)
+    model.save_pretrained(path)
+    return model
+
+
+# ERNIE's rows of q and k lie in another order in files: those of an adapter as well. In the others some layers are no
+# attention, and matrices of ours lie in one.
+@QUIET
+@pytest.mark.parametrize("name", ["ernie4_5", "qwen3_5", "lfm2"])
+def test_matrices_that_lie_otherwise_in_files_have_adapters_that_lie_so(tmp_path, name):
+    theirs = save_theirs(name, tmp_path / "base")
     config, params = hf.load(tmp_path / "base")
     adapter = AdapterConfig.of(config, rank=3, alpha=4.5)
     adapters = random_adapters(config, adapter)
     ours.save(tmp_path / "adapter", config, adapter, adapters, source=tmp_path / "base", base=("base", None))
     same(ours.load(tmp_path / "adapter", config, adapter), adapters)
+    stored = load_file(tmp_path / "adapter" / ours.WEIGHTS_FILE)
+    linear = {key for key, module in theirs.named_modules() if type(module).__name__ == "Linear"} - {"lm_head"}
+    assert {key.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for key in stored} == linear
     found = apart(config, params, adapter, adapters)
     assert np.abs(found - run(config, params, TOKEN)).max() > 0.01
     np.testing.assert_allclose(found, by_peft(tmp_path / "base", tmp_path / "adapter"), atol=1e-4)
+    np.testing.assert_allclose(run(config, merged(params, adapters, adapter), TOKEN), found, atol=1e-4)
+
+
+# Targets in PEFT's words -> ours.
+NAMED = {
+    "qwen3_5": {
+        "in_proj_qkv": "delta_qkv",
+        "in_proj_z": "delta_gate",
+        "in_proj_b": "delta_strength",
+        "in_proj_a": "delta_decay",
+        "out_proj": "delta_out",
+        "o_proj": "o",
+        "down_proj": "down",
+    },
+    "lfm2": {"in_proj": "conv_in", "w1": "gate", "w3": "up", "w2": "down", "self_attn.out_proj": "o", "k_proj": "k"},
+}
+
+
+@QUIET
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [(name, [*NAMED[name]]) for name in NAMED]
+    + [
+        pytest.param("qwen3_5", ["out_proj", "in_proj_a"], marks=pytest.mark.soak),
+        pytest.param("lfm2", ["out_proj"], marks=pytest.mark.soak),
+        pytest.param("lfm2", ["conv.out_proj", "q_proj"], marks=pytest.mark.soak),
+        pytest.param("qwen3_5", "all-linear", marks=pytest.mark.soak),
+        pytest.param("lfm2", "all-linear", marks=pytest.mark.soak),
+    ],
+)
+def test_an_adapter_that_peft_made_of_layers_that_do_not_attend_is_read(tmp_path, name, targets):
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    base = save_theirs(name, tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM"))
+    for key, weight in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "made")
+    config, params = hf.load(tmp_path / "base")
+    wanted = "all" if targets == "all-linear" else targets
+    adapter = AdapterConfig.of(config, rank=4, alpha=6.0, targets=wanted)
+    if set(wanted) == NAMED[name].keys():
+        assert set(adapter.targets) == set(NAMED[name].values())
+    adapters = ours.load(tmp_path / "made", config, adapter)
+    found = apart(config, params, adapter, adapters)
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(TOKEN)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(found - run(config, params, TOKEN)).max() > 0.01
+    # Written again it is theirs, and names no more modules than it has.
+    ours.save(tmp_path / "again", config, adapter, adapters, source=tmp_path / "base", base=("base", None))
+    theirs, again = (load_file(tmp_path / part / ours.WEIGHTS_FILE) for part in ("made", "again"))
+    same(again, theirs)
+    tree = json.loads((tmp_path / "again" / ours.CONFIG_FILE).read_text())
+    anew = peft.get_peft_model(
+        save_theirs(name, tmp_path / "base"), peft.LoraConfig(r=4, target_modules=tree["target_modules"])
+    )
+    assert set(peft.get_peft_model_state_dict(anew)) == set(theirs)
+
+
+def test_targets_that_a_model_has_not_are_named():
+    qwen, lfm, llama = (CASES[name].config() for name in ("qwen3_5", "lfm2", "llama"))
+    for config, name, words in (
+        (lfm, "in_proj_qkv", "'in_proj_qkv'; expected all, or some of q_proj, .*in_proj, conv.out_proj"),
+        (qwen, "conv.out_proj", "'conv.out_proj'; expected .*in_proj_qkv, in_proj_z, in_proj_b, in_proj_a, out_proj"),
+        (qwen, "conv1d", "'conv1d'"),
+        (llama, "out_proj", "'out_proj'; expected all, or some of q_proj, k_proj, v_proj, o_proj, gate_proj"),
+        (llama, "in_proj", "'in_proj'"),
+    ):
+        with pytest.raises(DnoError, match=f"adapter.targets has {words}"):
+            AdapterConfig.of(config, rank=2, alpha=2.0, targets=["q_proj", name])
+    assert AdapterConfig.of(lfm, rank=2, alpha=2.0, targets=["out_proj"]).targets == ("o", "conv_out")
 
 
 @QUIET

@@ -89,14 +89,14 @@ def our_rewards(path: Path, token: np.ndarray, position: np.ndarray, *, dtype=jn
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rewards_equal_those_of_transformers(reference, name):
-    found = reference(name)
-    np.testing.assert_allclose(our_rewards(found.path, found.token, positions()), found.reward, atol=TOLERANCE, rtol=0)
+    found, tolerance = reference(name), TOLERANCE * (CASES[name].rougher if name in CASES else 1.0)
+    np.testing.assert_allclose(our_rewards(found.path, found.token, positions()), found.reward, atol=tolerance, rtol=0)
     assert np.ptp(found.reward) > 0.1
 
 
 def test_every_family_but_these_has_reward_models():
     without = FAMILIES.keys() - {TREES[name]["model_type"] for name in NAMES}
-    assert without == {"granite", "granitemoehybrid", "ernie4_5"}  # transformers has no such classes
+    assert without == {"granite", "granitemoehybrid", "ernie4_5", "lfm2"}  # transformers has no such classes
 
 
 def test_padding_on_the_left_and_what_stands_on_it_changes_nothing(reference):

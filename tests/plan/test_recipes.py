@@ -60,6 +60,8 @@ def test_a_recipe_fits_the_devices_that_it_names(name):
         ("qwen3-4b", 4_022_468_096),
         ("qwen3-8b", 8_190_735_360),
         ("mixtral-8x7b", 46_702_792_704),
+        ("qwen3.5-9b", 8_953_803_264),  # these two as transformers' classes count on the meta device
+        ("lfm2-1.2b", 1_170_340_608),
     ],
 )
 def test_a_bundled_shape_has_as_many_parameters_as_its_makers_say(name, numbers):

@@ -55,7 +55,7 @@ def text_part(tree: dict[str, Any], *, head: Head, place: str) -> dict[str, Any]
     """Return the language model's config.json inside that of a model with a tower beside it."""
     model_type, composite = tree["model_type"], COMPOSITES[tree["model_type"]]
     if head == "reward":
-        raise DnoError(f"{place}: {model_type} has no reward models; transformers has no such class")
+        raise DnoError(f"{place}: {model_type} has no reward models; those of a {composite.texts[0]} alone are read")
     if not is_class(tree.get("architectures"), composite.architecture, place=place):
         raise DnoError(
             f"{place}: architectures is {tree['architectures']!r}; {model_type} supports [{composite.architecture!r}]"

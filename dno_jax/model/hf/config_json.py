@@ -58,6 +58,9 @@ _ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 _TRANSFORMERS_LABELS = 2  # where config.json names none
 _MAX_BYTES = 64_000_000  # of a JSON file; an index of 300,000 tensors has half of that
 _MAX_SHOWN = 6  # keys that one message names with their values
+# Of keys that some families have.
+_LEAST = {"max_window_layers": 0, "sliding_window_pattern": 1, "no_rope_layer_interval": 1}
+_LEAST |= {"full_attention_interval": 1, "block_multiple_of": 1, "linear_conv_kernel_dim": 2, "conv_L_cache": 2}
 _ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _MEANING: tuple[Meaning, ...] = (
     *((name, name, int, None) for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings")),
@@ -227,11 +230,13 @@ def _one_label(tree: dict[str, Any], family: Family, *, place: str) -> dict[str,
 
 def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str, Any]:
     """Return every key that matters, with defaults filled in, once nothing is left that could be misread."""
+    tree = tree | {other: tree[key] for key, other in family.instead.items() if tree.get(key) is not None}
     defaults = _COMMON | dict(family.keys)
     if "rms_norm_eps" in family.fixed:
         del defaults["rms_norm_eps"]
     only = {key: allowed for key, allowed in ONLY.items() if key not in defaults} | dict(family.only)
-    known = {*_REQUIRED, *defaults, *HARMLESS, *only, *DROPOUTS, *_ROPE, *family.harmless, *family.same}
+    known = {*_REQUIRED, *defaults, *HARMLESS, *only, *DROPOUTS, *_ROPE}
+    known |= {*family.harmless, *family.same, *family.instead}
     unknown = [key for key in sorted(tree.keys() - known) if not key.startswith(HARMLESS_PREFIXES)]
     wrong = [f"key {key!r} (value {shown(tree[key])}) is not understood" for key in unknown]
     wrong += [
@@ -256,7 +261,7 @@ def _understood(tree: dict[str, Any], family: Family, *, place: str) -> dict[str
     layers, experts = values["num_hidden_layers"], values.get("num_experts") or values.get("num_local_experts") or 1
     if type(layers) is type(experts) is int and layers * experts > MAX_EXPERTS:
         raise DnoError(f"{place}: {layers} layers of {experts} experts; expected at most {MAX_EXPERTS:,} in all")
-    for key, least in (("max_window_layers", 0), ("sliding_window_pattern", 1), ("no_rope_layer_interval", 1)):
+    for key, least in _LEAST.items():
         if key in defaults and _number(values, key, int, place=place) < least:
             raise DnoError(f"{place}: {key} is {values[key]!r}; expected at least {least}")
     if "use_sliding_window" in defaults:
@@ -294,7 +299,7 @@ def _sliding_layers(values: dict[str, Any], family: Family, *, place: str) -> li
     """Whether each layer's queries see a window of keys only."""
     count, kinds = values["num_hidden_layers"], None if family.mixers else values.get("layer_types")
     if family.layer_kinds and (
-        not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(family.layer_kinds)
+        not isinstance(kinds, list) or len(kinds) != count or not all(kind in family.layer_kinds for kind in kinds)
     ):
         raise DnoError(
             f"{place}: layer_types is {shown(kinds)}; supported is {family.layer_kinds[0]} for each of {count} layers"
@@ -321,7 +326,7 @@ def _mixers(values: dict[str, Any], family: Family, *, place: str) -> dict[str, 
         return {}
     count, given = values["num_hidden_layers"], values["layer_types"]
     kinds = family.kinds(values) if given is None else given
-    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in family.mixers for kind in kinds):
+    if not isinstance(kinds, list) or len(kinds) != count or not all(kind in tuple(family.mixers) for kind in kinds):
         raise DnoError(
             f"{place}: layer_types is {shown(kinds)}; expected {' or '.join(family.mixers)} for each of {count} layers"
         )

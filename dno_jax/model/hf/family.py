@@ -38,6 +38,7 @@ class Family:
         only: keys that are understood at these values alone.
         harmless: keys that its published checkpoints have and its forward pass does not read.
         same: key -> key that it must repeat where both are given.
+        instead: key -> key whose place it takes where it is given, as transformers has it.
         meaning: what keys mean beside what they mean everywhere.
         fixed: fields of ModelConfig that follow from the family.
         layer_kinds: names that layer_types must have, one for each layer, of which none slides; (): it is not read.
@@ -63,6 +64,7 @@ class Family:
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     same: Mapping[str, str] = field(default_factory=dict)
+    instead: Mapping[str, str] = field(default_factory=dict)
     meaning: tuple[Meaning, ...] = ()
     fixed: Values = field(default_factory=dict)
     layer_kinds: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dno_jax.model.hf.family import LLAMA_NAMES, Family, Values
@@ -33,12 +34,11 @@ _LFM2_NAMES = {
 # How weights are drawn at the start, and what the first files repeat.
 _LFM2_HARMLESS = frozenset({"block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init"})
 _LFM2_HARMLESS |= {"conv_use_xavier_init", "theta"}
+_LFM2_THETA = 1_000_000.0
 
 
 def _every(values: Values) -> list[str]:
     interval = values["full_attention_interval"]
-    if type(interval) is not int or interval < 1:
-        raise ValueError(f"full_attention_interval is {interval!r}; expected at least 1")
     return [
         "full_attention" if (layer + 1) % interval == 0 else "linear_attention"
         for layer in range(values["num_hidden_layers"])
@@ -56,21 +56,20 @@ def _listed(values: Values) -> list[str]:
 
 def _lfm2_sizes(values: Values) -> dict[str, Any]:
     """What LFM2's class makes of the MLP's width."""
-    width = values["intermediate_size"] if values["block_ff_dim"] is None else values["block_ff_dim"]
-    factor, multiple = values["block_ffn_dim_multiplier"], values["block_multiple_of"]
+    ropes = [values.get("rope_parameters"), values.get("rope_scaling"), values, {"rope_theta": _LFM2_THETA}]
+    theta = next(rope["rope_theta"] for rope in ropes if isinstance(rope, Mapping) and "rope_theta" in rope)
+    if values.get("theta") not in (None, theta):
+        raise ValueError(f"theta is {values['theta']!r}, but rope_theta is {theta!r}; make them equal")
+    width, factor, multiple = (
+        values[name] for name in ("intermediate_size", "block_ffn_dim_multiplier", "block_multiple_of")
+    )
     if type(values["block_auto_adjust_ff_dim"]) is not bool:
         raise ValueError(f"block_auto_adjust_ff_dim is {values['block_auto_adjust_ff_dim']!r}; expected bool")
-    if values["block_auto_adjust_ff_dim"]:
-        if type(width) is not int or type(multiple) is not int or multiple < 1:
-            raise ValueError(f"block_ff_dim is {width!r} and block_multiple_of {multiple!r}; expected whole numbers")
-        if factor is not None and (type(factor) not in (int, float) or not 0 < factor < 1e6):
-            raise ValueError(f"block_ffn_dim_multiplier is {factor!r}; expected a positive number")
-        width = int(2 * width / 3)
-        width = width if factor is None else int(factor * width)
-        width = -(-width // multiple) * multiple
-    if type(width) is not int:
-        raise ValueError(f"block_ff_dim is {width!r}; expected int")
-    return {"intermediate_size": width}
+    if not values["block_auto_adjust_ff_dim"]:
+        return {}
+    if type(factor) not in (int, float) or not 0 < factor < 1e6:
+        raise ValueError(f"block_ffn_dim_multiplier is {factor!r}; expected a positive number")
+    return {"intermediate_size": -(-int(factor * int(2 * width / 3)) // multiple) * multiple}
 
 
 HYBRIDS: dict[str, Family] = {
@@ -124,14 +123,13 @@ HYBRIDS: dict[str, Family] = {
             "conv_bias": False,
             "layer_types": None,
             "full_attn_idxs": None,
-            "block_ff_dim": None,
             "block_auto_adjust_ff_dim": True,
             "block_ffn_dim_multiplier": 1.0,
             "block_multiple_of": 256,
-            "tie_embedding": None,
         },
         only={"block_use_swiglu": (True,), "use_pos_enc": (True,), "hidden_act": ("silu",)},
         harmless=_LFM2_HARMLESS,
+        instead={"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"},
         same={
             "block_dim": "hidden_size",
             "block_norm_eps": "norm_eps",
@@ -143,13 +141,12 @@ HYBRIDS: dict[str, Family] = {
             ("norm_eps", "rms_norm_eps", float, None),
             ("conv_L_cache", "conv_kernel", int, None),
             ("conv_bias", "conv_bias", bool, None),
-            ("tie_embedding", "tie_word_embeddings", bool, None),
         ),
         fixed={"qk_norm": "head"},
         mixers={"full_attention": "attention", "conv": "short_conv"},
         kinds=_listed,
         derived=_lfm2_sizes,
-        theta=1_000_000.0,
+        theta=_LFM2_THETA,
         final_norm="embedding_norm",
         names=LLAMA_NAMES | _LFM2_NAMES,
     ),

@@ -134,13 +134,20 @@ def save(
         gathered = [on_host(gather(adapters, part)).astype(np.float32) for part in parts]  # by all processes together
         rows = [tensor.to_hf(leaf) for (tensor, _), leaf in zip(parts, gathered, strict=True)]
         tensors[name] = np.ascontiguousarray(np.concatenate(rows))
-    tree = _config_json(table, adapter, base)
+    tree = _config_json(_modules(config, table), adapter, base)
     on_primary(lambda: _write(path, tree, tensors), path=path)
     on_primary(lambda: _compare(path, config, adapter, tensors), path=path)
 
 
-def _config_json(table: list[Tensor], adapter: AdapterConfig, base: tuple[str, str | None]) -> dict[str, Any]:
-    modules = [tensor.template.split(".")[-3] for tensor in table]
+def _modules(config: ModelConfig, table: list[Tensor]) -> list[str]:
+    """Return the ends of names by which PEFT finds the matrices of a table, and no others."""
+    own = {".".join(tensor.template.split(".")[-4:-2]) for tensor in table}
+    names = {".".join(tensor.template.split(".")[-3:-1]) for tensor in tensor_table(config)}
+    others = {name.rpartition(".")[2] for name in names - own}
+    return sorted({name if (last := name.rpartition(".")[2]) in others else last for name in own})
+
+
+def _config_json(modules: list[str], adapter: AdapterConfig, base: tuple[str, str | None]) -> dict[str, Any]:
     return {
         "base_model_name_or_path": base[0],
         "bias": "none",
@@ -152,7 +159,7 @@ def _config_json(table: list[Tensor], adapter: AdapterConfig, base: tuple[str, s
         "peft_type": "LORA",
         "r": adapter.rank,
         "revision": base[1],
-        "target_modules": sorted(set(modules)),
+        "target_modules": modules,
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -280,11 +287,11 @@ def load(path: str | Path, config: ModelConfig, adapter: AdapterConfig) -> dict[
     """
     given = read(path, config)
     if (given.rank, given.targets) != (adapter.rank, adapter.targets) or not np.isclose(given.alpha, adapter.alpha):
-        fix = ",".join(map(shown_target, given.targets))
+        theirs, mine = (", ".join(map(shown_target, targets)) for targets in (given.targets, adapter.targets))
         raise DnoError(
-            f"adapter.path {path}: rank {given.rank}, alpha {given.alpha:g}, targets {', '.join(given.targets)}; "
-            f"the configuration says {adapter.rank}, {adapter.alpha:g} and {', '.join(adapter.targets)}. Set "
-            f"adapter.rank={given.rank} adapter.alpha={given.alpha:g} adapter.targets=[{fix}]"
+            f"adapter.path {path}: rank {given.rank}, alpha {given.alpha:g}, targets {theirs}; the configuration says "
+            f"{adapter.rank}, {adapter.alpha:g} and {mine}. Set adapter.rank={given.rank} "
+            f"adapter.alpha={given.alpha:g} adapter.targets=[{theirs.replace(' ', '')}]"
         )
     tree: dict[str, Any] = {}
     for tensor in adapter_table(config, adapter):
