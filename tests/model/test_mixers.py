@@ -254,7 +254,10 @@ def test_a_step_of_a_delta_layer_reads_no_more_of_a_longer_text():
     assert bytes_read(None, 4096) > 4 * bytes_read(None, 64)
 
 
-@pytest.mark.parametrize("config", [*HYBRIDS.values(), CASES["qwen3_5_odd"].config(), CASES["glm4"].config()], ids=str)
+SIZED = HYBRIDS | {name: CASES[name].config() for name in ("qwen3_5_odd", "glm4")}
+
+
+@pytest.mark.parametrize("config", SIZED.values(), ids=SIZED)
 def test_sizes_are_those_of_the_arrays(config):
     """What plans and MFU count, against the parameter tree, the adapters' and the cache."""
     leaves = [(path[-1].key, leaf.size) for path, leaf in jax.tree.leaves_with_path(abstract_params(config)["layers"])]
