@@ -86,6 +86,8 @@ def main() -> None:
     config = parse_config(shapes()[options.model], place=options.model)
     kernels = {"tpu": SplashAttention(), "gpu": CudnnAttention(), "cuda": CudnnAttention()}
     kernel = kernels.get(str(target.platform), xla_attention)
+    if isinstance(kernel, CudnnAttention) and config.head_dim > 128:
+        kernel = xla_attention  # cuDNN has none for heads so wide
     for mixer in sorted(set(config.layer_mixers)):
         for attention in dict.fromkeys((xla_attention, kernel)) if mixer == "attention" else (xla_attention,):
             layer = OneMixer(config, mixer, attention)
