@@ -11,6 +11,7 @@ run again, and one that was stopped goes on.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from scipy.stats import t as student
 
 from dno_jax import iteration
 from dno_jax.config import RunConfig, load_config
+from dno_jax.config.loading import lay_over
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Rollout
 from dno_jax.run_dir import RunDir
@@ -32,7 +34,7 @@ from dno_jax.stage_dir import stage_names
 from dno_jax.stages import annotate, compare, sample
 from dno_jax.stages.preflight import prepared
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # As tables name them; the file of the same name has what it changes.
 METHODS = {
     "dno_prct": "DNO-Prct",
@@ -50,20 +52,30 @@ WANT_GOLD = 8  # samples of policy 0 of which the best is the teacher's, where t
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: a recipe, what is set in it, and where all of it goes."""
+    """What is run: a recipe, and where all of it goes."""
 
     recipe: Path
-    settings: tuple[str, ...]
     seeds: int
     out: Path
 
+    @classmethod
+    def of(cls, recipe: Path, settings: Sequence[str], *, seeds: int, out: Path) -> Plan:
+        """Write the recipe that all methods start from: settings lie below what a method changes, not above it."""
+        tree: dict[str, Any] = {"base": str(recipe)}
+        for setting in settings:
+            lay_over(tree, setting, kind=RunConfig)
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return cls(path, seeds, out)
+
     def config(self, method: str, seed: int, *more: str) -> RunConfig:
         """A method's configuration; the judge of held-out responses is the recipe's own in all of them."""
-        judge = yaml.safe_load(self.recipe.read_text())["annotation"]
+        judge = load_config(RunConfig, self.recipe).annotation.model_dump(mode="json", exclude_defaults=True)
         variant = CONFIGS / "ablations" / "laptop" / f"{method}.yaml"
         own = [f"seed={seed}", f"run_dir={self.folder(seed) / method}", f"evaluation.annotation={json.dumps(judge)}"]
         laid = [variant] if variant.exists() else []
-        return load_config(RunConfig, self.recipe, [*self.settings, *own, *more], variants=laid)
+        return load_config(RunConfig, self.recipe, [*own, *more], variants=laid)
 
     def folder(self, seed: int) -> Path:
         return self.out / f"seed-{seed}"
@@ -96,7 +108,7 @@ def compare_seed(plan: Plan, seed: int) -> None:
         done.write_text(json.dumps(found.as_dict()))
 
 
-def write_teacher(plan: Plan, prompts: Path) -> Path:
+def write_teacher(plan: Plan) -> Path:
     """Give prompts without a teacher one: the best of several samples of policy 0, by the judge that all methods have.
 
     Returns:
@@ -105,8 +117,7 @@ def write_teacher(plan: Plan, prompts: Path) -> Path:
     path = plan.out / "prompts.jsonl"
     if path.exists():
         return path
-    plan.out.mkdir(parents=True, exist_ok=True)
-    more = [f"prompts.path={prompts}", "prompts.held_out=0", "iterations=1", f"sampling.num_samples={WANT_GOLD}"]
+    more = ["prompts.held_out=0", "iterations=1", f"sampling.num_samples={WANT_GOLD}"]
     more += [f"run_dir={plan.out / 'teacher'}", "seed=1000"]
     runtime = Runtime.start(plan.config("dno_prct", 0, *more))
     run_dir = runtime.run_dir
@@ -130,14 +141,19 @@ def mean_wins(pool: Judgement) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Found:
-    """What a run came to: of the policy that it returns, and what it took."""
+    """What a run came to: of the policy that it returns, and what it took.
+
+    Attributes:
+        low, high: of the win rate over policy 0, over this run's own held-out prompts.
+    """
 
     win_rate: float
+    low: float
+    high: float
     last_win_rate: float
     words: float
     words_before: float
     pairs: int
-    steps: int
     verdicts: int
     judge_tokens: int
     cpu_seconds: float
@@ -154,22 +170,24 @@ def read_run(plan: Plan, method: str, seed: int) -> Found:
     evaluated = run_dir.stage("evaluate", last).require().details
     best, matrix = int(evaluated["best"]), np.asarray(evaluated["matrix"])
     lengths = evaluated["lengths"]
-    pairs = steps = verdicts = tokens = 0
+    own = [one for one in evaluated["comparison"]["pairs"] if (one["player"], one["opponent"]) == (str(best), "0")]
+    rate, low, high = (own[0]["value"], own[0]["low"], own[0]["high"]) if own else (0.5, 0.5, 0.5)
+    pairs = verdicts = tokens = 0
     for number in range(config.iterations):
         manifests = {name: run_dir.stage(name, number).require() for name in stage_names(config, number)}
         pairs += manifests["train"].rows
-        steps += int(manifests["train"].details["steps"])
         if config.annotation.kind != "gold":
             asked, read = pool_costs(run_dir, number)
             verdicts, tokens = verdicts + asked, tokens + read
     cost = json.loads((plan.folder(seed) / f"{method}.json").read_text())
     return Found(
-        win_rate=float(matrix[best, 0]) if best else 0.5,
+        win_rate=float(rate),
+        low=float(low),
+        high=float(high),
         last_win_rate=float(matrix[-1, 0]),
         words=float(lengths[str(best)]["mean_words"]),
         words_before=float(lengths["0"]["mean_words"]),
         pairs=pairs,
-        steps=steps,
         verdicts=verdicts,
         judge_tokens=tokens,
         cpu_seconds=float(cost["cpu_seconds"]),
@@ -201,22 +219,25 @@ def interval(values: Sequence[float], *, family: int = 1) -> tuple[float, float,
     return mean, mean - half, mean + half
 
 
-def percent(values: Sequence[float]) -> str:
-    mean, low, high = (100 * value for value in interval(values))
-    return f"{mean:.1f} % [{low:.1f}, {high:.1f}]"
+def percent(values: Sequence[float], ends: tuple[float, float] | None = None) -> str:
+    """The mean and its interval; the value alone, or with ends that are known otherwise, where there is but one."""
+    mean, *over_seeds = interval(values)
+    low, high = over_seeds if ends is None else ends
+    told = "" if np.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{100 * mean:.1f} %{told}"
 
 
-def mean_of(values: Sequence[float], digits: int = 1) -> str:
+def mean_of(values: Sequence[float]) -> str:
     mean, low, high = interval(values)
-    return f"{mean:,.{digits}f} [{low:,.{digits}f}, {high:,.{digits}f}]"
+    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def method_table(plan: Plan) -> list[str]:
-    """One row per method: means over the seeds with intervals."""
+    """One row per method: means over the seeds with intervals; of one seed the intervals are over its prompts."""
     found = {method: [read_run(plan, method, seed) for seed in range(plan.seeds)] for method in METHODS}
     before = [run.words_before for run in found["dno_prct"]]
     lines = [
-        f"policy 0: {mean_of(before)} words",
+        f"{plan.seeds} seed{'s'[: plan.seeds > 1]}; policy 0 has {mean_of(before)} words",
         "",
         "| method | beats policy 0 | each seed | last policy | words | pairs | verdicts | judge reads | CPU |",
         "|---" * 9 + "|",
@@ -225,7 +246,7 @@ def method_table(plan: Plan) -> list[str]:
         rates = [run.win_rate for run in runs]
         cells = [
             METHODS[method],
-            percent(rates),
+            percent(rates) if len(runs) > 1 else percent([runs[0].win_rate], (runs[0].low, runs[0].high)),
             " ".join(f"{100 * rate:.0f}" for rate in rates),
             percent([run.last_win_rate for run in runs]),
             mean_of([run.words for run in runs]),
@@ -287,21 +308,22 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="such as docs/results.md: where the tables are put, between marks")
     parser.add_argument("settings", nargs="*", help="fields to set in all runs, such as iterations=2")
     options = parser.parse_args()
-    if options.model == "demo":
-        plan = Plan(CONFIGS / "demo.yaml", tuple(options.settings), options.seeds, options.out.absolute() / "demo")
-    elif options.prompts is None:
-        parser.error("--model PATH wants --prompts")
-    else:
-        model = f"model.path={Path(options.model).absolute()}"
-        out = options.out.absolute() / Path(options.model).name
-        plan = Plan(CONFIGS / "stories.yaml", (model, *options.settings), options.seeds, out)
-        taught = write_teacher(plan, options.prompts.absolute())
-        plan = Plan(plan.recipe, (*plan.settings, f"prompts.path={taught}"), plan.seeds, out)
+    name = Path(options.model).name
+    recipe, out = CONFIGS / ("demo.yaml" if name == "demo" else "stories.yaml"), options.out.absolute() / name
+    settings = [*options.settings]
+    if name != "demo":
+        if options.prompts is None:
+            parser.error("--model PATH wants --prompts")
+        settings.append(f"model.path={Path(options.model).absolute()}")
+        untaught = [*settings, f"prompts.path={options.prompts.absolute()}"]
+        taught = write_teacher(Plan.of(recipe, untaught, seeds=options.seeds, out=out))
+        settings.append(f"prompts.path={taught}")
+    plan = Plan.of(recipe, settings, seeds=options.seeds, out=out)
     for seed in range(plan.seeds):
         for method in METHODS:
             run_method(plan, method, seed)
         compare_seed(plan, seed)
-    write_tables(plan, options.page)
+        write_tables(dataclasses.replace(plan, seeds=seed + 1), options.page)
 
 
 if __name__ == "__main__":

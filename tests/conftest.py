@@ -51,7 +51,13 @@ HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py"
 HOST_SIDE += ("training/test_batches.py", "stages/test_answers.py")
 HOST_SIDE += ("model/test_as_brought.py", "model/test_hub.py", "model/test_rewritten.py")
 HOST_SIDE += ("stages/test_judged_answers.py", "stages/test_two_policies.py", "parallel/test_launchers.py")
-HOST_SIDE += ("stages/test_suites.py", "stages/test_compare.py", "stages/test_labels.py", "stages/test_exports.py")
+HOST_SIDE += (
+    "stages/test_suites.py",
+    "stages/test_compare.py",
+    "stages/test_labels.py",
+    "stages/test_exports.py",
+    "stages/test_arena_hard.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -41,12 +42,14 @@ def flat(tree, prefix=""):
 
 @pytest.fixture
 def plan(tmp_path):
-    return ablations.Plan(ROOT / "configs" / "demo.yaml", (), 2, tmp_path / "demo")
+    return ablations.Plan.of(ROOT / "configs" / "demo.yaml", [], seeds=2, out=tmp_path / "demo")
 
 
 @pytest.mark.parametrize("recipe", ["demo", "stories"])
 def test_each_method_changes_what_it_is_named_for_and_nothing_else(tmp_path, recipe):
-    plan = ablations.Plan(ROOT / "configs" / f"{recipe}.yaml", (), 2, tmp_path)
+    # What is set for all methods stands below what a method changes.
+    plan = ablations.Plan.of(ROOT / "configs" / f"{recipe}.yaml", ["iterations=2"], seeds=2, out=tmp_path)
+    assert [plan.config(method, 0).iterations for method in ("soft", "offline_dpo", "sft_on_positives")] == [2, 1, 1]
     assert set(ablations.METHODS) == set(CHANGED)
     base = flat(plan.config("dno_prct", 1).model_dump(mode="json"))
     for method, expected in CHANGED.items():
@@ -89,7 +92,7 @@ def test_a_judges_work_is_counted_by_pairs_of_a_pool(tmp_path):
 def test_tables_are_put_between_their_marks_and_nowhere_else(plan, tmp_path, monkeypatch):
     def planted(plan, method, seed):
         rate = 0.6 + 0.1 * seed if method != "spin" else 0.4
-        return ablations.Found(rate, rate, 17.0, 18.0, 1000, 30, 600, 5000, 12.0 + seed)
+        return ablations.Found(rate, 0.5, 0.7, rate, 17.0, 18.0, 1000, 600, 5000, 12.0 + seed)
 
     players = list(ablations.METHODS)
     rates = [[0.5 if i == j else 0.9 if i < j else 0.1 for j in range(len(players))] for i in range(len(players))]
@@ -103,12 +106,15 @@ def test_tables_are_put_between_their_marks_and_nowhere_else(plan, tmp_path, mon
     for _ in range(2):
         ablations.write_tables(plan, page)
         text = page.read_text()
-        assert text.startswith("# Before\n<!-- tables of demo -->\n\npolicy 0: 18.0")
+        assert text.startswith("# Before\n<!-- tables of demo -->\n\n2 seeds; policy 0 has 18.0 [18.0, 18.0] words\n")
         assert text.endswith("\n\n<!-- end of demo -->\nafter\n")
         assert "old" not in text
         assert "| DNO-Prct | 65.0 % [1.5, 128.5] | 60 70 |" in text
         assert "| SPIN | 40.0 % [40.0, 40.0] | 40 40 |" in text
         assert "| DNO-Prct |  | 90* | 90*" in text
+    alone = "\n".join(ablations.method_table(dataclasses.replace(plan, seeds=1)))
+    assert alone.startswith("1 seed; policy 0 has 18.0 words\n")
+    assert "| DNO-Prct | 60.0 % [50.0, 70.0] | 60 | 60.0 % | 17.0 | 1,000 | 600 | 5,000 | 12 s |" in alone
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="<!-- tables of demo -->"):
         ablations.write_tables(plan, page)

@@ -11,11 +11,16 @@ from dno_jax.cli.joining import Coordinator, NumProcesses, ProcessId, join
 from dno_jax.cli.recipes import Config, Iteration, Overrides, With, load, run_on_devices, stage_settings
 
 if TYPE_CHECKING:
-    from dno_jax.stages.suites import Wanted
+    from dno_jax.stages.suite import Wanted
 
-Suite = Annotated[str | None, typer.Option(help="a published suite in place of an iteration: alpaca_eval")]
+Suite = Annotated[
+    str | None, typer.Option(help="a published suite in place of an iteration: alpaca_eval or arena_hard")
+]
 Prompts = Annotated[
-    Path | None, typer.Option(help="the suite's prompts: rows of {instruction, output}, output being the reference's")
+    Path | None,
+    typer.Option(
+        help="the suite's prompts: alpaca_eval's rows of {instruction, output}, arena_hard's {question_id, turns}"
+    ),
 ]
 Policy = Annotated[int | None, typer.Option(help="of a suite: which policy; the best on held-out prompts by default")]
 
@@ -51,9 +56,12 @@ def evaluate(
     suite: Suite = None,
     prompts: Prompts = None,
     policy: Policy = None,
-    reference: Annotated[Path | None, typer.Option(help="of a suite: the reference's outputs, if apart")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="of a suite: the reference's outputs, if apart, in its own form")
+    ] = None,
     template: Annotated[
-        Path | None, typer.Option(help="of a suite: its judge's text in ChatML; by default the configuration's rubric")
+        Path | None,
+        typer.Option(help="of alpaca_eval: its judge's text in ChatML; by default the configuration's rubric"),
     ] = None,
     tables: Annotated[
         Path | None, typer.Option(help="of alpaca_eval: folder of instruction_difficulty.csv and df_gamed.csv")
@@ -89,12 +97,12 @@ def _wanted(
     tables: str | None = None,
 ) -> Wanted:
     from dno_jax.errors import DnoError
-    from dno_jax.stages.suites import Wanted
+    from dno_jax.stages.suite import Wanted
 
     if prompts is None:
         raise DnoError(
-            f"--suite {suite} without --prompts: give the suite's file of prompts, rows of {{instruction, output}}; it "
-            "is not part of this package"
+            f"--suite {suite} without --prompts: give the suite's file of prompts (docs/evaluation.md); it is not part "
+            "of this package"
         )
     return Wanted(suite, str(prompts), reference, policy, template, tables)
 

@@ -14,6 +14,7 @@ from dno_jax.fake_judge.teacher import teach
 
 REFUSAL = "I cannot help with that."
 _CHARACTERS_A_TOKEN = 4
+_CLEAR = 2.0  # points apart, from which one is "much better"
 _UNLIKELY = -9999.0  # the API's word for a probability of nothing
 _OTHER_WORDS = 'The Both I Model Output ** # It - Neither ( " ` As Answer ='
 _OTHER_TOKENS = ("\n", " ", *_OTHER_WORDS.split())
@@ -104,7 +105,8 @@ def _say(
         top = _first_tokens(asked.names, first, outcome=outcome, count=body.get("top_logprobs") or 0)
         return top[0][0], () if outcome == "too_few" else top
     if asked.form == "pairwise":
-        verdict = _pair_verdict(first_wins(points, behaviour=behaviour, name=name), outcome)
+        clearly = "" if not asked.five_way else " much better" if abs(points[0] - points[1]) >= _CLEAR else " better"
+        verdict = _pair_verdict(first_wins(points, behaviour=behaviour, name=name), outcome, clearly=clearly)
     else:
         verdict = _list_verdict(given_points(points, asked, behaviour=behaviour, name=name), asked, outcome)
     text = json.dumps(verdict)
@@ -122,8 +124,8 @@ def _list_verdict(points: list[int], asked: Asked, outcome: str) -> dict[str, An
     return {str(n): {"justification": "as planted", "score": one} for n, one in enumerate(points, start=first)}
 
 
-def _pair_verdict(first_wins: float, outcome: str) -> dict[str, Any]:
-    verdict = {1.0: "first", 0.0: "second", 0.5: "tie"}[first_wins]
+def _pair_verdict(first_wins: float, outcome: str, *, clearly: str) -> dict[str, Any]:
+    verdict = {1.0: f"first{clearly}", 0.0: f"second{clearly}", 0.5: "tie"}[first_wins]
     said = {"justification": "as planted", "verdict": verdict}
     if outcome == "too_few":
         del said["verdict"]

@@ -25,6 +25,7 @@ class Asked:
         candidates: as shown, the first shown first.
         names: what they are called.
         low, high: the range of the points that the reply's shape names; 1 to 6 where it names none.
+        five_way: of a pair, whether the verdict also says how clearly.
     """
 
     form: Form
@@ -33,6 +34,7 @@ class Asked:
     names: tuple[str, ...] = ()
     low: int = 1
     high: int = 6
+    five_way: bool = False
 
 
 def read_body(body: Mapping[str, Any]) -> Asked:
@@ -46,7 +48,8 @@ def read_body(body: Mapping[str, Any]) -> Asked:
     prompt, candidates, instructions = found
     form: Form = "pairwise" if '"verdict"' in instructions else "token" if body.get("logprobs") else "listwise"
     low, high = map(int, named[-1]) if (named := _RANGE.findall(instructions)) else (1, 6)
-    return Asked(form, prompt, tuple(candidates.values()), tuple(candidates), low, high)
+    five_way = '"first much better"' in instructions
+    return Asked(form, prompt, tuple(candidates.values()), tuple(candidates), low, high, five_way)
 
 
 def _read_fences(text: str) -> tuple[str, dict[str, str], str] | None:

@@ -103,7 +103,7 @@ def suite_table(results: Sequence[Mapping[str, Any]]) -> RenderableType:
             f"{found.get('run', '')} {found['policy']}".strip(),
             f"{found['win_rate']:.2f}",
             "" if found["standard_error"] is None else f"{found['standard_error']:.2f}",
-            f"{found['length_controlled_winrate']:.2f}{'' if found['lc_is_official'] else '~'}",
+            _controlled(found),
             f"{found['n_total']}",
             f"{found['avg_length']:.0f}",
         )
@@ -115,8 +115,13 @@ def suite_table(results: Sequence[Mapping[str, Any]]) -> RenderableType:
     if not all(found["lc_is_official"] for found in results):
         notes.append(Text("~ without the suite's difficulties and gamed baselines (--tables)"))
     if not all(found["template"] for found in results):
-        notes.append(Text("judged by another text than the suite's own (--template): no number for its leaderboard"))
+        notes.append(Text("judged by another text than the suite's own: no number for its leaderboard"))
     return Group(table, *notes)
+
+
+def _controlled(found: Mapping[str, Any]) -> str:
+    rate = found["length_controlled_winrate"]
+    return "" if rate is None else f"{rate:.2f}{'' if found['lc_is_official'] else '~'}"
 
 
 def comparison_tables(found: Mapping[str, Any]) -> list[RenderableType]:

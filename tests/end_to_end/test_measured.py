@@ -13,7 +13,8 @@ from dno_jax.data.prompts import load_prompts
 from dno_jax.errors import DnoError
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import evaluate
-from dno_jax.stages.suites import Wanted, sample
+from dno_jax.stages.suite import Wanted
+from dno_jax.stages.suites import sample
 from tests.configured import deep_merge
 from tests.running import run_stage
 from tests.small import small_tree

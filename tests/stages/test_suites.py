@@ -16,7 +16,7 @@ from dno_jax.fake_judge import FakeJudge
 from dno_jax.run_dir import RunDir
 from dno_jax.stages import suites
 from dno_jax.stages.speak import Said
-from dno_jax.stages.suites import Wanted
+from dno_jax.stages.suite import Wanted
 from tests.stages.judged import judged_tree
 
 TEMPLATE = """<|im_start|>system
@@ -185,7 +185,7 @@ def test_bad_input_is_named_before_anything_is_drawn(made, tmp_path, monkeypatch
         suites.evaluate(with_judge(config, api_key_env="NO_SUCH_KEY"), wanted)
     with pytest.raises(DnoError, match="form=logprob"):
         suites.evaluate(with_judge(config, form="pairwise"), wanted)
-    with pytest.raises(DnoError, match="known: alpaca_eval"):
+    with pytest.raises(DnoError, match="known: alpaca_eval, arena_hard"):
         suites.sample(config, Wanted("mt_bench", wanted.prompts))
     with pytest.raises(DnoError, match="there is no policy 4; there are 0"):
         suites.sample(config, Wanted(wanted.suite, wanted.prompts, policy=4))

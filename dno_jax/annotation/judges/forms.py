@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,6 +176,16 @@ def _pairwise(file: RubricFile, digest: str) -> Rubric:
     )
 
 
+def _five_way(file: RubricFile, digest: str) -> Rubric:
+    words = ", ".join(f'"{word}"' for word in replies.FIVE)
+    return dataclasses.replace(
+        _pairwise(file, digest),
+        reply_shape=lambda count: f'{{"justification": "...", "verdict": <one of {words}>}}',
+        read=replies.whole(lambda text, count: replies.read_verdict(text, replies.FIVE)),
+        schema=lambda count: replies.FIVE_SCHEMA,
+    )
+
+
 def _one_token(file: TokensFile, digest: str) -> Rubric:
     tokens = (file.first_token, file.second_token)
     return Rubric(
@@ -193,6 +204,8 @@ LISTWISE = Form("list-wise", "listwise_6point", PointsFile, _listwise)
 POINTWISE = Form("point-wise", "additive_5point", PointsFile, _pointwise, texts=("response",))
 # The reply says which of two candidates is better, or that they are equally good.
 PAIRWISE = Form("pairwise", "pairwise_verdict", RubricFile, _pairwise)
+# The same, and how clearly: Arena-Hard's five verdicts.
+FIVE_WAY = Form("five-way pairwise", "pairwise_five", RubricFile, _five_way)
 # The probabilities of a verdict of one token: AlpacaEval 2.0's weighted form.
 ONE_TOKEN = Form("one-token", "pairwise_token", TokensFile, _one_token)
 _FORMS = (LISTWISE, POINTWISE, PAIRWISE, ONE_TOKEN)

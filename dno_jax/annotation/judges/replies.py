@@ -20,6 +20,13 @@ TOP_LOGPROBS = 5  # AlpacaEval's: as many of the likeliest first tokens are aske
 _CANDIDATE = re.compile(r"^candidate[ _-]?")
 _SCORE = re.compile(r"\bScore:[ \t*]*([^\s*]*)")  # judges write it bold, too
 _PREFERENCES = {"first": (1.0, 0.0), "second": (0.0, 1.0), "tie": (0.5, 0.5)}
+FIVE = {  # Arena-Hard's
+    "first much better": (1.0, 0.0),
+    "first better": (0.75, 0.25),
+    "tie": (0.5, 0.5),
+    "second better": (0.25, 0.75),
+    "second much better": (0.0, 1.0),
+}
 # Of all that AlpacaEval recorded of its judge (4,814 verdicts) the least is 0.026, the next 0.57.
 _LEAST_MASS = 0.01
 # AlpacaEval added no blank-led names, which weighed 2.3e-7 of the rest at most: its figures stay its figures.
@@ -76,10 +83,13 @@ def read_score(reply: str, *, scale: range) -> int:
     return _within(scores[0], scale)
 
 
-def read_verdict(reply: str) -> tuple[float, float]:
+def read_verdict(reply: str, verdicts: Mapping[str, tuple[float, float]] = _PREFERENCES) -> tuple[float, float]:
     """Read a verdict as (p, 1 - p), p the preference for the candidate shown first: 1, 0, or 1/2 for a tie.
 
     Accepts one JSON object {"justification": str, "verdict": "first" | "second" | "tie"}, the verdict in any case.
+
+    Args:
+        verdicts: the words that there are, and what they say.
 
     Raises:
         Unparsable: anything else.
@@ -91,9 +101,9 @@ def read_verdict(reply: str) -> tuple[float, float]:
         raise Unparsable("the justification is no string")
     verdict = answer["verdict"]
     said = verdict.strip(" \t\r\n.*'\"").lower() if isinstance(verdict, str) else None
-    if said not in _PREFERENCES:
-        raise Unparsable(f"the verdict is {_few([repr(verdict)])}, none of {', '.join(_PREFERENCES)}")
-    return _PREFERENCES[said]
+    if said not in verdicts:
+        raise Unparsable(f"the verdict is {_few([repr(verdict)])}, none of {', '.join(verdicts)}")
+    return verdicts[said]
 
 
 def read_tokens(first_logprobs: Mapping[str, float] | None, *, tokens: tuple[str, str]) -> tuple[float, float]:
@@ -218,6 +228,8 @@ VERDICT_SCHEMA = _object_schema(
     {"justification": {"type": "string"}, "verdict": {"type": "string", "enum": list(_PREFERENCES)}}
 )
 """JSON schema of what `read_verdict` reads."""
+
+FIVE_SCHEMA = _object_schema({"justification": {"type": "string"}, "verdict": {"type": "string", "enum": list(FIVE)}})
 
 
 def _points(number: str, entry: Any, *, scale: range) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dno_jax.annotation.judges.forms import FIVE_WAY, load_rubric
 from dno_jax.annotation.judges.functions import PairWise
 from dno_jax.annotation.judges.rubric import Rubric
 from dno_jax.annotation.pool import Pool
@@ -50,6 +51,22 @@ class SuiteJudge(PairWise):
 
     def _orders(self, pool: Pool, pair: tuple[int, int]) -> Iterator[tuple[int, int]]:
         yield self._shown(pool)
+
+
+class FiveWayJudge(PairWise):
+    """Arena-Hard's: each pair in both orders, with one of five verdicts, by our own words for what the suite asks."""
+
+    def __init__(self, section: OpenAISection, *, seed: int, place: str):
+        super().__init__(section, seed=seed, place=place)
+        self.rubric = load_rubric(FIVE_WAY, place=place)
+
+    @property
+    def _plan(self) -> str:
+        return "both orders"
+
+    def _orders(self, pool: Pool, pair: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        yield pair
+        yield pair[1], pair[0]
 
 
 @dataclass(frozen=True)
