@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from dno_jax import iteration
@@ -16,7 +17,7 @@ from dno_jax.config import RunConfig, parse_config
 from dno_jax.data.prompts import load_prompts
 from dno_jax.model import hf
 from dno_jax.model.hf.config_json import parse_config as parse_model
-from dno_jax.model.params import init_params
+from dno_jax.model.params import abstract_params
 from dno_jax.model.text.templates import lint
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.records import Rollout
@@ -25,8 +26,13 @@ from dno_jax.training.checkpoint import policy_fingerprint
 from tests.configured import deep_merge
 from tests.model.checkpoints import torch_logits
 from tests.model.conftest import run
+from tests.model.test_peft import QUIET, by_peft
+from tests.model.test_peft import TOKEN as PEFT_TOKEN
+from tests.model.test_towers import TOWERS, tensors_of, their_logits
 from tests.running import export
 from tests.small import WORDS, small_tree, write_prompts
+
+pytestmark = pytest.mark.soak  # each run compiles for half a minute
 
 TURN = "{{- '<|im_start|>' + m.role + '\\n' + CONTENT + '<|im_end|>\\n' }}"
 # As Qwen 3.5's: the thought of every answer after the last question stands in the chat, an empty one where it brings
@@ -145,18 +151,45 @@ def write_model(path: Path, name: str) -> Path:
     (source / "config.json").write_text(json.dumps(tree))
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     config = parse_model(tree, place=name)
-    params = init_params(config, jax.random.key(0))
-    params = jax.tree.map(lambda leaf: np.asarray(leaf * (5.0 if leaf.ndim > 2 else 1.0)), params)
-    params["embed"] = params["embed"] * 12.0  # as tests/small.py
+    random = np.random.default_rng(0)
+
+    def draw(at: Any, leaf: Any) -> np.ndarray:  # much as tests/small.py, and compiles nothing
+        kind = at[-1].key
+        if leaf.ndim < 3 and kind != "embed":  # norms, and numbers of each head
+            return np.full(leaf.shape, kind in ("delta_norm", "delta_shift") or 1.0 - config.norm_offset, np.float32)
+        scale = 0.24 if kind == "embed" else 0.1
+        return (scale * random.standard_normal(leaf.shape)).astype(np.float32)
+
+    params = jax.tree.map_with_path(draw, abstract_params(config))
     params["embed"][[names.index(end) for end in ("<|im_end|>", "</think>")]] *= 1.5  # texts and thoughts do end
     hf.save(path, config, params, source=source)
     return path
+
+
+def put_beside_a_tower(path: Path) -> None:
+    """Lay a Qwen 3.5 out as it is published: inside of a model that sees, beside a head for further tokens."""
+    pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = json.loads((path / "config.json").read_text())
+    vision = TOWERS["qwen3_5"]["vision_config"] | {"out_hidden_size": text["hidden_size"]}
+    tree = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    tree |= {"vision_config": vision, "tie_word_embeddings": True}
+    tree |= {f"{what}_token_id": number for number, what in enumerate(("image", "video", "vision_start"))}
+    (path / "config.json").write_text(json.dumps(tree))
+    whole = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**tree)).state_dict()
+    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors_of(path).items()}
+    tensors |= {name: tensor.numpy() for name, tensor in whole.items() if name.startswith("model.visual.")}
+    tensors["mtp.fc.weight"] = np.ones((4, 8), np.float16)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def config_of(folder: Path, form: str, **changes: Any) -> RunConfig:
     """A configuration of the whole loop, over a model, prompts and gold responses that this writes."""
     name, options = FORMS[form]
     write_model(folder / "checkpoint", name)
+    if form.endswith("that thinks"):
+        put_beside_a_tower(folder / "checkpoint")
     for file, count, seed in (("prompts", 8, 0), ("held_out", 4, 1)):
         path = write_prompts(folder / f"{file}.jsonl", count, seed=seed)
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -172,9 +205,7 @@ def config_of(folder: Path, form: str, **changes: Any) -> RunConfig:
     return parse_config(RunConfig, deep_merge(deep_merge(small_tree(folder), small), changes), place="test")
 
 
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.soak] if form.startswith("qwen3_5") else []) for form in FORMS]
-)
+@pytest.mark.parametrize("form", FORMS)
 def test_the_whole_loop(tmp_path, form):
     """Samples are what the trainer scores, training moves the policy, and transformers computes what was trained."""
     config = config_of(tmp_path, form)
@@ -198,4 +229,27 @@ def test_the_whole_loop(tmp_path, form):
     base = hf.load(config.model.path)[1]
     ours = run(model, params, token)
     assert np.abs(ours - run(model, base, token)).max() > 1e-3
-    np.testing.assert_allclose(torch_logits(out, token), ours, atol=2e-5)
+    carried = {name for name in tensors_of(out) if name.startswith(("model.visual.", "mtp."))}
+    assert bool(carried) == form.endswith("that thinks")
+    theirs = their_logits(out, token) if carried else torch_logits(out, token)
+    np.testing.assert_allclose(theirs, ours, atol=2e-5)
+    for name in carried:
+        assert tensors_of(out)[name].tobytes() == tensors_of(Path(config.model.path))[name].tobytes()
+
+
+@QUIET
+@pytest.mark.parametrize(
+    ("form", "targets"),
+    [("qwen3_5 that answers at once", "all"), ("lfm2", ["in_proj", "out_proj", "w2", "q_proj"])],
+)
+def test_a_run_that_trains_adapters_gives_peft_its_own(tmp_path, form, targets):
+    config = config_of(tmp_path, form, adapter={"rank": 4, "alpha": 8, "targets": targets})
+    iteration.run(config)
+    run_dir, out = RunDir(config.run_dir), tmp_path / "out"
+    steps = [row for row in run_dir.read_metrics() if row["stage"] == "train"]
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert 0 < run_dir.stage("sample", 0).require().details["audit"]["error"] < 1e-5
+    export(config, policy=1, path=str(out))
+    merged = torch_logits(out, PEFT_TOKEN)
+    assert np.abs(merged - torch_logits(config.model.path, PEFT_TOKEN)).max() > 1e-3
+    np.testing.assert_allclose(by_peft(config.model.path, out / "adapter"), merged, atol=1e-4)

@@ -18,6 +18,7 @@ from tests.model.checkpoints import same, torch_logits
 from tests.model.conftest import hf_config, run, write_json
 from tests.model.families import CASES
 from tests.model.test_families import stir
+from tests.model.test_towers import save_theirs as save_composite
 
 TOKEN = np.random.default_rng(0).integers(3, 97, size=(2, 24))
 # What transformers itself, and PEFT by what it calls of it, warn of.
@@ -111,7 +112,9 @@ def save_theirs(name, path):
 # ERNIE's rows of q and k lie in another order in files: those of an adapter as well. In the others some layers are no
 # attention, and matrices of ours lie in one.
 @QUIET
-@pytest.mark.parametrize("name", ["ernie4_5", "qwen3_5", "lfm2"])
+@pytest.mark.parametrize(
+    "name", ["ernie4_5", *(pytest.param(name, marks=pytest.mark.soak) for name in ("qwen3_5", "lfm2"))]
+)
 def test_matrices_that_lie_otherwise_in_files_have_adapters_that_lie_so(tmp_path, name):
     theirs = save_theirs(name, tmp_path / "base")
     config, params = hf.load(tmp_path / "base")
@@ -146,8 +149,9 @@ NAMED = {
 @QUIET
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [(name, [*NAMED[name]]) for name in NAMED]
-    + [
+    [
+        ("qwen3_5", [*NAMED["qwen3_5"]]),
+        pytest.param("lfm2", [*NAMED["lfm2"]], marks=pytest.mark.soak),
         pytest.param("qwen3_5", ["out_proj", "in_proj_a"], marks=pytest.mark.soak),
         pytest.param("lfm2", ["out_proj"], marks=pytest.mark.soak),
         pytest.param("lfm2", ["conv.out_proj", "q_proj"], marks=pytest.mark.soak),
@@ -183,6 +187,35 @@ def test_an_adapter_that_peft_made_of_layers_that_do_not_attend_is_read(tmp_path
         save_theirs(name, tmp_path / "base"), peft.LoraConfig(r=4, target_modules=tree["target_modules"])
     )
     assert set(peft.get_peft_model_state_dict(anew)) == set(theirs)
+
+
+@QUIET
+@pytest.mark.soak
+def test_adapters_of_a_qwen_that_sees_stand_beside_its_text(tmp_path):
+    """As it is published; transformers loads it with the tower or without."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    from transformers import AutoModelForImageTextToText
+
+    save_composite("qwen3_5", tmp_path / "base")
+    config, params = hf.load(tmp_path / "base")
+    adapter = AdapterConfig.of(config, rank=3, alpha=4.5)
+    adapters = random_adapters(config, adapter)
+    ours.save(tmp_path / "adapter", config, adapter, adapters, source=tmp_path / "base", base=("base", None))
+    found = apart(config, params, adapter, adapters)
+    np.testing.assert_allclose(found, by_peft(tmp_path / "base", tmp_path / "adapter"), atol=1e-4)
+
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    within = peft.LoraConfig(r=3, lora_alpha=4.5, target_modules=r".*language_model.*(in_proj_z|q_proj)")
+    model = peft.get_peft_model(whole, within)
+    for key, weight in model.named_parameters():
+        if "lora_" in key:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "made")
+    adapter = AdapterConfig.of(config, rank=3, alpha=4.5, targets=["in_proj_z", "q_proj"])
+    found = apart(config, params, adapter, ours.load(tmp_path / "made", config, adapter))
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(TOKEN)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_targets_that_a_model_has_not_are_named():

@@ -19,6 +19,7 @@ class Composite:
         texts: model_types that text_config may have; where it names none, the first.
         keys: what else its config.json holds: nothing that a text's logits depend on.
         towers: modules beside the language model.
+        loads_alone: transformers loads the text alone from it, under the names that it has in a checkpoint of its own.
         unread: keys of text_config that its class does not apply, as that of the text alone does.
     """
 
@@ -27,6 +28,7 @@ class Composite:
     keys: frozenset[str]
     unread: tuple[str, ...] = ()
     towers: tuple[str, ...] = ("vision_tower", "multi_modal_projector")
+    loads_alone: bool = False
 
 
 _TOWER = frozenset({"text_config", "vision_config", "image_token_index", "image_token_id", "tie_word_embeddings"})
@@ -36,6 +38,7 @@ COMPOSITES: dict[str, Composite] = {
         ("qwen3_5_text",),
         _TOWER | {"video_token_id", "vision_start_token_id", "vision_end_token_id"},
         towers=("visual",),
+        loads_alone=True,
     ),
     "gemma3": Composite(
         "Gemma3ForConditionalGeneration",

@@ -126,6 +126,12 @@ def has_tower(path: str | Path) -> bool:
     return read_json(path, "config.json")[1].get("model_type") in COMPOSITES
 
 
+def loads_alone(path: str | Path) -> bool:
+    """Whether transformers loads the language model by itself, under the names that it has without a tower."""
+    composite = COMPOSITES.get(str(read_json(path, "config.json")[1].get("model_type")))
+    return composite is None or composite.loads_alone
+
+
 def carried_names(path: str | Path) -> re.Pattern[str] | None:
     """Return what names of tensors begin with that are carried along, and read by nobody here; None: there are none."""
     tree = read_json(path, "config.json")[1]

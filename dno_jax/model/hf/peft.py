@@ -18,7 +18,7 @@ import numpy as np
 from dno_jax.errors import DnoError
 from dno_jax.model.adapters import LINEAR, TARGETS, AdapterConfig, shown_target, target_of
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf.config_json import has_tower, read_json
+from dno_jax.model.hf.config_json import loads_alone, read_json
 from dno_jax.model.hf.exporter import gather, on_host, on_primary
 from dno_jax.model.hf.files import ITEM_BYTES, Header, read_header, read_whole
 from dno_jax.model.hf.importer import put_leaf
@@ -28,6 +28,7 @@ from dno_jax.model.hf.tensors import Tensor, tensor_table
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "merge it into its base with PEFT's merge_and_unload, and give the result as model.path, without adapter.path"
 _PREFIX = "base_model.model."
+_IN_TOWER = f"{_PREFIX}model.language_model."
 _MAX_LINES = 8
 # Keys that change nothing of what an adapter adds once it is trained.
 _HARMLESS = frozenset({"auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"})
@@ -123,7 +124,7 @@ def save(
         DnoError: the folder cannot be written.
     """
     path = Path(os.path.realpath(path))
-    if has_tower(source):
+    if not loads_alone(source):
         raise NotForPeft(
             f"{source}: a model with a tower beside it, whose layers PEFT finds under other names in every version of "
             "transformers: no adapter is written for PEFT; the merged checkpoint holds the policy"
@@ -209,7 +210,9 @@ def read(path: str | Path, config: ModelConfig) -> Given:
         )
     if tree.get("use_rslora"):  # alpha / sqrt(r) is what it multiplies by
         alpha = alpha * rank**0.5
-    headers = read_header(path / WEIGHTS_FILE)
+    stored = read_header(path / WEIGHTS_FILE)
+    # Of a model with a tower beside it, whose language model has a name there.
+    headers = {name.replace(_IN_TOWER, f"{_PREFIX}model.", 1): header for name, header in stored.items()}
     targets = tuple(name for name in LINEAR if any(_is_of(config, name, stored) for stored in headers))
     given = Given(int(rank), float(alpha), targets, headers)
     _check(given, config, place=path / WEIGHTS_FILE)
