@@ -83,8 +83,11 @@ def test_blocks_are_what_they_are_said_to_be(page):
             ast.parse(text)
         elif language == "yaml":
             tree = yaml.safe_load(text)
-            base = {"run_dir": "r", "iterations": 2, "model": {"path": "m"}, "prompts": {"path": "p"}}
-            parse_config(RunConfig, {**base, **tree}, place=page.name)
+            base = {"run_dir": "r", "model": {"path": "m"}}
+            if "pairs" in tree:
+                parse_config(RewardConfig, base | tree, place=page.name)
+            else:
+                parse_config(RunConfig, base | {"iterations": 2, "prompts": {"path": "p"}} | tree, place=page.name)
 
 
 def test_the_block_that_makes_prompts_of_beginnings_runs(tmp_path):
