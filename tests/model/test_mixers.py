@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dno_jax.model.adapters import AdapterConfig, target_of
 from dno_jax.model.cache import KVCache, MixerState, init_cache
 from dno_jax.model.causal_conv import causal_conv, next_tail
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.delta_rule import delta_rule, delta_step, unit_lower_inverse
-from dno_jax.model.params import abstract_params, unstack_layers
+from dno_jax.model.params import abstract_adapters, abstract_params, unstack_layers
 from dno_jax.model.places import Places
+from dno_jax.model.sizes import state_bytes
 from dno_jax.model.stack import layer_groups, layer_places, sections
+from dno_jax.training.flops import body_params
+from tests.model.families import CASES
 from tests.model.hybrids import HYBRIDS, hybrid_params
 
 B, K, V, H, P = 2, 3, 6, 8, 12
@@ -50,7 +54,7 @@ def written_out(q, k, v, decay, strength, begins, state):
 
 def rule(parts, begins, state, **options):
     q, k, v, decay, strength = (jnp.asarray(part, jnp.float32) for part in parts)
-    return jax.jit(functools.partial(delta_rule, **options))(
+    return jax.jit(partial(delta_rule, **options))(
         q, k, v, log_decay=decay, strength=strength, begins=jnp.asarray(begins), state=jnp.asarray(state, jnp.float32)
     )
 
@@ -248,3 +252,20 @@ def test_a_step_of_a_delta_layer_reads_no_more_of_a_longer_text():
 
     assert bytes_read(("gated_delta",) * 2, 64) == bytes_read(("gated_delta",) * 2, 4096)
     assert bytes_read(None, 4096) > 4 * bytes_read(None, 64)
+
+
+SIZED = HYBRIDS | {name: CASES[name].config() for name in ("qwen3_5_odd", "glm4")}
+
+
+@pytest.mark.parametrize("config", SIZED.values(), ids=SIZED)
+def test_sizes_are_those_of_the_arrays(config):
+    """What plans and MFU count, against the parameter tree, the adapters' and the cache."""
+    leaves = [(path[-1].key, leaf.size) for path, leaf in jax.tree.leaves_with_path(abstract_params(config)["layers"])]
+    multiplied = {name: target for name, _ in leaves if (target := target_of(name)) is not None}
+    assert body_params(config) == sum(size for name, size in leaves if name in multiplied)
+    adapters = abstract_adapters(config, AdapterConfig.of(config, rank=1, alpha=1.0))
+    halves = {path[-1].key for path, _ in jax.tree.leaves_with_path(adapters)}
+    assert halves == {f"{name}_b" for name in multiplied} | {f"{target}_a" for target in multiplied.values()}
+    cache = jax.eval_shape(partial(init_cache, config, batch_size=1, num_slots=8))
+    states = jax.tree.leaves([layer for layer in cache if isinstance(layer, MixerState)])
+    assert state_bytes(config) == sum(leaf.size * 4 for leaf in states)
