@@ -9,7 +9,12 @@ from pydantic import Field, field_validator
 from dno_jax.config.base import TRAINED, Count, PathStr, Section, contents
 from dno_jax.config.training import TrainingSection
 
-Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# As PEFT calls them. Those behind the first line are of Qwen 3.5 and LFM2.
+Target = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj",
+    "in_proj", "conv.out_proj", "self_attn.out_proj", "w1", "w2", "w3",
+]  # fmt: skip
 
 
 class AdapterSection(Section):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dno_jax.config.adapter import AdapterSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.model.adapters import AdapterConfig, merging
+from dno_jax.model.adapters import AdapterConfig, merging, shown_target, targets_of
 from dno_jax.model.decoder import Decoder, logits
 from dno_jax.model.hf import peft as ours
 from dno_jax.model.params import abstract_adapters
@@ -229,6 +230,12 @@ def test_targets_that_a_model_has_not_are_named():
     ):
         with pytest.raises(DnoError, match=f"adapter.targets has {words}"):
             AdapterConfig.of(config, rank=2, alpha=2.0, targets=["q_proj", name])
+    for config in (lfm, qwen, llama):  # what is shown can be given, and a configuration takes it
+        shown = tuple(map(shown_target, targets_of(config)))
+        assert set(AdapterSection(targets=shown).targets) == set(shown)
+        assert AdapterConfig.of(config, rank=2, alpha=2.0, targets=shown).targets == targets_of(config)
+    for named in NAMED.values():
+        assert set(AdapterSection(targets=tuple(named)).targets) == named.keys()
     assert AdapterConfig.of(lfm, rank=2, alpha=2.0, targets=["out_proj"]).targets == ("o", "conv_out")
 
 
