@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from dno_jax.config import RunConfig
+from dno_jax.config import RewardConfig, RunConfig
 from dno_jax.config.base import absolute, hub_id, model_place
 from dno_jax.console import say
 from dno_jax.errors import DnoError
@@ -54,10 +54,12 @@ def run(folder: RunDir, path: str, wanted: Wanted) -> None:
     """
     if wanted.push is not None and is_primary():  # refused now, not after the work
         hub.create(wanted.push, private=not wanted.public)
-    export = _policy if folder.kind() is RunConfig else _trained
+    kind = folder.kind()
+    export = _policy if kind is RunConfig else _trained
     say(f"{export(folder, path, wanted)} exported to {path}")
-    template = folder.load_config().model.chat_template
-    say(f"benchmarks of lm-evaluation-harness: {harness_command(path, template=template)}")
+    if kind is not RewardConfig:  # which writes nothing
+        template = folder.load_config(kind).model.chat_template
+        say(f"benchmarks of lm-evaluation-harness: {harness_command(path, template=template)}")
     if wanted.push is not None and is_primary():
         try:
             commit = hub.push(path, wanted.push)
