@@ -3,15 +3,17 @@
 import contextlib
 import os
 import subprocess
+import time
 
 import pytest
 
 from dno_jax.run_dir import RunDir
-from tests.end_to_end.processes import start
+from tests.end_to_end.processes import Done, begin, start
 from tests.end_to_end.test_resume import contents, finish, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.timeout(900)]
 STAGES = ("sample", "annotate", "pair", "score", "train", "evaluate")
+ROOM = "16m"
 TRAINING = {"save_every": 2, "batch_size": 8, "keep_states": 9}
 
 
@@ -36,19 +38,27 @@ def test_a_run_ends_the_same_however_often_its_disk_is_full(tmp_path):
     finish(write_config(tmp_path, "whole", iterations=1, training=TRAINING))
     path = write_config(tmp_path, "disk/run", iterations=1, training=TRAINING)
     stages = set()
-    with disk(tmp_path / "disk", "200k") as change:
-        for size in ("250k", "900k"):  # amid the pairs, and the states
-            assert change(f"size={size}") == 0
-            done = start("run", path)
+    run_dir, said = RunDir(tmp_path / "disk" / "run"), tmp_path / "stderr"
+    with disk(tmp_path / "disk", ROOM) as change:
+        report = (tmp_path / "whole" / "report.html").stat().st_size // 1024
+        for size in ("250k", f"{report + 950}k"):  # at the first report, and amid the states or at the next
+            assert change(f"size={ROOM}") == 0  # as it is looked at before the start
+            said.write_text("")
+            process = begin("run", path, stderr=said)
+            while run_dir.holder() is None:
+                assert process.exitcode is None, said.read_text()[-3000:]
+                time.sleep(0.002)
+            assert change(f"size={size}") == 0  # by then others have filled it
+            process.join(600)
+            done = Done(process.exitcode, said.read_text())
             assert done.returncode in (0, 2), done.stderr[-3000:]
             assert "Traceback" not in done.stderr
-            run_dir = RunDir(tmp_path / "disk" / "run")
             if done.returncode:
                 assert "cannot be written" in done.stderr
                 assert "No space left on device" in done.stderr
                 stages.add(next(name for name in STAGES if run_dir.stage(name, 0).manifest() is None))
         assert len(stages) > 1, stages  # it was full in more than one of them
-        assert change("size=16m") == 0
+        assert change(f"size={ROOM}") == 0
         finish(path)
         assert contents(run_dir, iterations=1) == contents(RunDir(tmp_path / "whole"), iterations=1)
         assert change("ro") == 0
