@@ -25,7 +25,8 @@ from dno_jax.evaluation import alpaca_eval
 from dno_jax.records import Judgement
 from dno_jax.stages.suite import Item, Judged, Wanted, text_of
 
-OUTPUTS, ANNOTATIONS = "model_outputs.json", "annotations.json"
+OUTPUTS: str = "model_outputs.json"
+ANNOTATIONS: str = "annotations.json"
 DIFFICULTY, GAMED = "instruction_difficulty.csv", "df_gamed.csv"
 
 

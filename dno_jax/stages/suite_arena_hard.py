@@ -18,7 +18,8 @@ from dno_jax.evaluation import arena_hard
 from dno_jax.records import Judgement
 from dno_jax.stages.suite import Item, Judged, Wanted, text_of
 
-OUTPUTS, ANNOTATIONS = "model_answer.jsonl", "model_judgment.jsonl"
+OUTPUTS: str = "model_answer.jsonl"
+ANNOTATIONS: str = "model_judgment.jsonl"
 _LABELS = {1.0: "A>>B", 0.75: "A>B", 0.5: "A=B", 0.25: "B>A", 0.0: "B>>A"}
 
 

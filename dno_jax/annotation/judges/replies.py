@@ -101,7 +101,7 @@ def read_verdict(reply: str, verdicts: Mapping[str, tuple[float, float]] = _PREF
         raise Unparsable("the justification is no string")
     verdict = answer["verdict"]
     said = verdict.strip(" \t\r\n.*'\"").lower() if isinstance(verdict, str) else None
-    if said not in verdicts:
+    if said is None or said not in verdicts:
         raise Unparsable(f"the verdict is {_few([repr(verdict)])}, none of {', '.join(verdicts)}")
     return verdicts[said]
 
