@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from dno_jax.model.config import ModelConfig
-from tests.model.conftest import random_params
+from dno_jax.model.params import abstract_params
 
 SIZES = {
     "vocab_size": 96,
@@ -47,14 +47,17 @@ HYBRIDS = {
 
 
 def hybrid_params(name: str):
-    """Weights that make every part count."""
-    params = random_params(HYBRIDS[name], scale=5.0)
-    rng = np.random.default_rng(1)
+    """Weights that make every part count; drawn here, which compiles nothing."""
+    config, rng = HYBRIDS[name], np.random.default_rng(1)
 
-    def stir(path, leaf):
-        key = path[-1].key
-        if key.endswith("_conv") or key in ("conv_taps", "delta_rate", "delta_shift"):
-            return np.asarray(0.5 * rng.standard_normal(leaf.shape), np.float32)
-        return leaf
+    def draw(path, leaf):
+        key, drawn = path[-1].key, rng.standard_normal(leaf.shape)
+        if "norm" in key:
+            drawn = 1.0 - config.norm_offset * (key != "delta_norm") + 0.3 * drawn
+        elif key.endswith("_conv") or key in ("conv_taps", "delta_rate", "delta_shift"):
+            drawn = 0.5 * drawn
+        else:
+            drawn = 0.1 * drawn
+        return drawn.astype(np.float32)
 
-    return jax.tree.map_with_path(stir, params)
+    return jax.tree.map_with_path(draw, abstract_params(config))

@@ -155,7 +155,8 @@ def switches(config: ModelConfig) -> dict[str, ModelConfig]:
 
 
 SWITCHES = [(name, switch) for name, case in CASES.items() for switch in switches(case.config(LONG))]
-FIRST = {switch: (name, switch) for name, switch in reversed(SWITCHES)}  # each switch in the first family that has it
+# Each switch in the first family that has it; what mixes tokens cannot go unseen, and takes long.
+FIRST = {switch: (name, switch) for name, switch in reversed(SWITCHES) if switch != "mixers"}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +207,7 @@ def test_no_switch_is_forgotten():
     assert expected | {each.name for each in fields(RopeConfig)} == sabotaged | NOT_SWITCHES
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", [name for name in EACH if name != "qwen3_5"])  # qwen3_5_odd is in the soak
 def test_bfloat16_is_as_near_as_transformers(reference, name):
     """Both round at every step, in places that differ in part, so that each is compared with float32.
 

@@ -27,6 +27,7 @@ from tests.model.test_families import stir
 from tests.sampling.test_engine import REQUESTS, SIZES, assert_own_logprobs, flat, ids, run
 
 each = pytest.mark.parametrize("name", HYBRIDS)
+first = pytest.mark.parametrize("name", ["qwen3_5", pytest.param("lfm2", marks=pytest.mark.soak)])
 
 
 @cache
@@ -51,7 +52,7 @@ def responses_of(name):
     return run(params_of(name), model=Decoder(HYBRIDS[name]))
 
 
-@each
+@first
 def test_recorded_logprobs_are_the_models(name):
     """24 responses through 5 slots: all but the first five were drawn in refilled ones."""
     found = responses_of(name)
@@ -59,7 +60,7 @@ def test_recorded_logprobs_are_the_models(name):
     assert {one.finish for one in flat(found)} == {"stop", "length"}
 
 
-@each
+@first
 def test_slots_and_pieces_of_prompts_change_no_text(name):
     """Prompts go through the model 4 tokens at a time, the state from piece to piece; other slots, other chunks."""
     shape = dataclasses.replace(SIZES, slots=3, entries=5, fill_rows=3, prefill_chunk=4, chunk_steps=3)
