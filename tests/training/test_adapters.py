@@ -12,7 +12,7 @@ from etils import epath
 from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.errors import DnoError
 from dno_jax.model import hf
-from dno_jax.model.adapters import LINEAR, AdapterConfig, merging
+from dno_jax.model.adapters import AdapterConfig, merging
 from dno_jax.model.cache import init_cache
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.decoder import Decoder, logits
@@ -119,7 +119,7 @@ def test_at_full_rank_beside_the_identity_the_gradient_is_the_dense_one(config, 
     """With A = [I 0] the gradient of B is that of W, and 0 in the rows that no input reaches."""
     adapter = AdapterConfig.of(config, rank=64, alpha=64.0)  # the widest input: down's
     adapters = init_adapters(config, adapter, jax.random.key(0))
-    for name in LINEAR:
+    for name in adapter.targets:
         shape = adapters["layers"][f"{name}_a"].shape
         identity = jnp.eye(math.prod(shape[1:-1]), 64).reshape(shape[1:])
         adapters["layers"][f"{name}_a"] = jnp.broadcast_to(identity, shape)
@@ -133,7 +133,7 @@ def test_at_full_rank_beside_the_identity_the_gradient_is_the_dense_one(config, 
     found = jax.jit(jax.grad(partial(loss, Decoder(config, adapter=adapter))))(adapters, params, batch.part(0))[
         "layers"
     ]
-    for name in LINEAR:
+    for name in adapter.targets:
         expected, size = dense[name], found[f"{name}_a"].shape
         inputs = math.prod(size[1:-1])
         own = found[f"{name}_b"].reshape(2, 64, -1)
