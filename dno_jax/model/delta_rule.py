@@ -86,13 +86,13 @@ def _chunk(state: Array, parts: tuple[Array, ...]) -> tuple[Array, Array]:
     q, k, v, log_decay, strength, begins = parts
     # Widened here: a whole text's would lie in memory twice as large.
     q, k, v = unit(q) * q.shape[-1] ** -0.5, unit(k), v.astype(jnp.float32)
-    total = jnp.cumsum(log_decay, axis=-1)
     # Which text of the chunk a token is of; 0 is the one that the state has read.
     text = jnp.cumsum(begins, axis=-1)[:, None, None]
-    same = text[..., :, None] == text[..., None, :]
-    lower = jnp.tril(jnp.ones(same.shape, bool))
+    joined = jnp.tril(text[..., :, None] == text[..., None, :])
+    # Added up within each text by itself: not even in rounding does one depend on what stands before it in its row.
+    total = _einsum("bkgd,bcd->bkgc", log_decay, joined[:, 0, 0].astype(jnp.float32))
     # Chosen before the exponential: above the diagonal it might be infinite, and its gradient no number.
-    decay = jnp.exp(jnp.where(same & lower, total[..., :, None] - total[..., None, :], -jnp.inf))
+    decay = jnp.exp(jnp.where(joined, total[..., :, None] - total[..., None, :], -jnp.inf))
     since_state = jnp.where(text == 0, jnp.exp(total), 0)
     last, of_last = total[..., -1:], text == text[..., -1:]
     until_end = jnp.where(of_last, jnp.exp(jnp.where(of_last, last - total, 0)), 0)
