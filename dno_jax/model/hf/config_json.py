@@ -133,7 +133,12 @@ def loads_alone(path: str | Path) -> bool:
 
 
 def carried_names(path: str | Path) -> re.Pattern[str] | None:
-    """Return what names of tensors begin with that are carried along, and read by nobody here; None: there are none."""
+    """Return what names of tensors begin with that are carried along, and read by nobody here; None: there are none.
+
+    A folder of weights without config.json says of none.
+    """
+    if not (Path(path) / "config.json").exists():
+        return None
     tree = read_json(path, "config.json")[1]
     composite, family = COMPOSITES.get(str(tree.get("model_type"))), FAMILIES.get(str(text_of(tree).get("model_type")))
     found = [] if composite is None else [f"(model\\.)?({'|'.join(composite.towers)})\\."]
