@@ -38,6 +38,9 @@ class Purpose(StrEnum):
     MIXTURE_MEMBER = "mixture member"  # the policy that answers for all of them: (seed, prompt id, sample)
     ROUNDING = "rounding"  # of a step's results: (seed, iteration, stage), then step and array in the key
     INITIAL_WEIGHTS = "initial weights"  # of a fine-tuning that starts from none: (seed)
+    HELD_OUT_PAIRS = "held-out pairs"  # prompts that a reward model is measured by: (seed)
+    JUDGE_ERRORS = "judge errors"  # a rate in the light of labels: (0, which rate)
+    BATTLES = "battles"  # of an arena, drawn anew for its interval: (0, "battles")
     ERRORS = "errors"  # of means, where their joint spread has no closed form: (seed)
     ADAPTER = "adapter"  # the random half of a new adapter: (seed), then the matrix in the key
 

@@ -69,5 +69,5 @@ def _battles(verdict: float) -> list[float]:
 
 
 def _drawn_anew(won: Float[np.ndarray, " B"]) -> Float[np.ndarray, " R"]:
-    places = rng(Purpose.ERRORS, 0, "battles").integers(0, len(won), (_ROUNDS, len(won)))
+    places = rng(Purpose.BATTLES, 0, "battles").integers(0, len(won), (_ROUNDS, len(won)))
     return won[places].mean(axis=1)

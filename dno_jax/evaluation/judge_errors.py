@@ -99,4 +99,4 @@ def _theta(rate: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray) -
 def _draws(tally: Tally, name: str) -> Float[np.ndarray, " D"]:
     """Draws of a share from Jeffreys' posterior, seen in as many independent comparisons as the tally is worth."""
     seen = tally.effective
-    return rng(Purpose.ERRORS, 0, name).beta(tally.mean * seen + 0.5, (1.0 - tally.mean) * seen + 0.5, _DRAWS)
+    return rng(Purpose.JUDGE_ERRORS, 0, name).beta(tally.mean * seen + 0.5, (1.0 - tally.mean) * seen + 0.5, _DRAWS)

@@ -209,7 +209,7 @@ def _held_out(pairs: Iterable[LabelledPair], count: int, *, seed: int) -> set[st
             f"pairs.held_out is {count}, and there are pairs of {len(prompts)} prompts: none would be left to train "
             "on; set it lower"
         )
-    return {prompts[at] for at in rng(Purpose.PROMPT_SPLIT, seed).permutation(len(prompts))[:count]}
+    return {prompts[at] for at in rng(Purpose.HELD_OUT_PAIRS, seed).permutation(len(prompts))[:count]}
 
 
 def _try_template(runtime: Runtime[RewardConfig]) -> None:
