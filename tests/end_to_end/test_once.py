@@ -53,6 +53,7 @@ def test_a_run_makes_one_runtime_and_reads_and_tokenises_its_prompts_once(make_c
     assert set(tokenised.values()) == {1}
 
 
+@pytest.mark.soak
 def test_training_alone_tokenises_nothing(make_config, counts):
     config = make_config(iterations=1)
     iteration.run(config)

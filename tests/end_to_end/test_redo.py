@@ -159,6 +159,7 @@ def test_another_learning_rate_trains_anew_from_the_stored_verdicts(make_config,
     assert judged
 
 
+@pytest.mark.soak
 def test_iterations_may_grow_where_they_share_their_prompts_alone(make_config):
     config = make_config(iterations=1)
     iteration.run(config)

@@ -70,6 +70,7 @@ def test_what_was_drawn_from_is_recorded_on_request(make_config):
     assert slots["slots"] >= 1
 
 
+@pytest.mark.soak
 def test_the_longest_text_is_bounded(make_config):
     """Prompt and response together, the teacher's too; also where it is shorter than what a prompt may have."""
     config = make_config(prompts={"max_length": 80}, sampling={"max_total_tokens": 12})

@@ -169,6 +169,7 @@ def test_one_column_a_slot_to_spare_is_not_needed(params, responses):
     assert [one.logprobs for one in flat(again[::-1])] == [one.logprobs for one in flat(responses)]
 
 
+@pytest.mark.soak
 def test_samples_that_share_a_prefill_equal_separate_ones(params):
     sampling_params = dataclasses.replace(GENERATION, num_samples=5)
     together = ids(run(params, sampling_params=sampling_params))
