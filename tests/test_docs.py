@@ -80,13 +80,14 @@ def test_commands_of_the_documentation_exist_with_their_options():
 def test_blocks_are_what_they_are_said_to_be(page):
     for language, text in FENCE.findall(page.read_text()):
         if language == "python":
-            ast.parse(text)
+            assert ast.parse(text).body
         elif language == "yaml":
             tree = yaml.safe_load(text)
             base = {"run_dir": "r", "model": {"path": "m"}}
             run = base | {"iterations": 2, "prompts": {"path": "p"}}
             kind, base = (RewardConfig, base) if "pairs" in tree else (RunConfig, run)
-            parse_config(kind, {**base, **tree}, place=page.name)
+            config = parse_config(kind, {**base, **tree}, place=page.name)
+            assert tree.keys() <= config.model_fields_set
 
 
 def test_the_block_that_makes_prompts_of_beginnings_runs(tmp_path):

@@ -174,40 +174,35 @@ _device_stage("train", "Train policy t into policy t+1.")
 app.command()(evaluate)
 
 
-@app.command()
-def sft(
-    config: Config,
-    overrides: Overrides = None,
-    variants: With = None,
-    coordinator: Coordinator = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-) -> None:
-    """Supervised fine-tuning, the step before DNO; prompt tokens are masked."""
-    settings = load(config, overrides, variants, kind="SftConfig")
-    join(settings, coordinator, num_processes, process_id)
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages import sft as stage
+def _one_training(name: str, kind: str, summary: str) -> None:
+    """Add the command of a training that is no iteration of a run."""
 
-    stage.run(Runtime.start(settings))
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        variants: With = None,
+        coordinator: Coordinator = None,
+        num_processes: NumProcesses = None,
+        process_id: ProcessId = None,
+    ) -> None:
+        settings = load(config, overrides, variants, kind=kind)
+        join(settings, coordinator, num_processes, process_id)
+        import importlib
+
+        from dno_jax.runtime.runtime import Runtime
+
+        importlib.import_module(f"dno_jax.stages.{name}").run(Runtime.start(settings))
+
+    command.__doc__ = summary
+    app.command(name)(command)
 
 
-@app.command()
-def reward(
-    config: Config,
-    overrides: Overrides = None,
-    variants: With = None,
-    coordinator: Coordinator = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-) -> None:
-    """Train a Bradley-Terry reward model on preferences, and export it for annotation.kind=reward_model."""
-    settings = load(config, overrides, variants, kind="RewardConfig")
-    join(settings, coordinator, num_processes, process_id)
-    from dno_jax.runtime.runtime import Runtime
-    from dno_jax.stages import reward as stage
-
-    stage.run(Runtime.start(settings))
+_one_training("sft", "SftConfig", "Supervised fine-tuning, the step before DNO; prompt tokens are masked.")
+_one_training(
+    "reward",
+    "RewardConfig",
+    "Train a Bradley-Terry reward model on preferences, and export it for annotation.kind=reward_model.",
+)
 
 
 @app.command("import")

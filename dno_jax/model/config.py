@@ -178,7 +178,7 @@ class ModelConfig:
         return set(self.layer_mixers) == {"attention"}
 
     def __post_init__(self) -> None:
-        for name in (
+        self._check_sizes(
             "vocab_size",
             "hidden_size",
             "intermediate_size",
@@ -187,9 +187,7 @@ class ModelConfig:
             "num_key_value_heads",
             "head_dim",
             "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads {self.num_key_value_heads} does not divide "
@@ -226,6 +224,11 @@ class ModelConfig:
                         f"short_factor and long_factor have {len(factors)} numbers; expected {rotary // 2}"
                     )
 
+    def _check_sizes(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+
     def _check_mixers(self, mixers: tuple[Mixer, ...]) -> None:
         known = get_args(Mixer)
         if len(mixers) != self.num_hidden_layers or not set(mixers) <= set(known):
@@ -242,14 +245,9 @@ class ModelConfig:
             raise ValueError(f"conv_kernel is {self.conv_kernel}; expected at least 2 tokens")
         if "gated_delta" not in mixers:
             return
-        for name in (
-            "linear_num_key_heads",
-            "linear_num_value_heads",
-            "linear_key_head_dim",
-            "linear_value_head_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        self._check_sizes(
+            "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"
+        )
         if self.linear_num_value_heads % self.linear_num_key_heads:
             raise ValueError(
                 f"linear_num_key_heads {self.linear_num_key_heads} does not divide "

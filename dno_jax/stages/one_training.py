@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -10,9 +13,10 @@ from etils import epath
 from dno_jax.addresses import Purpose
 from dno_jax.config import RewardConfig, SftConfig, changes, deciding
 from dno_jax.errors import DnoError
-from dno_jax.files import digest_of, read_note
+from dno_jax.files import digest_of, read_note, write_atomically
 from dno_jax.model import hf
 from dno_jax.model.params import init_params
+from dno_jax.parallel.cluster import barrier, is_primary
 from dno_jax.parallel.sharding import TRAIN
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime, draw_key
@@ -53,6 +57,17 @@ def started(runtime: AnyRuntime, stage: str, *, examples: str) -> dict[str, Any]
             "another run_dir"
         )
     return now
+
+
+@contextmanager
+def held(runtime: AnyRuntime, stage: str, noted: dict[str, Any]) -> Iterator[None]:
+    """Keep the run directory for this training, its configuration and what decides the result written down."""
+    with runtime.run_dir.held() if is_primary() else nullcontext():
+        if is_primary():
+            runtime.run_dir.create(runtime.config)
+            write_atomically(note_path(runtime.run_dir, stage), json.dumps(noted, indent=2) + "\n")
+        barrier(f"{stage} config")
+        yield
 
 
 def fresh_params(runtime: AnyRuntime) -> Any:

@@ -12,7 +12,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +41,7 @@ from dno_jax.runtime.scoring import logprobs_of, scoring_batches
 from dno_jax.runtime.training_memory import refuse_training
 from dno_jax.stages.chats_to_score import chats_to_score
 from dno_jax.stages.checkpoints import read_checkpoint
-from dno_jax.stages.one_training import fresh_params, note_path, started
+from dno_jax.stages.one_training import fresh_params, held, started
 from dno_jax.stages.train import Training, train
 from dno_jax.statistics import Estimate, Tally
 from dno_jax.training.batches import TrainingRow
@@ -63,7 +62,7 @@ def run(runtime: Runtime[RewardConfig]) -> epath.Path:
         DnoError: the directory was made by another configuration, or from other pairs or weights.
     """
     start = time.perf_counter()
-    config, target = runtime.config, runtime.run_dir.export_path
+    target = runtime.run_dir.export_path
     refuse_training(runtime.programs, known_capacity(runtime.mesh.local_devices))
     preferences = preferences_of(runtime)
     if is_primary():
@@ -75,11 +74,7 @@ def run(runtime: Runtime[RewardConfig]) -> epath.Path:
             say(f"{target} is there already: nothing to do")
         return target
     params = initial_params(runtime)
-    with runtime.run_dir.held() if is_primary() else nullcontext():
-        if is_primary():
-            runtime.run_dir.create(config)
-            write_atomically(note_path(runtime.run_dir, "reward"), json.dumps(noted, indent=2) + "\n")
-        barrier("reward config")
+    with held(runtime, "reward", noted):
         return _train(runtime, preferences, params, start=start)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,6 @@ from dno_jax.console import say
 from dno_jax.data.reading import Reading, examples_of
 from dno_jax.data.sources import named, read_rows
 from dno_jax.errors import DnoError
-from dno_jax.files import write_atomically
 from dno_jax.model import hf
 from dno_jax.model.adapters import merging
 from dno_jax.model.params import init_adapters
@@ -38,7 +35,7 @@ from dno_jax.stages.checkpoints import (
     read_adapter,
     read_checkpoint,
 )
-from dno_jax.stages.one_training import fresh_params, note_path, started
+from dno_jax.stages.one_training import fresh_params, held, started
 from dno_jax.stages.template import refuse_template, save_template
 from dno_jax.stages.train import Training, train
 from dno_jax.training.adapted import first_key
@@ -69,12 +66,9 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
             say(f"{target} is there already: nothing to do")
         return target
     params, frozen = _initial(runtime, config)
-    with runtime.run_dir.held() if is_primary() else nullcontext():
+    with held(runtime, "sft", noted):
         if is_primary():
-            runtime.run_dir.create(config)
-            write_atomically(note_path(runtime.run_dir, "sft"), json.dumps(noted, indent=2) + "\n")
             save_template(runtime)
-        barrier("sft config")
         base = None if frozen is None else noted["weights"]
         return _fine_tune(runtime, examples.rows, params, start=start, frozen=frozen, base=base)
 

@@ -112,6 +112,18 @@ def test_every_optimiser_takes_their_leaves_on_a_mesh(rows, name, section):
     assert found[-1] < found[0]
 
 
+@pytest.mark.parametrize("names", [("layers", "heads", "head_dim", "taps"), ("layers", "channels", "taps")], ids=str)
+def test_kernels_of_convolutions_are_no_matrices_to_muon(names):
+    """Each is of one channel: they move by AdamW."""
+    leaf = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 4, 3)[: len(names)]), jnp.float32)
+    updates = []
+    for name in ("muon", "adamw"):
+        optimizer = make_optimizer(OptimizerSection(name=name), {"kernel": names})
+        params = {"kernel": leaf}
+        updates.append(optimizer.update(params, optimizer.init(params), params)[0]["kernel"])
+    np.testing.assert_allclose(*updates, rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """What transformers writes of the two families' cases."""

@@ -1,4 +1,4 @@
-"""Muon: the momentum of every matrix of every layer, orthogonalised; AdamW for embeddings, heads and vectors."""
+"""Muon: every layer matrix's momentum, orthogonalised; AdamW for embeddings, heads, kernels and vectors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from dno_jax.config import OptimizerSection
 from dno_jax.training.optimizers.adamw import adamw
 from dno_jax.training.optimizers.matrices import Axes, per_matrix
 
-# Sides of matrices that are rows of a table: each is looked up, or scored, by itself.
-_TABLES = {"vocab", "labels", "routes"}
+# Sides of what is no map of one space into another: rows of a table, each looked up or scored by itself, and a
+# convolution's kernels, each of one channel.
+_APART = {"vocab", "labels", "routes", "taps"}
 _RMS = 0.2  # of an update's numbers, about AdamW's: learning rates mean the same for both (arXiv 2502.16982)
 
 
@@ -32,6 +33,6 @@ def muon(section: OptimizerSection, axes: tuple[Axes, ...] | None) -> optax.Grad
     matrix = optax.GradientTransformation(init, whole.update)
 
     def of(names: Axes, sides: int) -> optax.GradientTransformation:
-        return matrix if sides == 2 and not _TABLES.intersection(names) else other
+        return matrix if sides == 2 and not _APART.intersection(names) else other
 
     return per_matrix(of, axes, name=section.name)
