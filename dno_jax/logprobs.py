@@ -26,17 +26,24 @@ def token_logprobs(
         token: ids in [0, V).
         split: in a shard_map, the axis whose devices hold consecutive parts of the vocabulary; None: V is all of it.
     """
-    logits, token = jnp.asarray(logits, jnp.float32), jnp.asarray(token)
+    chosen, mass = _chosen_and_mass(jnp.asarray(logits, jnp.float32), jnp.asarray(token), split)
+    return chosen - mass
+
+
+def _chosen_and_mass(
+    logits: Float[Array, "*B V"], token: Int[Array, "*B"], split: str | None
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """Return logits[token] and the logarithm of the sum of exp(logits), over all parts of the vocabulary."""
     vocabulary = jax.lax.broadcasted_iota(token.dtype, logits.shape, logits.ndim - 1)
     if split is None:
         chosen = jnp.sum(jnp.where(vocabulary == token[..., None], logits, 0.0), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return chosen, jax.nn.logsumexp(logits, axis=-1)
     own = token - jax.lax.axis_index(split).astype(token.dtype) * logits.shape[-1]
     top = jax.lax.pmax(jnp.max(jax.lax.stop_gradient(logits), axis=-1), split)
     chosen = jnp.sum(jnp.where(vocabulary == own[..., None], logits, 0.0), axis=-1)
     mass = jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)
     chosen, mass = jax.lax.psum((chosen, mass), split)
-    return chosen - top - jnp.log(mass)
+    return chosen, top + jnp.log(mass)
 
 
 def softcapped(logits: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
@@ -46,33 +53,42 @@ def softcapped(logits: Float[Array, "*shape"], softcap: float | None) -> Float[A
 
 def head_token_logprobs(
     hidden: Float[ArrayLike, "B T D"],
-    head: Float[ArrayLike, "D V"],
+    head: Float[ArrayLike, "R V"],
     token: Int[ArrayLike, "B T"],
     *,
     chunk: int,
     softcap: float | None = None,
     valid: Bool[ArrayLike, "B T"] | None = None,
     split: str | None = None,
+    gather: str | None = None,
+    columns: int | None = None,
 ) -> Float[Array, "B T"]:
     """Return log softmax(hidden @ head)[token] without holding the logits of more than B x chunk/B tokens.
 
-    The backward pass recomputes each slice's logits, so peak memory is one slice's in both directions, and the head's
-    gradient in float32.
+    The backward pass recomputes each slice's logits, so peak memory is one slice's in both directions, and in float32
+    the gradient of some columns of the head at a time.
 
     Args:
         hidden: final hidden states, float32 or bfloat16.
-        head: output head in any float dtype; multiplied in hidden's dtype, accumulated in float32.
+        head: output head in any float dtype, R = D rows unless `gather` is given; multiplied in hidden's dtype,
+            accumulated in float32.
         token: ids in [0, V).
         chunk: tokens per slice, over the whole batch; need not divide B * T.
         softcap: logits x become softcap * tanh(x / softcap) first (Gemma 2); None leaves them.
         valid: slices without a valid token are not computed, and give 0; None computes all.
-        split: in a shard_map, the axis whose devices hold consecutive columns of the head; None: it is whole.
+        split: in a shard_map, the axis whose devices hold consecutive columns of the head; None: they are all here.
+        gather: in a shard_map, the axis whose devices hold consecutive rows of the head, which is gathered once;
+            backwards every device sends each other its part of the gradient. None: all rows are here.
+        columns: how many columns of the head's gradient are added up in float32 at a time; None: 128 MiB of them. Give
+            V where the compiler splits the head's columns over devices.
 
     Raises:
-        ValueError: chunk is not positive.
+        ValueError: chunk or columns is not positive.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected at least 1 token per slice")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns is {columns}; expected at least 1 column of the head")
     hidden, token = jnp.asarray(hidden), jnp.asarray(token)
     batch, length, _ = hidden.shape
     # Slices run along T so that a sharded batch axis stays whole in each of them.
@@ -86,85 +102,145 @@ def head_token_logprobs(
     hidden = hidden + jnp.zeros_like(head, shape=())
     if valid is not None:  # of one slice, some are
         valid = None if width == length else jnp.pad(jnp.asarray(valid), ((0, 0), (0, padding)))
-    return jnp.asarray(_logprobs_by_slice(hidden, head, token, valid, _How(width, softcap, split)))[:, :length]
+    how = _How(width, softcap, split, gather, columns)
+    return jnp.asarray(_logprobs_by_slice(hidden, head, token, valid, how))[:, :length]
 
 
 class _How(NamedTuple):
-    width: int  # columns of a slice; they divide T
+    width: int  # tokens of a row in a slice; they divide T
     softcap: float | None
     split: str | None
+    gather: str | None
+    columns: int | None
 
 
-# By hand, so that the backward pass adds up the head's gradient in float32, whatever the head's dtype, and meets its
-# slices in a loop of its own, which needs nothing of other devices.
+_HELD = 1 << 25  # numbers of the head's gradient in float32 at a time: 128 MiB
+_LANES = 128  # blocks of columns begin where a TPU's tiles do
+
+
+# By hand, so that the backward pass adds up the head's gradient in float32, whatever the head's dtype, holds a part of
+# it at a time, and meets its slices in loops of its own, which need nothing of other devices.
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _logprobs_by_slice(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "D V"],
+    head: Float[Array, "R V"],
     token: Int[Array, "B T"],
     valid: Bool[Array, "B T"] | None,
     how: _How,
 ) -> Float[Array, "B T"]:
-
-    def one(start: Int[Array, ""]) -> Float[Array, "B W"]:
-        part, target = (_slice(array, start, how) for array in (hidden, token))
-
-        def computed() -> Array:
-            return _slice_logprobs(part, head, target, how)[0]
-
-        return _if_any(valid, start, how, computed, lambda: jnp.zeros_like(target, jnp.float32))
-
-    return _joined(jax.lax.map(one, _starts(hidden, how)))
+    return _forward(hidden, head, token, valid, how)[0]
 
 
 def _forward(
     hidden: Array, head: Array, token: Array, valid: Array | None, how: _How
-) -> tuple[Array, tuple[Array, Array, Array, Array | None]]:
-    return _logprobs_by_slice(hidden, head, token, valid, how), (hidden, head, token, valid)
+) -> tuple[Array, tuple[Array, Array, Array, Array | None, Array]]:
+    whole = head if how.gather is None else jax.lax.all_gather(head, how.gather, tiled=True)
+
+    def one(start: Int[Array, ""]) -> tuple[Float[Array, "B W"], Float[Array, "B W"]]:
+        part, target = (_slice(array, start, how) for array in (hidden, token))
+
+        def computed() -> tuple[Array, Array]:
+            logits = softcapped(einsum_float32("btd,dv->btv", part, whole), how.softcap)
+            chosen, mass = _chosen_and_mass(logits, target, how.split)
+            return chosen - mass, mass
+
+        zeros = jnp.zeros_like(target, jnp.float32)
+        return _if_any(valid, start, how, computed, lambda: (zeros, zeros))
+
+    starts = jnp.arange(hidden.shape[1] // how.width, dtype=jnp.int32) * how.width
+    logprob, mass = (_joined(slices) for slices in jax.lax.map(one, starts))
+    return logprob, (hidden, whole, token, valid, mass)
 
 
 def _backward(
-    how: _How, residuals: tuple[Array, Array, Array, Array | None], cotangent: Array
+    how: _How, residuals: tuple[Array, Array, Array, Array | None, Array], cotangent: Array
 ) -> tuple[Array, Array, None, None]:
-    hidden, head, token, valid = residuals
+    hidden, head, token, valid, mass = residuals
+    vocabulary = head.shape[1]
+    width = _block_width(head, how)
+    own = token if how.split is None else token - jax.lax.axis_index(how.split).astype(token.dtype) * vocabulary
+    blocks = -(-vocabulary // width)
 
-    def one(total: Array, start: Array) -> tuple[Array, Array]:
-        part, target, slope = (_slice(array, start, how) for array in (hidden, token, cotangent))
+    def block(index: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        of_head, of_hidden = carry
+        # The last block begins early where blocks do not divide the vocabulary, and leaves what is done.
+        first = index * width
+        start = jnp.minimum(first, vocabulary - width)
+        columns = head if blocks == 1 else jax.lax.dynamic_slice_in_dim(head, start, width, axis=1)
 
-        def computed() -> tuple[Array, Array]:
-            _, pull = _slice_logprobs(part, head, target, how)
-            of_logits = pull(slope)[0].astype(hidden.dtype)
-            of_head = einsum_float32("btd,btv->dv", part, of_logits, place=_explicit_place(head))
-            return total + of_head, einsum_float32("btv,dv->btd", of_logits, head).astype(hidden.dtype)
+        def one(slice_index: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            total, of_hidden = carry
+            at = slice_index * how.width
+            part, target, slope, whole, before = (
+                _slice(array, at, how) for array in (hidden, own, cotangent, mass, of_hidden)
+            )
 
-        return _if_any(valid, start, how, computed, lambda: (total, jnp.zeros_like(part)))
+            def computed() -> tuple[Array, Array]:
+                logits = softcapped(einsum_float32("btd,dv->btv", part, columns), how.softcap)
+                column = jax.lax.broadcasted_iota(target.dtype, logits.shape, 2) + start
+                of_logits = slope[..., None] * ((column == target[..., None]) - jnp.exp(logits - whole[..., None]))
+                if how.softcap is not None:
+                    of_logits = of_logits * (1.0 - jnp.square(logits / how.softcap))
+                if vocabulary % width:
+                    of_logits = jnp.where(column >= first, of_logits, 0.0)
+                of_logits = of_logits.astype(hidden.dtype)
+                of_columns = einsum_float32("btd,btv->dv", part, of_logits, place=_explicit_place(head))
+                of_part = einsum_float32("btv,dv->btd", of_logits, columns)
+                return total + of_columns, (before + of_part).astype(before.dtype)
 
-    zeros = jnp.zeros_like(head, jnp.float32)
-    total, slopes = jax.lax.scan(one, zeros, _starts(hidden, how))
-    return _joined(slopes), total.astype(head.dtype), None, None
+            total, after = _if_any(valid, at, how, computed, lambda: (total, before))
+            return total, jax.lax.dynamic_update_slice_in_dim(of_hidden, after, at, axis=1)
+
+        total = jnp.zeros_like(columns, jnp.float32)
+        total, of_hidden = jax.lax.fori_loop(0, hidden.shape[1] // how.width, one, (total, of_hidden))
+        total = _scattered(total.astype(head.dtype), how.gather)
+        if blocks == 1:
+            return total, of_hidden
+        before = jax.lax.dynamic_slice_in_dim(of_head, start, width, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(of_head, before + total, start, axis=1), of_hidden
+
+    of_hidden = jnp.zeros_like(hidden, hidden.dtype if blocks == 1 else jnp.float32)
+    if blocks == 1:
+        of_head, of_hidden = block(0, (head, of_hidden))
+    else:
+        of_head = head if how.gather is None else head[: head.shape[0] // jax.lax.axis_size(how.gather)]
+        of_head, of_hidden = jax.lax.fori_loop(0, blocks, block, (jnp.zeros_like(of_head), of_hidden))
+    return of_hidden.astype(hidden.dtype), of_head, None, None
 
 
 _logprobs_by_slice.defvjp(_forward, _backward)
 
 
-def _slice_logprobs(hidden: Array, head: Array, token: Array, how: _How) -> tuple[Array, Any]:
-    """Return the log-probabilities of a slice, and the function from their cotangent to that of its logits."""
-    logits = einsum_float32("btd,dv->btv", hidden, head)
-    return jax.vjp(lambda x: token_logprobs(softcapped(x, how.softcap), token, split=how.split), logits)
+def _block_width(head: Array, how: _How) -> int:
+    """How many columns of the head's gradient are held in float32 at a time."""
+    vocabulary = head.shape[1]
+    if how.columns is not None:
+        return min(how.columns, vocabulary)
+    blocks = 1 if _explicit_place(head) is not None else -(-head.size // _HELD)
+    return min(vocabulary, _LANES * -(-vocabulary // (blocks * _LANES)))
+
+
+def _scattered(array: Array, axis: str | None) -> Array:
+    """Add up the devices' arrays in float32, and keep this one's part of the rows.
+
+    Every device sends each other its part. That is a reduce-scatter, of which TPUs would make the sum of the whole on
+    every device, rounded at every addition.
+    """
+    if axis is None:
+        return array
+    parts = jnp.reshape(array, (jax.lax.axis_size(axis), -1, *array.shape[1:]))
+    sent = jax.lax.all_to_all(parts, axis, split_axis=0, concat_axis=0)
+    return jnp.sum(sent, axis=0, dtype=jnp.float32).astype(array.dtype)
 
 
 def _if_any(
-    valid: Array | None, start: Array, how: _How, computed: Callable[[], Any], otherwise: Callable[[], Any]
+    valid: Array | None, start: Any, how: _How, computed: Callable[[], Any], otherwise: Callable[[], Any]
 ) -> Any:
     """Compute a slice if any of its tokens is valid."""
     return computed() if valid is None else jax.lax.cond(jnp.any(_slice(valid, start, how)), computed, otherwise)
 
 
-def _starts(hidden: Array, how: _How) -> Array:
-    return jnp.arange(hidden.shape[1] // how.width, dtype=jnp.int32) * how.width
-
-
-def _slice(array: Array, start: Array, how: _How) -> Array:
+def _slice(array: Array, start: Any, how: _How) -> Array:
     return jax.lax.dynamic_slice_in_dim(array, start, how.width, axis=1)
 
 

@@ -26,13 +26,15 @@ def reference(hidden, head, token):
     return np.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - logsum
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 9, 39, 64])
-def test_values_and_gradients_do_not_depend_on_the_chunk(arrays, chunk):
+@pytest.mark.parametrize(
+    ("chunk", "columns"), [(1, None), (7, None), (9, 50), (9, 49), (9, 25), (39, 7), (64, 1), (64, 1000)]
+)
+def test_values_and_gradients_depend_neither_on_the_chunk_nor_on_the_columns(arrays, chunk, columns):
     hidden, head, token = arrays
     weight = np.linspace(0.1, 1.0, B * T).reshape(B, T).astype(np.float32)
 
     def chunked(h, w):
-        return jnp.sum(weight * head_token_logprobs(h, w, token, chunk=chunk))
+        return jnp.sum(weight * head_token_logprobs(h, w, token, chunk=chunk, columns=columns))
 
     def whole(h, w):
         return jnp.sum(weight * token_logprobs(jnp.einsum("btd,dv->btv", h, w), token))
@@ -116,3 +118,8 @@ def test_works_on_a_vocabulary_split_over_devices(arrays, kind):
 def test_refuses_a_chunk_of_nothing(arrays):
     with pytest.raises(ValueError, match="chunk is 0"):
         head_token_logprobs(*arrays, chunk=0)
+
+
+def test_refuses_no_columns_of_the_head(arrays):
+    with pytest.raises(ValueError, match="columns is 0; expected at least 1 column"):
+        head_token_logprobs(*arrays, chunk=8, columns=0)

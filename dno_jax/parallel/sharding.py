@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -250,9 +249,7 @@ class Constrain:
         def local(hidden: jax.Array, head: jax.Array, token: jax.Array, valid: jax.Array | None) -> jax.Array:
             # Backwards, the gradient is summed and cut along `across`, and only what is left of it along other axes.
             head = jax.lax.pcast(head, tuple(axis for axis in rows if axis != across), to="varying")
-            if across is not None:
-                head = _gather_rows(head, across)
-            return head_token_logprobs(hidden, head, token, valid=valid, split=along, **options)
+            return head_token_logprobs(hidden, head, token, valid=valid, split=along, gather=across, **options)
 
         spec = PartitionSpec(rows)
         specs = (spec, PartitionSpec(across, along), spec, spec)
@@ -270,29 +267,6 @@ class Constrain:
         (found,) = self.layout.weight_spec((axis,))
         assert found is None or isinstance(found, str)
         return found if found is not None and self.mesh.shape[found] > 1 else None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather_rows(shard: jax.Array, axis: str) -> jax.Array:
-    """Gather an array along its first axis, in a shard_map.
-
-    Backwards every device sends each other its part of the gradient, and adds up what it is sent in float32. That is a
-    reduce-scatter, of which TPUs would make the sum of the whole on every device, rounded at every addition.
-    """
-    return jax.lax.all_gather(shard, axis, tiled=True)
-
-
-def _gather_rows_forward(shard: jax.Array, axis: str) -> tuple[jax.Array, None]:
-    return _gather_rows(shard, axis), None
-
-
-def _gather_rows_backward(axis: str, _: None, cotangent: jax.Array) -> tuple[jax.Array]:
-    parts = jnp.reshape(cotangent, (jax.lax.axis_size(axis), -1, *cotangent.shape[1:]))
-    sent = jax.lax.all_to_all(parts, axis, split_axis=0, concat_axis=0)
-    return (jnp.sum(sent, axis=0, dtype=jnp.float32).astype(cotangent.dtype),)
-
-
-_gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
 
 
 def to_device(tree: Any, shardings: Any) -> Any:

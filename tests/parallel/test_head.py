@@ -37,7 +37,7 @@ def arrays():
     return hidden, head, rng.integers(0, V, size=(B, T)).astype(np.int32), weight
 
 
-def on_mesh(arrays, axes, *, chunk, tied=False, softcap=None, layout=TRAIN, valid=None):
+def on_mesh(arrays, axes, *, chunk, tied=False, softcap=None, layout=TRAIN, valid=None, columns=None):
     """Return the compiled value and gradients, and what they are called with."""
     hidden, head, token, weight = arrays
     mesh = make_mesh(MeshSection(**axes))
@@ -49,7 +49,13 @@ def on_mesh(arrays, axes, *, chunk, tied=False, softcap=None, layout=TRAIN, vali
     def loss(hidden, head):
         head = head.T if tied else head
         found = Constrain(mesh, layout).token_logprobs(
-            hidden, head, jax.device_put(token, rows), chunk=chunk, softcap=softcap, valid=valid
+            hidden,
+            head,
+            jax.device_put(token, rows),
+            chunk=chunk,
+            softcap=softcap,
+            valid=valid,
+            columns=columns,
         )
         return jnp.sum(weight * found), found
 
@@ -72,15 +78,16 @@ def wanted(arrays):
 
 
 @pytest.mark.parametrize(
-    ("axes", "chunk", "tied", "softcap"),
+    ("axes", "chunk", "tied", "softcap", "columns"),
     [
-        *((axes, 7, tied, None) for axes in MESHES for tied in (False, True)),
-        *((MESHES[3], chunk, False, 3.0) for chunk in (1, 64, 1000)),
+        *((axes, 7, tied, None, None) for axes in MESHES for tied in (False, True)),
+        *((MESHES[3], chunk, False, 3.0, columns) for chunk, columns in ((1, None), (64, 9), (1000, 16))),
+        *((axes, 7, False, None, 5) for axes in MESHES),  # blocks that do not divide a device's columns
     ],
     ids=str,
 )
-def test_a_mesh_gives_one_devices_values_and_gradients(arrays, wanted, axes, chunk, tied, softcap):
-    program, operands = on_mesh(arrays, axes, chunk=chunk, tied=tied, softcap=softcap)
+def test_a_mesh_gives_one_devices_values_and_gradients(arrays, wanted, axes, chunk, tied, softcap, columns):
+    program, operands = on_mesh(arrays, axes, chunk=chunk, tied=tied, softcap=softcap, columns=columns)
     (_, found), (of_hidden, of_head) = program(*operands)
     (_, expected), (to_hidden, to_head) = wanted[softcap]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-6)
@@ -152,6 +159,32 @@ def test_a_small_gradient_in_every_slice_is_not_lost_in_bfloat16():
     slope = jax.grad(loss)(jnp.zeros((2, 2), jnp.bfloat16))
     # d/dw of log softmax at equal logits: 1/2 from each of 1,024 tokens, down the other column.
     np.testing.assert_allclose(slope.astype(jnp.float32), [[512.0, -512.0]] * 2, rtol=1e-2)
+
+
+def test_a_large_heads_gradient_is_nowhere_whole_in_float32():
+    """Parts of it are added up, sent and rounded one after the other, on one device and on eight."""
+    D, V = 1024, 2**17  # four times what is held at a time
+
+    def loss(hidden, head, token):
+        mesh = make_mesh(MeshSection(data=1, fsdp=8))
+        return Constrain(mesh, TRAIN).token_logprobs(hidden, head, token, chunk=64).sum()
+
+    def alone(hidden, head, token):
+        return head_token_logprobs(hidden, head, token, chunk=64).sum()
+
+    mesh = make_mesh(MeshSection(data=1, fsdp=8))
+    rows, split = (NamedSharding(mesh, PartitionSpec(axis)) for axis in (ROW_AXES, "fsdp"))
+    for function, places in ((alone, (None, None)), (loss, (rows, split))):
+        shapes = (
+            jax.ShapeDtypeStruct((8, 64, D), jnp.bfloat16, sharding=places[0]),
+            jax.ShapeDtypeStruct((D, V), jnp.bfloat16, sharding=places[1]),
+            jax.ShapeDtypeStruct((8, 64), jnp.int32, sharding=places[0]),
+        )
+        traced = jax.jit(jax.grad(function, (0, 1))).trace(*shapes)
+        lowered = traced.lower(lowering_platforms=("tpu",)).as_text()  # a CPU widens the head to multiply it
+        assert f"tensor<{D}x{V}xbf16>" in lowered
+        assert f"tensor<{D}x{V // 4}xf32>" in lowered
+        assert f"tensor<{D}x{V}xf32>" not in lowered
 
 
 def test_a_large_head_takes_a_tenth_of_its_logits():
