@@ -1,9 +1,12 @@
 """Tokens per second of a training step: `python benchmarks/train.py --model CHECKPOINT|llama25m [--pairs PAIRS.json]`.
 
 PAIRS.json is a list of {prompt_ids, chosen_ids, rejected_ids} (benchmarks/real_pairs.py makes one of real lengths);
-without it, pairs are random ids of one length. An epoch is planned as training plans it, and its first --steps batches
-are timed after one that is not. Tokens are those of every text with its own prompt, padding not counted, however rows
-are laid out. Seconds are of one process on an otherwise idle machine; CPU seconds, of all its threads, repeat better.
+without it, pairs are random ids of one length. --devices 2 makes two devices of a CPU's cores and splits rows and
+parameters over them (mesh.fsdp), as JAX_NUM_CPU_DEVICES=2 does for `dno run`.
+
+An epoch is planned as training plans it, and its first --steps batches are timed after one that is not. Tokens are
+those of every text with its own prompt, padding not counted, however rows are laid out. Seconds are of one process on
+an otherwise idle machine; CPU seconds, of all its threads, repeat better.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -18,17 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from common import load_model, random_ids, report
 
-from dno_jax.config import LossSection, OptimizerSection
+from dno_jax.config import LossSection, MeshSection, OptimizerSection
 from dno_jax.model.decoder import Decoder
 from dno_jax.parallel.attention import make_attention
-from dno_jax.parallel.mesh import one_device_mesh
-from dno_jax.parallel.sharding import TRAIN
+from dno_jax.parallel.mesh import make_mesh
+from dno_jax.parallel.sharding import TRAIN, Constrain
 from dno_jax.training.batches import TrainingRow, batch_order, make_batch, text_lengths
 from dno_jax.training.flops import peak_flops, train_flops, work_of
 from dno_jax.training.objectives import preference_loss
 from dno_jax.training.optimizers import make_optimizer
 from dno_jax.training.packing import Packing, plan_batches
-from dno_jax.training.state import TrainState
+from dno_jax.training.state import TrainState, param_shardings, state_shardings
 from dno_jax.training.step import StepConfig, score_step, train_step
 
 SETTINGS = {"granule": 32, "program_tokens": 2000}
@@ -62,6 +66,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--response", type=int, default=384)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--devices", type=int, help="of a CPU; by default one")
     parser.add_argument("--remat", default="full", choices=["none", "full", "dots"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--chunk", type=int, default=512)
@@ -69,12 +74,15 @@ def main() -> None:
         "--attention", default="xla", choices=["xla", "cudnn", "splash", "own"], help="own: the device's"
     )
     options = parser.parse_args()
+    if options.devices:
+        jax.config.update("jax_num_cpu_devices", options.devices)
 
     config, params = load_model(options.model)
     rows = read_rows(options, config.vocab_size)
     lengths = text_lengths(rows)
     texts = lengths.prompt + lengths.response
-    packing, longest = LAYOUTS[options.layout], int(texts.max())
+    mesh = make_mesh(MeshSection(data=1, fsdp=-1), jax.devices()[: options.devices or 1])
+    packing, longest = replace(LAYOUTS[options.layout], row_shards=mesh.size), int(texts.max())
     order = list(
         batch_order(
             len(rows), batch_size=options.batch, num_epochs=1, seed=0, iteration=0,
@@ -89,16 +97,29 @@ def main() -> None:
 
     own = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
     backend = own if options.attention == "own" else options.attention
-    attention = make_attention(backend, mesh=one_device_mesh(), layout=TRAIN, windows=config.windows)
-    model = Decoder(config, dtype=jnp.dtype(options.dtype), remat=options.remat, attention=attention)
+    attention = make_attention(backend, mesh=mesh, layout=TRAIN, windows=config.windows)
+    model = Decoder(
+        config, dtype=jnp.dtype(options.dtype), remat=options.remat, attention=attention,
+        constrain=Constrain(mesh, TRAIN),
+    )  # fmt: skip
     optimizer = make_optimizer(OptimizerSection())
+    places = state_shardings(optimizer, param_shardings(config, mesh, TRAIN), params)
     state = TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
-    step_config = StepConfig(model, optimizer, preference_loss(LossSection(beta=0.1)), chunk=options.chunk)
+    state = jax.device_put(state, places)
+    del params  # as training holds them once
+    step_config = StepConfig(
+        model,
+        optimizer,
+        preference_loss(LossSection(beta=0.1)),
+        chunk=options.chunk,
+        places=tuple(jax.tree.leaves(places)),
+    )
     rate = jnp.float32(1e-6)
     host, batches = time.process_time(), []
     for own in order[: options.steps + 1]:
         batches.append(make_batch([rows[i] for i in own], batch_size=options.batch, max_length=longest, plan=plan))
     host = (time.process_time() - host) / len(batches)
+    batches = [jax.device_put(batch, batch.shardings(mesh)) for batch in batches]
     compile_seconds, temporary, predicted = time.perf_counter(), 0, 0
     for shape in {batch.token.shape + batch.source.shape: batch for batch in batches}.values():
         compiled = train_step.lower(state, shape, rate, config=step_config).compile()
@@ -107,7 +128,7 @@ def main() -> None:
         predicted = max(predicted, memory.argument_size_in_bytes + memory.temp_size_in_bytes)
     compile_seconds = time.perf_counter() - compile_seconds
     if options.parts == 1:
-        scored = [score_step(params, batch, model=model, chunk=options.chunk) for batch in batches]
+        scored = [score_step(state.params, batch, model=model, chunk=options.chunk) for batch in batches]
         batches = [batch.replace(previous_logprob=own[None]) for batch, own in zip(batches, scored, strict=True)]
     for batch in {batch.token.shape + batch.source.shape: batch for batch in batches}.values():
         state, _ = train_step(state, batch, rate, config=step_config)  # loads the program
