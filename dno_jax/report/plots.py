@@ -39,7 +39,7 @@ _CONFIG = {
     "background": "transparent",
     "font": "system-ui, sans-serif",
     "axis": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#8884"},
-    "axisX": {"labelAngle": 0, "labelOverlap": True},
+    "axisX": {"labelAngle": 0, "labelOverlap": True, "labelFlush": False},
     "legend": {"orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 260, "columns": 3, "offset": 4},
     "view": {"stroke": None},
     "range": {"category": _COLOURS},
