@@ -1,8 +1,10 @@
 """How large the report of a large run is, and how long it takes to open: `python benchmarks/report.py`.
 
 A run directory of 5,000 prompts is made up: three iterations, five samples a prompt of some 150 to 300 words that are
-as often and as long as English ones, 500 held-out prompts answered by all four policies. The page is opened in headless
-Chromium (Debian's package), where it is installed: until the samples can be read, and until all plots are drawn.
+as often and as long as English ones, 500 held-out prompts answered by all four policies. Its reports are written as a
+run writes them, three an iteration, keeping what they are made of, and each from nothing. The last page is opened in
+headless Chromium (Debian's package), where it is installed: until the samples can be read, and until all plots are
+drawn.
 """
 
 from __future__ import annotations
@@ -19,8 +21,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from dno_jax.config import RunConfig
+from dno_jax.data.prompts import load_prompts
 from dno_jax.report import plots
+from dno_jax.report.kept import Kept
 from dno_jax.report.page import write_report
+from dno_jax.run_dir import RunDir
+from dno_jax.stage_dir import stage_names
 from tests.report.chromium import READY, SHOWN, chromium, opened
 from tests.report.synthetic import build
 
@@ -45,6 +52,23 @@ async def _open(program: str, page: Path, *, times: int) -> dict[str, list[tuple
     return found
 
 
+def _written(config: RunConfig, run_dir: RunDir, *, keeps: bool) -> list[float]:
+    """Seconds of processor time of every report of a run, stage by stage."""
+    held_out = load_prompts(str(config.prompts.held_out_path))
+    stages = [run_dir.stage(name, t) for t in range(config.iterations) for name in stage_names(config, t)]
+    manifests = {stage: stage.manifest_path.read_text() for stage in stages}
+    for stage in stages:
+        stage.manifest_path.unlink()
+    kept, found = Kept(), []
+    for stage, manifest in manifests.items():
+        stage.manifest_path.write_text(manifest)
+        if stage.stage in ("annotate", "train", "evaluate"):
+            start = time.process_time()
+            write_report(run_dir, config, pictures=False, held_out=held_out, kept=kept if keeps else None)
+            found.append(round(time.process_time() - start, 2))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=5000)
@@ -64,6 +88,11 @@ def main() -> None:
             steps=500,
         )
         texts = sum(path.stat().st_size for path in Path(run_dir.path).rglob("rollouts/*.jsonl"))
+        plots.library() if plots.installed() else None
+        by_stage = {
+            "kept": _written(config, run_dir, keeps=True),
+            "from_nothing": _written(config, run_dir, keeps=False),
+        }
         start, cpu = time.perf_counter(), time.process_time()
         page = Path(write_report(run_dir, config))
         written = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
@@ -75,6 +104,7 @@ def main() -> None:
                     "prompts": options.prompts,
                     "rollouts_mb": round(texts / 1e6, 1),
                     "page_mb": round(page.stat().st_size / 1e6, 2),
+                    "written_by_stage_cpu": by_stage,
                     "written": written,
                     "opened_seconds_and_cpu": found,
                     "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,

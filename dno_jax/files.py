@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from etils import epath
@@ -122,6 +123,11 @@ def read_lines(path: str | os.PathLike[str], *, longest: int = 8 << 20) -> Itera
                 raise DnoError(f"{path}:{number}: a line of more than {longest:,} bytes; remove it")
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             number += 1
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dno_jax"
 
 
 def digest_of(path: str | os.PathLike[str]) -> str:

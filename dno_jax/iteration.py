@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dno_jax.config import RunConfig
 from dno_jax.console import say
 from dno_jax.parallel.cluster import is_primary, wait_until
+from dno_jax.report.kept import Kept
 from dno_jax.report.page import refresh
 from dno_jax.report.status import standing
 from dno_jax.report.training import note_shares
@@ -35,44 +36,48 @@ def run(config: RunConfig, *, redo_from: str | None = None) -> RunResult:
         redo_from: "STAGE" or "STAGE:ITERATION", from which work is redone, with earlier results set aside.
     """
     runtime = Runtime.start(config)
-    run_dir = runtime.run_dir
+    run_dir, kept = runtime.run_dir, Kept()
     with prepared(runtime, redo_from=redo_from):
         for iteration in range(config.iterations):
-            run_iteration(runtime, iteration)
+            run_iteration(runtime, iteration, kept)
         best = pruning.best_kept(run_dir, config.iterations - 1)
         checkpoints.export_best(runtime, policy=best)
         if config.outer.scheme == "average":
             checkpoints.export_pool(runtime, path=os.fspath(run_dir.export_average_path))
-        _report(runtime, pictures=True)
+        _report(runtime, kept, pictures=True)
         return RunResult(best=best, export=os.fspath(run_dir.export_path))
 
 
-def run_iteration(runtime: Runtime[RunConfig], iteration: int) -> None:
-    """Take policy t to policy t+1, and say how good it is."""
+def run_iteration(runtime: Runtime[RunConfig], iteration: int, kept: Kept) -> None:
+    """Take policy t to policy t+1, and say how good it is.
+
+    Args:
+        kept: what the run's reports are made of.
+    """
     config, run_dir = runtime.config, runtime.run_dir
     if not is_lookahead(config, iteration):
         if config.annotation.teacher is not None:
             split = runtime.prompts.split
             _on_primary(runtime, "teach", iteration, lambda: teach.run(config, run_dir, iteration, split=split))
         sample_and_annotate(runtime, iteration)
-        _report(runtime)
+        _report(runtime, kept)
     _on_primary(runtime, "pair", iteration, lambda: pair.run(config, run_dir, iteration))
     score.run(runtime, iteration)
     train.run(runtime, iteration)
-    _report(runtime)
+    _report(runtime, kept)
     evaluate.run(runtime, iteration)
     if is_primary():
         note_shares(run_dir, config, iteration)
         pruning.prune(config, run_dir, iteration)
         if reached := standing(run_dir, iteration):
             say(reached)
-    _report(runtime)
+    _report(runtime, kept)
 
 
-def _report(runtime: Runtime[RunConfig], *, pictures: bool = False) -> None:
+def _report(runtime: Runtime[RunConfig], kept: Kept, *, pictures: bool = False) -> None:
     if is_primary():
         held_out = runtime.prompts.split.held_out
-        refresh(runtime.run_dir, runtime.config, pictures=pictures, held_out=held_out)
+        refresh(runtime.run_dir, runtime.config, pictures=pictures, held_out=held_out, kept=kept)
 
 
 def _on_primary(runtime: Runtime[RunConfig], name: str, iteration: int, stage: Callable[[], Manifest]) -> None:

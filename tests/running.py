@@ -9,6 +9,7 @@ from dno_jax.config import RunConfig
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.text.tokenizer import ChatTokenizer
 from dno_jax.parallel.mesh import abstract_mesh
+from dno_jax.report.kept import Kept
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.runtime import Runtime
@@ -31,7 +32,7 @@ def run_stage(stage: Any, config: RunConfig, t: int, **options: Any) -> Manifest
 
 
 def run_iteration(config: RunConfig, t: int) -> None:
-    iteration.run_iteration(Runtime.start(config), t)
+    iteration.run_iteration(Runtime.start(config), t, Kept())
 
 
 def sample_and_annotate(config: RunConfig, t: int) -> None:

@@ -67,12 +67,12 @@ def plan(
     from dno_jax.cli.quantities import read_bytes
     from dno_jax.config import RunConfig, load_config
     from dno_jax.console import console
+    from dno_jax.files import cache_folder
     from dno_jax.plan.run import Asked, plan_run
     from dno_jax.plan.search import refuse
     from dno_jax.plan.search import search as searched
     from dno_jax.plan.tables import as_json as json_of
     from dno_jax.plan.tables import render
-    from dno_jax.runtime.runtime import cache_folder
 
     settings = load_config(RunConfig, config, overrides or [], variants=variants or [])
     stopping.allow(settings.grace_seconds)

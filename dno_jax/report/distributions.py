@@ -9,21 +9,23 @@ import numpy as np
 from dno_jax.data.pairs import NEW, PairFile
 from dno_jax.report.facts import Facts
 from dno_jax.report.figures import PAIRS
+from dno_jax.report.kept import Kept
 from dno_jax.report.shapes import Figure, Shape
 from dno_jax.stage_dir import StageDir
 
 _BINS = 24
 
 
-def distributions(facts: Facts, lengths: Mapping[str, Sequence[int]]) -> Iterator[Figure]:
+def distributions(facts: Facts, lengths: Mapping[str, Sequence[int]], *, kept: Kept) -> Iterator[Figure]:
     """Yield the histograms that the run has numbers for.
 
     Args:
         lengths: tokens of responses, by who wrote them.
     """
     margins: dict[str, np.ndarray] = {}
-    for iteration, _ in facts.of("pair"):
-        found = facts.tried(lambda t=iteration: _margins(facts.run_dir.stage("pair", t)))
+    for iteration, manifest in facts.of("pair"):
+        stage, key = facts.run_dir.stage("pair", iteration), ("margins", iteration, manifest.seal or object())
+        found = facts.tried(lambda s=stage, k=key: kept.once(k, lambda: _margins(s)))
         if found is not None and found.size:
             margins[f"iteration {iteration}"] = found
     if margins:

@@ -24,7 +24,6 @@ class Facts:
     Attributes:
         manifests: of finished stages, by (iteration, stage).
         missing: what the run, or this reader, lacks, in sentences.
-        notes: which of the samples are left out.
     """
 
     run_dir: RunDir
@@ -33,7 +32,6 @@ class Facts:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     receipts: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def of(self, stage: str) -> Iterator[tuple[int, Manifest]]:
         """Every iteration in which a stage is finished."""

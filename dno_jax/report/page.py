@@ -7,6 +7,7 @@ page's own may run.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -31,7 +32,9 @@ from dno_jax.report.curves import TRAINING, curves
 from dno_jax.report.distributions import distributions
 from dno_jax.report.facts import Facts, read_facts
 from dno_jax.report.judge import quality_table
-from dno_jax.report.samples import browser, lengths, read_samples
+from dno_jax.report.kept import Kept
+from dno_jax.report.packing import browser
+from dno_jax.report.samples import lengths, places
 from dno_jax.report.shapes import Figure
 from dno_jax.report.summary import is_measured, iteration_table, policy_table, stage_statuses, status_table, told_policy
 from dno_jax.report.tables import PlainTable, duration, plain
@@ -64,49 +67,63 @@ class _Part:
 
 
 def write_report(
-    run_dir: RunDir, config: RunConfig, *, pictures: bool = True, held_out: Iterable[Prompt] | None = None
+    run_dir: RunDir,
+    config: RunConfig,
+    *,
+    pictures: bool = True,
+    held_out: Iterable[Prompt] | None = None,
+    kept: Kept | None = None,
 ) -> epath.Path:
     """Write the report of a run in whatever state it is; return the page's path.
 
     Args:
         pictures: write every figure beside the page too, as CSV and, where plots can be drawn, as SVG.
         held_out: the held-out prompts, where they have been read already.
+        kept: what earlier reports of the run were made of; the page is the same without.
     """
+    kept = Kept() if kept is None else kept
     facts = read_facts(run_dir, config)
     drawn = plots.installed()
     if not drawn:
         facts.tell(f"Plots are left out, their numbers are here: {plots.EXTRA} brings what draws them.")
-    samples = read_samples(facts, held_out)
-    found = [*known.figures(facts), *curves(facts), *distributions(facts, lengths(samples))]
+    samples = places(facts, held_out, kept=kept)
+    found = [*known.figures(facts), *curves(facts), *distributions(facts, lengths(samples), kept=kept)]
     packed = browser(samples)
-    parts = _parts(facts, found, note=packed.note)
-    specs = {figure.name: plots.specification(figure) for figure in found if drawn and figure.shape}
-    scripts = [plots.library()] if specs else []
-    scripts.append(_asset("page.js"))
-    scripts = [text.replace("</script", "<\\/script").replace("<!--", "<\\!--") for text in scripts]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"cell": _cell, "shown": printable}
-    text = environment.from_string(_asset("page.html.jinja")).render(
+    notes = [note for place in samples for note in place.notes]
+    parts = _parts(facts, found, notes=[*notes, packed.note] if packed.note else notes)
+    specs = {
+        figure.name: kept.once(repr(figure), functools.partial(plots.specification, figure))
+        for figure in found
+        if drawn and figure.shape
+    }
+    scripts = _scripts(plots.library() if specs else "")
+    text = _template().render(
         run=printable(run_dir.path.name),
         tiles=_tiles(facts),
         missing=[printable(sentence) for sentence in facts.missing],
         parts=parts,
         specs={name: _json(spec) for name, spec in specs.items()},
         style=Markup(_asset("page.css")),
-        scripts=[Markup(script) for script in scripts],
+        scripts=scripts,
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
-        chunks=packed.chunks,
+        chunks=[Markup(chunk) for chunk in packed.chunks],
         num_prompts=packed.prompts,
-        places=list(dict.fromkeys(one.place for one in samples)),
+        places=[place.name for place in samples if place.prompts],
     )
     _write(run_dir.report_path, text)
+    kept.turn()
     if pictures:
         _write_pictures(run_dir.report_files_path, found, specs)
     return run_dir.report_path
 
 
 def refresh(
-    run_dir: RunDir, config: RunConfig, *, pictures: bool = False, held_out: Iterable[Prompt] | None = None
+    run_dir: RunDir,
+    config: RunConfig,
+    *,
+    pictures: bool = False,
+    held_out: Iterable[Prompt] | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """Write the report anew while a run goes on: a fault of the report's own costs the run nothing but the report.
 
@@ -114,7 +131,7 @@ def refresh(
         DnoError: the disk is full, or may not be written.
     """
     try:
-        write_report(run_dir, config, pictures=pictures, held_out=held_out)
+        write_report(run_dir, config, pictures=pictures, held_out=held_out, kept=kept)
     except DnoError:
         raise
     except Exception as error:
@@ -125,7 +142,14 @@ def _write_pictures(folder: epath.Path, found: Iterable[Figure], specs: Mapping[
     for figure in found:
         _write(folder / f"{figure.name}.csv", figure.csv())
         if figure.name in specs:
-            _write(folder / f"{figure.name}.svg", plots.svg(figure))
+            _write_picture(folder / f"{figure.name}.svg", specs[figure.name])
+
+
+def _write_picture(path: epath.Path, spec: dict[str, Any]) -> None:
+    """Draw a figure, unless that of the same specification lies there: its last line says of which it is."""
+    drawn_of = f"<!-- {hashlib.sha256(f'{json.dumps(spec)} {plots.version()}'.encode()).hexdigest()} -->\n"
+    if not path.exists() or not path.read_text().endswith(drawn_of):
+        write_atomically(path, f"{plots.svg(spec)}\n{drawn_of}")
 
 
 def _write(path: epath.Path, text: str) -> None:
@@ -134,7 +158,7 @@ def _write(path: epath.Path, text: str) -> None:
         write_atomically(path, text)
 
 
-def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
+def _parts(facts: Facts, found: list[Figure], *, notes: list[str]) -> list[_Part]:
     run_dir, config = facts.run_dir, facts.config
     tables: dict[str, list[PlainTable]] = {name: [] for name, _ in _SECTIONS}
     words: dict[str, list[str]] = {name: [] for name, _ in _SECTIONS}
@@ -162,7 +186,7 @@ def _parts(facts: Facts, found: list[Figure], *, note: str) -> list[_Part]:
         words[known.JUDGE].insert(0, f"Iteration{'s' if ',' in of else ''} {of}: judged by {judge}.")
     if not tables[known.JUDGE]:
         words[known.JUDGE].append("Not measured: no iteration's judge has figures.")
-    words["samples"] += [*facts.notes, *([note] if note else [])]
+    words["samples"] += notes
     if "usd" in facts.receipts:
         words[known.COSTS].append(f"Judges and teachers cost ${facts.receipts['usd']:,.2f} so far.")
     if not any(figure.section == known.SAMPLER for figure in found):
@@ -233,6 +257,20 @@ def _json(value: Any) -> Markup:
 
 def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"cell": _cell, "shown": printable}
+    return environment.from_string(_asset("page.html.jinja"))
+
+
+@functools.cache
+def _scripts(library: str) -> list[Markup]:
+    """The page's scripts; none of them ends its element."""
+    texts = [text for text in (library, _asset("page.js")) if text]
+    return [Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--")) for text in texts]
 
 
 def _asset(name: str) -> str:

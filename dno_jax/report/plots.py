@@ -6,11 +6,16 @@ Without them the page has its tables. Nothing is fetched: the library that draws
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import json
+from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
+from dno_jax.errors import DnoError
+from dno_jax.files import cache_folder, write_atomically
 from dno_jax.report.shapes import Figure, Shape
 
 EXTRA = 'pip install "dno_jax[report]"'
@@ -34,7 +39,7 @@ _CONFIG = {
     "background": "transparent",
     "font": "system-ui, sans-serif",
     "axis": {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "gridColor": "#8884"},
-    "axisX": {"labelAngle": 0, "labelOverlap": True},
+    "axisX": {"labelAngle": 0, "labelOverlap": True, "labelFlush": False},
     "legend": {"orient": "top", "title": None, "labelFontSize": 12, "labelLimit": 260, "columns": 3, "offset": 4},
     "view": {"stroke": None},
     "range": {"category": _COLOURS},
@@ -48,13 +53,30 @@ def installed() -> bool:
 
 @functools.cache
 def library() -> str:
-    """The JavaScript that draws a specification; a second or two to make, once a process."""
-    return _module("vl_convert").javascript_bundle(vl_version=_version())
+    """The JavaScript that draws a specification; it takes seconds to make, and is kept in the user's cache."""
+    path = cache_folder() / f"{version().replace(' ', '-')}.js"
+    with suppress(OSError, ValueError):
+        seal, text = path.read_text(encoding="utf-8").split("\n", 1)
+        if seal == _seal(text):
+            return text
+    text = _module("vl_convert").javascript_bundle(vl_version=_version())
+    with suppress(DnoError):  # it is made again next time
+        write_atomically(path, f"{_seal(text)}\n{text}")
+    return text
 
 
-def svg(figure: Figure) -> str:
-    """A picture of a figure on white."""
-    spec = specification(figure) | {"width": _SVG_WIDTH, "background": "white"}
+def _seal(text: str) -> str:
+    return f"// {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def version() -> str:
+    """What draws: "vega-lite 6.4 vl-convert 1.9.0"."""
+    return f"vega-lite {_version()} vl-convert {metadata.version('vl-convert-python')}"
+
+
+def svg(spec: dict[str, Any]) -> str:
+    """A picture of a specification on white."""
+    spec = spec | {"width": _SVG_WIDTH, "background": "white"}
     return _module("vl_convert").vegalite_to_svg(spec, vl_version=_version())
 
 

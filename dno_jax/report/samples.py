@@ -1,39 +1,34 @@
 """A run's prompts with what every policy answered, how it was judged, and what it was trained on: for people to read.
 
-Texts are cut until all of them fit into a page, and lie in it compressed, so many prompts to a chunk.
+They lie in places: those held out, and each iteration's. A place is read where something of it is asked for that the
+last page, while the run goes on, was not made of.
 """
 
 from __future__ import annotations
 
-import base64
-import gzip
-import json
+import functools
+import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
 
 from dno_jax.data.pairs import NEW, PairFile
-from dno_jax.display import printable
 from dno_jax.errors import DnoError
 from dno_jax.preferences import win_matrix
 from dno_jax.records import Judgement, Prompt, Rollout, parse_lines
 from dno_jax.report.comparison import player
 from dno_jax.report.facts import Facts
+from dno_jax.report.kept import Kept
 from dno_jax.stage_dir import StageDir
 
+T = TypeVar("T")
 HELD_OUT = "held out"
 _MOST_PROMPTS = 6000  # that are read
-_MOST_BYTES = 8_000_000  # of the page that texts may take
-_CHUNK = 100  # prompts
-_TRIED = 8  # chunks by which it is told whether all would fit
-# How much of a prompt is shown: (answers of one writer, characters of an answer). The first that fits is taken.
-_LEVELS = ((16, 4000), (8, 2000), (4, 1500), (2, 1000), (1, 1000), (1, 500), (1, 250), (1, 100))
-_WORDS_OF_A_JUDGE = 1200
 _FOLDER = re.compile(r"policy-\d+-\d+-\d+")  # of an evaluation's responses: policy, first sample, samples
 _CANDIDATE = re.compile(r"(.+)/(\d+)")  # of an evaluation's verdicts: player, sample
 
@@ -73,98 +68,146 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Browser:
-    """What the page holds of the samples.
+class Reading:
+    """What was read of a place.
 
     Attributes:
-        chunks: base64 of gzip of JSON, each a list of `_CHUNK` prompts.
-        note: what is left out of them, in a sentence.
+        notes: what of it is left out, in sentences.
+        flawed: whether something of it could not be read, which is told: it is tried again for the next page.
     """
 
-    chunks: tuple[str, ...]
+    asked: list[Asked]
+    notes: tuple[str, ...] = ()
+    flawed: bool = False
+
+
+@dataclass(frozen=True)
+class _Outline:
     prompts: int
-    note: str
+    tokens: dict[str, list[int]]  # of each response, by its writer
+    notes: tuple[str, ...]
 
 
-def read_samples(facts: Facts, held_out: Iterable[Prompt] | None = None) -> list[Asked]:
-    """Read prompts with all their answers: those held out first, then each iteration's.
+class Place:
+    """Prompts that belong together, read when they are first asked for.
+
+    Args:
+        key: all that they depend on; None where that is not known, and nothing of them is kept.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Reading], *, kept: Kept, key: Hashable | None = None):
+        self.name = name
+        self._read, self._kept = read, kept
+        self._key: Hashable = object() if key is None else (name, key)
+        self._flawed = False
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Something that is made of the prompts; as long as they stay as they are it is made once."""
+        value = self._kept.once((self._key, what), make)
+        if self._flawed:
+            self._kept.forget((self._key, what))
+        return value
+
+    @functools.cached_property
+    def asked(self) -> list[Asked]:
+        return self._reading.asked
+
+    @property
+    def prompts(self) -> int:
+        return self._outline.prompts
+
+    @property
+    def tokens(self) -> dict[str, list[int]]:
+        return self._outline.tokens
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._outline.notes
+
+    @functools.cached_property
+    def _reading(self) -> Reading:
+        found = self._read()
+        self._flawed = found.flawed
+        return found
+
+    @functools.cached_property
+    def _outline(self) -> _Outline:
+        return self.once("outline", lambda: _Outline(len(self.asked), _tokens(self.asked), self._reading.notes))
+
+
+def places(facts: Facts, held_out: Iterable[Prompt] | None = None, *, kept: Kept) -> list[Place]:
+    """Where the run has prompts with answers: those held out first, then each iteration's.
 
     Of more prompts than a page holds, every iteration gives as many as the others, the first of its shards.
 
     Args:
         held_out: the held-out prompts, where they have been read; a run directory has only their ids.
     """
-    found = facts.tried(lambda: _held_out(facts, held_out, most=_MOST_PROMPTS // 2)) or []
+    known = None if held_out is None else list(held_out)
+
+    def read_held_out(notes: list[str]) -> Iterable[Asked]:
+        return _held_out(facts, known)
+
+    found = [_place(facts, HELD_OUT, read_held_out, kept=kept, key=_held_out_key(facts, known))]
     sampled = [iteration for iteration, _ in facts.of("sample")]
+    left = max(0, _MOST_PROMPTS - found[0].prompts)
     for number, iteration in enumerate(sampled):
-        left = max(0, _MOST_PROMPTS - len(found)) // (len(sampled) - number)
-        found += facts.tried(lambda i=iteration, most=left: list(_trained(facts, i, most=most))) or []
+        most = left // (len(sampled) - number)
+        read = functools.partial(_trained, facts, iteration, most=most)
+        key = _trained_key(facts, iteration, most=most)
+        found.append(_place(facts, f"iteration {iteration}", read, kept=kept, key=key))
+        left = max(0, left - found[-1].prompts)
+    return [place for place in found if place.prompts or place.notes]
+
+
+def _place(
+    facts: Facts, name: str, read: Callable[[list[str]], Iterable[Asked]], *, kept: Kept, key: Hashable | None
+) -> Place:
+    def reading() -> Reading:
+        told, notes = len(facts.missing), list[str]()
+        asked = facts.tried(lambda: list(read(notes))) or []
+        return Reading(asked, tuple(notes), flawed=len(facts.missing) > told)
+
+    return Place(name, reading, kept=kept, key=key)
+
+
+def _held_out_key(facts: Facts, prompts: Sequence[Prompt] | None) -> Hashable | None:
+    if prompts is None:
+        return None
+    text = "\n".join(prompt.model_dump_json() for prompt in prompts)
+    seals = tuple(manifest.seal for _, manifest in facts.of("evaluate"))
+    return (hashlib.sha256(text.encode()).hexdigest(), seals) if all(seals) else None
+
+
+def _trained_key(facts: Facts, iteration: int, *, most: int) -> Hashable | None:
+    """What an iteration's prompts depend on; None while their verdicts come in, or where no seal tells."""
+    names = ("sample", "annotate", "pair")
+    stages = [facts.manifests[iteration, name] for name in names if (iteration, name) in facts.manifests]
+    if (iteration, "annotate") not in facts.manifests or not all(stage.seal for stage in stages):
+        return None
+    whole = all(int(name) < most for name in stages[0].outputs if name.isdecimal())
+    return tuple(stage.seal for stage in stages), None if whole else most
+
+
+def _tokens(asked: Sequence[Asked]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for answer in (answer for one in asked for answer in one.answers):
+        if answer.tokens is not None:
+            found.setdefault(answer.writer, []).append(answer.tokens)
     return found
 
 
-def browser(asked: Sequence[Asked], *, most_bytes: int = _MOST_BYTES) -> Browser:
-    """Compress prompts and answers, as much of each as fits into so many bytes together."""
-    groups = [asked[first : first + _CHUNK] for first in range(0, len(asked), _CHUNK)]
-    some = groups[:: max(1, len(groups) // _TRIED)]
-    for most, characters in _LEVELS:
-        cut, last = Counter[str](), (most, characters) == _LEVELS[-1]
-        tried = sum(len(_packed(group, most=most, characters=characters, cut=Counter())) for group in some)
-        if tried * len(groups) > most_bytes * len(some) and not last:
-            continue
-        chunks = tuple(_packed(group, most=most, characters=characters, cut=cut) for group in groups)
-        if last or sum(map(len, chunks)) <= most_bytes:
-            return Browser(chunks, len(asked), _note(cut, most=most, characters=characters))
-    raise AssertionError("the last level takes all")
+def lengths(places: Sequence[Place]) -> dict[str, list[int]]:
+    """Tokens of each response by its writer: held-out ones, to which all policies answered the same; else all."""
+    found: dict[str, list[int]] = {}
+    held_out = [place for place in places if place.name == HELD_OUT]
+    for place in held_out or places:
+        for writer, tokens in place.tokens.items():
+            found.setdefault(writer, []).extend(tokens)
+    return found
 
 
-def _packed(asked: Sequence[Asked], *, most: int, characters: int, cut: Counter[str]) -> str:
-    rows = [_row(one, most=most, characters=characters, cut=cut) for one in asked]
-    packed = gzip.compress(json.dumps(rows, ensure_ascii=False).encode(), compresslevel=6, mtime=0)
-    return base64.b64encode(packed).decode()
-
-
-def _note(cut: Counter[str], *, most: int, characters: int) -> str:
-    said = []
-    if cut["texts"]:
-        said.append(f"texts are cut after {characters:,} characters ({cut['texts']:,} of them)")
-    if cut["answers"]:
-        said.append(f"answers beyond {most} a writer are left out ({cut['answers']:,})")
-    return f"To keep the page small, {' and '.join(said)}; the run's rollouts/ folders have all." if said else ""
-
-
-def _row(asked: Asked, *, most: int, characters: int, cut: Counter[str]) -> dict[str, Any]:
-    """A prompt as the page reads it; keys are short, since there are many."""
-
-    def shown(text: str, limit: int = characters) -> str:
-        if len(text) <= limit:
-            return printable(text)
-        cut["texts"] += 1
-        return f"{printable(text[:limit])} … {len(text) - limit:,} more characters"
-
-    answers = []
-    of_writer: Counter[str] = Counter()
-    for one in asked.answers:
-        of_writer[one.writer] += 1
-        if of_writer[one.writer] > most:
-            cut["answers"] += 1
-            continue
-        row: dict[str, Any] = {"w": one.writer, "t": shown(one.text)}
-        row |= {"k": one.tokens} if one.tokens is not None else {}
-        row |= {"n": one.sample} if one.sample > 0 else {}
-        row |= {"s": round(one.score, 3)} if one.score is not None else {}
-        row |= {"f": 1} if one.finish == "length" else {}
-        row |= {"c": one.chosen} if one.chosen else {}
-        row |= {"r": one.rejected} if one.rejected else {}
-        answers.append(row)
-    found: dict[str, Any] = {"i": printable(asked.prompt_id), "p": asked.place, "a": answers}
-    found["m"] = [[role, shown(text, max(characters, 400))] for role, text in asked.messages]
-    found |= {"b": shown(asked.prefix)} if asked.prefix else {}
-    words = [shown(text, min(characters, _WORDS_OF_A_JUDGE)) for text in asked.judge[:most] if text.strip()]
-    found |= {"j": words} if words else {}
-    return found | ({"u": printable(asked.unjudged[:300])} if asked.unjudged else {})
-
-
-def _held_out(facts: Facts, held_out: Iterable[Prompt] | None, *, most: int) -> list[Asked]:
+def _held_out(facts: Facts, held_out: Iterable[Prompt] | None) -> list[Asked]:
     """Every policy's held-out answers, with the last evaluation's verdicts."""
     run_dir = facts.run_dir
     evaluated = [iteration for iteration, _ in facts.of("evaluate")]
@@ -178,7 +221,7 @@ def _held_out(facts: Facts, held_out: Iterable[Prompt] | None, *, most: int) -> 
         for name in sorted(path.name for path in stage.path.iterdir() if _FOLDER.fullmatch(path.name)):
             for rollout in stage.sub(name).read(Rollout):
                 if rollout.prompt_id not in asked:
-                    if len(asked) >= most:
+                    if len(asked) >= _MOST_PROMPTS // 2:
                         continue
                     asked[rollout.prompt_id] = _asked(rollout.prompt_id, HELD_OUT, prompts.get(rollout.prompt_id))
                 asked[rollout.prompt_id].answers.append(_answer(rollout))
@@ -223,7 +266,7 @@ def _judged_held_out(asked: Asked, verdict: Judgement) -> None:
         one.score = named.get(one.writer, by_text.get(one.text.strip()))
 
 
-def _trained(facts: Facts, iteration: int, *, most: int) -> Iterator[Asked]:
+def _trained(facts: Facts, iteration: int, notes: list[str], *, most: int) -> Iterator[Asked]:
     """An iteration's prompts with their candidates, from the first shards on."""
     run_dir, place = facts.run_dir, f"iteration {iteration}"
     sampled, judged = run_dir.stage("sample", iteration), run_dir.stage("annotate", iteration)
@@ -233,7 +276,7 @@ def _trained(facts: Facts, iteration: int, *, most: int) -> Iterator[Asked]:
     count = 0
     for shard in sampled.shard_names():
         if count >= most:
-            facts.notes.append(f"Of iteration {iteration}'s prompts the first {count:,} are here.")
+            notes.append(f"Of iteration {iteration}'s prompts the first {count:,} are here.")
             return
         asked: dict[str, Asked] = {}
         answers: dict[str, Answer] = {}
@@ -298,14 +341,3 @@ def _scores(verdict: Judgement) -> list[float] | None:
         return None
     wins = np.asarray(win_matrix(wins=verdict.wins, scores=None))
     return ((wins.sum(axis=1) - 0.5) / (len(wins) - 1)).tolist()
-
-
-def lengths(asked: Sequence[Asked]) -> dict[str, list[int]]:
-    """Tokens of each response by its writer: held-out ones, to which all policies answered the same; else all."""
-    found: dict[str, list[int]] = {}
-    held_out = any(one.place == HELD_OUT for one in asked)
-    for one in asked:
-        for answer in one.answers if not held_out or one.place == HELD_OUT else ():
-            if answer.tokens is not None:
-                found.setdefault(answer.writer, []).append(answer.tokens)
-    return found

@@ -7,7 +7,6 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Generic
 
 import jax
@@ -19,6 +18,7 @@ from dno_jax.addresses import Purpose, key_data
 from dno_jax.config import MeshSection, ModelConfigSection, RunConfig
 from dno_jax.data.prompts import PromptSet
 from dno_jax.errors import DnoError
+from dno_jax.files import cache_folder
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf import folder, head_of, read_config
 from dno_jax.model.params import abstract_params, computing_params, unstack_layers
@@ -191,11 +191,6 @@ def load_tokenizer(section: ModelConfigSection) -> ChatTokenizer:
         options=section.template_options,
         num_rows=read_config(shape_from, head=head_of(shape_from)).vocab_size,
     )
-
-
-def cache_folder() -> Path:
-    """Where what can be computed again is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dno_jax"
 
 
 def use_compilation_cache() -> None:

@@ -57,6 +57,8 @@ def _main(arguments: list[str], point: str | None, stderr: str) -> None:
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream.fileno())
         os.close(file)
+    if programs := os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # a run's own folder, made for the tests
+        os.environ["XDG_CACHE_HOME"] = os.path.dirname(programs)
     logging.getLogger().handlers.clear()  # what libraries set up in the server: a process of its own has none yet
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     if point:

@@ -10,6 +10,14 @@ from dno_jax.run_dir import RunDir
 from tests.report.synthetic import build
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """What draws the plots is made once for all of this room; the user's cache is left alone."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A finished run and its configuration, to be read."""

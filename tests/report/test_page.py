@@ -16,8 +16,10 @@ from dno_jax.errors import DnoError
 from dno_jax.report import page as page_module
 from dno_jax.report import plots
 from dno_jax.report import samples as samples_module
+from dno_jax.report.kept import Kept
+from dno_jax.report.packing import browser
 from dno_jax.report.page import write_report
-from dno_jax.report.samples import Answer, Asked, browser
+from dno_jax.report.samples import Answer, Asked, Place, Reading
 from dno_jax.report.summary import iteration_table, policy_table, stage_statuses, status_table
 from dno_jax.report.tables import plain
 from dno_jax.report.training import training_table
@@ -193,9 +195,10 @@ def test_figures_that_an_earlier_version_did_not_note_are_left_out_alone(copied)
 
 
 def asked(count, size):
-    return [Asked(f"p{i}", "iteration 0", [("user", "why?")], answers=[
+    many = [Asked(f"p{i}", "iteration 0", [("user", "why?")], answers=[
         Answer(f"policy {t}", n, hashlib.sha256(f"{i}{t}{n}".encode()).hexdigest() * size, 9, "stop")
         for t in range(3) for n in range(3)]) for i in range(count)]  # fmt: skip
+    return [Place("iteration 0", lambda: Reading(many), kept=Kept())]
 
 
 def test_texts_are_cut_until_they_fit():

@@ -16,6 +16,7 @@ from dno_jax.console import Meter, PlainConsole
 from dno_jax.data.prompts import load_prompts
 from dno_jax.errors import DnoError
 from dno_jax.report import status
+from dno_jax.report.kept import Kept
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime
 
@@ -183,7 +184,7 @@ def test_the_loop_writes_the_report_after_stages_and_says_what_an_iteration_reac
     held_out = load_prompts(config.prompts.held_out_path)
     found = {"config": config, "run_dir": run_dir, "prompts": SimpleNamespace(split=SimpleNamespace(held_out=held_out))}
     runtime = object.__new__(type("Here", (Runtime,), found))  # nothing is to be computed
-    iteration.run_iteration(runtime, 1)
+    iteration.run_iteration(runtime, 1, Kept())
     assert seen == [("sample", False), ("pair", True), ("score", True), ("train", True), ("evaluate", True)]
     said = capsys.readouterr().err
     assert said.count("iteration 1 (of 2) is done; policy 2 beats policy 0 in 70 % [45, 75]") == 1

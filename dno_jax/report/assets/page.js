@@ -26,7 +26,8 @@
   const draw = async (place) => {
     const name = place.dataset.name;
     const spec = JSON.parse($(`spec-${name}`).textContent);
-    spec.config.legend.columns = place.clientWidth < 420 ? 2 : 3;
+    const longest = Math.max(...spec.datasets.rows.flatMap((row) => Object.values(row)).map((cell) => (typeof cell === "string" ? cell.length : 0)));
+    spec.config.legend.columns = place.clientWidth >= 420 ? 3 : longest > 16 ? 1 : 2;  // no label is cut
     const made = await vegaEmbed(place, spec, {
       renderer: "svg", ast: true, actions: false, loader: { load: refuse, http: refuse, file: refuse },
     });
