@@ -97,7 +97,9 @@ def _received(line: socket.socket) -> bytes:
 
 
 def _know_no_proxy() -> None:
-    """Let gRPC ask no proxy for this address."""
+    """Let gRPC ask no proxy, where there is one, for this address."""
+    if not any(name.lower().endswith("_proxy") for name in os.environ):
+        return
     for name in ("no_proxy", "NO_PROXY"):
         known = os.environ.get(name, "")
         if "127.0.0.1" not in known.split(","):
