@@ -51,6 +51,7 @@ HOST_SIDE = ("model/text", "model/test_family_configs.py", "stages/test_pair.py"
 HOST_SIDE += ("training/test_batches.py", "stages/test_answers.py")
 HOST_SIDE += ("model/test_as_brought.py", "model/test_hub.py", "model/test_rewritten.py")
 HOST_SIDE += ("stages/test_judged_answers.py", "stages/test_two_policies.py", "parallel/test_launchers.py")
+HOST_SIDE += ("parallel/test_relay.py",)
 HOST_SIDE += (
     "stages/test_suites.py",
     "stages/test_compare.py",

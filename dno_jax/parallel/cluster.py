@@ -27,6 +27,7 @@ from dno_jax import stopping
 from dno_jax.errors import DnoError
 from dno_jax.parallel.heartbeat import STOP, Heartbeat, Others, unless
 from dno_jax.parallel.launchers import Meeting, meeting_of, metadata_of
+from dno_jax.parallel.relay import Relay
 
 _HOSTS = "dno_jax/hosts/"
 _STOPS = "dno_jax/stops"  # of the steps at which trainings stop
@@ -99,10 +100,13 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
     limit = threading.Timer(_MEET_SECONDS, stopping.end_now, (alone, stopping.STOPPED))
     limit.daemon = True
     limit.start()
+    address, gone = meeting.coordinator, threading.Event()
     if meeting.process_id:
         _wait_for_name(meeting.coordinator)
+        relay = Relay(meeting.coordinator)
+        address, gone = relay.address, relay.gone
     jax.distributed.initialize(
-        meeting.coordinator,
+        address,
         meeting.num_processes,
         meeting.process_id,
         local_device_ids=meeting.local_device_ids,
@@ -117,7 +121,7 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
     hosts = {int(key.rsplit("/", 1)[1]): host for key, host in client.key_value_dir_get(_HOSTS)}
     others = Others(
         client,
-        meeting.coordinator,
+        gone,
         meeting.process_id,
         [hosts[index] for index in range(meeting.num_processes)],
         heartbeat_seconds,

@@ -7,10 +7,8 @@ Who ends for a reason of its own leaves the reason there. Nothing here is a coll
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ STOP = f"{_WORDS}stop"  # left by a process that was asked to stop
 _ENDS = f"{_WORDS}ends"  # by one that ends, with its exit status and a sentence
 _LOOK_SECONDS = 0.5
 _HEARD_OF_SECONDS = 3 * _LOOK_SECONDS  # all have looked by then
-_REFUSED_SECONDS = 2.0
+_GONE_SECONDS = 2.0
 _LONGEST_SECONDS = 7 * 24 * 3600
 
 
@@ -37,14 +35,14 @@ class Others:
 
     Attributes:
         client: of the coordinator, which process 0 runs.
-        coordinator: its address.
+        gone: set where the line to the coordinator has broken (relay.py).
         index: of this process.
         hosts: of all, by index.
         seconds: without a sign, after which a process is taken for dead.
     """
 
     client: Any
-    coordinator: str
+    gone: threading.Event
     index: int
     hosts: Sequence[str]
     seconds: float
@@ -65,7 +63,6 @@ class Heartbeat:
         self._over = False
         for work in (self._talk, self._count):
             threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True).start()
-        _hold_back_abort()
 
     def fail(self, status: int) -> None:
         """Tell the others that this process ends by an error of its own, and give them time to hear of it."""
@@ -144,37 +141,14 @@ class Heartbeat:
                 if self._silent[index] >= limit and not self._over:
                     silence = f"has given no sign of life for {self._others.seconds:g} s (heartbeat_seconds)"
                     self._end_without(index, f"{silence}: it is dead, hangs, or cannot be reached")
-            if self._others.index and self._answered >= _REFUSED_SECONDS and self._is_refused() and not self._over:
-                self._end_without(0, "has ended without a word")
-
-    def _is_refused(self) -> bool:
-        """Whether nobody listens where the coordinator was: its process is gone, whatever jax waits for."""
-        host, port = self._others.coordinator.rsplit(":", 1)
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=1.0).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-        return False
+            if self._others.gone.is_set() and self._answered >= _GONE_SECONDS and not self._over:
+                self._end_without(0, "has ended without a word, or its connection is lost")
 
     def _end_without(self, index: int, what: str) -> None:
         why = f"{self._others.named(index)} {what}; the same command goes on from what is saved"
         if self._others.index == 0:  # with it the coordinator ends, by which the others would hear of nothing
             self._leave_end(stopping.STOPPED, why)
         stopping.end_now(why, stopping.STOPPED)
-
-
-def _hold_back_abort() -> None:
-    """Let an abort wait for six seconds: jax's at the coordinator's end comes before we have seen that it is gone.
-
-    libc's `sleep` is the handler itself, with SIGABRT's number as its argument; it needs nothing of Python, which may
-    be anywhere at that time. When it returns the abort goes on.
-    """
-    library = ctypes.CDLL(None)
-    library.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
-    library.signal.restype = ctypes.c_void_p
-    library.signal(signal.SIGABRT, ctypes.cast(library.sleep, ctypes.c_void_p))
 
 
 @contextmanager

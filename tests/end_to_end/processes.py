@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,21 @@ class Done:
     stderr: str
 
 
-def begin(*arguments: Any, point: str | None = None, stderr: str | Path = os.devnull) -> BaseProcess:
-    """Start `dno ARGUMENTS`, to be killed at the point if one is named (see crash.py)."""
-    process = _SERVER.Process(target=_main, args=([str(argument) for argument in arguments], point, str(stderr)))
+def begin(
+    *arguments: Any,
+    point: str | None = None,
+    stderr: str | Path = os.devnull,
+    environment: Mapping[str, str] | None = None,
+    devices: int | None = None,
+) -> BaseProcess:
+    """Start `dno ARGUMENTS`, to be killed at the point if one is named (see crash.py).
+
+    Args:
+        environment: variables beside those of this process.
+        devices: of CPU that it sees; None: one.
+    """
+    words = [str(argument) for argument in arguments]
+    process = _SERVER.Process(target=_main, args=(words, point, str(stderr), dict(environment or {}), devices))
     process.start()
     return process
 
@@ -48,9 +61,22 @@ def start(*arguments: Any, point: str | None = None, timeout: float = 600.0) -> 
         return Done(process.exitcode, stderr.read())
 
 
-def _main(arguments: list[str], point: str | None, stderr: str) -> None:
+def patience(seconds: float) -> float:
+    """Return a heartbeat for a machine as busy as this one: processes that wait for a core give no signs."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def _main(
+    arguments: list[str], point: str | None, stderr: str, environment: dict[str, str], devices: int | None
+) -> None:
+    import jax
+
     from dno_jax.cli.main import main
     from tests.end_to_end.crash import arm
+
+    os.environ.update(environment)
+    if devices is not None:
+        jax.config.update("jax_num_cpu_devices", devices)
 
     for stream, path in ((sys.stdout, os.devnull), (sys.stderr, stderr)):
         stream.flush()

@@ -5,12 +5,12 @@ import signal
 import pytest
 
 from dno_jax.run_dir import RunDir
-from tests.end_to_end.processes import begin
+from tests.end_to_end.processes import begin, patience
 from tests.end_to_end.test_resume import contents, write_config
 from tests.end_to_end.test_stops import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess, pytest.mark.soak, pytest.mark.timeout(1800)]
-HEARTBEAT = 30.0  # long enough for machines that are busy with other things
+HEARTBEAT = patience(45.0)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def whole(folder):
         ("training-0", 0, "step:2@SIGSTOP"),
         ("waiting", 0, "finish-annotate:1@SIGSTOP"),  # the other polls for the manifest
         ("killed", 1, "step:2@SIGKILL"),  # jax raises an error of its connection first
-        ("killed-0", 0, "step:2@SIGKILL"),  # with it jax's coordinator ends, by which jax aborts
+        ("killed-0", 0, "step:2@SIGKILL"),  # with it jax's coordinator ends
     ],
 )
 def test_the_others_end_with_one_sentence_and_the_run_goes_on(folder, whole, stage, victim, point):
@@ -70,7 +70,6 @@ def test_the_others_end_with_one_sentence_and_the_run_goes_on(folder, whole, sta
     assert sentence.startswith(f"dno: process {victim} on ")
     assert "the same command goes on from what is saved" in sentence
     assert "Traceback" not in text
-    if victim == 1:
-        assert "stack trace" not in text  # jax's
+    assert "stack trace" not in text  # jax's
     finish(path)
     assert contents(RunDir(folder / stage), iterations=1) == whole

@@ -113,6 +113,8 @@ def asked(monkeypatch):
     for name in ("_meet_on_devices", "_check_devices", "_check_port", "_wait_for_name"):
         monkeypatch.setattr(cluster, name, lambda *_: None)
     monkeypatch.setattr(cluster.stopping, "when_asked", lambda *_: None)
+    gone = threading.Event()
+    monkeypatch.setattr(cluster, "Relay", lambda coordinator: SimpleNamespace(address=coordinator, gone=gone))
     monkeypatch.setattr(cluster, "_joined", None)
     yield calls
     jax.config.update("jax_enable_preemption_service", True)

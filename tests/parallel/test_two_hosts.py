@@ -14,7 +14,7 @@ import pytest
 from dno_jax.run_dir import RunDir
 from tests.end_to_end.test_resume import contents, write_config
 from tests.end_to_end.test_stops import steps_taken
-from tests.parallel.test_meeting import at_work
+from tests.parallel.test_meeting import at_work, kill
 
 ROOT = Path(__file__).parents[2]
 PORT = "29500"
@@ -93,8 +93,7 @@ def test_both_end_when_the_cable_is_cut(hosts, task):
         hosts.cut()
         ends = [process.communicate(timeout=120)[1] for process in processes]
     finally:
-        for process in processes:
-            process.kill()
+        kill(processes)
     assert [process.returncode for process in processes] == [75, 75], [said[-1500:] for said in ends]
     for index, said in enumerate(ends):
         assert said.strip().splitlines()[-1].startswith(f"dno: process {1 - index} on ")
