@@ -242,8 +242,8 @@ class RunConfig(Section):
         if annotation.apart and "://" in self.run_dir:
             raise ValueError(
                 f"annotation.apart=true with run_dir={self.run_dir.partition('://')[0]}://...: one process at a time "
-                "works on a bucket's directory, so nobody else could write the verdicts; set annotation.apart=false, or "
-                "give a directory of a file system that both machines see"
+                "works on a bucket's directory, so nobody else could write the verdicts; set annotation.apart=false, "
+                "or give a directory of a file system that both machines see"
             )
         if annotation.apart and annotation.chats and annotation.store is None:
             raise ValueError(
