@@ -4,8 +4,8 @@
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
-It lies in a file system: in an object store nothing can be appended to, locked, or renamed at once. Nothing imports
-jax here.
+It lies in a file system. One in an object store is worked on in a folder of this machine, and mirrored (bucket/).
+Nothing imports jax here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 from etils import epath
 
+from dno_jax.bucket.work import Bucket
 from dno_jax.config import AnyConfig, RewardConfig, RunConfig, Section, SftConfig, dump_config, parse_config, read_yaml
 from dno_jax.errors import DnoError
 from dno_jax.files import explained, write_atomically
@@ -35,15 +36,11 @@ class RunDir:
     def __init__(self, path: str | os.PathLike[str]):
         """
         Raises:
-            DnoError: it names an object store.
+            DnoError: it is a URL, and of no place in an object store.
         """
-        if "://" in os.fspath(path):
-            raise DnoError(
-                f"run_dir {os.fspath(path)}: object stores are not supported: figures are appended, verdicts are in "
-                "sqlite, and a file has to appear at once and be locked; give a directory of a file system that every "
-                "process sees (NFS, Lustre, Filestore, FSx), and copy what is finished to the bucket (launch/README.md)"
-            )
-        self.path = epath.Path(os.path.abspath(path))  # Orbax takes absolute paths only
+        self.bucket = Bucket.of(os.fspath(path)) if "://" in os.fspath(path) else None
+        # Orbax takes absolute paths only.
+        self.path = epath.Path(os.path.abspath(path) if self.bucket is None else os.fspath(self.bucket.folder))
         self.config_path = self.path / "config.yaml"
         self.format_path = self.path / "FORMAT"
         self.lock_path = self.path / ".lock"
@@ -117,15 +114,52 @@ class RunDir:
                 "bought twice"
             )
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep the directory to this process; what writes shards or policies does so inside. A kill lets go of it too.
+    def fetch(self, *, weights: bool = False) -> None:
+        """Bring what a bucket holds to this machine; nothing where the directory lies in a file system.
 
-        Some file systems have no locks: nothing is held there.
+        Args:
+            weights: policies and states of training too; without them those that are read are brought when they are.
 
         Raises:
-            DnoError: another process holds it.
+            DnoError: it cannot be read.
         """
+        if self.bucket is not None:
+            self.bucket.fetch(weights=weights)
+
+    def shown(self, path: epath.Path) -> str:
+        """Where a person finds what lies at a path of the directory: in the bucket, if it is kept in one."""
+        if self.bucket is None:
+            return os.fspath(path)
+        return f"{self.bucket.url}/{path.relative_to(self.path)}"
+
+    @contextmanager
+    def held(self, *, weights: bool = True) -> Iterator[None]:
+        """Keep the directory to this process; what writes shards or policies does so inside. A kill lets go of it too.
+
+        Some file systems have no locks: nothing is held there. Where it is kept in a bucket, what is made inside is
+        uploaded.
+
+        Args:
+            weights: whether policies are read, which are then brought from the bucket first.
+
+        Raises:
+            DnoError: another process holds it, or a bucket refuses what is asked of it.
+        """
+        with self._held_here():
+            if self.bucket is None:
+                yield
+            else:
+                with self.bucket.working(weights=weights):
+                    yield
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Keep a bucket's directory to this process, for what may run beside others in a file system."""
+        with nullcontext() if self.bucket is None else self.held(weights=False):
+            yield
+
+    @contextmanager
+    def _held_here(self) -> Iterator[None]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = os.open(self.lock_path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -141,9 +175,11 @@ class RunDir:
 
     def holder(self) -> str | None:
         """Who works in the directory now; None where nobody does, or nobody can tell."""
+        if self.bucket is not None:
+            return self.bucket.holder()
         try:
             file = os.open(self.lock_path, os.O_RDONLY)
-        except OSError:  # nobody has yet, or it lies in an object store
+        except OSError:  # nobody has yet
             return None
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -180,6 +216,7 @@ class RunDir:
         Raises:
             DnoError: there is none, it is damaged, or another version's.
         """
+        self.fetch()
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         self._check_format()
@@ -200,6 +237,7 @@ class RunDir:
         Raises:
             DnoError: there is no configuration in it.
         """
+        self.fetch()
         if not self.config_path.exists():
             raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
         tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from etils import epath
 from pydantic import Field
 
+from dno_jax.bucket.work import changed
 from dno_jax.config import RunConfig, Section, changes, deciding, stage_digest
 from dno_jax.errors import DnoError
 from dno_jax.files import digest_of, write_atomically
@@ -324,6 +325,7 @@ class StageDir:
         )
         manifest = manifest.model_copy(update={"seal": _seal(manifest.model_dump_json())})
         write_atomically(self.manifest_path, manifest.model_dump_json(indent=2) + "\n")
+        changed(self.root)
         return manifest
 
     def all_shards(self) -> dict[str, epath.Path]:

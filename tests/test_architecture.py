@@ -29,7 +29,7 @@ LEVELS = [
         "losses",
         "preferences",
     ],
-    ["config", "stage_dir", "run_dir", "model", "games"],
+    ["config", "bucket", "stage_dir", "run_dir", "model", "games"],
     ["parallel", "tracker"],
     ["sampling", "training", "annotation", "fake_judge", "evaluation", "data"],
     ["runtime"],
@@ -39,7 +39,7 @@ LEVELS = [
 ]
 ORDER = [room for level in LEVELS for room in level]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
-HOST_ROOMS = ("annotation", "config", "preferences", "fake_judge", "evaluation")
+HOST_ROOMS = ("annotation", "bucket", "config", "preferences", "fake_judge", "evaluation")
 HOST_FILES = (
     "endpoint",
     "faults",

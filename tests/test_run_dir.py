@@ -6,6 +6,7 @@ import resource
 import socket
 
 import pytest
+from etils import epath
 
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
@@ -114,13 +115,40 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number)
         assert (tmp_path / ".lock").read_text() == ""  # nobody says to hold it
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket/run", "file:///run"])
-def test_an_object_store_is_refused_by_name(path):
-    """Half of what a run writes could not be written there, and the other half would be there at some time."""
-    with pytest.raises(
-        DnoError, match=rf"run_dir {path}: object stores are not supported.*file system that every process"
-    ):
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("file:///run", "run_dir file:///run: expected a directory of a file system, gs://BUCKET/PATH or s3://"),
+        ("az://bucket/run", "run_dir az://bucket/run: expected a directory"),
+        ("gs://bucket", "expected a bucket's name and a path inside of it"),
+        ("gs:///run", "expected a bucket's name"),
+        ("s3://bucket/a/../b", r"'\.\.' is no name of a folder"),
+        ("s3://bucket//b", "'' is no name of a folder"),
+        ("gs://bucket/a*", "no name of a folder"),
+        ("gs://me:hunter2@bucket/run", "which may hold a key"),
+        ("s3://bucket/run?X-Amz-Signature=hunter2", "which may hold a key"),
+        ("s3://bucket/run#hunter2", "which may hold a key"),
+    ],
+)
+def test_a_url_that_is_no_place_for_a_run_is_refused(path, said):
+    with pytest.raises(DnoError, match=said) as caught:
         RunDir(path)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_bucket_is_worked_on_in_a_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("DNO_SCRATCH", str(tmp_path))
+    run_dir = RunDir("gs://bucket/runs/mine/")
+    assert run_dir.path.parent.parent == epath.Path(tmp_path)
+    assert run_dir.path.name == "mine"  # what wandb and suites call it
+    assert run_dir.shown(run_dir.export_path) == "gs://bucket/runs/mine/export"
+    assert RunDir("gs://bucket/runs/mine").path == run_dir.path
+    assert RunDir("gs://bucket/other/mine").path != run_dir.path
+    assert RunDir("s3://bucket/runs/mine").path != run_dir.path
+    monkeypatch.delenv("DNO_SCRATCH")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert RunDir("gs://bucket/runs/mine").path.is_relative_to(tmp_path / "cache" / "dno_jax" / "runs")
+    assert RunDir(tmp_path).shown(RunDir(tmp_path).path / "a") == str(tmp_path / "a")
 
 
 def test_an_unwritable_directory_is_refused(tmp_path):

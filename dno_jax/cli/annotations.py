@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 annotations = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-Place = Annotated[Path, typer.Argument(help="a file of verdicts, or a run directory", show_default=False)]
+Place = Annotated[str, typer.Argument(help="a file of verdicts, or a run directory", show_default=False)]
 Judge = Annotated[
     str | None, typer.Option(help="only of judges whose identity contains this text, such as a model's name")
 ]
@@ -72,7 +73,7 @@ def purge(
 
     if judge is None and state is None:
         raise DnoError("say which: --judge, --state or both; to delete all verdicts, delete the file")
-    with closing(_store(place)) as store:
+    with _written(place), closing(_store(place)) as store:
         found = store.tallies(judge=judge, state=_state(state))
         console.print(verdict_table(found))
         if yes:
@@ -81,7 +82,14 @@ def purge(
             say(f"{sum(tally.verdicts for tally in found):,} verdicts would be deleted; add --yes to do it")
 
 
-def _store(place: Path) -> VerdictStore:
+def _written(place: str) -> AbstractContextManager[None]:
+    """Keep a bucket's run directory to this command, and have what it changes uploaded."""
+    from dno_jax.run_dir import RunDir
+
+    return RunDir(place).written() if "://" in place else nullcontext()
+
+
+def _store(place: str) -> VerdictStore:
     """Open a store that is one: to open another database would put tables into it."""
     import sqlite3
     from contextlib import closing
@@ -100,14 +108,14 @@ def _store(place: Path) -> VerdictStore:
     return VerdictStore(file)
 
 
-def _file(place: Path) -> Path:
+def _file(place: str) -> Path:
     """The file of verdicts itself: to open what is not there would make it."""
     from dno_jax.errors import DnoError
     from dno_jax.run_dir import RunDir
 
-    file = place
-    if place.is_dir():
-        run_dir = RunDir(str(place))
+    file = Path(place)
+    if "://" in place or file.is_dir():
+        run_dir = RunDir(place)
         section = run_dir.load_config().annotation
         file = Path(section.store or str(run_dir.annotations_path))
     if not file.is_file():

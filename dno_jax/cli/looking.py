@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ import typer
 
 def status(
     run_dir: Annotated[
-        Path, typer.Argument(help="a run directory, or one of `dno sft`, `dno reward`", show_default=False)
+        str, typer.Argument(help="a run directory, or one of `dno sft`, `dno reward`", show_default=False)
     ],
     verify: Annotated[
         bool, typer.Option("--verify", help="read everything and hold it to its digests; say which stage to redo")
@@ -26,7 +25,7 @@ def status(
     from dno_jax.report import status as report
     from dno_jax.run_dir import RunDir
 
-    folder = RunDir(str(run_dir))
+    folder = RunDir(run_dir)
     if verify and (as_json or watch):
         raise DnoError("--verify reads everything once; give it without --json and --watch")
     if watch:
@@ -39,7 +38,7 @@ def status(
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(help="a run directory", show_default=False)],
+    run_dir: Annotated[str, typer.Argument(help="a run directory", show_default=False)],
 ) -> None:
     """Write report.html, a page of its own with figures, tables and samples, and every figure as CSV and SVG.
 
@@ -50,7 +49,7 @@ def report(
     from dno_jax.report.page import write_report
     from dno_jax.run_dir import RunDir
 
-    folder = RunDir(str(run_dir))
+    folder = RunDir(run_dir)
     if folder.kind() is not RunConfig:
         raise DnoError(f"{folder.path}: a single training has no report; `dno status` shows how it went")
     from dno_jax.display import printable

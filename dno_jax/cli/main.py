@@ -96,8 +96,8 @@ def run(
         if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
             console.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
-        console.print(f"{policy}, exported to {result.export}", soft_wrap=True)
-        console.print(f"report: {folder.report_path}", soft_wrap=True)
+        console.print(f"{policy}, exported to {folder.shown(folder.export_path)}", soft_wrap=True)
+        console.print(f"report: {folder.shown(folder.report_path)}", soft_wrap=True)
 
 
 def _host_stage(name: str, summary: str) -> None:
@@ -118,10 +118,11 @@ def _run_on_host(name: str, settings: RunConfig, iteration: int) -> None:
     from dno_jax.stages import redo
 
     stage, folder = importlib.import_module(f"dno_jax.stages.{name}"), RunDir(settings.run_dir)
-    redo.check(settings, folder)
-    folder.create(settings)
-    stage.run(settings, folder, iteration)
-    refresh(folder, settings)
+    with folder.written():
+        redo.check(settings, folder)
+        folder.create(settings)
+        stage.run(settings, folder, iteration)
+        refresh(folder, settings)
 
 
 def _device_stage(name: str, summary: str) -> None:

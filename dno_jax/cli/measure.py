@@ -43,9 +43,12 @@ def sample(
         join(settings, coordinator, num_processes, process_id)
         run_on_devices("sample", "sample", settings, iteration)
         return
+    from dno_jax.run_dir import RunDir
     from dno_jax.stages import suites
 
-    suites.sample(load(config, overrides, variants), _wanted(suite, prompts, policy))
+    settings = load(config, overrides, variants)
+    with RunDir(settings.run_dir).written():
+        suites.sample(settings, _wanted(suite, prompts, policy))
 
 
 def evaluate(
@@ -84,7 +87,9 @@ def evaluate(
     from dno_jax.stages import suites
 
     apart = tuple(None if path is None else str(path) for path in (reference, template, tables))
-    results = suites.evaluate(load(config, overrides, variants), _wanted(suite, prompts, policy, *apart))
+    settings = load(config, overrides, variants)
+    with RunDir(settings.run_dir).written():
+        results = suites.evaluate(settings, _wanted(suite, prompts, policy, *apart))
     console.print(suite_table([results | {"suite": suite}]))
 
 

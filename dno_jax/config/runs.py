@@ -239,6 +239,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _machines_apart_share_no_store(self) -> RunConfig:
         annotation = self.annotation
+        if annotation.apart and "://" in self.run_dir:
+            raise ValueError(
+                f"annotation.apart=true with run_dir={self.run_dir.partition('://')[0]}://...: one process at a time "
+                "works on a bucket's directory, so nobody else could write the verdicts; set annotation.apart=false, "
+                "or give a directory of a file system that both machines see"
+            )
         if annotation.apart and annotation.chats and annotation.store is None:
             raise ValueError(
                 "annotation.apart=true without annotation.store: sqlite needs all processes that have a file open to be"

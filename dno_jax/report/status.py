@@ -41,8 +41,8 @@ def tables(folder: RunDir, *, verify: bool = False) -> Iterator[RenderableType]:
     Raises:
         DnoError: there is no run, or something is not as it was written.
     """
-    trainings = training_table(folder)
-    if (kind := folder.kind()) is not RunConfig:
+    kind, trainings = folder.kind(), training_table(folder)
+    if kind is not RunConfig:
         yield fine_tuning_table(folder, stage=stage_of(kind))
     else:
         settings = folder.load_config()
@@ -62,10 +62,12 @@ def facts(folder: RunDir) -> dict[str, Any]:
     Raises:
         DnoError: there is no run, or it is damaged.
     """
+    kind = folder.kind()
     steps = [row for row in folder.read_metrics() if {"iteration", "stage", "step", "loss"} <= row.keys()]
     step = {name: steps[-1].get(name) for name in ("iteration", "stage", "step", "loss")} if steps else None
-    found = {"run_dir": str(folder.path), "in_use_by": folder.holder(), "training": step}
-    if (kind := folder.kind()) is not RunConfig:
+    place = str(folder.path) if folder.bucket is None else folder.bucket.url
+    found = {"run_dir": place, "in_use_by": folder.holder(), "training": step}
+    if kind is not RunConfig:
         return found | {"kind": stage_of(kind), "finished": folder.export_path.exists()}
     config: RunConfig = folder.load_config()
     statuses = stage_statuses(folder, config)

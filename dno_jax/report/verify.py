@@ -17,6 +17,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dno_jax.bucket.work import bring
 from dno_jax.config import RunConfig
 from dno_jax.console import console
 from dno_jax.errors import DnoError
@@ -90,6 +91,8 @@ def check(run_dir: RunDir, config: RunConfig) -> None:
 def verify(run_dir: RunDir, config: RunConfig) -> Verified:
     """Read everything that a run directory has a digest of, on the host's processors alone."""
     start, found = time.perf_counter(), Verified()
+    for name in ("policies", "iterations", run_dir.export_path.name):
+        bring(run_dir.path / name)
     for folder in sorted((run_dir.path / "policies").iterdir()) if (run_dir.path / "policies").exists() else ():
         if folder.name == run_dir.base_path.name or folder.name.split("-")[0].isdecimal():
             _policy(found, run_dir, folder)

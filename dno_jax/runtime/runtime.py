@@ -51,6 +51,8 @@ class Runtime(Generic[ConfigT]):
             DnoError: whatever does not fit together, before anything is computed.
         """
         use_compilation_cache()
+        run_dir = RunDir(config.run_dir)
+        run_dir.fetch()
         config = pinned(config)
         model_config, tokenizer = read_shape(config), load_tokenizer(config.model)
         mesh = make_mesh(config.mesh)
@@ -60,7 +62,7 @@ class Runtime(Generic[ConfigT]):
         _ = programs.attention_backend, programs.decode_mesh
         warn_of_dropout(config)
         check_fit(config, model_config=model_config, tokenizer=tokenizer, row_shards=programs.texts_in_step)
-        return cls(programs, RunDir(config.run_dir), tokenizer)
+        return cls(programs, run_dir, tokenizer)
 
     @classmethod
     def reading(cls, config: ConfigT) -> Runtime[ConfigT]:

@@ -227,9 +227,10 @@ def _judged(runs: Sequence[Run], judge: RunConfig, shared: set[str]) -> dict[str
     ]
     field_name = "annotation" if judge.evaluation.annotation is None else "evaluation.annotation"
     run_dir = RunDir(judge.run_dir)
-    run_dir.path.mkdir(parents=True, exist_ok=True)
     asked = Asked(judge.evaluation_judge, field_name, "dno compare", "compare", judge.seed)
-    found = compare(groups, asked, run_dir)
+    with run_dir.written():
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        found = compare(groups, asked, run_dir)
     if not found.rows:
         raise DnoError("--judge: no verdict on any of the runs' responses")
     matrix = win_rate_matrix(found.rows, policies=[run.name for run in runs])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 
 import jax
+import numpy as np
 from etils import epath
 
 from dno_jax.config import RunConfig
 from dno_jax.errors import DnoError
+from dno_jax.parallel.cluster import barrier, broadcast_from_primary, is_primary
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.arguments import trained_state
 from dno_jax.runtime.runtime import Runtime
@@ -34,6 +37,30 @@ def check(runtime: Runtime[RunConfig]) -> None:
             f"{show_bytes(sum(wanted.values()))} of checkpoints ({parts}); free that much, give another run_dir, or "
             "set training.keep_policies=1, training.keep_states=1, or an adapter, whose policies are small"
         )
+
+
+def refuse_apart(run_dir: RunDir) -> None:
+    """See that all processes see the folder in which a bucket's directory is worked on.
+
+    Raises:
+        DnoError: this one does not.
+    """
+    if run_dir.bucket is None or jax.process_count() == 1:
+        return
+    token = int(broadcast_from_primary(np.asarray(secrets.randbits(30))))
+    note = run_dir.path / f".processes-{token}"  # a name that nobody's cache of names says is missing
+    if is_primary():
+        note.write_text("seen by all processes of the run\n")
+    barrier("bucket's folder")
+    if not note.exists():
+        raise DnoError(
+            f"run_dir {run_dir.bucket.url}: process {jax.process_index()} does not see the folder in which process 0 "
+            f"works on it ({run_dir.path}): set DNO_SCRATCH to a folder of a file system that all processes share, run "
+            "one process, or give such a folder as run_dir"
+        )
+    barrier("bucket's folder is seen")
+    if is_primary():
+        note.unlink()
 
 
 def missing(runtime: Runtime[RunConfig]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from dno_jax.bucket.work import bring
 from dno_jax.config import RewardConfig, RunConfig
 from dno_jax.config.base import absolute, hub_id, model_place
 from dno_jax.console import say
@@ -109,6 +110,7 @@ def _policy(folder: RunDir, path: str, wanted: Wanted) -> str:
 def _trained(folder: RunDir, path: str, wanted: Wanted) -> str:
     if wanted.policy is not None or wanted.base is not None:
         raise DnoError(f"{folder.path}: a directory of one training has one model; leave --policy and --base out")
+    bring(folder.export_path)
     source = Path(folder.export_path)
     if not source.exists():
         raise DnoError(f"{folder.path}: the training is not finished; run its command on its configuration to its end")

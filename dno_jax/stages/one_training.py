@@ -21,6 +21,7 @@ from dno_jax.parallel.sharding import TRAIN
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime, draw_key
 from dno_jax.stages.checkpoints import adapter_digest, checkpoint_digest
+from dno_jax.stages.disk import refuse_apart
 
 AnyRuntime = Runtime[SftConfig] | Runtime[RewardConfig]
 
@@ -67,6 +68,7 @@ def held(runtime: AnyRuntime, stage: str, noted: dict[str, Any]) -> Iterator[Non
             runtime.run_dir.create(runtime.config)
             write_atomically(note_path(runtime.run_dir, stage), json.dumps(noted, indent=2) + "\n")
         barrier(f"{stage} config")
+        refuse_apart(runtime.run_dir)
         yield
 
 

@@ -50,6 +50,7 @@ def prepared(
             redo.check(config, run_dir)
             run_dir.create(config)
         barrier("config")
+        disk.refuse_apart(run_dir)
         if is_primary() and only is None:
             template.save_template(runtime)
         checkpoints.import_initial(runtime)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dno_jax.addresses import name_bits
+from dno_jax.bucket.work import bring
 from dno_jax.config import MeshSection, RunConfig, TrainingSection, parse_config
 from dno_jax.config.base import absolute
 from dno_jax.config.loading import lay_over
@@ -77,8 +78,9 @@ class Speakers:
         Raises:
             DnoError: it is none of them, or holds no policy yet.
         """
-        folder = Path(place)
         run_dir = RunDir(place)
+        run_dir.fetch()
+        folder = Path(run_dir.path)
         if (folder / "policies").is_dir():
             config = _with(run_dir.load_config(), overrides, run_dir=absolute(place))
             return cls.of_run(config)
@@ -88,6 +90,7 @@ class Speakers:
                 f"{place}: neither a run directory (policies/) nor a Hugging Face checkpoint (config.json); give one "
                 "of them, or a directory of `dno sft` that is finished"
             )
+        bring(found)
         return cls(_start(_of_checkpoint(str(found), overrides)), (0,), 0, is_run=False)
 
     @classmethod

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from dno_jax.bucket.work import bring
 from dno_jax.console import say
 from dno_jax.errors import DnoError
 from dno_jax.files import write_atomically
@@ -27,8 +28,7 @@ from dno_jax.training.state import TrainState
 
 T = TypeVar("T")
 _ANOTHER = "not the state that was written: its fingerprint is another"
-_FINGERPRINT, _PARAMS, _PRUNED = "FINGERPRINT", "params", "PRUNED"
-_BASE = "BASE"  # beside the fingerprint of a train state
+_FINGERPRINT, _PARAMS, _PRUNED, _BASE = "FINGERPRINT", "params", "PRUNED", "BASE"
 _WRITTEN = jnp.dtype(jnp.float32)  # of every policy on disk
 
 
@@ -169,6 +169,7 @@ def policy_remedy(path: epath.Path) -> str:
 
 def undamaged(path: epath.Path, read: Callable[[], T]) -> T:
     """Read a policy's files; what they are refused with is a DnoError."""
+    bring(path)
     found, damage = _tried(read)
     if damage is not None:
         raise DnoError(f"{path}: {damage}; {policy_remedy(path)}")

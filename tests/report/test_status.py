@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +27,7 @@ def unfinish(run_dir, *names, iteration=1):
 
 def test_a_finished_run_in_one_object(whole, capsys):
     _, run_dir = whole
-    looking.status(Path(run_dir.path), as_json=True)
+    looking.status(str(run_dir.path), as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert (found["finished"], found["next"], found["stages_done"], found["stages_left"]) == (True, None, 12, 0)
     assert (found["policy"], found["best"], found["usd"], found["in_use_by"]) == (2, 2, None, None)
@@ -91,7 +90,7 @@ def test_watching_without_a_terminal_says_a_line_a_change_and_ends_with_the_run(
             run_dir.stage("evaluate", 1).finish(config, inputs={}, rows=1, seconds=0.5, details=details)
 
     monkeypatch.setattr(status, "time", SimpleNamespace(sleep=sleep))  # its own alone: other threads sleep too
-    looking.status(Path(run_dir.path), watch=True, every=0.1, as_json=as_json)
+    looking.status(str(run_dir.path), watch=True, every=0.1, as_json=as_json)
     captured = capsys.readouterr()
     lines = (captured.out if as_json else captured.err).splitlines()
     assert len(lines) == 2
@@ -122,12 +121,12 @@ def test_watching_on_a_terminal_is_whole_and_inert(width, colour, hostile, monke
 def test_what_contradicts_itself_is_refused(whole):
     _, run_dir = whole
     with pytest.raises(DnoError, match="--verify"):
-        looking.status(Path(run_dir.path), verify=True, watch=True)
+        looking.status(str(run_dir.path), verify=True, watch=True)
 
 
 def test_the_report_command_says_where_the_page_is(hostile, capsys):
     _, run_dir = hostile
-    looking.report(Path(run_dir.path))
+    looking.report(str(run_dir.path))
     said = capsys.readouterr().out
     assert said.strip().endswith("run\\x1b[31m/report.html")
     assert run_dir.report_path.exists()

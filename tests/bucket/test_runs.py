@@ -1,0 +1,116 @@
+"""Whole runs in a bucket of an object store on loopback: machines that die, a store that vanishes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from dno_jax.bucket import work
+from dno_jax.run_dir import RunDir
+from tests.bucket.servers import BUCKET, S3, Gcs, serving
+from tests.end_to_end.test_resume import contents
+from tests.small import small_tree
+
+pytestmark = [pytest.mark.soak, pytest.mark.multiprocess, pytest.mark.timeout(3000)]
+
+
+def command(*arguments, scratch, **options):
+    environment = os.environ | {"DNO_SCRATCH": str(scratch), "JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "dno_jax", *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(*arguments, scratch, status=0):
+    process = command(*arguments, scratch=scratch)
+    out, said = process.communicate(timeout=2400)
+    assert process.returncode == status, said[-3000:]
+    return out, said
+
+
+def recipe(folder, run_dir, **changes):
+    path = folder / f"{len(list(folder.glob('*.yaml')))}.yaml"
+    path.write_text(yaml.safe_dump(small_tree(folder) | {"run_dir": str(run_dir), "iterations": 1} | changes))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """What a run leaves that was let alone, in a file system."""
+    finish("run", recipe(folder, folder / "whole"), scratch=folder / "none")
+    return contents(RunDir(folder / "whole"), iterations=1)
+
+
+@pytest.fixture(params=[S3, Gcs], ids=["s3", "gs"])
+def server(request, monkeypatch):
+    with serving(request.param, monkeypatch) as found:
+        yield found
+    work._folders.clear()
+
+
+def there(run_dir, name):
+    """Whether the bucket has a file, as its index says."""
+    index = run_dir.bucket._mirror.store.read(".dno/index.json")
+    return index is not None and name in json.loads(index)["files"]
+
+
+def until(run_dir, name, process):
+    while not there(run_dir, name):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("stage", ["judgements", "train"])
+def test_a_machine_that_dies_with_its_disk_is_followed_by_another(folder, whole, server, tmp_path, monkeypatch, stage):
+    monkeypatch.setenv("DNO_SCRATCH", str(tmp_path / "looking"))
+    url = f"{server.scheme}://{BUCKET}/runs/{stage}"
+    path, run_dir = recipe(folder, url), RunDir(url)
+    first = command("run", path, scratch=tmp_path / "first")
+    until(run_dir, f"iterations/000/{stage}/MANIFEST.json", first)
+    first.kill()
+    first.communicate()
+    shutil.rmtree(tmp_path / "first")
+    _, said = finish("run", path, scratch=tmp_path / "second")
+    assert "taken over from process" in said
+    run_dir.fetch()
+    assert contents(run_dir, iterations=1) == whole
+    assert "stages" in finish("status", url, scratch=tmp_path / "third")[1]
+    finish("status", url, "--verify", scratch=tmp_path / "third")
+    finish("report", url, scratch=tmp_path / "third")
+    finish("export", url, tmp_path / "exported", scratch=tmp_path / "fourth")
+    assert "notAkey" not in said
+    assert "AKIAEXAMPLE" not in said
+
+
+def test_a_store_that_vanishes_amid_a_run_costs_nothing(folder, whole, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("DNO_SCRATCH", str(tmp_path / "looking"))
+    url = f"{server.scheme}://{BUCKET}/runs/vanished"
+    path, run_dir = recipe(folder, url), RunDir(url)
+    process = command("run", path, scratch=tmp_path / "first")
+    until(run_dir, "iterations/000/pairs/MANIFEST.json", process)
+    server.stop()
+    _, said = process.communicate(timeout=2400)
+    assert process.returncode == 2, said[-3000:]
+    assert f"run_dir {url}: cannot be reached" in said
+    assert "the same command goes on and uploads it" in said
+    assert "Traceback" not in said
+    server.start()
+    finish("run", path, scratch=tmp_path / "first")
+    run_dir.fetch()
+    assert contents(run_dir, iterations=1) == whole
+    assert there(run_dir, "export/config.json")
