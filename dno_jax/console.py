@@ -17,7 +17,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
 from rich.table import Table
-from rich.text import Text
+from rich.text import Span, Text
 
 from dno_jax.display import printable
 
@@ -45,8 +45,19 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, Text) and printable(renderable.plain) != renderable.plain:
+            renderable = _spelt_out(renderable)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+def _spelt_out(text: Text) -> Text:
+    """The same before it is laid out: what grew afterwards would be cut at the edge."""
+    found = text.copy()
+    found.plain = printable(text.plain)
+    ends = [[len(printable(text.plain[:end])) for end in span[:2]] for span in text.spans]
+    found.spans = [Span(*own, span.style) for own, span in zip(ends, text.spans, strict=True)]
+    return found
 
 
 def _needed(console: Console, item: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,33 @@ def test_nothing_reaches_a_terminal_through_the_console(text, terminal):
     assert not ACTING.intersection(said)
     assert "[bold]" in said
     assert ":smile:" in said  # others' words are no markup
+
+
+@pytest.mark.parametrize("width", [60, 140])
+def test_no_word_beside_what_is_spelt_out_is_lost(width):
+    """It is wider than what it stands for: a line that was laid out before would be cut."""
+    words = [f"word{i}" for i in range(60)]
+    text = " ".join(f"{word}\x1b\u202e" for word in words)
+    styled = Text("begin ", style="bold").append(text, style="red").append("\x9bend")
+    table = Table("", "")
+    table.add_row("a", text)
+    table.add_row(styled, "b")
+    for item in (text, Text(text), styled, table, Group(Text("a"), Text(text))):
+        out = io.StringIO()
+        PlainConsole(file=out, force_terminal=True, color_system="truecolor", width=width).print(item)
+        said = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+        lines = [line.rstrip() for line in said.splitlines()]
+        assert max(map(len, lines)) <= width
+        found = said.replace("\n", "").replace(" ", "")
+        assert item is table or all(f"{word}\\x1b\\u202e" in found for word in words)
+        assert not ACTING.intersection(said)
+
+
+def test_styles_stay_on_their_words():
+    out = io.StringIO()
+    console = PlainConsole(file=out, force_terminal=True, color_system="standard", width=80)
+    console.print(Text("\x1b\x1b").append("red", style="red").append(" plain"))
+    assert out.getvalue() == "\\x1b\\x1b\x1b[31mred\x1b[0m plain\n"
 
 
 def test_a_live_bar_shows_no_raw_text(monkeypatch):

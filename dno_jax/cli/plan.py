@@ -31,7 +31,10 @@ def plan(
         str | None, typer.Option(help="a bundled shape in place of model.path, such as mistral-7b; nothing is read")
     ] = None,
     prompts: Annotated[
-        int | None, typer.Option(min=1, help="assume so many prompts, each of the longest length, and read none")
+        int | None,
+        typer.Option(
+            min=1, help="assume so many prompts (rows, of a training), each of the longest length, and read none"
+        ),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="memory of one device, such as 16GiB; by default this machine's")
@@ -59,13 +62,14 @@ def plan(
 ) -> None:
     """Show what a run takes and costs and whether it fits, before it starts; needs no weights and no accelerator.
 
-    With --topology the run's own programs are compiled for devices that need not be here.
+    A recipe of `dno sft` or `dno reward` is planned as the training that it is. With --topology the run's own programs
+    are compiled for devices that need not be here.
     """
     import json
 
     from dno_jax import stopping
     from dno_jax.cli.quantities import read_bytes
-    from dno_jax.config import RunConfig, load_config
+    from dno_jax.config import RewardConfig, RunConfig, SftConfig, kind_of, load_config
     from dno_jax.console import console
     from dno_jax.files import cache_folder
     from dno_jax.plan.run import Asked, plan_run
@@ -73,8 +77,10 @@ def plan(
     from dno_jax.plan.search import search as searched
     from dno_jax.plan.tables import as_json as json_of
     from dno_jax.plan.tables import render
+    from dno_jax.plan.trainings import plan_training
 
-    settings = load_config(RunConfig, config, overrides or [], variants=variants or [])
+    kind = kind_of(config, (RunConfig, SftConfig, RewardConfig))
+    settings = load_config(kind, config, overrides or [], variants=variants or [])
     stopping.allow(settings.grace_seconds)
     asked = Asked(
         topology=topology,
@@ -90,7 +96,10 @@ def plan(
         tokens_per_second=tokens_per_second,
         cache=cache_folder() / "plans",
     )
-    found = plan_run(settings, asked=asked)
+    if isinstance(settings, RunConfig):
+        found = plan_run(settings, asked=asked)
+    else:
+        found = plan_training(settings, asked=asked)
     best = searched(found) if search else None
     if as_json:
         typer.echo(json.dumps(json_of(found, found=best), indent=2))

@@ -23,7 +23,7 @@ from dno_jax.config.judges import (
     SelfSection,
     TableSection,
 )
-from dno_jax.config.loading import dump_config, load_config, parse_config
+from dno_jax.config.loading import dump_config, kind_of, load_config, parse_config
 from dno_jax.config.mesh import MeshSection
 from dno_jax.config.reward import RewardConfig, RewardPairsSection
 from dno_jax.config.runs import RunConfig, SftConfig, SftDataSection, SftModelSection
@@ -88,6 +88,7 @@ __all__ = [
     "changes",
     "deciding",
     "dump_config",
+    "kind_of",
     "load_config",
     "parse_config",
     "read_yaml",

@@ -52,6 +52,17 @@ def load_config(
     return parse_config(kind, tree, place=str(path))
 
 
+def kind_of(path: str | Path, kinds: Sequence[type[ConfigT]]) -> type[ConfigT]:
+    """Say which of several kinds of recipes a file is, by the section that it alone has; the first where none says so.
+
+    Raises:
+        DnoError: as `load_config`, where it cannot be read.
+    """
+    tree = functools.reduce(_merge, _layers(Section, Path(path), above=(), anchored=[]))
+    own = [name for name in _COMMANDS if name in tree]
+    return next((kind for kind in kinds if any(name in kind.model_fields for name in own)), kinds[0])
+
+
 def _layers(kind: type[Section], path: Path, *, above: tuple[Path, ...], anchored: list[str]) -> list[dict[str, Any]]:
     """Read a file and what it starts from, the recipe at the bottom first; `above` are the files that led here."""
     named = f" (the base of {above[-1]})" if above else ""

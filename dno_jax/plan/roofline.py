@@ -7,11 +7,11 @@ printed beside the times. What is computed again to save memory is counted in th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from dno_jax.config import RunConfig
 from dno_jax.model.sizes import attention_layers, mixer_flops, state_bytes
 from dno_jax.parallel.chips import Chip
 from dno_jax.parallel.sharding import num_row_shards
@@ -79,7 +79,7 @@ def time_of(load: Load, chip: Chip, *, mfu: float | None = None) -> Time:
     return Time(seconds, bound, load.needed / seconds / chip.flops, load.read / seconds / chip.bandwidth)
 
 
-def train_load(programs: Programs[RunConfig], lengths: TextLengths, call: Call) -> Load:
+def train_load(programs: Programs[Any], lengths: TextLengths, call: Call) -> Load:
     """One optimiser step on texts of these lengths."""
     work, devices = _work(programs, lengths), programs.mesh.size
     needed = train_flops(programs.model_config, work, adapter_params=programs.adapter_params)
@@ -103,7 +103,7 @@ def _others(devices: int) -> float:
     return 1.0 - 1.0 / devices
 
 
-def score_load(programs: Programs[RunConfig], lengths: TextLengths) -> Load:
+def score_load(programs: Programs[Any], lengths: TextLengths) -> Load:
     """The log-probabilities of texts of these lengths."""
     devices, work = programs.mesh.size, _work(programs, lengths)
     needed = forward_flops(programs.model_config, work) / devices
@@ -111,7 +111,7 @@ def score_load(programs: Programs[RunConfig], lengths: TextLengths) -> Load:
     return Load(needed, needed, float(programs.num_parameters * width / programs.mesh.shape["tensor"]))
 
 
-def _work(programs: Programs[RunConfig], lengths: TextLengths) -> Work:
+def _work(programs: Programs[Any], lengths: TextLengths) -> Work:
     packing = programs.packing
     return work_of(programs.model_config, lengths, share_prompt=packing.packed and packing.share_prompt)
 

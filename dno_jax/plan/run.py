@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -34,7 +35,7 @@ from dno_jax.runtime.arguments import (
 )
 from dno_jax.runtime.decode_mesh import with_decode_mesh
 from dno_jax.runtime.fit import check_fit, check_shape
-from dno_jax.runtime.programs import Programs
+from dno_jax.runtime.programs import ConfigT, Programs
 from dno_jax.runtime.slots import plan_on, wanted_by_stage
 from dno_jax.runtime.training_memory import TrainingMemory, refuse_training, training_memory
 from dno_jax.sampling.memory import SlotPlan
@@ -192,7 +193,7 @@ def plan_run(
     )
 
 
-def programs_on(config: RunConfig, shape: Shape, target: Target) -> Programs[RunConfig]:
+def programs_on(config: ConfigT, shape: Shape, target: Target) -> Programs[ConfigT]:
     """Return the run's programs on the devices that are planned for.
 
     Raises:
@@ -269,7 +270,7 @@ def _plan_sampling(
 
 
 def plan_programs(
-    programs: Programs[RunConfig],
+    programs: Programs[Any],
     sampling: Mapping[str, SlotPlan],
     target: Target,
     *,
@@ -288,7 +289,7 @@ def plan_programs(
     shapes = {"train": largest(train_plan(programs, lengths)), "score": largest(score_plan(programs, lengths))}
     slots = sampling.get("sample") or next(iter(sampling.values()), None)
 
-    def of(model: ModelConfig) -> Programs[RunConfig]:
+    def of(model: ModelConfig) -> Programs[Any]:
         return replace(programs, model_config=model)
 
     def slots_of(model: ModelConfig) -> SlotPlan:
@@ -332,7 +333,7 @@ def plan_programs(
     return found
 
 
-def _closed(name: str, programs: Programs[RunConfig], slots: SlotPlan | None) -> dict[str, int]:
+def _closed(name: str, programs: Programs[Any], slots: SlotPlan | None) -> dict[str, int]:
     if name == "train":
         return dict(training_memory(programs).parts)
     if name == "score":

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
-from dno_jax.config import RunConfig
+from dno_jax.config import AnyConfig, SftConfig
 from dno_jax.errors import DnoError
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.plan.roofline import time_of, train_load
 from dno_jax.plan.run import ProgramPlan, RunPlan, plan_programs, programs_on
+from dno_jax.plan.trainings import TrainingPlan
 from dno_jax.runtime.arguments import largest, longest_texts, train_call, train_plan
 from dno_jax.runtime.programs import Programs
 from dno_jax.runtime.training_memory import overridden, smallest_change, training_memory
 from dno_jax.sampling.memory import show_bytes
 
 MOST_COMPILES = 6
+AnyPlan = RunPlan | TrainingPlan
 
 
-def refuse(plan: RunPlan) -> None:
+def refuse(plan: AnyPlan) -> None:
     """
     Raises:
         DnoError: a program does not fit; the message says by how much, and the smallest change that fits.
@@ -28,7 +31,7 @@ def refuse(plan: RunPlan) -> None:
         raise DnoError(_suggestion(plan, lacking))
 
 
-def _suggestion(plan: RunPlan, lacking: list[str]) -> str:
+def _suggestion(plan: AnyPlan, lacking: list[str]) -> str:
     lines = []
     for name in lacking:
         one = plan.programs[name]
@@ -55,7 +58,7 @@ def _suggestion(plan: RunPlan, lacking: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _verified(plan: RunPlan, name: str) -> list[str] | None:
+def _verified(plan: AnyPlan, name: str) -> list[str] | None:
     """Return the smallest change with which the compiler finds room too."""
     programs = _programs(plan)
     scale = _scale(plan.programs[name], training_memory(programs).total)
@@ -74,12 +77,12 @@ def _scale(found: ProgramPlan, counted: int) -> float:
     return max(found.figures.peak / max(counted, 1), 0.5)
 
 
-def _programs(plan: RunPlan, overrides: list[str] | None = None) -> Programs[RunConfig]:
+def _programs(plan: AnyPlan, overrides: list[str] | None = None) -> Programs[Any]:
     config = overridden(plan.config, overrides) if overrides else plan.config
     return programs_on(config, plan.shape, plan.target)
 
 
-def _compiled(plan: RunPlan, config: RunConfig, name: str) -> ProgramPlan:
+def _compiled(plan: AnyPlan, config: AnyConfig, name: str) -> ProgramPlan:
     programs = programs_on(config, plan.shape, plan.target)
     compiled = plan.target.devices is not None and plan.asked.topology is not None and plan.asked.compiled
     asked = replace(plan.asked, compiled=compiled)
@@ -104,7 +107,7 @@ class Found:
     source: str
 
 
-def search(plan: RunPlan) -> Found:
+def search(plan: AnyPlan) -> Found:
     """Find the largest micro batch and the cheapest remat that fit, and as many slots.
 
     Candidates are ordered by what a step takes by roofline; those that fit by arithmetic, which each compilation
@@ -134,12 +137,13 @@ def search(plan: RunPlan) -> Found:
     )
 
 
-def _candidates(plan: RunPlan) -> Iterator[tuple[list[str], Programs[RunConfig], int]]:
+def _candidates(plan: AnyPlan) -> Iterator[tuple[list[str], Programs[Any], int]]:
     programs = _programs(plan)
     section = plan.config.training
     shards = 1 if programs.packing.packed else num_row_shards(programs.mesh)
+    texts = 1 if isinstance(plan.config, SftConfig) else 2
     for size in range(section.batch_size, 0, -1):
-        if section.batch_size % size or 2 * size % shards:
+        if section.batch_size % size or texts * size % shards:
             continue
         for remat in ("none", "dots", "full"):
             overrides = [f"training.micro_batch_size={size}", f"model.remat={remat}"]
@@ -147,7 +151,7 @@ def _candidates(plan: RunPlan) -> Iterator[tuple[list[str], Programs[RunConfig],
             yield overrides, changed, training_memory(changed).total
 
 
-def _seconds(plan: RunPlan, programs: Programs[RunConfig]) -> tuple[float, int]:
+def _seconds(plan: AnyPlan, programs: Programs[Any]) -> tuple[float, int]:
     lengths = longest_texts(programs, num_rows=programs.config.training.batch_size)
     call = train_call(programs, largest(train_plan(programs, lengths)))
     load, chip = train_load(programs, lengths, call), plan.target.chip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dno_jax.config import RunConfig
+from dno_jax.config import AnyConfig, RewardConfig
 from dno_jax.errors import DnoError
 from dno_jax.model.config import ModelConfig
 from dno_jax.model.hf import folder, read_end_token_ids
@@ -36,7 +36,7 @@ def shapes() -> dict[str, dict[str, Any]]:
     return yaml.safe_load(_SHAPES.read_text())
 
 
-def shape_of(config: RunConfig, name: str | None = None) -> Shape:
+def shape_of(config: AnyConfig, name: str | None = None) -> Shape:
     """Return the shape of a bundled model, or that of the checkpoint at model.path: its config.json alone is read.
 
     Raises:
@@ -49,11 +49,15 @@ def shape_of(config: RunConfig, name: str | None = None) -> Shape:
         tree = known[name]
         ends = tree["eos_token_id"]
         found = parse_config(tree, place=f"{_SHAPES.name}: {name}", rope_length=longest_text(config))
+        if isinstance(config, RewardConfig):
+            found = replace(found, head="reward")
         return Shape(name, found, tuple(ends) if isinstance(ends, list) else (ends,))
-    place = folder(config.model.path)
+    fresh = getattr(config.model, "init_config", None)
+    source, field = (fresh, "init_config") if fresh else (config.model.path, "path")
+    place = folder(source)
     if not (place / "config.json").exists():
         raise DnoError(
-            f"model.path {config.model.path}: no config.json there, all that a plan needs of a model; give the folder "
-            f"or id of one (model.path=PLACE), or --model with one of {', '.join(shapes())}"
+            f"model.{field} {source}: no config.json there, all that a plan needs of a model; give the folder "
+            f"or id of one (model.{field}=PLACE), or --model with one of {', '.join(shapes())}"
         )
-    return Shape(str(config.model.path), read_shape(config), read_end_token_ids(place))
+    return Shape(str(source), read_shape(config), read_end_token_ids(place))

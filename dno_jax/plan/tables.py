@@ -13,43 +13,47 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dno_jax.config import RewardConfig, RunConfig, SftConfig
 from dno_jax.model.params import abstract_adapters, abstract_params
 from dno_jax.model.sizes import attention_layers
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.plan.costs import cost_tables
 from dno_jax.plan.roofline import BUSY, SHARES
 from dno_jax.plan.run import PromptCount, RunPlan
-from dno_jax.plan.search import Found
+from dno_jax.plan.search import AnyPlan, Found
 from dno_jax.plan.totals import Totals, pairs_per_prompt, totals
+from dno_jax.plan.trainings import TrainingPlan
 from dno_jax.runtime.fit import trained_adapter
 from dno_jax.sampling.memory import SlotPlan, show_bytes
 
+_OF_JUDGES = ("judge\nrequests", "judge\ntokens", "judge\ndollars", "dollars")
 
-def render(plan: RunPlan, *, found: Found | None = None) -> RenderableType:
+
+def render(plan: AnyPlan, *, found: Found | None = None) -> RenderableType:
     """Show a plan to a person.
 
     Args:
         found: by a search.
     """
     tables: list[RenderableType] = [Text(_heading(plan))]
-    if plan.counts:
+    if isinstance(plan, RunPlan) and plan.counts:
         tables.append(_count_table(plan.counts))
-    if plan.sampling:
+    if isinstance(plan, RunPlan) and plan.sampling:
         tables.append(_sampling_table(plan))
     tables += [_memory_table(plan), _time_table(plan)]
     if any(one.figures.collectives for one in plan.programs.values()):
         tables.append(_collective_table(plan))
     tables.append(Text(_assumptions(plan)))
-    if plan.annotation is not None:
+    if isinstance(plan, RunPlan) and plan.annotation is not None:
         tables += cost_tables(plan.annotation)
     if (whole := totals(plan)) is not None:
         tables += _total_tables(plan, whole)
     if found is not None:
-        tables.append(Text(_found_text(found)))
+        tables.append(Text(_found_text(found, command=_command(plan))))
     return Group(*tables)
 
 
-def _heading(plan: RunPlan) -> str:
+def _heading(plan: AnyPlan) -> str:
     config, model, mesh = plan.config, plan.model_config, plan.mesh
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(model)))
     trained = f"{parameters:,} parameters"
@@ -61,7 +65,7 @@ def _heading(plan: RunPlan) -> str:
         f"model: {model.family}, {trained}, computed in {config.model.dtype}",
         f"mesh: {axes}; devices: {mesh.size:,}; row shards: {num_row_shards(mesh):,}",
     ]
-    if config.sampling.mesh is not None and plan.sampling:
+    if isinstance(plan, RunPlan) and plan.config.sampling.mesh is not None and plan.sampling:
         decoding = next(iter(plan.sampling.values())).programs.mesh
         own = " ".join(f"{axis}={size}" for axis, size in decoding.shape.items())
         parts = f", {plan.submeshes} times over" if plan.submeshes > 1 else ""
@@ -116,7 +120,7 @@ def _head_numbers(slots: SlotPlan) -> str:
     return f"{attention_layers(model)} x {model.num_key_value_heads // tensor} x {model.head_dim}"
 
 
-def _memory_table(plan: RunPlan) -> Table:
+def _memory_table(plan: AnyPlan) -> Table:
     capacity = plan.target.capacity
     table = _table(
         f"bytes of a device, of {show_bytes(capacity.bytes)} ({capacity.source}); in brackets by arithmetic alone"
@@ -144,8 +148,9 @@ def _pair(size: int | None, closed: int | None) -> str:
     return show_bytes(size) + ("" if closed is None or closed == size else f" ({show_bytes(closed)})")
 
 
-def _time_table(plan: RunPlan) -> Table:
-    table = _table("one run of each program; decode: one token of every slot")
+def _time_table(plan: AnyPlan) -> Table:
+    decode = "; decode: one token of every slot" if "decode" in plan.programs else ""
+    table = _table(f"one run of each program{decode}")
     for name in plan.programs:
         table.add_column(name, justify="right", no_wrap=True)
     programs = list(plan.programs.values())
@@ -161,7 +166,7 @@ def _time_table(plan: RunPlan) -> Table:
     return table
 
 
-def _collective_table(plan: RunPlan) -> Table:
+def _collective_table(plan: AnyPlan) -> Table:
     table = _table("sent between devices, by the compiled programs: runs, bytes of all, and the largest")
     for column in ("kind", "runs", "in loops", "bytes", "largest", "of shape"):
         table.add_column(column, justify="left" if column in ("kind", "of shape") else "right", no_wrap=True)
@@ -172,23 +177,29 @@ def _collective_table(plan: RunPlan) -> Table:
     return table
 
 
-def _assumptions(plan: RunPlan) -> str:
+def _assumptions(plan: AnyPlan) -> str:
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in SHARES.items())
     chip = plan.target.chip
-    lines = ["All texts are taken to be as long as they may be; decoding, half of that on average."]
+    half = "; decoding, half of that on average" if "decode" in plan.programs else ""
+    lines = [f"All texts are taken to be as long as they may be{half}."]
     if chip is None:
         lines.append("No times: what these devices can do is not known; --topology names some that are.")
     else:
+        busy = f", {BUSY:.0%} of slots busy" if "decode" in plan.programs else ""
         lines.append(
-            f"Times are a roofline, no measurement: {shares}, {BUSY:.0%} of slots busy; a {chip.name} does "
+            f"Times are a roofline, no measurement: {shares}{busy}; a {chip.name} does "
             f"{chip.flops / 1e12:,.0f} TFLOP/s in bfloat16, reads {chip.bandwidth / 1e12:.2f} TB/s and sends "
             f"{chip.link / 1e9:,.0f} GB/s (makers' data sheets)."
         )
     return "\n".join(lines) + "\n"
 
 
-def _total_tables(plan: RunPlan, whole: Totals) -> list[RenderableType]:
-    table = _table(f"the run, with {pairs_per_prompt(plan.config):g} pairs a prompt: {whole.pairs:,} pairs")
+def _total_tables(plan: AnyPlan, whole: Totals) -> list[RenderableType]:
+    if isinstance(plan, TrainingPlan):
+        aside = f", and {plan.rows.held_out:,} held out" if plan.rows.held_out else ""
+        table = _table(f"the training, on {whole.pairs:,} {plan.what}{aside}")
+    else:
+        table = _table(f"the run, with {pairs_per_prompt(plan.config):g} pairs a prompt: {whole.pairs:,} pairs")
     for column in ("steps or calls", "hours"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, stage in whole.stages.items():
@@ -208,6 +219,8 @@ def _total_tables(plan: RunPlan, whole: Totals) -> list[RenderableType]:
         "dollars": _number(whole.total_usd),
         "disk": show_bytes(sum(whole.disk.values())),
     }
+    if isinstance(plan, TrainingPlan):
+        cells = {name: cell for name, cell in cells.items() if name not in _OF_JUDGES}
     for column in cells:
         total.add_column(column, justify="right", no_wrap=True)
     total.add_row(*cells.values())
@@ -218,17 +231,22 @@ def _number(amount: float | None) -> str:
     return "-" if amount is None else f"{amount:,.2f}" if amount < 1_000 else f"{amount:,.0f}"
 
 
-def _found_text(found: Found) -> str:
+def _command(plan: AnyPlan) -> str:
+    return {RunConfig: "dno run", SftConfig: "dno sft", RewardConfig: "dno reward"}[type(plan.config)]
+
+
+def _found_text(found: Found, *, command: str) -> str:
     seconds = "" if found.seconds is None else f", {found.seconds:.3g} s a step by roofline"
     return (
         f"search: {' '.join(found.overrides)} fits with {show_bytes(found.peak)} ({found.source}; "
-        f"{found.compiles} tried){seconds}\n    dno run CONFIG {' '.join(found.overrides)}\n"
+        f"{found.compiles} tried){seconds}\n    {command} CONFIG {' '.join(found.overrides)}\n"
     )
 
 
-def as_json(plan: RunPlan, *, found: Found | None = None) -> dict[str, Any]:
+def as_json(plan: AnyPlan, *, found: Found | None = None) -> dict[str, Any]:
     """Return a plan as what JSON holds."""
     whole, target = totals(plan), plan.target
+    run = plan if isinstance(plan, RunPlan) else None
     programs = {
         name: {
             "fits": one.fits,
@@ -249,17 +267,17 @@ def as_json(plan: RunPlan, *, found: Found | None = None) -> dict[str, Any]:
                    "chip": None if target.chip is None else target.chip.name},
         "model": {"name": plan.shape.name, "family": plan.model_config.family},
         "mesh": dict(plan.mesh.shape),
-        "prompts": {name: asdict(count) for name, count in plan.counts.items()},
+        "prompts": {} if run is None else {name: asdict(count) for name, count in run.counts.items()},
         "sampling": {
             stage: {"slots": slots.slots, "most_slots": slots.most_slots, "chosen_by": slots.chosen_by,
                     "mesh": dict(slots.programs.mesh.shape), "bytes": dict(slots.parts)}
             for stage, slots in plan.sampling.items()
         },
         "programs": programs,
-        "annotation": None if plan.annotation is None else {
+        "annotation": None if run is None or run.annotation is None else {
             name: {"requests": part.total.requests, "tokens_in": part.total.tokens_in,
                    "tokens_out": part.total.tokens_out, "usd": part.usd, "batch_usd": part.batch_usd}
-            for name, part in plan.annotation.parts.items()
+            for name, part in run.annotation.parts.items()
         },
         "total": None if whole is None else asdict(whole) | {"total_usd": whole.total_usd},
         "search": None if found is None else asdict(found),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
-from dno_jax.config import RunConfig
+from dno_jax.config import ModelConfigSection, RunConfig
 from dno_jax.console import Meter
 from dno_jax.data.prompts import PromptSplit, TokenizedPrompt, split_prompts, tokenize_prompts
 from dno_jax.errors import DnoError
@@ -84,7 +84,7 @@ def texts_of(config: RunConfig, *, num_prompts: int | None = None, named_shape: 
         DnoError: as `split_prompts`, unless the shape is a bundled one; or too few prompts.
     """
     notes, tokenizer = [], None
-    if not named_shape and _has_tokenizer(config):
+    if not named_shape and has_tokenizer(config.model):
         tokenizer = load_tokenizer(config.model)
     else:
         notes.append(f"no tokenizer was read: a token is taken for {_LETTERS} letters")
@@ -101,8 +101,9 @@ def texts_of(config: RunConfig, *, num_prompts: int | None = None, named_shape: 
     return Texts(config, split, tokenizer, "; ".join(notes))
 
 
-def _has_tokenizer(config: RunConfig) -> bool:
-    place = folder(config.model.path)
+def has_tokenizer(section: ModelConfigSection) -> bool:
+    """Whether a model's tokenizer is here."""
+    place = folder(section.path)
     return any((place / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 

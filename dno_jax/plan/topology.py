@@ -35,6 +35,7 @@ _TPU_ENVIRONMENT = {  # libtpu asks a machine's metadata otherwise, and waits fo
 }
 _CARDS = {"h100": b"NVIDIA H100 80GB HBM3", "h200": b"NVIDIA H200 141GB HBM3e"}
 _GPUS_OF_HOST = 8
+_FLAT = ("v5e", "v6e")  # TPUs whose slices have two sizes; others have three
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def target_of(topology: str | None, *, num_devices: int | None, memory: int | No
         raise DnoError(f"--topology is {topology!r}; known: {known_topologies()}")
     sizes = [int(size) for size in found["shape"].split("x")]
     slices = int(found["slices"] or 1)
+    _check_shape(topology, name, platform="cpu" if chip is None else chip.platform, sizes=sizes, slices=slices)
     if chip is None:
         return _cpus(topology, sizes[0], given)
     own = given or Capacity(chip.usable, f"what a program may take of a {chip.name}")
@@ -129,6 +131,23 @@ def target_of(topology: str | None, *, num_devices: int | None, memory: int | No
         return Target(topology, count, _tpus(topology, chip.name, found["shape"], slices), chip, own)
     devices, note = _gpus(chip.name, sizes)
     return Target(topology, count, devices, chip, own, note)
+
+
+def _check_shape(topology: str, name: str, *, platform: str, sizes: list[int], slices: int) -> None:
+    """See that a shape is one of its kind: what is left over would be planned for nobody.
+
+    Raises:
+        DnoError: it is not.
+    """
+    numbers = {"cpu": (1,), "gpu": (1, 2), "tpu": (2,) if name in _FLAT else (3,)}[platform]
+    uneven = platform == "gpu" and len(sizes) == 1 and sizes[0] > _GPUS_OF_HOST and sizes[0] % _GPUS_OF_HOST > 0
+    if len(sizes) not in numbers or (platform != "tpu" and slices > 1) or uneven:
+        wanted = {
+            "cpu": "a number, as in cpu:8",
+            "gpu": f"GPUs of one host, as in {name}:8 (more of them in eights), or hosts x GPUs, as in {name}:2x8",
+            "tpu": f"{numbers[0]} sizes, as in {name}:{'x'.join('4' * numbers[0])}, and *2 after them for two slices",
+        }[platform]
+        raise DnoError(f"--topology is {topology!r}; expected {wanted}")
 
 
 def _leave_accelerators_alone() -> None:

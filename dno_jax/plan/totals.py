@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 
@@ -12,6 +13,7 @@ from dno_jax.config import RunConfig
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.plan.roofline import decode_seconds
 from dno_jax.plan.run import PromptCount, RunPlan
+from dno_jax.plan.trainings import TrainingPlan, steps_of
 from dno_jax.runtime.arguments import trained_state
 from dno_jax.runtime.programs import Programs
 
@@ -36,7 +38,7 @@ class StageTotal:
 class Totals:
     """
     Attributes:
-        pairs: of all iterations, replayed ones counted where they are trained on.
+        pairs: of all iterations, replayed ones counted where they are trained on; or a training's rows.
         stages: of all iterations.
         hours: of all that the devices do.
         device_hours, usd: of all devices; None where hours, or a price, are not known.
@@ -59,8 +61,10 @@ class Totals:
         return None if self.usd is None or self.judge_usd is None else self.usd + self.judge_usd
 
 
-def totals(plan: RunPlan) -> Totals | None:
-    """Add a run up; None where nobody says how many prompts there are."""
+def totals(plan: RunPlan | TrainingPlan) -> Totals | None:
+    """Add a run up; None where nobody says how many prompts, or rows, there are."""
+    if isinstance(plan, TrainingPlan):
+        return _of_training(plan)
     if not plan.counts:
         return None
     config, section = plan.config, plan.config.training
@@ -70,33 +74,58 @@ def totals(plan: RunPlan) -> Totals | None:
     steps = sum(-(-count // section.batch_size) for count in pairs) * section.num_epochs
     scored = sum(-(-count // (section.micro_batch_size or section.batch_size)) for count in pairs)
     scored *= 2 if config.uses_initial else 1
-
-    def hours(program: str, runs: int) -> float | None:
-        time = plan.programs[program].time if program in plan.programs else None
-        return None if time is None else runs * time.seconds / 3600.0
-
-    stages = {"score": StageTotal(scored, hours("score", scored)), "train": StageTotal(steps, hours("train", steps))}
+    stages = {"score": _stage(plan, "score", scored), "train": _stage(plan, "train", steps)}
     if "sample" in plan.sampling:
         stages["sample"] = _sampled(plan, "sample", [*parts])
     if "evaluate" in plan.sampling and "held out" in plan.counts:
         stages["evaluate"] = _sampled(plan, "evaluate", [plan.counts["held out"]] * config.iterations)
-    known = [stage.hours for stage in stages.values()]
-    total = None if None in known else sum((hour for hour in known if hour is not None), 0.0)
-    device_hours = None if total is None else total * plan.target.count
-    price = plan.asked.price_per_hour
     annotation = plan.annotation.parts if plan.annotation else {}
     bills = [part.usd for part in annotation.values()]
-    return Totals(
+    whole = _devices(plan, stages)
+    return replace(
+        whole,
         pairs=sum(pairs),
-        stages=stages,
-        hours=total,
-        device_hours=device_hours,
-        usd=None if device_hours is None or price is None else device_hours * price,
         requests=sum(part.total.requests for part in annotation.values()),
         tokens=sum(part.total.tokens_in + part.total.tokens_out for part in annotation.values()),
         judge_usd=None if None in bills else sum((bill for bill in bills if bill is not None), 0.0),
         disk=disk(plan, responses=sum(_tokens(plan, count.response_tokens) for count in plan.counts.values())),
     )
+
+
+def _of_training(plan: TrainingPlan) -> Totals | None:
+    if plan.rows.trained is None:
+        return None
+    steps, scored = steps_of(plan)
+    stages = {"train": _stage(plan, "train", steps)}
+    if scored:
+        stages["score"] = _stage(plan, "score", scored)
+    programs = Programs(plan.config, plan.model_config, plan.mesh)
+    lying = {"training states": _state_bytes(programs), "export": 2 * programs.num_parameters}
+    if programs.adapter_params is not None:
+        lying["adapters"] = 4 * programs.adapter_params
+    return replace(_devices(plan, stages), pairs=plan.rows.trained, disk=lying)
+
+
+def _stage(plan: RunPlan | TrainingPlan, program: str, runs: int) -> StageTotal:
+    time = plan.programs[program].time if program in plan.programs else None
+    return StageTotal(runs, None if time is None else runs * time.seconds / 3600.0)
+
+
+def _devices(plan: RunPlan | TrainingPlan, stages: Mapping[str, StageTotal]) -> Totals:
+    """Add up what the devices do."""
+    known = [stage.hours for stage in stages.values()]
+    total = None if None in known else sum((hour for hour in known if hour is not None), 0.0)
+    device_hours = None if total is None else total * plan.target.count
+    price = plan.asked.price_per_hour
+    usd = None if device_hours is None or price is None else device_hours * price
+    return Totals(0, stages, total, device_hours, usd, requests=0, tokens=0, judge_usd=0.0, disk={})
+
+
+def _state_bytes(programs: Programs[Any]) -> int:
+    """Of the training states that lie beside each other at most."""
+    state, _ = trained_state(programs)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return (programs.config.training.keep_states + 1) * size
 
 
 def pairs_per_prompt(config: RunConfig) -> float:
@@ -139,18 +168,13 @@ def disk(plan: RunPlan, *, responses: int) -> dict[str, int]:
     """Bytes of a run directory at its largest."""
     config = plan.config
     programs = Programs(config, plan.model_config, plan.mesh)
-    state, _ = trained_state(programs)
-
-    def size(tree: object) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
     whole = 4 * programs.num_parameters
     trained = 4 * (programs.adapter_params or programs.num_parameters)
     keep = config.training.keep_policies
     kept = config.iterations if keep == "all" else min(config.iterations, keep + 2)
     return {
         "policies": whole + kept * trained,
-        "training states": (config.training.keep_states + 1) * size(state),
+        "training states": _state_bytes(programs),
         "export": 2 * programs.num_parameters,
         "rollouts": responses * _TEXT_BYTES,
     }

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dno_jax.config import RunConfig, SftConfig
+from dno_jax.config import RewardConfig, RunConfig, SftConfig
 from dno_jax.model.params import abstract_adapters, abstract_params, computing_params
 from dno_jax.model.places import Places
 from dno_jax.model.stack import group_at, layer_groups
@@ -23,7 +23,7 @@ from dno_jax.sampling.decode import decode, fill
 from dno_jax.sampling.memory import SlotPlan
 from dno_jax.sampling.state import Prompts, abstract_start, prompt_bucket
 from dno_jax.training.batches import PairBatch
-from dno_jax.training.objectives import preference_loss, supervised_loss
+from dno_jax.training.objectives import preference_loss, reward_loss, supervised_loss
 from dno_jax.training.packing import BatchShape, Plan, TextLengths, plan_batches
 from dno_jax.training.state import TrainState, state_shardings
 from dno_jax.training.step import score_step, train_step
@@ -128,6 +128,7 @@ def abstract_batch(programs: Programs[ConfigT], shape: BatchShape) -> PairBatch:
         target=single,
         weight=single,
         own=pairs,
+        anchor=pairs,
     )
     return placed(batch, batch.shardings(programs.mesh))
 
@@ -155,7 +156,7 @@ def train_call(programs: Programs[ConfigT], shape: BatchShape) -> Call:
         loss = preference_loss(config.loss_at(0), config.reference)
         step = programs.step_config(loss, load_balance_weight=config.loss.load_balance_weight)
     else:
-        step = programs.step_config(supervised_loss)
+        step = programs.step_config(reward_loss if isinstance(config, RewardConfig) else supervised_loss)
     step = replace(step, places=tuple(leaf.sharding for leaf in jax.tree.leaves(state)))
     batch, rate = abstract_batch(programs, shape), jax.ShapeDtypeStruct((), jnp.float32)
     options = {"config": step, "frozen": frozen, "rounding": jax.ShapeDtypeStruct((2,), jnp.uint32)}
@@ -164,9 +165,11 @@ def train_call(programs: Programs[ConfigT], shape: BatchShape) -> Call:
 
 
 def score_call(programs: Programs[ConfigT], shape: BatchShape) -> Call:
-    """The log-probabilities of a batch under a policy that stands."""
-    params = placed(abstract_params(programs.model_config), programs.param_shardings(TRAIN))
-    frozen = None
+    """The log-probabilities of a batch under a policy that stands; of a reward model that is trained, its rewards."""
+    shapes, frozen = abstract_params(programs.model_config), None
+    if isinstance(programs.config, RewardConfig):
+        shapes = programs.trained_params
+    params = placed(shapes, programs.param_shardings(TRAIN))
     if programs.adapter is not None:
         state, frozen = trained_state(programs)
         params = state.params

@@ -6,6 +6,7 @@ is the very construction that the stages run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,9 +77,12 @@ class Programs(Generic[ConfigT]):
         section = self.config.sampling.mesh if isinstance(self.config, RunConfig) else None
         if section is None:
             return self.mesh
-        if not isinstance(self.mesh, Mesh):
-            return abstract_mesh(section, self.mesh.size)
-        return make_mesh(section, list(self.mesh.devices.flat))
+        try:
+            if not isinstance(self.mesh, Mesh):
+                return abstract_mesh(section, self.mesh.size)
+            return make_mesh(section, list(self.mesh.devices.flat))
+        except DnoError as error:
+            raise DnoError(re.sub(r"\bmesh(?=\.| \()", "sampling.mesh", str(error))) from None
 
     def mesh_of(self, layout: Layout) -> AnyMesh:
         return self.decode_mesh if layout == DECODE else self.mesh

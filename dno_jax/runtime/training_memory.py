@@ -85,7 +85,8 @@ def _activations(programs: Programs[ConfigT], shape: BatchShape) -> int:
     if "gated_delta" in model.layer_mixers:  # its states between chunks, which `remat: none` keeps of every layer
         state = 4 * model.linear_num_value_heads * model.linear_value_head_dim * model.linear_key_head_dim // tensor
         once += -(-tokens // CHUNK) * state * (model.layer_mixers.count("gated_delta") if remat == "none" else 1)
-    head = 2 * min(config.training.logprob_chunk, tokens) * (model.vocab_size // tensor) * 4
+    logits = model.vocab_size // tensor if model.head == "logits" else 0
+    head = 2 * min(config.training.logprob_chunk, tokens) * logits * 4
     return layers + max(once, head)
 
 
@@ -171,7 +172,8 @@ def changes(programs: Programs[ConfigT]) -> Iterator[list[list[str]]]:
     moments = config.optimizer.name != "adafactor" and config.adapter is None
     yield [["optimizer.moment_dtype=bfloat16"]] if moments and config.optimizer.moment_dtype == "float32" else []
     yield [["optimizer.name=adafactor"]] if moments and config.optimizer.moment_dtype == "float32" else []
-    yield [["adapter.rank=64", "adapter.alpha=64", "training.param_dtype=float32"]] if config.adapter is None else []
+    adapters = config.adapter is None and "adapter" in type(config).model_fields
+    yield [["adapter.rank=64", "adapter.alpha=64", "training.param_dtype=float32"]] if adapters else []
 
 
 def overridden(config: ConfigT, overrides: list[str]) -> ConfigT:

@@ -151,8 +151,8 @@ def preferences_of(runtime: Runtime[RewardConfig]) -> Preferences:
     """
     section, pad_id = runtime.config.pairs, padding_of(runtime)
     _try_template(runtime)
-    found = _read(runtime.config)
-    aside = _held_out(found.pairs, section.held_out, seed=runtime.config.seed)
+    found = labelled_of(runtime.config)
+    aside = held_out_prompts(found.pairs, section.held_out, seed=runtime.config.seed)
     rows: list[TrainingRow] = []
     held_out: list[tuple[str, TrainingRow]] = []
     digest, left_out = hashlib.sha256(), Counter[str]()
@@ -184,7 +184,12 @@ def preferences_of(runtime: Runtime[RewardConfig]) -> Preferences:
     )
 
 
-def _read(config: RewardConfig) -> Labelled:
+def labelled_of(config: RewardConfig) -> Labelled:
+    """Read the preferences.
+
+    Raises:
+        DnoError: there are none, or they are malformed.
+    """
     section = config.pairs
     if section.run is None:
         assert section.path is not None  # the configuration's own check
@@ -197,7 +202,12 @@ def _read(config: RewardConfig) -> Labelled:
     return read_verdicts(RunDir(section.run), section.iterations, temperature=section.score_temperature)
 
 
-def _held_out(pairs: Iterable[LabelledPair], count: int, *, seed: int) -> set[str]:
+def held_out_prompts(pairs: Iterable[LabelledPair], count: int, *, seed: int) -> set[str]:
+    """Draw the prompts that are set aside.
+
+    Raises:
+        DnoError: none would be left to train on.
+    """
     prompts = sorted({pair.prompt_id for pair in pairs})
     if count >= len(prompts):
         raise DnoError(

@@ -74,7 +74,7 @@ def _without_weights(config: ModelConfig, work: Work) -> float:
 
 def forward_flops(config: ModelConfig, work: Work) -> float:
     """FLOPs of log-probabilities: a pass of the reference. A multiplication and its addition are two."""
-    head = config.hidden_size * config.vocab_size
+    head = config.hidden_size * config.vocab_size if config.head == "logits" else 0  # a reward reads few tokens
     return float(2 * body_params(config) * work.tokens + _without_weights(config, work) + 2 * head * work.predicted)
 
 

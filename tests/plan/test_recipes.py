@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from dno_jax.config import RunConfig, load_config
+from dno_jax.config import RewardConfig, RunConfig, load_config
 from dno_jax.errors import DnoError
 from dno_jax.plan.run import Asked, plan_run
 from dno_jax.plan.shape import shape_of, shapes
 from dno_jax.plan.tables import as_json
 from dno_jax.plan.totals import totals
+from dno_jax.plan.trainings import plan_training
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMAND = re.compile(r"^#\s+dno plan configs/(\S+\.yaml) (--topology .*)$", re.MULTILINE)
 RECIPES = {path.name: found for path in CONFIGS.glob("*.yaml") if (found := COMMAND.search(path.read_text()))}
+
+TRAINING = "reward_model.yaml"  # no iteration of a run
 
 
 def asked(arguments: str, **changes) -> Asked:
@@ -30,10 +33,19 @@ def asked(arguments: str, **changes) -> Asked:
 
 def test_the_recipes_at_real_scale_say_how_they_are_planned():
     assert {"mistral_7b_ultrafeedback.yaml", "mistral_7b_lora.yaml", "llama3_1_8b.yaml", "llama3_1_8b_lora.yaml",
-            "qwen3_0_6b.yaml", "qwen3_4b.yaml", "llama3_1_70b.yaml", "prompts_600k.yaml"} == set(RECIPES)  # fmt: skip
+            "qwen3_0_6b.yaml", "qwen3_4b.yaml", "llama3_1_70b.yaml", "prompts_600k.yaml",
+            TRAINING} == set(RECIPES)  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def test_the_reward_models_recipe_fits_the_devices_that_it_names():
+    file, arguments = RECIPES[TRAINING].groups()
+    assert file == TRAINING
+    plan = plan_training(load_config(RewardConfig, CONFIGS / TRAINING), asked=asked(arguments))
+    assert all(one.fits for one in plan.programs.values())
+    assert as_json(plan)["total"]["stages"]["train"]["runs"] == -(-2_600 // 64)
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {TRAINING}))
 def test_a_recipe_fits_the_devices_that_it_names(name):
     file, arguments = RECIPES[name].groups()
     assert file == name

@@ -53,6 +53,27 @@ def test_an_unknown_topology_lists_the_known_ones(name):
         assert known in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("v5p:4x4", "3 sizes, as in v5p:4x4x4"), ("v5e:4x4x4", "2 sizes, as in v5e:4x4"), ("v6e:8", "2 sizes"),
+        ("tpu7x:4*2", "3 sizes"), ("h200:2x2x2", "hosts x GPUs"), ("h200:12", "more of them in eights"),
+        ("a100:8*2", "GPUs of one host"), ("cpu:8x2", "a number, as in cpu:8"), ("cpu:8*2", "a number"),
+    ],
+)  # fmt: skip
+def test_a_shape_of_another_kind_of_device_is_refused(name, wanted):
+    with pytest.raises(DnoError) as told:
+        on(name)
+    assert f"--topology is {name!r}; expected " in str(told.value)
+    assert wanted in str(told.value)
+
+
+def test_a_mesh_for_decoding_that_does_not_fit_is_named_as_such():
+    config = load_config(RunConfig, PAPER, ["sampling.mesh={data: 3, tensor: 2}"])
+    with pytest.raises(DnoError, match=r"^sampling\.mesh \(data=3, .* does not divide the 256"):
+        plan_run(config, asked=Asked(topology="v5e:16x16", compiled=False, model="mistral-7b", num_prompts=2000))
+
+
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(topology, "find_spec", lambda name: None)
     with pytest.raises(DnoError, match=r"libtpu, the TPU's compiler, is not installed; pip install 'dno_jax\[plan\]'"):

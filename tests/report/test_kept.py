@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from dno_jax.data.pairs import PairFile
@@ -110,6 +112,7 @@ def test_a_picture_is_drawn_anew_where_its_numbers_or_what_draws_it_changed(copi
     pytest.importorskip("altair")
     pytest.importorskip("vl_convert")
     config, run_dir = copied
+    shutil.rmtree(run_dir.report_files_path, ignore_errors=True)  # others may have written it
     drawn = []
     monkeypatch.setattr(plots, "svg", lambda spec: drawn.append(spec["description"].split(".")[0]) or "<svg></svg>")
     write_report(run_dir, config)
