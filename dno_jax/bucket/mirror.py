@@ -225,16 +225,18 @@ class Mirror:
                 before = local.signs(self.folder)  # all that its marks speak of is there when the next look begins
                 here = {n: sign for n, sign in local.signs(self.folder).items() if _is_settled(n, sign, before)}
                 known = record.files | record.sent
-                for part in _ranked(name for name in here if name not in known or known[name].sign != here[name]):
-                    self._send(part, record)
+                new = {name for name, sign in here.items() if name not in known or known[name].sign != sign}
+                # What is overwritten now is no source of copies.
+                there = {own.sha256: name for name, own in known.items() if name not in new and _stays(name)}
+                for part in _ranked(new):
+                    self._send(part, record, there)
                 if here.keys() <= local.signs(self.folder).keys():
                     break
             return set(here)
         finally:
             record.save(self.folder)
 
-    def _send(self, names: list[str], record: Record) -> None:
-        there = {known.sha256: name for name, known in (record.files | record.sent).items() if known.sha256}
+    def _send(self, names: list[str], record: Record, there: dict[str, str]) -> None:
         failure: DnoError | None = None
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for name, future in [(name, pool.submit(self._sent, name, record, there)) for name in names]:
@@ -250,16 +252,25 @@ class Mirror:
         try:
             with local.whole(self.folder, name) as (path, known):
                 before = record.sent.get(name) or record.files.get(name)
-                twin = there.get(known.sha256)
-                if before is not None and before.sha256 == known.sha256:
-                    pass  # touched, and the same
-                elif twin is not None and not local.changes_in_place(twin):  # it was moved, or copied
-                    self.store.copy(twin, name)
-                else:
+                touched = before is not None and before.sha256 == known.sha256
+                if not touched and not self._copied(there.get(known.sha256), name):
                     self.store.upload(name, path)
                 return known
         except FileNotFoundError:
             return None  # removed meanwhile
+
+    def _copied(self, twin: str | None, name: str) -> bool:
+        """Copy an object of the same contents inside of the bucket: a file was moved here, or copied."""
+        try:
+            if twin is not None:
+                self.store.copy(twin, name)
+            return twin is not None
+        except FileNotFoundError:
+            return False
+
+
+def _stays(name: str) -> bool:
+    return not local.changes_in_place(name)
 
 
 def _is_settled(name: str, sign: str, before: dict[str, str]) -> bool:

@@ -161,6 +161,22 @@ def test_nothing_is_sent_twice_and_what_moves_is_copied(bucket, machine, monkeyp
     assert objects(bucket) == contents(one.folder)
 
 
+def test_what_is_moved_and_made_anew_at_once_keeps_both(bucket, machine):
+    """A policy that is set aside and trained again has files of the same names; none is a copy of the wrong one."""
+    one = Bucket.of(URL)
+    for again in (False, True):
+        with one.working(weights=True):
+            iteration(one)
+            if again:
+                (one.folder / "policies").rename(one.folder / "aside")
+                write(one, policies__000__params__d__0=BIG[::-1], policies__000__FINGERPRINT="1" * 64)
+    assert objects(bucket) == contents(one.folder)
+    bucket.rm_file(f"{URL}/aside/000/FINGERPRINT")  # by hand: what is no more there is no source of copies
+    with one.working(weights=True):
+        (one.folder / "aside").rename(one.folder / "export")
+    assert objects(bucket) == contents(one.folder)
+
+
 def test_weights_are_left_there_until_somebody_reads_them(bucket, machine):
     one = Bucket.of(URL)
     with one.working(weights=True):
