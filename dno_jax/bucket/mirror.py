@@ -71,6 +71,8 @@ class Mirror:
                 return
             commit, there = self._index()
             record = Record.read(self.folder, self.place.url)
+            if commit and commit == record.pending:  # this folder's own, of a process that was killed then
+                record = Record(self.place.url, commit, record.files | record.sent)
             if record.commit and not commit:
                 say(f"warning: {self.place.url} has lost its index; what this machine has of it is uploaded anew")
                 record = Record(self.place.url)
@@ -103,7 +105,9 @@ class Mirror:
             gone = sorted(({*known, *record.doomed} - files.keys()) - elsewhere.keys())
             if not record.commit or _contents(files) != _contents(record.files):
                 self.lock.check()
-                record.commit = uuid.uuid4().hex
+                record.pending = uuid.uuid4().hex
+                record.save(self.folder)
+                record.commit = record.pending
                 text = json.dumps({"format": FORMAT, "commit": record.commit, "files": _contents(files | elsewhere)})
                 self.store.write(INDEX, text.encode())
             Record(self.place.url, record.commit, files, elsewhere, doomed=gone).save(self.folder)
@@ -148,10 +152,19 @@ class Mirror:
             if here.get(name) == known.sign and name in there and there[name].sha256 == known.sha256
         }
         for name in here.keys() - files.keys():
-            (self.folder / name).unlink(missing_ok=True)
+            self._forget(self.folder / name)
         record = Record(self.place.url, commit, files)
         record.save(self.folder)  # what is fetched from here on is known by its digest, if this is cut
         return record
+
+    def _forget(self, path: Path) -> None:
+        """Remove a file, and folders that are empty then: some stand for a policy, or an iteration."""
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty
+            for folder in path.parents:
+                if folder == self.folder:
+                    break
+                folder.rmdir()
 
     def _is_own_work(self, name: str, sign: str, record: Record) -> bool:
         """Whether a file holds what was computed here and never uploaded. Who only reads may write a report."""
@@ -191,7 +204,7 @@ class Mirror:
                 same = found.size == known.size and known.sha256 in ("", found.sha256)
                 return found if same else None
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        part, size, sha256 = path.parent / f".{path.name}.{os.getpid()}.tmp", 0, ""
         try:
             for _ in range(2):  # bits may change on their way
                 self.store.download(name, part)
@@ -220,6 +233,7 @@ class Mirror:
 
         What is sent is noted in the record, whatever happens.
         """
+        here: dict[str, str] = {}
         try:
             for _ in range(_ROUNDS):  # until nothing was removed meanwhile, such as half of an old state
                 before = local.signs(self.folder)  # all that its marks speak of is there when the next look begins

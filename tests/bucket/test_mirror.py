@@ -1,6 +1,7 @@
 """A folder and a bucket kept the same: what is sent, in which order, and what a machine that is behind does."""
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 
@@ -137,6 +138,63 @@ def test_an_upload_that_is_cut_changes_nothing_for_readers_and_sends_nothing_twi
     assert noted == [("upload", "iterations/000/pairs/z")]
     assert objects(bucket) == contents(one.folder)
     assert sent > len(BIG)
+
+
+class Killed(BaseException):
+    """As by kill -9: nothing of ours is done after it."""
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_kill_as_the_index_is_written_costs_nothing(bucket, machine, monkeypatch, capsys, written):
+    one = Bucket.of(URL)
+    kept = one._mirror.store.write
+
+    def dies(name, data, **options):
+        if name == INDEX:
+            if written:
+                kept(name, data, **options)
+            raise Killed
+        kept(name, data, **options)
+
+    def works():
+        iteration(one)
+        monkeypatch.setattr(one._mirror.store, "write", dies)
+
+    with pytest.raises(Killed), one.working(weights=True):
+        works()
+    assert bucket.exists(f"{URL}/{INDEX}") == written
+    machine("first")
+    again = Bucket.of(URL)
+    noted = calls(again, monkeypatch, "upload", "download")
+    with again.working(weights=True):
+        pass
+    assert not noted
+    assert objects(bucket) == contents(one.folder)
+    assert "elsewhere" not in capsys.readouterr().err
+
+
+def test_folders_that_are_empty_elsewhere_go_here_too(bucket, machine):
+    one = Bucket.of(URL)
+    with one.working(weights=True):
+        iteration(one)
+        write(one, policies__001__params__d=BIG, policies__001__FINGERPRINT="1")
+    machine("second")
+    with Bucket.of(URL).working(weights=True):
+        shutil.rmtree(Bucket.of(URL).folder / "policies" / "001")
+    machine("first")
+    Bucket.of(URL).fetch()
+    assert not (one.folder / "policies" / "001").exists()
+    assert (one.folder / "policies" / "000").exists()
+
+
+def test_a_damaged_store_of_verdicts_is_said_and_all_else_uploaded(bucket, machine):
+    one = Bucket.of(URL)
+    iteration(one)
+    write(one, **{"annotations.sqlite": "no database at all" * 99})
+    said = r"annotations\.sqlite: file is not a database; it cannot be uploaded"
+    with pytest.raises(DnoError, match=said), one.working(weights=True):
+        pass
+    assert "iterations/000/rollouts/0000000.jsonl" in objects(bucket)
 
 
 def test_nothing_is_sent_twice_and_what_moves_is_copied(bucket, machine, monkeypatch):
