@@ -19,7 +19,7 @@ from dno_jax.files import digest_of, write_atomically
 RECORD = ".bucket.json"
 # Written when all that they speak of is there: uploaded last.
 _MARKS = ("MANIFEST.json", "FINGERPRINT", "_CHECKPOINT_METADATA", "exported.json", "mixture.json", "results.json")
-_WRITTEN_ONCE = ("iterations", "policies", "export", "export_average", "aside", "profile", "suites")
+_WRITTEN_ONCE = ("iterations", "policies", "export", "export_average", "aside", "profile", "states", "suites")
 _HEAVY = re.compile(r"(policies/[^/]+/|iterations/[^/]+/train/states/|export(_average)?/|aside/|profile/|states/)\S")
 _LIGHT_BYTES = 1 << 18
 # What starts with a dot is somebody's own (locks, files being written), but for what arrays are described by.

@@ -419,3 +419,42 @@ def test_figures_that_an_upload_was_cut_after_are_taken_as_they_are(bucket, mach
     machine("second")
     Bucket.of(URL).fetch()
     assert (Bucket.of(URL).folder / "metrics.jsonl").read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "in_place"),
+    [
+        ("policies/000/params/d/0", True, False),
+        ("iterations/003/train/states/40/default/d/0", True, False),
+        ("states/40/default/d/0", True, False),  # of sft and reward
+        ("export/model-00001-of-00002.safetensors", True, False),
+        ("aside/0/iterations/000/rollouts/0000000.jsonl", True, False),
+        ("iterations/000/rollouts/0000000.jsonl", False, False),
+        ("iterations/000/pairs/new.parquet", False, False),
+        ("annotations.sqlite", False, True),
+        ("metrics.jsonl", False, True),
+        ("tensorboard/train_000/events.out.tfevents.1", False, True),
+        ("report.html", False, True),
+    ],
+)
+def test_what_is_large_and_what_is_written_again(name, weights, in_place):
+    assert local.is_weights(name, 1 << 30) == weights
+    assert not local.is_weights(name, 10)
+    assert local.changes_in_place(name) == in_place
+
+
+def test_what_is_somebodys_own_stays_here(tmp_path):
+    kept = ["a/MANIFEST.json", "policies/000/params/w/.zarray"]
+    own = [
+        ".lock",
+        "a/.b.jsonl.12.tmp",
+        "annotations.sqlite-wal",
+        "annotations.sqlite-shm",
+        ".export.partial/config.json",
+    ]
+    own += ["policies/001/params.orbax-checkpoint-tmp-1/d/0", ".bucket.json", ".processes-7"]
+    for name in [*kept, *own]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert sorted(local.signs(tmp_path)) == kept
