@@ -452,7 +452,7 @@ def test_what_is_somebodys_own_stays_here(tmp_path):
         "annotations.sqlite-shm",
         ".export.partial/config.json",
     ]
-    own += ["policies/001/params.orbax-checkpoint-tmp-1/d/0", ".bucket.json", ".processes-7"]
+    own += ["policies/001/params.orbax-checkpoint-tmp-1/d/0", ".bucket.json", ".processes-7", ".export.partial/a"]
     for name in [*kept, *own]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
