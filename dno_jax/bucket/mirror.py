@@ -15,7 +15,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -257,8 +257,11 @@ class Mirror:
                 try:
                     if (known := future.result()) is not None:
                         record.sent[name] = known
+                except CancelledError:
+                    pass
                 except DnoError as error:
                     failure = failure or error
+                    pool.shutdown(wait=False, cancel_futures=True)  # each would wait as long for a store that is gone
         if failure is not None:
             raise failure
 

@@ -3,11 +3,12 @@
 import json
 import shutil
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
 
-from dno_jax.bucket import local, store
+from dno_jax.bucket import local, mirror, store
 from dno_jax.bucket.mirror import INDEX
 from dno_jax.bucket.work import Bucket, bring, of_path
 from dno_jax.errors import DnoError
@@ -195,6 +196,31 @@ def test_a_damaged_store_of_verdicts_is_said_and_all_else_uploaded(bucket, machi
     with pytest.raises(DnoError, match=said), one.working(weights=True):
         pass
     assert "iterations/000/rollouts/0000000.jsonl" in objects(bucket)
+
+
+def test_a_store_that_is_gone_is_waited_for_once_and_not_for_every_file(bucket, machine, monkeypatch):
+    one = Bucket.of(URL)
+    asked, cancelled = [], threading.Event()
+
+    class Pool(mirror.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            if cancel_futures:
+                cancelled.set()
+            super().shutdown(wait=wait)
+
+    def gone(name, path):
+        asked.append(name)
+        if len(asked) > 1:
+            cancelled.wait(20)  # they hang for as long as the store does
+        raise store.Unreachable("gone")
+
+    monkeypatch.setattr(mirror, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(one._mirror.store, "upload", gone)
+    write(one, **{f"iterations__000__rollouts__{number:07d}.jsonl": f"{number}" for number in range(100)})
+    with pytest.raises(store.Unreachable), one.working(weights=True):
+        pass
+    assert len(asked) <= 2 * mirror._AT_ONCE
 
 
 def test_nothing_is_sent_twice_and_what_moves_is_copied(bucket, machine, monkeypatch):
