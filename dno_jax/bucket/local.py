@@ -13,12 +13,13 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from dno_jax.errors import DnoError
 from dno_jax.files import digest_of, write_atomically
 
 RECORD = ".bucket.json"
 # Written when all that they speak of is there: uploaded last.
 _MARKS = ("MANIFEST.json", "FINGERPRINT", "_CHECKPOINT_METADATA", "exported.json", "mixture.json", "results.json")
-_WRITTEN_ONCE = ("iterations", "policies", "export", "export_average", "aside", "profile", "suites")
+_WRITTEN_ONCE = ("iterations", "policies", "export", "export_average", "aside", "profile", "states", "suites")
 _HEAVY = re.compile(r"(policies/[^/]+/|iterations/[^/]+/train/states/|export(_average)?/|aside/|profile/|states/)\S")
 _LIGHT_BYTES = 1 << 18
 # What starts with a dot is somebody's own (locks, files being written), but for what arrays are described by.
@@ -54,6 +55,7 @@ class Record:
         elsewhere: those of that index that are not: weights that nobody has asked for here, and what lies aside.
         sent: uploaded since, and in no index yet.
         doomed: names that no index has any more, to be deleted.
+        pending: the commit of an index that is being written, over all that is here.
     """
 
     url: str
@@ -62,6 +64,7 @@ class Record:
     elsewhere: dict[str, Known] = field(default_factory=dict)
     sent: dict[str, Known] = field(default_factory=dict)
     doomed: list[str] = field(default_factory=list)
+    pending: str = ""
 
     @classmethod
     def read(cls, folder: Path, url: str) -> Record:
@@ -70,14 +73,14 @@ class Record:
             found = json.loads((folder / RECORD).read_text())
             parts = ({name: Known(*known) for name, known in found[part].items()} for part in _PARTS)
             if found["url"] == url:
-                return cls(url, found["commit"], *parts, doomed=found["doomed"])
+                return cls(url, found["commit"], *parts, doomed=found["doomed"], pending=found["pending"])
         except (OSError, ValueError, LookupError, TypeError):
             pass
         return cls(url)
 
     def save(self, folder: Path) -> None:
         tree = {part: {name: astuple(known) for name, known in getattr(self, part).items()} for part in _PARTS}
-        head = {"url": self.url, "commit": self.commit, "doomed": self.doomed}
+        head = {"url": self.url, "commit": self.commit, "doomed": self.doomed, "pending": self.pending}
         write_atomically(folder / RECORD, json.dumps(head | tree))
 
 
@@ -151,6 +154,17 @@ def whole(folder: Path, name: str) -> Iterator[tuple[Path, Known]]:
 
 
 def _back_up(path: Path, to: Path) -> None:
-    """Copy a database that others may be writing, with all that is committed."""
-    with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as source, closing(sqlite3.connect(to)) as copy:
-        source.backup(copy)
+    """Copy a database that others may be writing, with all that is committed.
+
+    Raises:
+        DnoError: it is damaged.
+    """
+    uri = f"{path.as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as source, closing(sqlite3.connect(to)) as copy:
+            source.backup(copy)
+    except sqlite3.Error as error:
+        raise DnoError(
+            f"{path}: {error}; it cannot be uploaded (docs/annotation.md, The store, says how a damaged one is "
+            "recovered), and lies there as it is"
+        ) from None

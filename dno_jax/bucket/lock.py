@@ -50,9 +50,9 @@ class Lock:
             "who": f"process {os.getpid()} on {socket.gethostname()}",
             "folder": str(self._store.place.folder),
         }
-        if self._store.create(LOCK, self._text()):
-            return self._settle()
         first, told = self._holder(), False
+        if first is None and self._store.create(LOCK, self._text()):
+            return self._settle()
         while (found := self._holder()) is not None:
             silent = time.time() - found["beat"]
             if found != first:  # it has been renewed, or passed on, while this looked

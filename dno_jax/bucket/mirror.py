@@ -15,7 +15,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -71,6 +71,8 @@ class Mirror:
                 return
             commit, there = self._index()
             record = Record.read(self.folder, self.place.url)
+            if commit and commit == record.pending:  # this folder's own, of a process that was killed then
+                record = Record(self.place.url, commit, record.files | record.sent)
             if record.commit and not commit:
                 say(f"warning: {self.place.url} has lost its index; what this machine has of it is uploaded anew")
                 record = Record(self.place.url)
@@ -103,7 +105,9 @@ class Mirror:
             gone = sorted(({*known, *record.doomed} - files.keys()) - elsewhere.keys())
             if not record.commit or _contents(files) != _contents(record.files):
                 self.lock.check()
-                record.commit = uuid.uuid4().hex
+                record.pending = uuid.uuid4().hex
+                record.save(self.folder)
+                record.commit = record.pending
                 text = json.dumps({"format": FORMAT, "commit": record.commit, "files": _contents(files | elsewhere)})
                 self.store.write(INDEX, text.encode())
             Record(self.place.url, record.commit, files, elsewhere, doomed=gone).save(self.folder)
@@ -148,10 +152,19 @@ class Mirror:
             if here.get(name) == known.sign and name in there and there[name].sha256 == known.sha256
         }
         for name in here.keys() - files.keys():
-            (self.folder / name).unlink(missing_ok=True)
+            self._forget(self.folder / name)
         record = Record(self.place.url, commit, files)
         record.save(self.folder)  # what is fetched from here on is known by its digest, if this is cut
         return record
+
+    def _forget(self, path: Path) -> None:
+        """Remove a file, and folders that are empty then: some stand for a policy, or an iteration."""
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not empty
+            for folder in path.parents:
+                if folder == self.folder:
+                    break
+                folder.rmdir()
 
     def _is_own_work(self, name: str, sign: str, record: Record) -> bool:
         """Whether a file holds what was computed here and never uploaded. Who only reads may write a report."""
@@ -191,7 +204,7 @@ class Mirror:
                 same = found.size == known.size and known.sha256 in ("", found.sha256)
                 return found if same else None
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.parent / f".{path.name}.{os.getpid()}.tmp"
+        part, size, sha256 = path.parent / f".{path.name}.{os.getpid()}.tmp", 0, ""
         try:
             for _ in range(2):  # bits may change on their way
                 self.store.download(name, part)
@@ -220,29 +233,35 @@ class Mirror:
 
         What is sent is noted in the record, whatever happens.
         """
+        here: dict[str, str] = {}
         try:
             for _ in range(_ROUNDS):  # until nothing was removed meanwhile, such as half of an old state
                 before = local.signs(self.folder)  # all that its marks speak of is there when the next look begins
                 here = {n: sign for n, sign in local.signs(self.folder).items() if _is_settled(n, sign, before)}
                 known = record.files | record.sent
-                for part in _ranked(name for name in here if name not in known or known[name].sign != here[name]):
-                    self._send(part, record)
+                new = {name for name, sign in here.items() if name not in known or known[name].sign != sign}
+                # What is overwritten now is no source of copies.
+                there = {own.sha256: name for name, own in known.items() if name not in new and _stays(name)}
+                for part in _ranked(new):
+                    self._send(part, record, there)
                 if here.keys() <= local.signs(self.folder).keys():
                     break
             return set(here)
         finally:
             record.save(self.folder)
 
-    def _send(self, names: list[str], record: Record) -> None:
-        there = {known.sha256: name for name, known in (record.files | record.sent).items() if known.sha256}
+    def _send(self, names: list[str], record: Record, there: dict[str, str]) -> None:
         failure: DnoError | None = None
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             for name, future in [(name, pool.submit(self._sent, name, record, there)) for name in names]:
                 try:
                     if (known := future.result()) is not None:
                         record.sent[name] = known
+                except CancelledError:
+                    pass
                 except DnoError as error:
                     failure = failure or error
+                    pool.shutdown(wait=False, cancel_futures=True)  # each would wait as long for a store that is gone
         if failure is not None:
             raise failure
 
@@ -250,16 +269,25 @@ class Mirror:
         try:
             with local.whole(self.folder, name) as (path, known):
                 before = record.sent.get(name) or record.files.get(name)
-                twin = there.get(known.sha256)
-                if before is not None and before.sha256 == known.sha256:
-                    pass  # touched, and the same
-                elif twin is not None and not local.changes_in_place(twin):  # it was moved, or copied
-                    self.store.copy(twin, name)
-                else:
+                touched = before is not None and before.sha256 == known.sha256
+                if not touched and not self._copied(there.get(known.sha256), name):
                     self.store.upload(name, path)
                 return known
         except FileNotFoundError:
             return None  # removed meanwhile
+
+    def _copied(self, twin: str | None, name: str) -> bool:
+        """Copy an object of the same contents inside of the bucket: a file was moved here, or copied."""
+        try:
+            if twin is not None:
+                self.store.copy(twin, name)
+            return twin is not None
+        except FileNotFoundError:
+            return False
+
+
+def _stays(name: str) -> bool:
+    return not local.changes_in_place(name)
 
 
 def _is_settled(name: str, sign: str, before: dict[str, str]) -> bool:

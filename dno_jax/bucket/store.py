@@ -99,8 +99,12 @@ class Store:
         self._tried(f"read {name}", lambda: self._fs.get_file(self._path(name), str(path)))
 
     def copy(self, name: str, to: str) -> None:
-        """Copy an object inside of the bucket; nothing is sent."""
-        self._written(to, lambda: self._fs.cp_file(self._path(name), self._path(to)))
+        """Copy an object inside of the bucket; nothing is sent.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        self._tried(f"write {to}", lambda: self._fs.cp_file(self._path(name), self._path(to)))
 
     def remove(self, name: str) -> None:
         """Delete an object, if there is one of that name."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ class Bucket:
         """
         self._mirror = Mirror(read_url(url))
         self._works = False
-        self._ended, self._asked = threading.Event(), threading.Event()
+        self._asked = threading.Event()  # to upload
         self._lost: Lost | None = None
         self._told = ""
 
@@ -99,17 +98,15 @@ class Bucket:
 
     @contextmanager
     def _uploading(self) -> Iterator[None]:
-        self._ended.clear()
-        self._lost = None
-        threads = [threading.Thread(target=run, name="bucket", daemon=True) for run in (self._beat, self._upload)]
-        for thread in threads:
-            thread.start()
-        failed = True
+        self._asked, self._lost = threading.Event(), None
+        ended, failed = threading.Event(), True
+        for name, run in (("beat", self._beat), ("upload", self._upload)):
+            threading.Thread(target=run, args=(ended, self._asked), name=f"bucket {name}", daemon=True).start()
         try:
             yield
             failed = False
         finally:
-            self._ended.set()
+            ended.set()
             self._asked.set()
             try:
                 if self._lost is not None:
@@ -123,33 +120,35 @@ class Bucket:
                     raise
                 say(f"warning: {error}")  # what stopped the work stands
 
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT_SECONDS):
+    def _beat(self, ended: threading.Event, asked: threading.Event) -> None:
+        del asked
+        while not ended.wait(BEAT_SECONDS):
             try:
                 self._mirror.lock.renew()
             except Lost as error:
-                self._lost = error
-                self._tell(error)
+                self._lose(error)
                 return
             except DnoError as error:
                 self._tell(error)
 
-    def _upload(self) -> None:
-        while not self._ended.is_set():
-            self._asked.wait(INTERVAL_SECONDS)
-            self._asked.clear()
-            if self._ended.is_set() or self._lost is not None:
+    def _upload(self, ended: threading.Event, asked: threading.Event) -> None:
+        while not ended.is_set():
+            asked.wait(INTERVAL_SECONDS)
+            asked.clear()
+            if ended.is_set() or self._lost is not None:
                 return
             try:
                 self._mirror.commit()
                 self._told = ""
             except Lost as error:
-                self._lost = error
-                self._tell(error)
+                self._lose(error)
                 return
             except DnoError as error:
                 self._tell(error)
-                time.sleep(1.0)
+
+    def _lose(self, error: Lost) -> None:
+        self._lost = error
+        say(f"warning: {error}; this process ends with its stage")
 
     def _tell(self, error: DnoError) -> None:
         if self._told != type(error).__name__:

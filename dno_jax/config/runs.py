@@ -51,7 +51,10 @@ _PURSE = ("store", "prices", "max_usd")  # fields of `annotation` that are the w
 class RunConfig(Section):
     """One run: T iterations from a checkpoint to a better checkpoint. As it stands, Algorithm 2 (DNO-Prct)."""
 
-    run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
+    run_dir: PathStr = Field(
+        description="where all of it is written: a directory, or gs://BUCKET/PATH or s3://BUCKET/PATH",
+        json_schema_extra=COSTS,
+    )
     seed: int = Field(
         default=0,
         ge=0,
@@ -330,7 +333,10 @@ class SftDataSection(Section):
 class OneTraining(Section):
     """What every training has that is no iteration of a run."""
 
-    run_dir: PathStr = Field(description="where all of it is written", json_schema_extra=COSTS)
+    run_dir: PathStr = Field(
+        description="where all of it is written: a directory, or gs://BUCKET/PATH or s3://BUCKET/PATH",
+        json_schema_extra=COSTS,
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="of every draw", json_schema_extra=decides("sft", "reward")
     )

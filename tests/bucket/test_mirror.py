@@ -1,12 +1,14 @@
 """A folder and a bucket kept the same: what is sent, in which order, and what a machine that is behind does."""
 
 import json
+import shutil
 import sqlite3
+import threading
 from contextlib import closing
 
 import pytest
 
-from dno_jax.bucket import local, store
+from dno_jax.bucket import local, mirror, store
 from dno_jax.bucket.mirror import INDEX
 from dno_jax.bucket.work import Bucket, bring, of_path
 from dno_jax.errors import DnoError
@@ -139,6 +141,88 @@ def test_an_upload_that_is_cut_changes_nothing_for_readers_and_sends_nothing_twi
     assert sent > len(BIG)
 
 
+class Killed(BaseException):
+    """As by kill -9: nothing of ours is done after it."""
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_a_kill_as_the_index_is_written_costs_nothing(bucket, machine, monkeypatch, capsys, written):
+    one = Bucket.of(URL)
+    kept = one._mirror.store.write
+
+    def dies(name, data, **options):
+        if name == INDEX:
+            if written:
+                kept(name, data, **options)
+            raise Killed
+        kept(name, data, **options)
+
+    def works():
+        iteration(one)
+        monkeypatch.setattr(one._mirror.store, "write", dies)
+
+    with pytest.raises(Killed), one.working(weights=True):
+        works()
+    assert bucket.exists(f"{URL}/{INDEX}") == written
+    machine("first")
+    again = Bucket.of(URL)
+    noted = calls(again, monkeypatch, "upload", "download")
+    with again.working(weights=True):
+        pass
+    assert not noted
+    assert objects(bucket) == contents(one.folder)
+    assert "elsewhere" not in capsys.readouterr().err
+
+
+def test_folders_that_are_empty_elsewhere_go_here_too(bucket, machine):
+    one = Bucket.of(URL)
+    with one.working(weights=True):
+        iteration(one)
+        write(one, policies__001__params__d=BIG, policies__001__FINGERPRINT="1")
+    machine("second")
+    with Bucket.of(URL).working(weights=True):
+        shutil.rmtree(Bucket.of(URL).folder / "policies" / "001")
+    machine("first")
+    Bucket.of(URL).fetch()
+    assert not (one.folder / "policies" / "001").exists()
+    assert (one.folder / "policies" / "000").exists()
+
+
+def test_a_damaged_store_of_verdicts_is_said_and_all_else_uploaded(bucket, machine):
+    one = Bucket.of(URL)
+    iteration(one)
+    write(one, **{"annotations.sqlite": "no database at all" * 99})
+    said = r"annotations\.sqlite: file is not a database; it cannot be uploaded"
+    with pytest.raises(DnoError, match=said), one.working(weights=True):
+        pass
+    assert "iterations/000/rollouts/0000000.jsonl" in objects(bucket)
+
+
+def test_a_store_that_is_gone_is_waited_for_once_and_not_for_every_file(bucket, machine, monkeypatch):
+    one = Bucket.of(URL)
+    asked, cancelled = [], threading.Event()
+
+    class Pool(mirror.ThreadPoolExecutor):
+        def shutdown(self, wait=True, *, cancel_futures=False):
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            if cancel_futures:
+                cancelled.set()
+            super().shutdown(wait=wait)
+
+    def gone(name, path):
+        asked.append(name)
+        if len(asked) > 1:
+            cancelled.wait(20)  # they hang for as long as the store does
+        raise store.Unreachable("gone")
+
+    monkeypatch.setattr(mirror, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(one._mirror.store, "upload", gone)
+    write(one, **{f"iterations__000__rollouts__{number:07d}.jsonl": f"{number}" for number in range(100)})
+    with pytest.raises(store.Unreachable), one.working(weights=True):
+        pass
+    assert len(asked) <= 2 * mirror._AT_ONCE
+
+
 def test_nothing_is_sent_twice_and_what_moves_is_copied(bucket, machine, monkeypatch):
     one = Bucket.of(URL)
     with one.working(weights=True):
@@ -158,6 +242,22 @@ def test_nothing_is_sent_twice_and_what_moves_is_copied(bucket, machine, monkeyp
         ("remove", "policies/000/params/d/0"),
         ("write", INDEX),
     ]
+    assert objects(bucket) == contents(one.folder)
+
+
+def test_what_is_moved_and_made_anew_at_once_keeps_both(bucket, machine):
+    """A policy that is set aside and trained again has files of the same names; none is a copy of the wrong one."""
+    one = Bucket.of(URL)
+    for again in (False, True):
+        with one.working(weights=True):
+            iteration(one)
+            if again:
+                (one.folder / "policies").rename(one.folder / "aside")
+                write(one, policies__000__params__d__0=BIG[::-1], policies__000__FINGERPRINT="1" * 64)
+    assert objects(bucket) == contents(one.folder)
+    bucket.rm_file(f"{URL}/aside/000/FINGERPRINT")  # by hand: what is no more there is no source of copies
+    with one.working(weights=True):
+        (one.folder / "aside").rename(one.folder / "export")
     assert objects(bucket) == contents(one.folder)
 
 
@@ -345,3 +445,42 @@ def test_figures_that_an_upload_was_cut_after_are_taken_as_they_are(bucket, mach
     machine("second")
     Bucket.of(URL).fetch()
     assert (Bucket.of(URL).folder / "metrics.jsonl").read_bytes().count(b"\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "in_place"),
+    [
+        ("policies/000/params/d/0", True, False),
+        ("iterations/003/train/states/40/default/d/0", True, False),
+        ("states/40/default/d/0", True, False),  # of sft and reward
+        ("export/model-00001-of-00002.safetensors", True, False),
+        ("aside/0/iterations/000/rollouts/0000000.jsonl", True, False),
+        ("iterations/000/rollouts/0000000.jsonl", False, False),
+        ("iterations/000/pairs/new.parquet", False, False),
+        ("annotations.sqlite", False, True),
+        ("metrics.jsonl", False, True),
+        ("tensorboard/train_000/events.out.tfevents.1", False, True),
+        ("report.html", False, True),
+    ],
+)
+def test_what_is_large_and_what_is_written_again(name, weights, in_place):
+    assert local.is_weights(name, 1 << 30) == weights
+    assert not local.is_weights(name, 10)
+    assert local.changes_in_place(name) == in_place
+
+
+def test_what_is_somebodys_own_stays_here(tmp_path):
+    kept = ["a/MANIFEST.json", "policies/000/params/w/.zarray"]
+    own = [
+        ".lock",
+        "a/.b.jsonl.12.tmp",
+        "annotations.sqlite-wal",
+        "annotations.sqlite-shm",
+        ".export.partial/config.json",
+    ]
+    own += ["policies/001/params.orbax-checkpoint-tmp-1/d/0", ".bucket.json", ".processes-7", ".export.partial/a"]
+    for name in [*kept, *own]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert sorted(local.signs(tmp_path)) == kept

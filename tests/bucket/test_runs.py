@@ -12,7 +12,7 @@ import yaml
 
 from dno_jax.bucket import work
 from dno_jax.run_dir import RunDir
-from tests.bucket.servers import BUCKET, S3, Gcs, serving
+from tests.bucket.servers import BUCKET, S3, Gcs, free_port, serving
 from tests.end_to_end.test_resume import contents
 from tests.small import small_tree
 
@@ -114,3 +114,33 @@ def test_a_store_that_vanishes_amid_a_run_costs_nothing(folder, whole, server, t
     run_dir.fetch()
     assert contents(run_dir, iterations=1) == whole
     assert there(run_dir, "export/config.json")
+
+
+def pair_of(path, scratches):
+    """Two processes of one run, each with a scratch of its own or of both."""
+    meet = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2", "--process-id"]
+    processes = [command("run", path, *meet, number, scratch=scratch) for number, scratch in enumerate(scratches)]
+    said = [process.communicate(timeout=2400)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.parametrize("server", [S3], indirect=True, ids=["s3"])
+def test_two_processes_work_in_one_folder(folder, whole, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("DNO_SCRATCH", str(tmp_path / "looking"))
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    url = f"{server.scheme}://{BUCKET}/runs/pair"
+    path, run_dir = recipe(folder, url, heartbeat_seconds=60.0), RunDir(url)
+    statuses, said = pair_of(path, [tmp_path / "one", tmp_path / "two"])
+    assert statuses[1] == 2, said
+    assert f"run_dir {url}: process 1 does not see the folder" in said[1]
+    assert statuses[0] == 2, said  # process 0 ends with it
+    statuses, said = pair_of(path, [tmp_path / "both"] * 2)
+    assert statuses == [0, 0], said
+    run_dir.fetch()
+    rows = contents(run_dir, iterations=1)[0]
+    assert rows["annotate", 0] == whole[0]["annotate", 0]
+    assert trained_on(rows) == trained_on(whole[0])  # log-probabilities are rounded otherwise on two devices
+
+
+def trained_on(rows):
+    return [(row["pair_id"], row["chosen_text"], row["rejected_text"]) for row in rows["pair", 0]]
