@@ -55,8 +55,10 @@ def _spelt_out(text: Text) -> Text:
     """The same before it is laid out: what grew afterwards would be cut at the edge."""
     found = text.copy()
     found.plain = printable(text.plain)
-    ends = [[len(printable(text.plain[:end])) for end in span[:2]] for span in text.spans]
-    found.spans = [Span(*own, span.style) for own, span in zip(ends, text.spans, strict=True)]
+    grown = [len(printable(text.plain[:end])) for span in text.spans for end in (span.start, span.end)]
+    found.spans = [
+        Span(start, end, span.style) for start, end, span in zip(grown[::2], grown[1::2], text.spans, strict=True)
+    ]
     return found
 
 
