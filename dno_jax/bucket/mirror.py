@@ -85,10 +85,16 @@ class Mirror:
 
     def bring(self, below: str, *, works: bool = False) -> None:
         """Fetch what the bucket holds below a path of the directory and was left there, weights too; as `fetch`."""
+
+        def lacking(record: Record) -> list[str]:
+            return [name for name in record.elsewhere if f"{name}/".startswith(f"{below}/")]
+
+        if not lacking(Record.read(self.folder, self.place.url)):
+            return  # who works on the accelerators waits for no upload
         with self._uploading, explained(epath.Path(self.folder)), _alone(self.folder):
             if works or not _is_worked_in(self.folder):
                 record = Record.read(self.folder, self.place.url)
-                self._take(record, [name for name in record.elsewhere if f"{name}/".startswith(f"{below}/")])
+                self._take(record, lacking(record))
 
     def commit(self) -> None:
         """Upload what is new or changed, the index last, and delete what is gone.

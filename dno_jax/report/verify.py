@@ -141,6 +141,9 @@ def _stage(found: Verified, run_dir: RunDir, stage: StageDir, config: RunConfig)
                 if path.suffix == ".jsonl":
                     _lines(found, run_dir.path, path, remedy="remove it, and the stage writes it again")
         return
+    if stage.stage == "train" and not run_dir.policy(stage.iteration + 1).exists():
+        place = _relative(run_dir.path, run_dir.policy(stage.iteration + 1))
+        found.faults.append(Fault(place, "missing; train wrote it", redo))
     folders = {name.rpartition("/")[0] for name in manifest.outputs} | {""}
     for name in sorted({*shards, *manifest.outputs}):
         noted, path = manifest.outputs.get(name), shards.get(name)
@@ -177,9 +180,21 @@ def _inputs(found: Verified, run_dir: RunDir, stage: StageDir, manifest: Manifes
             now = digest_of(path) if path.exists() else None
         else:
             continue
-        if now != noted:
-            text = f"{stage.stage} was made from another one" if now else f"missing; {stage.stage} was made from it"
-            found.faults.append(Fault(name, text, (stage.iteration, stage.stage)))
+        if now is not None and now != noted:
+            found.faults.append(Fault(name, f"{stage.stage} was made from another one", (stage.iteration, stage.stage)))
+        elif now is None and not any(fault.place == name for fault in found.faults):
+            redo = _writer(name)
+            again = "" if redo else "; `dno import` and `dno run` bring it again from model.path"
+            found.faults.append(Fault(name, f"missing; {stage.stage} was made from it{again}", redo))
+
+
+def _writer(name: str) -> tuple[int, str] | None:
+    """Which stage writes a file that another one was made from; None of what is imported."""
+    _, number, *parts = name.split("/")
+    if not parts:  # a policy's folder
+        return (int(number) - 1, "train") if number.isdecimal() and int(number) else None
+    folders = {folder: stage for stage, folder in STAGES.items()}
+    return int(number), folders.get(parts[0], "sample")  # prompts.jsonl is the sampler's
 
 
 def _lines(found: Verified, root: epath.Path, path: epath.Path, *, remedy: str = "that line is skipped") -> None:
@@ -206,12 +221,16 @@ def _json(found: Verified, root: epath.Path, path: epath.Path) -> bool:
 
 
 def _export(found: Verified, run_dir: RunDir) -> None:
+    if not run_dir.export_path.exists():
+        found.faults.append(Fault(_relative(run_dir.path, run_dir.export_path), "missing; `dno run` exports it again"))
+        return
     for name, noted in json.loads(run_dir.exported_path.read_text()).get("files", {}).items():
         path = run_dir.export_path / name
         if path.exists():
             _count(found, path)
         if not path.exists() or digest_of(path) != noted:
-            text = "not as it was exported; remove the folder, and `dno run` exports the policy again"
+            what = "not as it was exported" if path.exists() else "missing"
+            text = f"{what}; remove the folder, and `dno run` exports the policy again"
             found.faults.append(Fault(_relative(run_dir.path, path), text))
 
 

@@ -23,6 +23,7 @@ from dno_jax.records import Message
 from dno_jax.runtime.runtime import Runtime, load_tokenizer
 
 _STAND_IN = "A response."
+_AROUND = 150  # tokens that are shown at each end of a long prompt and of a long response
 _TRIED = 100  # rows of the data that are tried for an example
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "green"}
 
@@ -102,7 +103,14 @@ def _render_strip(text: Text, strip: TemplateStrip) -> None:
         f"{len(strip.ids)} tokens, loss on [{strip.loss_start}, {strip.loss_end}), "
         f"{strip.bos_count} BOS, end token {'trained' if strip.end_trained else 'NOT trained'}\n\n"
     )
+    edges, left_out = (0, strip.loss_start, strip.loss_end, len(strip.ids)), 0
     for index, (token_id, token) in enumerate(zip(strip.ids, strip.tokens, strict=True)):
+        if min(abs(index - edge) for edge in edges) > _AROUND:
+            left_out += 1
+            continue
+        if left_out:
+            text.append(f"  ... {left_out:,} tokens ...\n", style="dim")
+            left_out = 0
         trained = strip.loss_start <= index < strip.loss_end
         ends = strip.end_trained and index == strip.loss_end - 1
         mark = "loss" if trained else "    "

@@ -1,6 +1,7 @@
 """Run directories in a bucket as the commands meet them: one seam, whoever reads or writes."""
 
 import json
+import threading
 import time
 from contextlib import closing
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Verdict
 from dno_jax.bucket import store
+from dno_jax.bucket.work import bring
 from dno_jax.cli import annotations, looking
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.data.labelled import read_verdicts
@@ -89,6 +91,28 @@ def test_a_reader_beside_the_run_on_its_own_machine_leaves_its_files_alone(bucke
         RunDir(URL).bucket.bring(run_dir.path / "policies")
         assert len(run_dir.read_metrics()) == 1
         assert len(run_dir.stage("score", 0).shard_names()) == 2
+
+
+def test_who_reads_weights_that_are_here_waits_for_no_upload(bucket, machine, monkeypatch):
+    """Nor does who ends a stage: an upload may take as long as a store that does not answer."""
+    run_dir, reached, go_on = RunDir(URL), threading.Event(), threading.Event()
+    kept = store.Store.upload
+
+    def slow(self, name, path):
+        reached.set()
+        assert go_on.wait(60)
+        kept(self, name, path)
+
+    monkeypatch.setattr(store.Store, "upload", slow)
+    with run_dir.held():
+        begin(run_dir).finish(config(), inputs={}, rows=1, seconds=0.1)
+        assert reached.wait(60)
+        bring(run_dir.policy(0))
+        run_dir.fetch()
+        begin(run_dir, shards=2).finish(config(), inputs={}, rows=2, seconds=0.1)
+        run_dir.load_config()
+        go_on.set()
+    assert "iterations/000/reference/0000001.jsonl" in json.loads(bucket.cat_file(INDEX))["files"]
 
 
 async def _paid(verdicts):

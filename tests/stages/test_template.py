@@ -15,11 +15,13 @@ from dno_jax.data.pair_table import PairRows, PairTable
 from dno_jax.data.pools import pools_of
 from dno_jax.data.prompts import load_prompts
 from dno_jax.errors import DnoError
+from dno_jax.model.text.templates import TemplateStrip
 from dno_jax.records import Judgement, Message, Prompt, Rollout
 from dno_jax.run_dir import RunDir
 from dno_jax.runtime.runtime import Runtime, load_tokenizer
 from dno_jax.stages import annotate, pair, sample
 from dno_jax.stages.sft import supervised_examples, supervised_rows
+from dno_jax.stages.template import TemplateReport, render
 from dno_jax.training.batches import make_batch
 from tests.batches import response_tokens
 from tests.pairs import in_order_of_id
@@ -173,3 +175,19 @@ def test_an_export_brings_the_template_of_the_run(run, tmp_path):
     messages = (Message(role="user", content="bam kos"),)
     assert tuple(ids) == load_tokenizer(config.model).prompt_ids(messages)
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+@pytest.mark.parametrize(("prompt", "response"), [(5, 5), (100_000, 7), (3, 100_000), (50_000, 50_000)])
+def test_of_long_texts_the_ends_are_shown(prompt, response):
+    """A text of a megabyte is no megabyte of lines; where the loss starts and ends is always there."""
+    total = prompt + response
+    ids = tuple(range(total))
+    strip = TemplateStrip(ids, tuple(f"t{i}" for i in ids), prompt, total, (False,) * total, 1, end_trained=True)
+    lines = render(TemplateReport(strip, ())).plain.splitlines()
+    assert len(lines) < 700
+    shown = [int(line.split()[0]) for line in lines[2:] if line.strip() and not line.strip().startswith("...")]
+    left_out = [int(line.split()[1].replace(",", "")) for line in lines if line.strip().startswith("...")]
+    assert len(shown) + sum(left_out) == total
+    assert {0, prompt - 1, prompt, total - 1} <= set(shown)
+    assert any(line.endswith(f"'t{total - 1}'  end") for line in lines)
+    assert bool(left_out) == (total > 1000)
