@@ -18,6 +18,7 @@ test-fast: install-test  ## what needs no compiled program, in some 3 minutes
 	$(BIN)/python -m pytest -m "not soak and not compiles and not slow" $(WORKERS) $(PYTEST_ARGS)
 
 soak: install-test  ## long runs and many kills
+	$(PIP) install -q -e ".[test-bucket]"
 	DNO_TEST_OPTIMISED=1 $(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: install-test
