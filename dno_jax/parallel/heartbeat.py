@@ -128,13 +128,17 @@ class Heartbeat:
         return []
 
     def _count(self) -> None:
-        """Count in ticks: a whole job that is suspended and goes on has missed nothing."""
+        """Count in ticks: a whole job that is suspended and goes on has missed little.
+
+        On a machine that is too busy to let this thread run, a tick is long, and jax would abort before we had counted.
+        """
         seconds = self._others.seconds  # what is left of it goes between signs, and to telling the others
         limit = max(0.85 * seconds - 2.0, 0.5 * seconds)
+        longest = max(2 * _LOOK_SECONDS, limit / 8)
         before = time.monotonic()
         while not self._over:
             time.sleep(_LOOK_SECONDS)
-            tick, before = min(time.monotonic() - before, 2 * _LOOK_SECONDS), time.monotonic()
+            tick, before = min(time.monotonic() - before, longest), time.monotonic()
             self._answered += tick
             for index in self._watched:
                 self._silent[index] += tick

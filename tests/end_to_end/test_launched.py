@@ -123,10 +123,10 @@ def shortened(folder, name):
         "iterations": 1,
         "heartbeat_seconds": patience(60.0),
         "prompts": {"path": "prompts.jsonl", "held_out_path": "held_out.jsonl"},
-        "sampling": {"max_new_tokens": 24, "shard_prompts": 24},
+        "sampling": {"max_new_tokens": 24, "shard_prompts": 12},
         "pairing": {"max_pairs_per_prompt": 2},
         "evaluation": {"num_samples": 1},
-        "training": {"batch_size": 16, "save_every": 1000},
+        "training": {"batch_size": 16, "num_epochs": 3, "save_every": 1000},
         "report": {"tensorboard": False},
     }
     path = folder / f"{name}.yaml"

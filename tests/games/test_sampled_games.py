@@ -17,12 +17,7 @@ from dno_jax.games.sampled import ALGORITHMS, solve_sampled
 CYCLE = games.cyclic_game()
 OFF_CENTRE = np.array([0.5, 0.3, 0.2])
 POLICY_GRADIENT = ("spo", "nash_md")
-SECONDARY = ("rebel", "sppo_hard", "online_dpo", "iterative_dpo_fixed", "egpo", "nash_mirror_prox")
-REGRESSIONS = [
-    pytest.param(name, marks=pytest.mark.slow if name in SECONDARY else ())  # two seconds of compilation each
-    for name in ALGORITHMS
-    if name not in POLICY_GRADIENT
-]
+REGRESSIONS = [name for name in ALGORITHMS if name not in POLICY_GRADIENT]
 
 
 def copies(values, count):
@@ -51,8 +46,7 @@ def knobs(name):
     return found | ({"step_size": 0.2 if name == "online_ipo" else 1.0} if name.startswith("online") else {})
 
 
-# One of each kind of target; all of them are for the soak.
-FIRST = ("dno", "sppo", "comal", "iterative_dpo_fixed")
+FIRST = ("dno",)  # some four seconds each, most of them compilation: the others are for the soak
 
 
 @pytest.mark.parametrize(
