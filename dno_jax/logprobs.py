@@ -156,6 +156,7 @@ def _backward(
     how: _How, residuals: tuple[Array, Array, Array, Array | None, Array], cotangent: Array
 ) -> tuple[Array, Array, None, None]:
     hidden, head, token, valid, mass = residuals
+    cotangent = _of_each_part(cotangent, head, how.split)
     vocabulary = head.shape[1]
     width = _block_width(head, how)
     own = token if how.split is None else token - jax.lax.axis_index(how.split).astype(token.dtype) * vocabulary
@@ -218,6 +219,18 @@ def _block_width(head: Array, how: _How) -> int:
         return min(how.columns, vocabulary)
     blocks = 1 if _explicit_place(head) is not None else -(-head.size // _HELD)
     return min(vocabulary, _LANES * -(-vocabulary // (blocks * _LANES)))
+
+
+def _of_each_part(cotangent: Array, head: Array, axis: str | None) -> Array:
+    """Return the cotangent of what each device brought to a sum, from that of the sum.
+
+    In a shard_map that checks nothing every device is given its share of it, and jax's rule for a sum adds them up.
+    """
+    if axis is None:
+        return cotangent
+    part = jnp.zeros_like(cotangent) + jnp.zeros_like(head, cotangent.dtype, shape=())
+    (found,) = jax.vjp(lambda part: jax.lax.psum(part, axis), part)[1](cotangent)
+    return jnp.asarray(found)
 
 
 def _scattered(array: Array, axis: str | None) -> Array:
