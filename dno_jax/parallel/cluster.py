@@ -112,7 +112,8 @@ def _join(meeting: Meeting, heartbeat_seconds: float) -> None:
         local_device_ids=meeting.local_device_ids,
         cluster_detection_method="deactivate",  # it would give this process one GPU of several
         initialization_timeout=_MEET_SECONDS + _JAX_LATER_SECONDS,
-        heartbeat_timeout_seconds=math.ceil(heartbeat_seconds) + _JAX_LATER_SECONDS,
+        # jax gives a sign every half of it, so that it may miss one as early as after the other half.
+        heartbeat_timeout_seconds=2 * math.ceil(heartbeat_seconds) + _JAX_LATER_SECONDS,
     )
     client = _client()
     client.key_value_set(f"{_HOSTS}{meeting.process_id}", socket.gethostname())
