@@ -235,8 +235,8 @@ class Constrain:
         """Return logprobs.head_token_logprobs of rows that are split over devices, each by its device.
 
         The head is gathered once, in the dtype it is multiplied in. Every device adds up its own gradient of it over
-        its slices, and the sum over devices is taken once and cut as the head is; left to the compiler, each slice
-        would gather the head and sum its gradient again.
+        its slices, a part of its columns at a time, and the sum of each part over devices is taken once and cut as the
+        head is; left to the compiler, each slice would gather the head and sum its gradient again.
 
         Args:
             options: chunk, in tokens of each device, and softcap.

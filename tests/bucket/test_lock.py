@@ -1,6 +1,7 @@
 """Who works on a path of a bucket: one at a time, and what a dead one leaves is taken over."""
 
 import json
+import os
 import threading
 import time
 
@@ -52,11 +53,14 @@ def test_a_dead_one_is_waited_for_and_taken_over(bucket, machine, monkeypatch, c
     assert "waiting whether there is another" in said
 
 
-def test_one_that_gives_it_back_meanwhile_is_followed_at_once(bucket, machine):
+def test_one_that_gives_it_back_meanwhile_is_followed_at_once(bucket, machine, capsys):
     held_by(bucket, age=0.0)
     threading.Timer(0.1, bucket.rm_file, [f"{URL}/{LOCK}"]).start()
     with Bucket.of(URL).working(weights=True):
-        pass
+        assert f"process {os.getpid()} on" in bucket.cat_file(f"{URL}/{LOCK}").decode()
+    said = capsys.readouterr().err
+    assert "held by process 7 on pod-0" in " ".join(said.split())
+    assert "taken over" not in said  # nobody waited until it was stale
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"owner": 3, "who": ["\\u001b[31m"], "beat": "x"}'])
