@@ -115,8 +115,8 @@ def test_a_local_run_kills_what_hears_nothing(tmp_path, commands):
 SRUN = """echo "srun $*" >>"$LOG"
 while [ "${1#--}" != "$1" ]; do shift; done
 set -m
+trap 'kill -TERM -- -$(jobs -p)' TERM  # to every process of the task, which may be at work before the next line is
 "$@" & one=$!
-trap 'kill -TERM -- -$one' TERM  # to every process of the task
 while kill -0 $one 2>/dev/null; do wait $one; status=$?; done
 [ -z "$KILLED" ] || status=137
 exit $status"""
