@@ -115,11 +115,16 @@ def test_a_local_run_kills_what_hears_nothing(tmp_path, commands):
 SRUN = """echo "srun $*" >>"$LOG"
 while [ "${1#--}" != "$1" ]; do shift; done
 set -m
-trap 'kill -TERM -- -$(jobs -p)' TERM  # to every process of the task, which may be at work before the next line is
-"$@" & one=$!
-while kill -0 $one 2>/dev/null; do wait $one; status=$?; done
+told=
+trap 'told=1; kill -TERM -- "-$!"' TERM  # to every process of the task, which may be at work before the next line is
+"$@" & wait $! || status=$?
+while [ -n "$told" ]; do  # a signal ends `wait`, and the task goes on, or has ended since: 127 where it had before
+  told= again=0
+  wait $! || again=$?
+  [ "$again" = 127 ] || status=$again
+done
 [ -z "$KILLED" ] || status=137
-exit $status"""
+exit ${status:-0}"""
 SCONTROL = 'echo "scontrol $*" >>"$LOG"'
 
 
