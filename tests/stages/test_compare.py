@@ -162,8 +162,8 @@ def test_the_command_prints_tables_or_json(runs, monkeypatch, capsys):
         return caught.value.code or 0, captured.out, captured.err
 
     status, out, err = dno(runs[0].path, runs[1].path)
-    assert (status, out) == (0, "")
-    assert "what the configurations differ in" in err
+    assert (status, err) == (0, "")
+    assert "what the configurations differ in" in out
     status, out, _ = dno(runs[0].path, runs[1].path, "--json")
     assert status == 0
     assert json.loads(out)["differences"]["loss.beta"]["other"] == 0.3
