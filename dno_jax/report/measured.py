@@ -91,7 +91,11 @@ def label_sentences(details: Mapping[str, Any]) -> list[str]:
         f"{name} {_rate(labels[name])} % of {labels[name]['n']}" for name in ("sensitivity", "specificity")
     )
     rates = ", ".join(f"{name} in {_rate(found)} %" for name, found in labels["corrected"].items())
-    return [f"corrected for the judge's errors ({errors} labels): policy {details['policy']} beats {rates}"]
+    said = [f"policy {details['policy']} beats {rates}"] if rates else []
+    if beyond := labels.get("beyond"):
+        told = "its win rate lies beyond what a judge with these errors can give: it errs otherwise on these pairs"
+        said.append(f"over {', '.join(beyond)} {told}")
+    return [f"corrected for the judge's errors ({errors} labels): {'; '.join(said)}"]
 
 
 def suite_table(results: Sequence[Mapping[str, Any]]) -> RenderableType:

@@ -45,19 +45,36 @@
     place.after(tools);
     place.dataset.drawn = "yes";
   };
+  // One after another: those in view first, the others when the page has nothing else to do.
+  const rest = (patience) => new Promise((done) => {
+    if (patience && "requestIdleCallback" in window) requestIdleCallback(done, { timeout: patience });
+    else setTimeout(done);
+  });
   const drawAll = async () => {
-    for (const place of document.querySelectorAll(".plot")) {
+    const library = $("library");
+    if (!library) return;
+    const waiting = new Set(document.querySelectorAll(".plot"));
+    const seen = new Set();
+    const observer = new IntersectionObserver(
+      (entries) => entries.forEach((entry) => (entry.isIntersecting ? seen.add(entry.target) : seen.delete(entry.target))),
+      { rootMargin: "25%" },
+    );
+    waiting.forEach((place) => observer.observe(place));
+    await rest(500);
+    document.body.append(make("script", library.textContent));  // it takes a third of the time to a first plot
+    while (waiting.size) {
+      const place = [...seen].find((one) => waiting.has(one)) ?? [...waiting][0];
+      await rest(seen.has(place) ? 0 : 500);
+      waiting.delete(place);
       await draw(place).catch((error) => console.error(place.dataset.name, error));
-      await new Promise((done) => setTimeout(done));
     }
+    observer.disconnect();
     document.documentElement.dataset.plots = "drawn";
   };
 
   // Samples: chunks of prompts, each base64 of gzip of JSON.
   const unpack = async (element) => {
-    const raw = atob(element.textContent);
-    const bytes = new Uint8Array(raw.length);
-    for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
+    const bytes = Uint8Array.fromBase64?.(element.textContent) ?? Uint8Array.from(atob(element.textContent), (char) => char.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
   };
@@ -230,6 +247,6 @@
     document.documentElement.dataset.samples = "shown";
   };
 
-  browse().catch((error) => console.error("samples", error));
-  if (typeof vegaEmbed === "function") drawAll();
+  const samples = browse().catch((error) => console.error("samples", error));
+  drawAll();
 })();
