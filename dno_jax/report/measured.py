@@ -137,8 +137,10 @@ def comparison_tables(found: Mapping[str, Any]) -> list[RenderableType]:
     names = [run["name"] for run in found["runs"]]
     tables: list[RenderableType] = [Text(f"note: {note}", style="yellow") for note in found["notes"]]
     fields = [(field, *(_value(values[name]) for name in names)) for field, values in found["differences"].items()]
-    table = Table(title="what the configurations differ in", box=SIMPLE_HEAD)
-    for column in ("", *names):
+    title = "what the configurations differ in"
+    table = Table(title=title, box=SIMPLE_HEAD, min_width=len(title))
+    table.add_column("", no_wrap=True)
+    for column in names:
         table.add_column(column, overflow="fold")
     for row in fields:
         table.add_row(*row)

@@ -18,7 +18,8 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   };
   const csv = (rows) => {
-    const cell = (value) => `"${String(value ?? "").replace(/^[=+\-@](?!\d)/, "'$&").replaceAll('"', '""')}"`;
+    const inert = (value) => (typeof value === "string" ? value.replace(/^[=+\-@\t\r]/, "'$&") : String(value ?? ""));  // no formula
+    const cell = (value) => `"${inert(value).replaceAll('"', '""')}"`;
     const names = Object.keys(rows[0]);
     return [names, ...rows.map((row) => names.map((name) => row[name]))].map((row) => row.map(cell).join(",")).join("\n");
   };
