@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from dno_jax.addresses import Purpose, rng
 from dno_jax.evaluation.comparisons import Row
-from dno_jax.evaluation.win_rates import preferences_of
+from dno_jax.evaluation.win_rates import preferences_of, win_rate
 from dno_jax.statistics import Estimate, Tally
 
 _DRAWS = 4000
@@ -55,11 +55,10 @@ class JudgeErrors:
     def correct(self, rows: Iterable[Row], player: str, opponent: str) -> Estimate | None:
         """Return a player's win rate over another as people would have judged it; None where that cannot be said.
 
-        That is where the labels tell too little, or where the judge's rate lies beyond all that a judge with these
-        errors can give: it errs otherwise on these pairs than on the labelled ones.
-
         The judge's rate p is theta sensitivity + (1 - theta) (1 - specificity) of the true rate theta. The interval
-        carries all three uncertainties: quantiles of theta under Jeffreys' posteriors at the effective numbers.
+        carries all three uncertainties: quantiles of theta under Jeffreys' posteriors at the effective numbers. A rate
+        beyond all that a judge with these errors gives is no certainty: it errs otherwise on these pairs, and the
+        interval reaches to the rate's own.
 
         Args:
             player: stands where the labelled pairs have `first`; the two sides of pairs without an order are alike.
@@ -71,8 +70,8 @@ class JudgeErrors:
         shares = (rate.mean, self.sensitivity.mean, self.specificity.mean)
         value = _theta(*(np.full(1, share) for share in shares))[0]
         low, high = np.quantile(_theta(_draws(rate, "rate"), *self._drawn), (0.025, 0.975))
-        if low >= 1.0 or high <= 0.0:
-            return None
+        own = win_rate(values, prompts)
+        low, high = own.low if low >= 1.0 else low, own.high if high <= 0.0 else high
         return Estimate(*(float(np.clip(end, 0.0, 1.0)) for end in (value, low, high)), rate.count, rate.clusters)
 
     @cached_property

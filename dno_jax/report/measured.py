@@ -91,9 +91,9 @@ def label_sentences(details: Mapping[str, Any]) -> list[str]:
         f"{name} {_rate(labels[name])} % of {labels[name]['n']}" for name in ("sensitivity", "specificity")
     )
     rates = ", ".join(f"{name} in {_rate(found)} %" for name, found in labels["corrected"].items())
-    said = [f"policy {details['policy']} beats {rates}"] if rates else []
+    said = [f"policy {details['policy']} beats {rates}"]
     if beyond := labels.get("beyond"):
-        told = "its win rate lies beyond what a judge with these errors can give: it errs otherwise on these pairs"
+        told = "the judge's rate is beyond what such errors allow: it may err otherwise here than on the labelled pairs"
         said.append(f"over {', '.join(beyond)} {told}")
     return [f"corrected for the judge's errors ({errors} labels): {'; '.join(said)}"]
 

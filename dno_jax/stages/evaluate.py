@@ -21,7 +21,7 @@ from dno_jax.evaluation.audit import audit
 from dno_jax.evaluation.comparisons import Row
 from dno_jax.evaluation.judge_errors import JudgeErrors
 from dno_jax.evaluation.matrix import win_rate_matrix
-from dno_jax.evaluation.win_rates import best_policy, preferences_of, rate_over
+from dno_jax.evaluation.win_rates import best_policy, rate_over
 from dno_jax.files import digest_of
 from dno_jax.parallel.cluster import barrier, is_primary, wait_until
 from dno_jax.reasoning import split_thought
@@ -281,7 +281,6 @@ def _figures(judged: _Judged, config: RunConfig, *, newest: int) -> dict[str, An
 
 def _labels(errors: JudgeErrors, rows: Sequence[Row], newest: str, opponents: Sequence[str]) -> dict[str, Any]:
     """What labelled pairs say of the judge, and the newest policy's win rates corrected by them, where that can be."""
-    met = [name for name in opponents if not errors.why and preferences_of(rows, newest, name)[0]]
-    found = {name: errors.correct(rows, newest, name) for name in met}
-    corrected = {name: one.as_dict() for name, one in found.items() if one}
-    return errors.as_dict() | {"corrected": corrected, "beyond": [name for name, one in found.items() if not one]}
+    found = {name: one for name in opponents if (one := errors.correct(rows, newest, name))}
+    beyond = [name for name, one in found.items() if one.value in (0.0, 1.0)]
+    return errors.as_dict() | {"corrected": {name: one.as_dict() for name, one in found.items()}, "beyond": beyond}

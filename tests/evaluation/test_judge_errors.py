@@ -126,7 +126,9 @@ def test_a_rate_beyond_what_such_a_judge_can_give_is_not_called_certain(won):
     ]
     errors = JudgeErrors.of(labels)
     assert errors.why == ""
-    assert errors.correct([Row(str(x), "1", "0", float(x < won)) for x in range(100)], "1", "0") is None
+    found = errors.correct([Row(str(x), "1", "0", float(x < won)) for x in range(100)], "1", "0")
+    assert found.value == won / 100
+    assert found.high - found.low > 0.03
     near = errors.correct([Row(str(x), "1", "0", float(x < 18)) for x in range(100)], "1", "0")
     assert (near.value, near.low) == (0.0, 0.0)
     assert near.high > 0.05
