@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -38,6 +38,7 @@ def sample(
     process_id: ProcessId = None,
 ) -> None:
     """Sample K responses per prompt from policy t; with --suite, answer the suite's prompts in its own format."""
+    _refuse_without(suite, "--suite", prompts=prompts, policy=policy)
     if suite is None:
         settings = stage_settings("sample", config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
@@ -78,6 +79,9 @@ def evaluate(
     from dno_jax.report.measured import matrix_table, suite_table
     from dno_jax.run_dir import RunDir
 
+    _refuse_without(
+        suite, "--suite", prompts=prompts, policy=policy, reference=reference, template=template, tables=tables
+    )
     if suite is None:
         settings = stage_settings("evaluate", config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
@@ -91,6 +95,15 @@ def evaluate(
     with RunDir(settings.run_dir).written():
         found = suites.evaluate(settings, _wanted(suite, prompts, policy, *apart))
     results.print(suite_table([found | {"suite": suite}]))
+
+
+def _refuse_without(given: Any, needed: str, **options: Any) -> None:
+    """Refuse options that would be passed over, as what they belong to is not given."""
+    from dno_jax.errors import DnoError
+
+    passed_over = [f"--{name}" for name, value in options.items() if value is not None and value != []]
+    if given is None and passed_over:
+        raise DnoError(f"{', '.join(passed_over)} without {needed}: give {needed} too, or leave them out")
 
 
 def _wanted(
@@ -132,6 +145,7 @@ def compare(
     from dno_jax.report.measured import comparison_tables
     from dno_jax.stages import compare as stage
 
+    _refuse_without(judge, "--judge", set=overrides)
     settings = None if judge is None else load(judge, overrides, None)
     found = stage.run(runs, settings)
     if as_json:

@@ -32,6 +32,10 @@ class Row(NamedTuple):
     preference: float
     longer: int = 0
 
+    def turned(self) -> Row:
+        """Return the same comparison as the opponent's."""
+        return Row(self.prompt_id, self.opponent, self.player, 1.0 - self.preference, -self.longer)
+
 
 @dataclass(frozen=True)
 class PairRates:

@@ -131,16 +131,20 @@ def win_rate_matrix(rows: Sequence[Row], *, policies: Sequence[str], others: Seq
         others: gold and responses from elsewhere.
 
     Raises:
-        ValueError: a preference outside [0, 1], or a player that is not named.
+        ValueError: a preference outside [0, 1], a player that is not named or is named twice, or no policy.
     """
     players = (*policies, *others)
+    if not policies or len(set(players)) < len(players):
+        raise ValueError(f"expected players of different names, one policy at least, got {list(players)}")
     if strange := {name for row in rows for name in (row.player, row.opponent)} - set(players):
         raise ValueError(f"{sorted(strange)} are none of the players {list(players)}")
     comparisons = Comparisons.of(rows, players)
     pairs = comparisons.pairs()
-    places = {(row.player, row.opponent): [] for row in rows}
-    for row in rows:
-        places[row.player, row.opponent].append(row)
+    places: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:  # all of two players one way round: as they first met
+        met = (row.player, row.opponent)
+        one_way = met[::-1] not in places
+        places.setdefault(met if one_way else met[::-1], []).append(row if one_way else row.turned())
     neighbours = [(newer, older) for older, newer in pairwise(policies)]
     rates = comparisons.rates()
     among = comparisons.part(players=len(policies))

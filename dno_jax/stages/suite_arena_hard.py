@@ -35,7 +35,9 @@ def read_items(wanted: Wanted) -> list[Item]:
         turns = (
             choices[0].get("turns") if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
         )
-        answers[text_of(row, place, "question_id")] = _turn(turns, place), str(row.get("model_id", "baseline"))
+        name, found = text_of(row, place, "question_id"), (_turn(turns, place), str(row.get("model_id", "baseline")))
+        if answers.setdefault(name, found) != found:
+            raise DnoError(f"{place}: a second answer to question {name!r}; give the file of one baseline")
     items = []
     for row, place in read_rows(wanted.prompts):
         name = text_of(row, place, "question_id")

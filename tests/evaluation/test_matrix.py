@@ -247,3 +247,19 @@ def test_lengths_of_which_nothing_can_be_said():
     assert length_controlled([Row(str(x), "1", "0", float(x < 20), 100 if x < 20 else -100) for x in range(40)]) is None
     equal = length_controlled([Row(str(x), "1", "0", float(x % 4 > 0), 7) for x in range(40)])
     assert equal.value == pytest.approx(0.75)
+
+
+def test_comparisons_told_the_other_way_round_are_the_same():
+    rng = np.random.default_rng(0)
+    rows = [Row(f"p{x}", "1", "0", float(rng.random() < 0.7), int(rng.integers(-50, 50))) for x in range(80)]
+    turned = [row if x % 3 == 0 else row.turned() for x, row in enumerate(rows)]
+    one, other = (win_rate_matrix(found, policies=("0", "1")) for found in (rows, turned))
+    assert list(other.controlled) == [("1", "0")]
+    assert other.controlled["1", "0"].value == pytest.approx(one.controlled["1", "0"].value, abs=1e-9)
+    assert other.intervals["1", "0"].low == pytest.approx(one.intervals["1", "0"].low, abs=1e-12)
+
+
+@pytest.mark.parametrize("policies", [(), ("0", "0")])
+def test_players_have_names_of_their_own(policies):
+    with pytest.raises(ValueError, match="players of different names"):
+        win_rate_matrix([], policies=policies)

@@ -171,6 +171,9 @@ def test_the_command_prints_tables_or_json(runs, monkeypatch, capsys):
     status, out, _ = dno(runs[0].path, runs[1].path, "--json")
     assert status == 0
     assert json.loads(out)["differences"]["loss.beta"]["other"] == 0.3
+    status, out, err = dno(runs[0].path, runs[1].path, "--set", "seed=1")
+    assert (status, out) == (2, "")
+    assert "--set without --judge" in err
     status, _, err = dno(runs[0].path)
     assert status == 2
     assert "two or more" in err

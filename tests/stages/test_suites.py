@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dno_jax.cli import measure
 from dno_jax.config import RunConfig, parse_config
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.alpaca_eval import scores, shows_model_first
@@ -208,6 +209,14 @@ def test_bad_input_is_named_before_anything_is_drawn(made, tmp_path, monkeypatch
     with pytest.raises(DnoError, match="3 rows have no output of the reference"):
         suites.evaluate(config, Wanted(wanted.suite, str(tmp_path / "bare.json")))
     assert drawn == []
+
+
+def test_options_of_a_suite_are_not_passed_over_without_one():
+    nowhere = Path("nowhere.yaml")
+    with pytest.raises(DnoError, match="--prompts, --policy without --suite"):
+        measure.sample(nowhere, prompts=Path("prompts.json"), policy=0)
+    with pytest.raises(DnoError, match="--tables without --suite"):
+        measure.evaluate(nowhere, tables=Path("tables"))
 
 
 def test_no_file_of_verdicts_is_left_open_where_a_policy_is_not_there(made):
