@@ -16,6 +16,7 @@ from dno_jax import games
 from dno_jax.errors import DnoError
 
 NUM_PROMPTS = 4  # of the contextual game
+_MOST_RESPONSES = 1000  # 17 s to solve
 SUFFIXES = (".svg", ".png", ".pdf")
 SMALLEST_GAP = 1e-16  # of a policy in float64; gaps of 0 are drawn there
 
@@ -84,6 +85,8 @@ def build_game(name: str, *, num_responses: int | None, strength: float | None, 
         raise DnoError(f"--num-responses is {num_responses}, but the game {name} always has 3; leave the option out")
     if strength is not None and name == "cycle":
         raise DnoError(f"--strength is {strength}, but the game cycle is fixed; leave it out, or take --game rps")
+    if num_responses is not None and num_responses > _MOST_RESPONSES:
+        raise DnoError(f"--num-responses is {num_responses}; at most {_MOST_RESPONSES:,}: a game is solved as a whole")
     count, scale = sizes[name] if num_responses is None else num_responses, 1.0 if strength is None else strength
     try:
         if name == "cycle":

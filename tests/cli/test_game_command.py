@@ -148,6 +148,7 @@ def test_the_sampled_rows_stand_below_the_exact_ones(dno_game, tmp_path):
     [
         ("--game chess", "--game is 'chess'; choose one of cycle, rps, random, bradley-terry, contextual"),
         ("--game rps --strength 2", "--game rps: strength must be in [0, 1], got 2.0; change --strength"),
+        ("--game random --num-responses 1000000", "--num-responses is 1000000; at most 1,000"),
         ("--game random --num-responses 1", "--game random: a game needs at least two responses"),
         ("--num-responses 4", "--num-responses is 4, but the game cycle always has 3"),
         ("--strength 0.5", "--strength is 0.5, but the game cycle is fixed"),
