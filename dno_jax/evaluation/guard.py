@@ -19,11 +19,13 @@ _NUMBER = re.compile(
     r"(?:(?<![\w.)\]])[-+])?"
     r"(?:(?<![\d/.,])\d+/(?=\d*[1-9])\d+(?![/.,]?\d)|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
 )
+_MOST_DIGITS = 1000
 # "I" and "A" before a word in small letters are words themselves, but for "A is right".
 _CHOICE = re.compile(
     r"(?<![A-Za-z'])\(?(?:([B-HJ])|([AI])(?![ \t]+(?!(?:is|was|because|since|as|and|or)\b)[a-z]))\)?(?![A-Za-z'])"
 )
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_LAST_LINE = re.compile(r"^[ \t]*####[ \t]*(\S[^\n]*)\s*\Z", re.MULTILINE)  # not a heading with text below it
 _SPELT = (
     (re.compile("[\u2212\u2010-\u2013]"), "-"),
     (re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})"), ","),
@@ -43,7 +45,7 @@ def is_right(response: str, answers: Sequence[str], check: Check) -> bool:
 
     number: the last number in it is equal; choice: its last letter from A to J that stands alone; exact: its words, but
     for case, blanks and a full stop; contains: the answer stands in it as words. Of a response that puts its answer
-    into \\boxed{} or behind ####, that is looked at alone.
+    into \\boxed{} or a last line behind ####, that is looked at alone.
     """
     said = final(response)
     match check:
@@ -61,16 +63,18 @@ def is_right(response: str, answers: Sequence[str], check: Check) -> bool:
 
 
 def final(text: str) -> str:
-    """Return what a text gives as its answer: the last \\boxed{...} of it, or what stands behind ####; else all."""
-    if boxed := _BOXED.findall(text):
+    """Return what a text gives as its answer: its last \\boxed{...}, or a last line behind ####; else all of it."""
+    boxed = [found for found in _BOXED.findall(text) if found.strip()]
+    if boxed:
         return boxed[-1]
-    return text.rsplit("####", 1)[-1]
+    last = _LAST_LINE.search(text)
+    return last[1] if last else text
 
 
 def _value(text: str) -> Fraction | None:
-    """The last number of a text, exactly."""
+    """The last number of a text, exactly; None where there is none that a person would read."""
     found = _NUMBER.findall(_spelt(text))
-    if not found:
+    if not found or len(found[-1]) > _MOST_DIGITS:
         return None
     above, _, below = found[-1].replace(",", "").partition("/")
     return Fraction(Decimal(above)) / int(below or 1)

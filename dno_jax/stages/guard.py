@@ -154,4 +154,4 @@ def _answer(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{Decimal(repr(value)):f}" if math.isfinite(value) else ""
-    return final(str(value)).strip()
+    return final(str(value).rsplit("####", 1)[-1]).strip()

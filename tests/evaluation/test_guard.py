@@ -26,9 +26,12 @@ from dno_jax.stages.guard import read_questions
         ("it costs 1{,}234 or 1\u202f234", "1234", "number", True),
         ("12345678901234567890", "12345678901234567891", "number", False),
         ("9" * 400, "9" * 399 + "8", "number", False),
+        ("1/" + "9" * 5000, "1", "number", False),
         ("\\boxed{42}, in 3 steps", "42", "number", True),
         ("\\boxed{7}, no, \\boxed{ \\text{about }42}.", "42", "number", True),
         ("so\n#### 42\n", "42", "number", True),
+        ("It is 42.\n#### Note\nAsk more!", "42", "number", True),  # a heading
+        ("#### 7\n\\boxed{}", "7", "number", True),
         ("it is \\frac{3}{4}", "0.75", "number", True),
         ("it is 3/4", "4", "number", False),
         ("it is 2/4", "1/2", "number", True),
