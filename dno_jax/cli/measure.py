@@ -83,10 +83,13 @@ def evaluate(
         suite, "--suite", prompts=prompts, policy=policy, reference=reference, template=template, tables=tables
     )
     if suite is None:
+        from dno_jax.parallel.cluster import is_primary
+
         settings = stage_settings("evaluate", config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
         run_on_devices("evaluate", "evaluate", settings, iteration)
-        results.print(matrix_table(RunDir(settings.run_dir).stage("evaluate", iteration).require().details))
+        if is_primary():
+            results.print(matrix_table(RunDir(settings.run_dir).stage("evaluate", iteration).require().details))
         return
     from dno_jax.stages import suites
 
