@@ -105,4 +105,4 @@ def plan(
         typer.echo(json.dumps(json_of(found, found=best), indent=2))
     else:
         console.print(render(found, found=best))
-    refuse(found)
+    refuse(found, best)

@@ -25,6 +25,7 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
 _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}")
+_INTO_VECTOR_MEMORY = re.compile(r" = \(?\w+\[[\d,]*\]\{[^}]*S\(1\)\}[^=]* copy(-start)?\(")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
 
@@ -116,14 +117,18 @@ def collectives(text: str) -> list[Collective]:
 
 
 def copies(text: str, *, at_least: int) -> list[str]:
-    """Return the shapes of copies and transpositions of so many bytes inside of loops, in their order."""
+    """Return the shapes of copies and transpositions of so many bytes inside of loops, in their order.
+
+    Those into a TPU's vector memory are left out: that is how it reads.
+    """
     bodies, entry = _computations(text)
     looped = _within_loops(bodies, entry)
     return [
         shape
         for name in looped
-        for kind, shape, size in map(_operation, bodies[name])
-        if kind in ("copy", "transpose") and size >= at_least
+        for line in bodies[name]
+        for kind, shape, size in [_operation(line)]
+        if kind in ("copy", "transpose") and size >= at_least and not _INTO_VECTOR_MEMORY.search(line)
     ]
 
 

@@ -24,9 +24,8 @@ def test_what_is_yet_to_be_written_is_counted_and_held_to_what_is_free(make_conf
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     disk.check(runtime)
     free -= 1
-    with pytest.raises(
-        DnoError, match=r"are free on its disk, and .* of checkpoints will be written .policy 0 .*training.keep_policies=1, or train an"
-    ):
+    said = r"are free on its disk, and .* of checkpoints will be written .policy 0 .*training.keep_policies=1, or train"
+    with pytest.raises(DnoError, match=said):
         disk.check(runtime)
 
     for policy in (0, 1):  # a restart has these
@@ -61,7 +60,9 @@ def test_a_policy_whose_weights_were_removed_is_not_there(make_config):
     written(runtime, 0, 1, 2, 3)
     for policy in (1, 2):
         (runtime.run_dir.policy(policy) / "PRUNED").write_text("")
-    assert disk.missing(runtime)["later policies"] == 2 * 4 * runtime.programs.num_parameters  # of three, one lies there
+    assert (
+        disk.missing(runtime)["later policies"] == 2 * 4 * runtime.programs.num_parameters
+    )  # of three, one lies there
 
 
 def test_an_average_keeps_every_policy_and_exports_each_and_carried_moments_lie_beside_theirs(make_config):
