@@ -26,6 +26,7 @@ _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\
 _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}")
 _INTO_VECTOR_MEMORY = re.compile(r" = \(?\w+\[[\d,]*\]\{[^}]*S\(1\)\}[^=]* copy(-start)?\(")
+_PART = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
 
@@ -181,6 +182,7 @@ def _bytes(totals: Totals) -> int:
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Return the lines of every computation by its name, and the name of the program's own."""
     bodies: dict[str, list[str]] = {}
+    spread: set[tuple[str | None, ...]] = set()
     name = entry = ""
     for line in text.splitlines():
         if not line.startswith((" ", "}")) and (started := _START.match(line)):
@@ -188,6 +190,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             bodies[name] = []
             entry = name if started[1] else entry
         elif name:
+            if part := _PART.search(line):
+                if part.groups() in spread:
+                    continue
+                spread.add(part.groups())
             bodies[name].append(line)
     return bodies, entry
 

@@ -38,8 +38,8 @@ def _suggestion(plan: AnyPlan, lacking: list[str], found: Found | None) -> str:
     lines = []
     training = plan.programs["train"].figures.source == "estimated"
     for name in lacking:
-        if training and name in ("train", "score"):
-            continue
+        if training and found is None and name in ("train", "score"):
+            continue  # told by arithmetic below
         one = plan.programs[name]
         said = f"; {one.figures.refused}" if one.figures.refused else ""
         parts = {**one.figures.parts, "temporaries": one.figures.temporaries}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from dno_jax.cli.quantities import read_bytes
 from dno_jax.config import MeshSection, RunConfig, load_config
@@ -14,6 +16,7 @@ from dno_jax.plan import topology
 from dno_jax.plan.run import Asked, plan_run
 from dno_jax.plan.search import refuse, search
 from dno_jax.plan.shape import shape_of
+from dno_jax.plan.tables import render
 from dno_jax.plan.topology import target_of
 from dno_jax.plan.totals import totals
 from tests.plan.test_recipes import CONFIGS
@@ -154,8 +157,12 @@ def test_a_run_that_cannot_train_is_refused_with_the_smallest_change_that_fits()
         refuse(plan)
     found = search(plan)
     assert found.peak <= short.memory
-    with pytest.raises(DnoError, match=r"found by --search, and fits: training.micro_batch_size=\d+ model.remat="):
+    with pytest.raises(DnoError, match=r"train does not fit: .*\n.*found by --search, and fits: training.micro_batch"):
         refuse(plan, found)
+    console = Console(width=60, file=StringIO())
+    console.print(render(plan, found=found, arguments=["my recipe.yaml", "training.micro_batch_size=64", "seed=1"]))
+    (command,) = [line for line in console.file.getvalue().splitlines() if line.startswith("    dno run")]
+    assert command.split() == ["dno", "run", "'my", "recipe.yaml'", "seed=1", *found.overrides]
 
 
 def test_chips_are_found_by_the_names_that_jax_has_for_them():
