@@ -42,7 +42,7 @@ class SecretKey(Section):
     """A key of a secret that the cluster holds."""
 
     secret: Label = Field(description="the name of the Secret")
-    key: str = Field(description="which of its keys", pattern=r"[-._a-zA-Z0-9]+")
+    key: str = Field(description="which of its keys", pattern=r"^[-._a-zA-Z0-9]+$")
 
 
 class Volume(Section):
@@ -75,8 +75,8 @@ class Gpus(Section):
 class Tpus(Section):
     """Slices of TPUs of GKE."""
 
-    accelerator: str = Field(description="such as tpu-v5-lite-podslice", pattern=r"tpu[-a-z0-9]*")
-    topology: str = Field(description="of one slice, such as 4x4 or 4x4x4", pattern=r"[1-9]\d*x[1-9]\d*(x[1-9]\d*)?")
+    accelerator: str = Field(description="such as tpu-v5-lite-podslice", pattern=r"^tpu[-a-z0-9]*$")
+    topology: str = Field(description="of one slice, such as 4x4 or 4x4x4", pattern=r"^[1-9]\d*x[1-9]\d*(x[1-9]\d*)?$")
     per_host: Count = Field(default=4, description="chips of a host")
     slices: Count = Field(default=1, description="slices, between which data is split")
     capacity: Literal["on-demand", "spot", "flex-start"] = Field(default="on-demand", description="how nodes are had")
@@ -100,7 +100,7 @@ class LaunchValues(Section):
 
     name: Label = Field(description="of the JobSet")
     namespace: Label | None = Field(default=None, description="None: that of kubectl's context")
-    image: str = Field(description="the container image, with a tag or a digest", pattern=r"\S+[:@]\S+")
+    image: str = Field(description="the container image, with a tag or a digest", pattern=r"^\S+[:@]\S+$")
     config: ContainerPath = Field(description="the recipe, as the container sees it")
     overrides: tuple[str, ...] = Field(default=(), description="fields to set, such as run_dir=/data/runs/a")
     gpus: Gpus | None = Field(default=None, description="where it runs on GPUs")
