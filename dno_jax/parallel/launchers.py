@@ -260,7 +260,10 @@ def _indexed_job(environment: Environment) -> Meeting | None:
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
     index = _number(environment, "JOB_COMPLETION_INDEX")
-    index += _number(environment, "JOB_INDEX", default=0) * _number(environment, "PROCESSES_IN_JOB", default=0)
+    named = re.search(r"-(\d+)-\d+$", environment.get("HOSTNAME", "").split(".")[0])
+    job = int(named[1]) if named and "JOBSET_NAME" in environment else 0
+    if job := _number(environment, "JOB_INDEX", default=job):
+        index += job * _number(environment, "PROCESSES_IN_JOB")
     count = next((_number(environment, name) for name in _COUNTS if name in environment), None)
     listed = environment.get("NVIDIA_VISIBLE_DEVICES", "")
     devices = len(listed.split(",")) if re.match(r"GPU-|MIG-|\d", listed) else None

@@ -91,6 +91,10 @@ CASES = {
         JOBSET | {"JAX_NUM_PROCESSES": "8", "JOB_INDEX": "1", "PROCESSES_IN_JOB": "4"},
         "run-workers-0-0.run:55527", 8, 7, None,
     ),
+    "a JobSet of two jobs, by the pod's name": (
+        JOBSET | {"JAX_NUM_PROCESSES": "8", "HOSTNAME": "run-workers-1-3", "PROCESSES_IN_JOB": "4"},
+        "run-workers-0-0.run:55527", 8, 7, None,
+    ),
     "a JobSet that does not name its job": (
         without(JOBSET, "REPLICATED_JOB_NAME") | {"NUM_PROCESSES": "4"}, "run-workers-0-0.run:55527", 4, 3, None,
     ),
@@ -181,6 +185,8 @@ def test_a_lone_process_joins_nothing(asked, monkeypatch, environment):
         (without(slurm(), "SLURM_PROCID"), "SLURM .* does not say which of them this is"),
         (POD, "an Indexed Job .* how many processes there are: set JAX_NUM_PROCESSES"),
         (POD | {"HOSTNAME": "nowhere-3", "NNODES": "4"}, "where process 0 is: give the Job a headless service"),
+        (JOBSET | {"JAX_NUM_PROCESSES": "8", "HOSTNAME": "run-workers-1-3"}, "PROCESSES_IN_JOB is not set"),
+        (POD | {"JAX_NUM_PROCESSES": "8", "JOB_INDEX": "1"}, "PROCESSES_IN_JOB is not set in the environment"),
         (POD | {"JAX_NUM_PROCESSES": "3"}, "process's number by an Indexed Job is 3 of 3; expected 0 to 2"),
         (without(GKE_TPU, "TPU_WORKER_ID"), "which of them this is: TPU_WORKER_ID is wanted"),
         (SLICES, "multi-slice .*: TPU_WORKER_HOSTNAMES is wanted"),
