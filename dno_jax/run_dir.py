@@ -219,9 +219,7 @@ class RunDir:
         Raises:
             DnoError: there is none, it is damaged, or another version's.
         """
-        self.fetch()
-        if not self.config_path.exists():
-            raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
+        self._find()
         self._check_format()
         try:
             tree = read_yaml(self.config_path.read_text(), place="it")
@@ -240,9 +238,7 @@ class RunDir:
         Raises:
             DnoError: there is no configuration in it.
         """
-        self.fetch()
-        if not self.config_path.exists():
-            raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
+        self._find()
         tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))
         if not isinstance(tree, dict) or "prompts" in tree:
             return RunConfig
@@ -251,6 +247,17 @@ class RunDir:
     def metrics_paths(self) -> list[epath.Path]:
         """Files of metrics, in the order of their lines: metrics.jsonl, and what it goes on with in a bucket."""
         return [self.metrics_path, *sorted((self.path / "metrics").glob("*.jsonl"))]
+
+    def _find(self) -> None:
+        """
+        Raises:
+            DnoError: there is no configuration here, nor in the bucket.
+        """
+        self.fetch()
+        if not self.config_path.exists():
+            known = " or its bucket is not there" if self.bucket is not None else ""
+            place = os.fspath(self.path) if self.bucket is None else self.bucket.url
+            raise DnoError(f"{place}: no run directory (it has no config.yaml{known})")
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to the metrics; what is no number (NaN, infinity) is null there, as in JSON."""

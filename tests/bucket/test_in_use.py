@@ -74,7 +74,7 @@ def test_status_takes_the_url_and_says_who_works(bucket, machine, capsys):
             raise AssertionError("let in")
     looking.status(URL, as_json=True)
     assert json.loads(capsys.readouterr().out)["in_use_by"] is None
-    with pytest.raises(DnoError, match="no run directory"):
+    with pytest.raises(DnoError, match=rf"^{URL}-other: no run directory \(it has no config.yaml or its bucket is not"):
         looking.status(f"{URL}-other")
     with pytest.raises(DnoError, match=r"is not judged|nothing has"):
         read_verdicts(RunDir(URL), [0])
