@@ -141,6 +141,8 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number)
         ("gs://me:hunter2@bucket/run", "which may hold a key"),
         ("s3://bucket/run?X-Amz-Signature=hunter2", "which may hold a key"),
         ("s3://bucket/run#hunter2", "which may hold a key"),
+        ("s3:/me:hunter2@bucket/run", "s3:/ with one slash; expected s3://BUCKET/PATH"),
+        ("/here/gs:/bucket/run", "gs:/ with one slash; expected gs://BUCKET/PATH, or a directory without gs:/"),
     ],
 )
 def test_a_url_that_is_no_place_for_a_run_is_refused(path, said):

@@ -72,7 +72,8 @@ class JudgeErrors:
         low, high = np.quantile(_theta(_draws(rate, "rate"), *self._drawn), (0.025, 0.975))
         own = win_rate(values, prompts)
         low, high = own.low if low >= 1.0 else low, own.high if high <= 0.0 else high
-        return Estimate(*(float(np.clip(end, 0.0, 1.0)) for end in (value, low, high)), rate.count, rate.clusters)
+        value, low, high = (float(np.clip(end, 0.0, 1.0)) for end in (value, low, high))
+        return Estimate(value, low, high, rate.count, rate.clusters)
 
     @cached_property
     def why(self) -> str:

@@ -99,7 +99,8 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
     for iteration in run_dir.begun():
         for name in stage_names(config, iteration) if iteration < config.iterations else ():
             _stage(found, run_dir, run_dir.stage(name, iteration), config)
-    _lines(found, run_dir.path, run_dir.metrics_path)
+    for path in run_dir.metrics_paths():
+        _lines(found, run_dir.path, path)
     _database(found, run_dir)
     _json(found, run_dir.path, run_dir.source_path)
     if _json(found, run_dir.path, run_dir.exported_path):
