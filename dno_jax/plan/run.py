@@ -20,7 +20,7 @@ from dno_jax.plan.compiled import Figures, Job, compile_all
 from dno_jax.plan.roofline import Load, Time, decode_load, prefill_load, score_load, time_of, train_load
 from dno_jax.plan.shape import Shape, shape_of
 from dno_jax.plan.texts import Texts, texts_of
-from dno_jax.plan.topology import Target, target_of
+from dno_jax.plan.topology import Target, refuse_share, target_of
 from dno_jax.records import Prompt
 from dno_jax.runtime.arguments import (
     Call,
@@ -170,6 +170,7 @@ def plan_run(
         num_devices=num_devices, memory=memory, response_tokens=response_tokens, reply_tokens=reply_tokens
     )
     target = target_of(asked.topology, num_devices=asked.num_devices, memory=asked.memory, compiled=asked.compiled)
+    refuse_share(asked.mfu, target)
     shape = shape_of(config, asked.model)
     programs = programs_on(config, shape, target)
     config = programs.config
