@@ -63,8 +63,9 @@ class TrainingPlan:
         return self.shape.config
 
     @property
-    def num_rows(self) -> int | None:
-        return self.rows.trained
+    def num_rows(self) -> int:
+        """What is trained on, a batch at least."""
+        return max(self.rows.trained or 0, self.config.training.batch_size)
 
     @property
     def sampling(self) -> Mapping[str, SlotPlan]:
@@ -96,7 +97,7 @@ def plan_training(config: SftConfig | RewardConfig, *, asked: Asked) -> Training
     else:
         check_shape(config, model_config=shape.config, row_shards=programs.texts_in_step)
     rows = _rows(config, asked)
-    training = training_memory(programs, num_rows=rows.trained)
+    training = training_memory(programs, num_rows=max(rows.trained or 0, config.training.batch_size))
     compiled = asked.topology is not None and asked.compiled and target.devices is not None
     names = ("train", "score") if isinstance(config, RewardConfig) and config.pairs.held_out else ("train",)
     found = plan_programs(
