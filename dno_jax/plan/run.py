@@ -20,7 +20,7 @@ from dno_jax.plan.compiled import Figures, Job, compile_all
 from dno_jax.plan.roofline import Load, Time, decode_load, prefill_load, score_load, time_of, train_load
 from dno_jax.plan.shape import Shape, shape_of
 from dno_jax.plan.texts import Texts, texts_of
-from dno_jax.plan.topology import Target, target_of
+from dno_jax.plan.topology import Target, refuse_share, target_of
 from dno_jax.records import Prompt
 from dno_jax.runtime.arguments import (
     Call,
@@ -143,8 +143,8 @@ class RunPlan:
 
     @property
     def num_rows(self) -> int:
-        """Pairs of an iteration's training, one of a prompt; many, where prompts are not known."""
-        return max((count.prompts for name, count in self.counts.items() if name != "held out"), default=_MANY)
+        """Pairs of a training, one of a prompt and a batch at least; many, where prompts are not known."""
+        return max(_most_prompts(self.counts), self.config.training.batch_size)
 
 
 def plan_run(
@@ -170,6 +170,7 @@ def plan_run(
         num_devices=num_devices, memory=memory, response_tokens=response_tokens, reply_tokens=reply_tokens
     )
     target = target_of(asked.topology, num_devices=asked.num_devices, memory=asked.memory, compiled=asked.compiled)
+    refuse_share(asked.mfu, target)
     shape = shape_of(config, asked.model)
     programs = programs_on(config, shape, target)
     config = programs.config
@@ -179,8 +180,8 @@ def plan_run(
     else:
         check_fit(config, model_config=shape.config, tokenizer=texts.tokenizer, row_shards=programs.texts_in_step)
     counts = _prompt_counts(config, texts)
-    most = max((count.prompts for name, count in counts.items() if name != "held out"), default=_MANY)
-    training = training_memory(programs, num_rows=most)
+    most = _most_prompts(counts)
+    training = training_memory(programs, num_rows=max(most, config.training.batch_size))
     sampling, submeshes = _plan_sampling(programs, counts, target, shape, texts, most)
     compiled = asked.topology is not None and asked.compiled and target.devices is not None
     notes = [note for note in (target.note, texts.note) if note]
@@ -198,6 +199,11 @@ def plan_run(
         annotation=_annotation(config, texts, asked),
         notes=tuple(notes),
     )
+
+
+def _most_prompts(counts: Mapping[str, PromptCount]) -> int:
+    """Of an iteration."""
+    return max((count.prompts for name, count in counts.items() if name != "held out"), default=_MANY)
 
 
 def programs_on(config: ConfigT, shape: Shape, target: Target) -> Programs[ConfigT]:

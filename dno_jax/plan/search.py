@@ -97,7 +97,7 @@ def _compiled(plan: AnyPlan, config: AnyConfig, name: str) -> ProgramPlan:
     programs = programs_on(config, plan.shape, plan.target)
     compiled = plan.target.devices is not None and plan.asked.topology is not None and plan.asked.compiled
     asked = replace(plan.asked, compiled=compiled)
-    rows = plan.num_rows or 0
+    rows = plan.num_rows
     return plan_programs(programs, plan.sampling, plan.target, asked=asked, num_rows=rows, only=(name,))[name]
 
 

@@ -83,6 +83,18 @@ def known_topologies() -> str:
     )
 
 
+def refuse_share(mfu: float | None, target: Target) -> None:
+    """
+    Raises:
+        DnoError: a share of a chip's peak is given, and the chip is not known.
+    """
+    if mfu is not None and target.chip is None:
+        raise DnoError(
+            f"--mfu {mfu:g} is a share of a chip's peak, and nobody says which chip {target.name} is: add --topology, "
+            f"such as --topology h100:8; known: {known_topologies()}"
+        )
+
+
 def target_of(topology: str | None, *, num_devices: int | None, memory: int | None, compiled: bool = True) -> Target:
     """Return what to plan for.
 

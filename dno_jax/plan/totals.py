@@ -141,9 +141,9 @@ def _sampled(plan: RunPlan, stage: str, counts: list[PromptCount]) -> StageTotal
     rows = slots.programs.shape.fill_rows * num_row_shards(slots.programs.mesh) * plan.submeshes
     fills = sum(-(-count.prompts // rows) for count in counts)
     decode, prefill = (plan.programs[name].time for name in ("decode", "prefill"))
-    if decode is None or prefill is None:
-        return StageTotal(fills, None)
     rate = plan.asked.tokens_per_second
+    if decode is None or prefill is None:  # the chip is not known; what somebody measured has the prompts in it
+        return StageTotal(fills, None if rate is None else tokens / rate / 3600.0)
     seconds = decode_seconds(slots, decode, tokens=tokens, tokens_per_second=rate)
     if not rate:  # however many rows there are, the longest response takes its tokens
         longest = len(counts) * plan.config.sampling.max_new_tokens * decode.seconds

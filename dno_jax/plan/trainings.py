@@ -15,7 +15,7 @@ from dno_jax.parallel.sharding import AnyMesh
 from dno_jax.plan.run import Asked, ProgramPlan, plan_programs, programs_on
 from dno_jax.plan.shape import Shape, shape_of
 from dno_jax.plan.texts import has_tokenizer
-from dno_jax.plan.topology import Target, target_of
+from dno_jax.plan.topology import Target, refuse_share, target_of
 from dno_jax.runtime.fit import check_fit, check_shape
 from dno_jax.runtime.runtime import load_tokenizer
 from dno_jax.runtime.training_memory import TrainingMemory, training_memory
@@ -63,8 +63,9 @@ class TrainingPlan:
         return self.shape.config
 
     @property
-    def num_rows(self) -> int | None:
-        return self.rows.trained
+    def num_rows(self) -> int:
+        """What is trained on, a batch at least."""
+        return max(self.rows.trained or 0, self.config.training.batch_size)
 
     @property
     def sampling(self) -> Mapping[str, SlotPlan]:
@@ -87,6 +88,7 @@ def plan_training(config: SftConfig | RewardConfig, *, asked: Asked) -> Training
             command = "dno sft" if isinstance(config, SftConfig) else "dno reward"
             raise DnoError(f"--{name.replace('_', '-')}: nothing is sampled or judged by `{command}`; leave it out")
     target = target_of(asked.topology, num_devices=asked.num_devices, memory=asked.memory, compiled=asked.compiled)
+    refuse_share(asked.mfu, target)
     shape = shape_of(config, asked.model)
     programs = programs_on(config, shape, target)
     if asked.model is None and has_tokenizer(config.model):
@@ -95,7 +97,7 @@ def plan_training(config: SftConfig | RewardConfig, *, asked: Asked) -> Training
     else:
         check_shape(config, model_config=shape.config, row_shards=programs.texts_in_step)
     rows = _rows(config, asked)
-    training = training_memory(programs, num_rows=rows.trained)
+    training = training_memory(programs, num_rows=max(rows.trained or 0, config.training.batch_size))
     compiled = asked.topology is not None and asked.compiled and target.devices is not None
     names = ("train", "score") if isinstance(config, RewardConfig) and config.pairs.held_out else ("train",)
     found = plan_programs(

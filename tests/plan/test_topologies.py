@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -131,6 +132,16 @@ def test_prompts_that_are_not_here_are_no_reason_to_refuse_a_bundled_shape():
     assert whole.usd == pytest.approx(2.0 * whole.device_hours) == pytest.approx(2.0 * 64 * whole.hours)
     assert whole.total_usd == pytest.approx(whole.usd + whole.judge_usd)
     assert whole.requests == sum(part.total.requests for part in plan.annotation.parts.values())
+
+
+def test_what_somebody_measured_is_used_where_the_chip_is_not_known():
+    config = load_config(RunConfig, PAPER)
+    asked = Asked(num_devices=8, memory=2**37, model="mistral-7b", num_prompts=3500, tokens_per_second=1e4)
+    whole = totals(plan_run(config, asked=asked))
+    assert whole.stages["sample"].hours == pytest.approx(3 * 1000 * 5 * 1024 / 1e4 / 3600)
+    assert whole.stages["train"].hours is None
+    with pytest.raises(DnoError, match=r"--mfu 0\.4 is a share of a chip's peak, .* 8 devices is: add --topology"):
+        plan_run(config, asked=replace(asked, mfu=0.4))
 
 
 REFUSED = r"training does not fit: a step takes at least .* of each of 1 device .*80.00 GiB \(--memory\)"
