@@ -108,13 +108,16 @@ class RunDir:
     def _check_format(self) -> None:
         if not self.config_path.exists():
             return
-        found = self.format_path.read_text().strip() if self.format_path.exists() else "1"
+        if not self.format_path.exists():
+            self._tree()  # what has no configuration in it was made by no version
+        noted = self.format_path.read_bytes() if self.format_path.exists() else b"1"
+        found = noted.decode(errors="replace").strip()
         if found != str(FORMAT):
             raise DnoError(
-                f"run_dir {self.path}: made by another version of dno_jax (format {found}; this one writes and reads "
-                f"{FORMAT}), whose pairs and manifests are laid out differently. Finish it with the version that made "
-                "it, or give another run_dir; annotation.store can be its annotations.sqlite, so that no verdict is "
-                "bought twice"
+                f"run_dir {self.path}: made by another version of dno_jax (format {found[:20] or 'unknown'}; this "
+                f"one writes and reads {FORMAT}), whose pairs and manifests are laid out differently. Finish it with "
+                "the version that made it, or give another run_dir; annotation.store can be its annotations.sqlite, "
+                "so that no verdict is bought twice"
             )
 
     def fetch(self, *, weights: bool = False) -> None:
@@ -219,28 +222,18 @@ class RunDir:
         Raises:
             DnoError: there is none, it is damaged, or another version's.
         """
-        self._find()
+        tree = self._tree()
         self._check_format()
-        try:
-            tree = read_yaml(self.config_path.read_text(), place="it")
-        except (DnoError, UnicodeDecodeError) as error:
-            tree = str(error).split("\n")[0]
-        if not isinstance(tree, dict):
-            raise DnoError(
-                f"{self.config_path}: damaged ({str(tree)[:80] if tree else 'empty'}); restore it from a copy, or "
-                "remove it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
-            )
         return parse_config(kind, tree, place=str(self.config_path))
 
     def kind(self) -> type[AnyConfig]:
         """What the directory was made by: a run, a supervised fine-tuning, or the training of a reward model.
 
         Raises:
-            DnoError: there is no configuration in it.
+            DnoError: there is no configuration in it, or a damaged one.
         """
-        self._find()
-        tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))
-        if not isinstance(tree, dict) or "prompts" in tree:
+        tree = self._tree()
+        if "prompts" in tree:
             return RunConfig
         return SftConfig if "data" in tree else RewardConfig if "pairs" in tree else RunConfig
 
@@ -248,16 +241,23 @@ class RunDir:
         """Files of metrics, in the order of their lines: metrics.jsonl, and what it goes on with in a bucket."""
         return [self.metrics_path, *sorted((self.path / "metrics").glob("*.jsonl"))]
 
-    def _find(self) -> None:
-        """
-        Raises:
-            DnoError: there is no configuration here, nor in the bucket.
-        """
+    def _tree(self) -> dict[str, Any]:
+        """The configuration as it stands in its file."""
         self.fetch()
         if not self.config_path.exists():
             known = " or its bucket is not there" if self.bucket is not None else ""
             place = os.fspath(self.path) if self.bucket is None else self.bucket.url
             raise DnoError(f"{place}: no run directory (it has no config.yaml{known})")
+        try:
+            tree = read_yaml(self.config_path.read_text(), place="it")
+        except (DnoError, OSError, UnicodeDecodeError) as error:
+            tree = str(error).split("\n")[0]
+        if isinstance(tree, dict):
+            return tree
+        raise DnoError(
+            f"{self.config_path}: damaged ({str(tree)[:80] if tree else 'empty'}); restore it from a copy, or remove "
+            "it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
+        )
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one line to the metrics; what is no number (NaN, infinity) is null there, as in JSON."""

@@ -34,11 +34,13 @@ from dno_jax.plan.run import Asked, plan_run
 from dno_jax.records import Judgement, Prompt, Rollout
 from dno_jax.report.tables import stacked
 from dno_jax.run_dir import RunDir
+from dno_jax.runtime.capacity import known_capacity
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.sampler import Sampler, SampleSpec
 from dno_jax.runtime.scoring import frozen_logprobs, scoring_batches
 from dno_jax.runtime.slots import plan, wanted_by_stage
-from dno_jax.stages import annotate, sample
+from dno_jax.runtime.training_memory import refuse_training
+from dno_jax.stages import annotate, disk, sample
 from dno_jax.stages.overlap import sample_and_annotate
 from dno_jax.stages.pair import new_pairs
 from dno_jax.stages.preflight import prepared
@@ -111,6 +113,9 @@ def run(config: RunConfig, *, price_per_hour: float | None = None) -> Smoke:
         DnoError: whatever would stop the run itself; the directory is there already, and not one of these.
     """
     whole = Runtime.start(config)
+    refuse_training(whole.programs, known_capacity(whole.mesh.local_devices))
+    if is_primary():
+        disk.check(whole)
     folder = f"{whole.run_dir.path}-smoke"
     marker = RunDir(folder).path / "SMOKE"
     if is_primary():

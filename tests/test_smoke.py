@@ -1,6 +1,8 @@
 """`dno run --smoke`: what is measured, what is made of it, and that nothing is left."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ from dno_jax import smoke
 from dno_jax.cli.main import app
 from dno_jax.errors import DnoError
 from dno_jax.records import Message, Prompt, Rollout
+from dno_jax.sampling.memory import Capacity
 from dno_jax.smoke import Smoke, StageFigures
 from tests.small import small_tree
 
@@ -61,6 +64,16 @@ def test_what_is_not_its_own_is_not_thrown_away(recipe, make_config, tmp_path):
     with pytest.raises(DnoError, match="run-smoke: is there already, and not of an earlier --smoke"):
         smoke.run(make_config(run_dir=str(tmp_path / "run")))
     assert kept.exists()
+
+
+def test_what_the_run_has_no_room_for_is_said_first(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(DnoError, match=r"1000 B are free on its disk, and .* of checkpoints will be written"):
+        smoke.run(make_config(run_dir=str(tmp_path / "run")))
+    monkeypatch.setattr(smoke, "known_capacity", lambda devices: Capacity(10_000, "a small device"))
+    with pytest.raises(DnoError, match=r"training does not fit: .* \(a small device\)"):
+        smoke.run(make_config(run_dir=str(tmp_path / "run")))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.soak

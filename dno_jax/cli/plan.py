@@ -104,5 +104,6 @@ def plan(
     if as_json:
         typer.echo(json.dumps(json_of(found, found=best), indent=2))
     else:
-        console.print(render(found, found=best))
-    refuse(found)
+        beside = [part for variant in variants or [] for part in ("--with", str(variant))]
+        console.print(render(found, found=best, arguments=[str(config), *(overrides or []), *beside]))
+    refuse(found, best)

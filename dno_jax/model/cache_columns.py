@@ -72,6 +72,9 @@ def _written(field: Array, new: Array, column: Array, *, interpret: bool) -> Arr
         return (row, *zeros, jnp.maximum(column[row], 0) // lanes)
 
     block = pl.BlockSpec((1, *middle, lanes), tile)
+    out_shape = jax.ShapeDtypeStruct(field.shape, field.dtype)
+    if not interpret:  # else the compiler moves a cache that has room in a chip's vector memory there and back
+        field, out_shape = pltpu.with_memory_space_constraint(field, pltpu.HBM), pltpu.HBM(field.shape, field.dtype)
     return pl.pallas_call(
         put,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -80,7 +83,7 @@ def _written(field: Array, new: Array, column: Array, *, interpret: bool) -> Arr
             in_specs=[pl.BlockSpec((1, *middle, 1), lambda row, column: (row, *zeros, 0)), block],
             out_specs=block,
         ),
-        out_shape=jax.ShapeDtypeStruct(field.shape, field.dtype),
+        out_shape=out_shape,
         input_output_aliases={2: 0},  # the scalars count
         interpret=interpret,
     )(column, new, field)

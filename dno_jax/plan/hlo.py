@@ -25,6 +25,8 @@ _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}")
 _COUNTED = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]+)\][^{]*\{([^}]*)\}")
+_INTO_VECTOR_MEMORY = re.compile(r" = \(?\w+\[[\d,]*\]\{[^}]*S\(1\)\}[^=]* copy(-start)?\(")
+_PART = re.compile(r"channel_id=(\d+).*chain_id=\"(\d+)\"")
 _CONSTANT = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
 
 
@@ -116,14 +118,18 @@ def collectives(text: str) -> list[Collective]:
 
 
 def copies(text: str, *, at_least: int) -> list[str]:
-    """Return the shapes of copies and transpositions of so many bytes inside of loops, in their order."""
+    """Return the shapes of copies and transpositions of so many bytes inside of loops, in their order.
+
+    Those into a TPU's vector memory are left out: that is how it reads.
+    """
     bodies, entry = _computations(text)
     looped = _within_loops(bodies, entry)
     return [
         shape
         for name in looped
-        for kind, shape, size in map(_operation, bodies[name])
-        if kind in ("copy", "transpose") and size >= at_least
+        for line in bodies[name]
+        for kind, shape, size in [_operation(line)]
+        if kind in ("copy", "transpose") and size >= at_least and not _INTO_VECTOR_MEMORY.search(line)
     ]
 
 
@@ -176,6 +182,7 @@ def _bytes(totals: Totals) -> int:
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     """Return the lines of every computation by its name, and the name of the program's own."""
     bodies: dict[str, list[str]] = {}
+    spread: set[tuple[str | None, ...]] = set()
     name = entry = ""
     for line in text.splitlines():
         if not line.startswith((" ", "}")) and (started := _START.match(line)):
@@ -183,6 +190,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             bodies[name] = []
             entry = name if started[1] else entry
         elif name:
+            if part := _PART.search(line):
+                if part.groups() in spread:
+                    continue
+                spread.add(part.groups())
             bodies[name].append(line)
     return bodies, entry
 

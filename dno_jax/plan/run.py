@@ -37,7 +37,7 @@ from dno_jax.runtime.decode_mesh import with_decode_mesh
 from dno_jax.runtime.fit import check_fit, check_shape
 from dno_jax.runtime.programs import ConfigT, Programs
 from dno_jax.runtime.slots import plan_on, wanted_by_stage
-from dno_jax.runtime.training_memory import TrainingMemory, refuse_training, training_memory
+from dno_jax.runtime.training_memory import TrainingMemory, training_memory
 from dno_jax.sampling.memory import SlotPlan
 
 _MANY = 1 << 20  # prompts, where nobody says how many there are
@@ -141,6 +141,11 @@ class RunPlan:
     def model_config(self) -> ModelConfig:
         return self.shape.config
 
+    @property
+    def num_rows(self) -> int:
+        """Pairs of an iteration's training, one of a prompt; many, where prompts are not known."""
+        return max((count.prompts for name, count in self.counts.items() if name != "held out"), default=_MANY)
+
 
 def plan_run(
     config: RunConfig,
@@ -156,8 +161,10 @@ def plan_run(
     Args:
         memory, num_devices, response_tokens, reply_tokens: of `asked`, where that is None.
 
+    What does not fit into memory is planned too: `refuse` of `plan.search` says so, and what fits.
+
     Raises:
-        DnoError: whatever does not fit, together or into memory by arithmetic.
+        DnoError: whatever does not fit together; no slot fits.
     """
     asked = asked or Asked(
         num_devices=num_devices, memory=memory, response_tokens=response_tokens, reply_tokens=reply_tokens
@@ -173,7 +180,7 @@ def plan_run(
         check_fit(config, model_config=shape.config, tokenizer=texts.tokenizer, row_shards=programs.texts_in_step)
     counts = _prompt_counts(config, texts)
     most = max((count.prompts for name, count in counts.items() if name != "held out"), default=_MANY)
-    training = refuse_training(programs, target.capacity, num_rows=most)
+    training = training_memory(programs, num_rows=most)
     sampling, submeshes = _plan_sampling(programs, counts, target, shape, texts, most)
     compiled = asked.topology is not None and asked.compiled and target.devices is not None
     notes = [note for note in (target.note, texts.note) if note]
@@ -304,7 +311,8 @@ def plan_programs(
         "decode": lambda model: decode_call(of(model), slots_of(model)),
     }
     names = [name for name in calls if (only is None or name in only) and (slots is not None or name in shapes)]
-    closed = {name: _closed(name, programs, slots) for name in names}
+    training = training_memory(programs, num_rows=len(lengths))
+    closed = {name: _closed(name, programs, slots, training) for name in names}
     if asked.compiled:
         jobs = [Job(name, programs.model_config, calls[name], unrolled=name in ("prefill", "decode")) for name in names]
         figures = compile_all(jobs, cache=asked.cache)
@@ -333,12 +341,12 @@ def plan_programs(
     return found
 
 
-def _closed(name: str, programs: Programs[Any], slots: SlotPlan | None) -> dict[str, int]:
+def _closed(name: str, programs: Programs[Any], slots: SlotPlan | None, training: TrainingMemory) -> dict[str, int]:
     if name == "train":
-        return dict(training_memory(programs).parts)
+        return dict(training.parts)
     if name == "score":
         shape = largest(score_plan(programs, longest_texts(programs, num_rows=programs.config.training.batch_size)))
-        activations = training_memory(programs).parts["activations"] // programs.model_config.num_hidden_layers
+        activations = training.parts["activations"] // programs.model_config.num_hidden_layers
         return {**score_call(programs, shape).parts, "activations": activations}
     assert slots is not None
     parts = slots.parts

@@ -14,41 +14,52 @@ from dno_jax.plan.run import ProgramPlan, RunPlan, plan_programs, programs_on
 from dno_jax.plan.trainings import TrainingPlan
 from dno_jax.runtime.arguments import largest, longest_texts, train_call, train_plan
 from dno_jax.runtime.programs import Programs
-from dno_jax.runtime.training_memory import overridden, smallest_change, training_memory
+from dno_jax.runtime.training_memory import overridden, refusal, smallest_change, training_memory
 from dno_jax.sampling.memory import show_bytes
 
 MOST_COMPILES = 6
 AnyPlan = RunPlan | TrainingPlan
 
 
-def refuse(plan: AnyPlan) -> None:
+def refuse(plan: AnyPlan, found: Found | None = None) -> None:
     """
+    Args:
+        found: settings that fit, where they were searched.
+
     Raises:
         DnoError: a program does not fit; the message says by how much, and the smallest change that fits.
     """
     lacking = [name for name, one in plan.programs.items() if not one.fits]
     if lacking:
-        raise DnoError(_suggestion(plan, lacking))
+        raise DnoError(_suggestion(plan, lacking, found))
 
 
-def _suggestion(plan: AnyPlan, lacking: list[str]) -> str:
+def _suggestion(plan: AnyPlan, lacking: list[str], found: Found | None) -> str:
     lines = []
+    training = plan.programs["train"].figures.source == "estimated"
     for name in lacking:
+        if training and found is None and name in ("train", "score"):
+            continue  # told by arithmetic below
         one = plan.programs[name]
         said = f"; {one.figures.refused}" if one.figures.refused else ""
-        taken = ", ".join(f"{part} {show_bytes(size)}" for part, size in one.figures.parts.items() if size >= 2**20)
+        parts = {**one.figures.parts, "temporaries": one.figures.temporaries}
+        taken = ", ".join(f"{part} {show_bytes(size)}" for part, size in parts.items() if 50 * size >= one.figures.peak)
         lines.append(
             f"{name} does not fit: {show_bytes(one.figures.peak)} of a device's "
-            f"{show_bytes(plan.target.capacity.bytes)} ({plan.target.capacity.source}): {taken}, temporaries "
-            f"{show_bytes(one.figures.temporaries)}{said}"
+            f"{show_bytes(plan.target.capacity.bytes)} ({plan.target.capacity.source}): {taken}{said}"
         )
     if "train" in lacking or "score" in lacking:
-        way = _verified(plan, "train" if "train" in lacking else "score")
-        lines.append(
-            "no change of micro batch, remat, chunk, moments, optimiser or adapters fits; take more devices"
-            if way is None
-            else f"the smallest change that fits, compiled: {' '.join(way)}"
-        )
+        if found is not None:
+            lines.append(f"found by --search, and fits: {' '.join(found.overrides)}")
+        elif training:
+            lines.append(refusal(_programs(plan), plan.training, plan.target.capacity, num_rows=plan.num_rows))
+        else:
+            way = _verified(plan, "train" if "train" in lacking else "score")
+            lines.append(
+                "no change of micro batch, remat, chunk, moments, optimiser or adapters fits; take more devices"
+                if way is None
+                else f"the smallest change that fits, compiled: {' '.join(way)}"
+            )
     if set(lacking) & {"decode", "prefill"}:
         slots = plan.sampling.get("sample") or next(iter(plan.sampling.values()))
         over = max(plan.programs[name].figures.peak for name in lacking if name in ("decode", "prefill"))
@@ -61,15 +72,15 @@ def _suggestion(plan: AnyPlan, lacking: list[str]) -> str:
 def _verified(plan: AnyPlan, name: str) -> list[str] | None:
     """Return the smallest change with which the compiler finds room too."""
     programs = _programs(plan)
-    scale = _scale(plan.programs[name], training_memory(programs).total)
+    scale = _scale(plan.programs[name], plan.training.total)
     for _ in range(MOST_COMPILES):
-        way = smallest_change(programs, room=plan.target.capacity.bytes, scale=scale)
+        way = smallest_change(programs, room=plan.target.capacity.bytes, scale=scale, num_rows=plan.num_rows)
         if way is None:
             return None
         found = _compiled(plan, overridden(programs.config, way), name)
         if found.fits:
             return way
-        scale = max(1.05 * scale, _scale(found, training_memory(_programs(plan, way)).total))
+        scale = max(1.05 * scale, _scale(found, training_memory(_programs(plan, way), num_rows=plan.num_rows).total))
     return None
 
 
@@ -86,7 +97,8 @@ def _compiled(plan: AnyPlan, config: AnyConfig, name: str) -> ProgramPlan:
     programs = programs_on(config, plan.shape, plan.target)
     compiled = plan.target.devices is not None and plan.asked.topology is not None and plan.asked.compiled
     asked = replace(plan.asked, compiled=compiled)
-    return plan_programs(programs, plan.sampling, plan.target, asked=asked, only=(name,))[name]
+    rows = plan.num_rows or 0
+    return plan_programs(programs, plan.sampling, plan.target, asked=asked, num_rows=rows, only=(name,))[name]
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,10 @@ def search(plan: AnyPlan) -> Found:
             chosen = [*overrides, *([f"sampling.slots={slots.slots}"] if slots else [])]
             seconds = None if found.time is None else found.time.seconds
             return Found(chosen, seconds, found.figures.peak, compiles, found.figures.source)
+    way = smallest_change(_programs(plan), room=room, scale=scale, num_rows=plan.num_rows) or ["more devices"]
     raise DnoError(
         f"--search: no micro batch and remat fits {show_bytes(room)} of each device ({compiles} compiled); the next "
-        f"change that may: {' '.join(smallest_change(_programs(plan), room=room, scale=scale) or ['more devices'])}"
+        f"change that may: {' '.join(way)}"
     )
 
 
@@ -148,7 +161,7 @@ def _candidates(plan: AnyPlan) -> Iterator[tuple[list[str], Programs[Any], int]]
         for remat in ("none", "dots", "full"):
             overrides = [f"training.micro_batch_size={size}", f"model.remat={remat}"]
             changed = _programs(plan, overrides)
-            yield overrides, changed, training_memory(changed).total
+            yield overrides, changed, training_memory(changed, num_rows=plan.num_rows).total
 
 
 def _seconds(plan: AnyPlan, programs: Programs[Any]) -> tuple[float, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,11 +30,12 @@ from dno_jax.sampling.memory import SlotPlan, show_bytes
 _OF_JUDGES = ("judge\nrequests", "judge\ntokens", "judge\ndollars", "dollars")
 
 
-def render(plan: AnyPlan, *, found: Found | None = None) -> RenderableType:
+def render(plan: AnyPlan, *, found: Found | None = None, arguments: Sequence[str] = ("CONFIG",)) -> RenderableType:
     """Show a plan to a person.
 
     Args:
         found: by a search.
+        arguments: of the command that was planned.
     """
     tables: list[RenderableType] = [Text(_heading(plan))]
     if isinstance(plan, RunPlan) and plan.counts:
@@ -49,7 +51,7 @@ def render(plan: AnyPlan, *, found: Found | None = None) -> RenderableType:
     if (whole := totals(plan)) is not None:
         tables += _total_tables(plan, whole)
     if found is not None:
-        tables.append(Text(_found_text(found, command=_command(plan))))
+        tables += _found_lines(plan, found, arguments)
     return Group(*tables)
 
 
@@ -235,12 +237,14 @@ def _command(plan: AnyPlan) -> str:
     return {RunConfig: "dno run", SftConfig: "dno sft", RewardConfig: "dno reward"}[type(plan.config)]
 
 
-def _found_text(found: Found, *, command: str) -> str:
+def _found_lines(plan: AnyPlan, found: Found, arguments: Sequence[str]) -> list[RenderableType]:
+    """Say what was found, and the command that runs it on a line of its own: what it sets anew is set once."""
     seconds = "" if found.seconds is None else f", {found.seconds:.3g} s a step by roofline"
-    return (
-        f"search: {' '.join(found.overrides)} fits with {show_bytes(found.peak)} ({found.source}; "
-        f"{found.compiles} tried){seconds}\n    {command} CONFIG {' '.join(found.overrides)}\n"
-    )
+    said = f"fits with {show_bytes(found.peak)} ({found.source}; {found.compiles} tried){seconds}"
+    fields = {override.partition("=")[0] for override in found.overrides}
+    kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
+    command = f"    {_command(plan)} {shlex.join([*kept, *found.overrides])}\n"
+    return [Text(f"search: {' '.join(found.overrides)} {said}"), Text(command, no_wrap=True, overflow="ignore")]
 
 
 def as_json(plan: AnyPlan, *, found: Found | None = None) -> dict[str, Any]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import jax
 
 from dno_jax.config import RunConfig
 from dno_jax.parallel.sharding import num_row_shards
 from dno_jax.plan.roofline import decode_seconds
 from dno_jax.plan.run import PromptCount, RunPlan
 from dno_jax.plan.trainings import TrainingPlan, steps_of
-from dno_jax.runtime.arguments import trained_state
 from dno_jax.runtime.programs import Programs
+from dno_jax.stages.disk import checkpoint_bytes
 
 # Pairs of a prompt, by rule: what runs found; of the rules that name them, their number.
 _FOUND = {"large_margin": 2.0, "restrictive": 1.0, "best_worst": 1.0}
@@ -100,10 +97,7 @@ def _of_training(plan: TrainingPlan) -> Totals | None:
     if scored:
         stages["score"] = _stage(plan, "score", scored)
     programs = Programs(plan.config, plan.model_config, plan.mesh)
-    lying = {"training states": _state_bytes(programs), "export": 2 * programs.num_parameters}
-    if programs.adapter_params is not None:
-        lying["adapters"] = 4 * programs.adapter_params
-    return replace(_devices(plan, stages), pairs=plan.rows.trained, disk=lying)
+    return replace(_devices(plan, stages), pairs=plan.rows.trained, disk=checkpoint_bytes(programs))
 
 
 def _stage(plan: RunPlan | TrainingPlan, program: str, runs: int) -> StageTotal:
@@ -119,13 +113,6 @@ def _devices(plan: RunPlan | TrainingPlan, stages: Mapping[str, StageTotal]) -> 
     price = plan.asked.price_per_hour
     usd = None if device_hours is None or price is None else device_hours * price
     return Totals(0, stages, total, device_hours, usd, requests=0, tokens=0, judge_usd=0.0, disk={})
-
-
-def _state_bytes(programs: Programs[Any]) -> int:
-    """Of the training states that lie beside each other at most."""
-    state, _ = trained_state(programs)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    return (programs.config.training.keep_states + 1) * size
 
 
 def pairs_per_prompt(config: RunConfig) -> float:
@@ -166,15 +153,5 @@ def _sampled(plan: RunPlan, stage: str, counts: list[PromptCount]) -> StageTotal
 
 def disk(plan: RunPlan, *, responses: int) -> dict[str, int]:
     """Bytes of a run directory at its largest."""
-    config = plan.config
-    programs = Programs(config, plan.model_config, plan.mesh)
-    whole = 4 * programs.num_parameters
-    trained = 4 * (programs.adapter_params or programs.num_parameters)
-    keep = config.training.keep_policies
-    kept = config.iterations if keep == "all" else min(config.iterations, keep + 2)
-    return {
-        "policies": whole + kept * trained,
-        "training states": _state_bytes(programs),
-        "export": 2 * programs.num_parameters,
-        "rollouts": responses * _TEXT_BYTES,
-    }
+    programs = Programs(plan.config, plan.model_config, plan.mesh)
+    return {**checkpoint_bytes(programs), "rollouts": responses * _TEXT_BYTES}

@@ -18,7 +18,7 @@ from dno_jax.plan.texts import has_tokenizer
 from dno_jax.plan.topology import Target, target_of
 from dno_jax.runtime.fit import check_fit, check_shape
 from dno_jax.runtime.runtime import load_tokenizer
-from dno_jax.runtime.training_memory import TrainingMemory, refuse_training
+from dno_jax.runtime.training_memory import TrainingMemory, training_memory
 from dno_jax.sampling.memory import SlotPlan
 from dno_jax.stages.reward import held_out_prompts, labelled_of
 
@@ -63,6 +63,10 @@ class TrainingPlan:
         return self.shape.config
 
     @property
+    def num_rows(self) -> int | None:
+        return self.rows.trained
+
+    @property
     def sampling(self) -> Mapping[str, SlotPlan]:
         """Nothing is sampled."""
         return {}
@@ -76,8 +80,7 @@ def plan_training(config: SftConfig | RewardConfig, *, asked: Asked) -> Training
     """Plan a training on this machine's devices, or on others.
 
     Raises:
-        DnoError: whatever does not fit, together or into memory by arithmetic; or a question that concerns sampling
-            or judges.
+        DnoError: whatever does not fit together; or a question that concerns sampling or judges.
     """
     for name in ("response_tokens", "reply_tokens", "tokens_per_second"):
         if getattr(asked, name) is not None:
@@ -92,7 +95,7 @@ def plan_training(config: SftConfig | RewardConfig, *, asked: Asked) -> Training
     else:
         check_shape(config, model_config=shape.config, row_shards=programs.texts_in_step)
     rows = _rows(config, asked)
-    training = refuse_training(programs, target.capacity, num_rows=rows.trained)
+    training = training_memory(programs, num_rows=rows.trained)
     compiled = asked.topology is not None and asked.compiled and target.devices is not None
     names = ("train", "score") if isinstance(config, RewardConfig) and config.pairs.held_out else ("train",)
     found = plan_programs(

@@ -39,6 +39,7 @@ from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.scoring import logprobs_of, scoring_batches
 from dno_jax.runtime.training_memory import refuse_training
+from dno_jax.stages import disk
 from dno_jax.stages.chats_to_score import chats_to_score
 from dno_jax.stages.checkpoints import read_checkpoint
 from dno_jax.stages.one_training import fresh_params, held, started
@@ -73,6 +74,8 @@ def run(runtime: Runtime[RewardConfig]) -> epath.Path:
         if is_primary():
             say(f"{target} is there already: nothing to do")
         return target
+    if is_primary():
+        disk.check(runtime)
     params = initial_params(runtime)
     with held(runtime, "reward", noted):
         return _train(runtime, preferences, params, start=start)

@@ -29,6 +29,7 @@ from dno_jax.runtime.capacity import known_capacity
 from dno_jax.runtime.exhausted import explained, training_settings
 from dno_jax.runtime.runtime import Runtime
 from dno_jax.runtime.training_memory import refuse_training
+from dno_jax.stages import disk
 from dno_jax.stages.checkpoints import (
     by_adapters,
     export_adapter,
@@ -65,6 +66,8 @@ def run(runtime: Runtime[SftConfig]) -> epath.Path:
         if is_primary():
             say(f"{target} is there already: nothing to do")
         return target
+    if is_primary():
+        disk.check(runtime)
     params, frozen = _initial(runtime, config)
     with held(runtime, "sft", noted):
         if is_primary():

@@ -133,7 +133,7 @@ def test_verdicts_are_listed_exported_and_purged_there(bucket, machine, tmp_path
             asyncio.run(_paid(verdicts))
     machine("second")
     annotations.list_(URL)
-    assert "openai gpt" in capsys.readouterr().err
+    assert "openai gpt" in capsys.readouterr().out
     annotations.export(URL, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 2
     annotations.purge(URL, state="refused", yes=True)

@@ -13,7 +13,7 @@ from dno_jax.config import MeshSection, RunConfig, parse_config
 from dno_jax.parallel.mesh import make_mesh
 from dno_jax.plan import compiled
 from dno_jax.plan.compiled import fingerprint_of
-from dno_jax.plan.hlo import collectives, copies
+from dno_jax.plan.hlo import calls, collectives, copies
 from dno_jax.plan.run import Asked, plan_run
 from dno_jax.runtime import scoring
 from dno_jax.sampling import engine
@@ -63,6 +63,7 @@ LORA = {"adapter": {"rank": 2}, "training": {"packing": "off"}, "sampling": {"me
 def test_a_plan_compiles_what_the_stages_then_run(offline, changes, tmp_path, monkeypatch):
     config = parse_config(RunConfig, deep_merge(offline, {"run_dir": str(tmp_path / "run"), **changes}), place="test")
     planned = plan_run(config, asked=Asked(topology="cpu:8", memory=2**34)).programs
+    assert set(planned) == {"train", "score", "prefill", "decode"}
     ran: dict[str, dict] = {}
     for module, name, short in (
         (train_stage, "train_step", "train"),
@@ -132,6 +133,8 @@ HloModule jit_f
 %body (p: (s32[], bf16[4,128])) -> (s32[], bf16[4,128]) {
   %g = bf16[4,128]{1,0} all-gather(bf16[1,128] %x), dimensions={0}
   %c = bf16[4,128]{0,1} copy(bf16[4,128]{1,0} %g)
+  %m = (bf16[8,128]{1,0:T(8,128)(2,1)S(1)}, bf16[8,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%h)
+  %n = (bf16[9,128]{1,0:T(8,128)(2,1)}, bf16[9,128]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%m)
   ROOT %t = (s32[], bf16[4,128]) tuple(%i, %c)
 }
 
@@ -177,8 +180,36 @@ def test_the_text_of_a_program_is_read_with_its_loops_and_dearest_branches():
     assert gathered.bytes == 5 * 4 * 128 * 2 + 64 * 4
     assert gathered.shape == "bf16[4,128]"
     assert (reduced.kind, reduced.runs, reduced.bytes) == ("all-reduce", 1, 64 * 4)
-    assert copies(TEXT, at_least=1024) == ["bf16[4,128]"]
-    assert copies(TEXT, at_least=1025) == []
+    assert copies(TEXT, at_least=1024) == ["bf16[4,128]", "bf16[9,128]"]  # what goes into vector memory is read
+    assert copies(TEXT, at_least=2305) == []
+
+
+SPREAD = """
+%first (p: bf16[1,128]) -> bf16[4,128] {
+  %g = bf16[4,128]{1,0} all-gather(%p), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%second (p: bf16[1,128]) -> bf16[4,128] {
+  %g2 = bf16[4,128]{1,0:S(1)} all-gather(%p), channel_id=7, dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%body (p: (s32[], bf16[1,128])) -> (s32[], bf16[1,128]) {
+  %a = bf16[4,128]{1,0} fusion(%x), kind=kOutput, calls=%first
+  %b = bf16[4,128]{1,0} fusion(%a), kind=kOutput, calls=%second
+  %o = bf16[4,128]{1,0} all-gather(%y), channel_id=8, dimensions={0}, frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main (a: bf16[1,128]) -> bf16[1,128] {
+  %w = (s32[], bf16[1,128]) while(%i), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+}
+"""
+
+
+def test_an_operation_that_goes_on_through_several_fusions_counts_once():
+    """As on v5e: eleven gathers a layer stand in 47 places of the text."""
+    (found,) = collectives(SPREAD)
+    assert (found.runs, found.bytes) == (2 * 3, 2 * 3 * 4 * 128 * 2)
+    assert [(one.runs, one.bytes) for one in calls(SPREAD)] == [(3, 1024)] * 2
 
 
 def test_a_second_plan_compiles_nothing(offline, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_recipe_fits_the_devices_that_it_names(name):
     assert whole.device_hours is not None
     assert whole.device_hours > 0
     # All of it is numbers and words, so that JSON can hold it.
-    assert as_json(plan)["total"]["disk"]["policies"] > 4 * plan.programs["train"].closed["parameters"] // 8
+    assert as_json(plan)["total"]["disk"]["policy 0"] > 4 * plan.programs["train"].closed["parameters"] // 8
 
 
 @pytest.mark.parametrize(

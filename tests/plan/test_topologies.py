@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from dno_jax.cli.quantities import read_bytes
 from dno_jax.config import MeshSection, RunConfig, load_config
@@ -12,7 +14,9 @@ from dno_jax.errors import DnoError
 from dno_jax.parallel.chips import CHIPS, chip_of
 from dno_jax.plan import topology
 from dno_jax.plan.run import Asked, plan_run
+from dno_jax.plan.search import refuse, search
 from dno_jax.plan.shape import shape_of
+from dno_jax.plan.tables import render
 from dno_jax.plan.topology import target_of
 from dno_jax.plan.totals import totals
 from tests.plan.test_recipes import CONFIGS
@@ -137,16 +141,28 @@ def test_a_run_that_cannot_train_is_refused_with_the_smallest_change_that_fits()
     config = load_config(RunConfig, PAPER)
     asked = Asked(num_devices=1, memory=read_bytes("80GiB", option="-"), model="mistral-7b")
     with pytest.raises(DnoError, match=REFUSED) as told:
-        plan_run(config, asked=asked)
+        refuse(plan_run(config, asked=asked))
     assert "moments 53.96 GiB" in str(told.value)
     change = str(told.value).partition("the smallest change that fits: ")[2].partition(". More")[0].split()
     assert change
     changed = load_config(RunConfig, PAPER, change)
-    assert plan_run(changed, asked=asked).training.total < asked.memory
+    plan = plan_run(changed, asked=asked)
+    refuse(plan)
+    assert plan.training.total < asked.memory
     micro = load_config(RunConfig, PAPER, ["training.micro_batch_size=64", "training.batch_size=64"])
     short = Asked(num_devices=4, memory=read_bytes("42GiB", option="-"), model="mistral-7b")
+    plan = plan_run(micro, asked=short)
+    assert not plan.programs["train"].fits  # and it is planned: `--search` starts from there
     with pytest.raises(DnoError, match=r"the smallest change that fits: training.micro_batch_size=\d+\."):
-        plan_run(micro, asked=short)
+        refuse(plan)
+    found = search(plan)
+    assert found.peak <= short.memory
+    with pytest.raises(DnoError, match=r"train does not fit: .*\n.*found by --search, and fits: training.micro_batch"):
+        refuse(plan, found)
+    console = Console(width=60, file=StringIO())
+    console.print(render(plan, found=found, arguments=["my recipe.yaml", "training.micro_batch_size=64", "seed=1"]))
+    (command,) = [line for line in console.file.getvalue().splitlines() if line.startswith("    dno run")]
+    assert command.split() == ["dno", "run", "'my", "recipe.yaml'", "seed=1", *found.overrides]
 
 
 def test_chips_are_found_by_the_names_that_jax_has_for_them():
