@@ -140,7 +140,7 @@ def _half_told(environment: Environment) -> Meeting | None:
 
 def _by_variables(environment: Environment) -> Meeting | None:
     """The three flags as variables, for manifests and containers."""
-    if not all(name in environment for name in _VARIABLES):
+    if not all(environment.get(name, "").strip() for name in _VARIABLES):
         return None
     count, index = (_number(environment, name) for name in _VARIABLES[1:])
     return Meeting("JAX_NUM_PROCESSES", num_processes=count, process_id=index)

@@ -59,6 +59,9 @@ class Gcs:
         self._server = create_server("127.0.0.1", self.port, in_memory=True, default_bucket=BUCKET)
 
     def start(self):
+        from gcp_storage_emulator.server import APIThread
+
+        self._server._api = APIThread("127.0.0.1", self.port, self._server._storage)  # a thread starts once
         self._server.start()
 
     def stop(self):

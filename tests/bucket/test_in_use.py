@@ -20,7 +20,7 @@ from dno_jax.data.labelled import read_verdicts
 from dno_jax.errors import DnoError
 from dno_jax.records import ReferenceScore
 from dno_jax.run_dir import RunDir
-from dno_jax.stages import disk
+from dno_jax.stages import disk, redo
 
 URL = "memory://pail/runs/mine"
 INDEX = f"{URL}/.dno/index.json"
@@ -226,3 +226,5 @@ def test_metrics_go_up_in_parts_of_which_one_grows(bucket, machine, tmp_path, mo
     copied.append_metrics({"iteration": 3, "step": 0})
     assert copied.read_metrics()[-2:] == [{"iteration": 2, "step": 0}, {"iteration": 3, "step": 0}]
     assert copied.metrics_paths() == [copied.path / path.relative_to(other.path) for path in other.metrics_paths()]
+    kept = redo._move(copied, [copied.format_path])  # what is set aside has them too
+    assert RunDir(kept).read_metrics() == copied.read_metrics()

@@ -64,6 +64,18 @@ def server(request, monkeypatch):
     work._folders.clear()
 
 
+def test_a_store_keeps_its_objects_while_it_is_stopped(server):
+    def files():
+        return fsspec.filesystem(server.scheme, use_listings_cache=False, skip_instance_cache=True)
+
+    fsspec = pytest.importorskip("fsspec")
+    files().pipe_file(f"{BUCKET}/a", b"1")
+    for _ in range(2):
+        server.stop()
+        server.start()
+        assert files().cat_file(f"{BUCKET}/a") == b"1"
+
+
 def there(run_dir, name):
     """Whether the bucket has a file, as its index says."""
     index = run_dir.bucket._mirror.store.read(".dno/index.json")

@@ -12,7 +12,7 @@ from dno_jax.errors import DnoError
 from dno_jax.model import hf
 from dno_jax.model.attention import NO_WINDOW
 from dno_jax.model.config import ModelConfig
-from dno_jax.model.hf.config_json import parse_config
+from dno_jax.model.hf.config_json import parse_config, read_json
 from tests.model.families import CASES, FACTORS, rope
 
 
@@ -520,3 +520,12 @@ def test_a_granite_of_attention_alone_rotates_or_does_not():
     assert parse_config(tree, place="x") == CASES["granite4"].config()
     for kind in ("nope", None, ...):
         assert parse_config(changed("granite4", position_embedding_type=kind), place="x").ropes[0].rope_type == "none"
+
+
+@pytest.mark.parametrize("place", ["gs://bucket/model", "s3://me:hunter2@bucket/model", "gs:/bucket/model"])
+def test_a_checkpoint_is_read_from_no_url(place):
+    with pytest.raises(
+        DnoError, match=r"is read from a folder, or from the Hub by its id, not by a URL; copy it"
+    ) as told:
+        read_json(place, "config.json")
+    assert "hunter2" not in str(told.value)

@@ -166,6 +166,7 @@ def test_what_is_asked_of_jax(asked, monkeypatch, case):
         slurm(SLURM_STEP_NUM_TASKS="1") | {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "stale"},
         {"TPU_WORKER_HOSTNAMES": "t-0.s", "TPU_WORKER_ID": "0", **SLICES, "MEGASCALE_NUM_SLICES": "1"},
         {"JAX_NUM_PROCESSES": "1", "JAX_COORDINATOR_ADDRESS": "h:1"},
+        {"JAX_NUM_PROCESSES": "", "JAX_COORDINATOR_ADDRESS": "", "JAX_PROCESS_ID": " "},  # of a template
         POD | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"},
     ],
 )

@@ -152,6 +152,11 @@ def read_json(path: str | Path, name: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         DnoError: the directory or file is missing, or holds no JSON object.
     """
+    if (url := re.match(r"(\w+):/", str(path))) is not None:
+        raise DnoError(
+            f"{url[1]}://...: a checkpoint is read from a folder, or from the Hub by its id, not by a URL; copy it to "
+            "a disk that all processes see"
+        )
     path = Path(path)
     if not path.is_dir():
         raise DnoError(f"{path}: no such directory; expected a Hugging Face checkpoint with config.json")
