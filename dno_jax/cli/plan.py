@@ -70,7 +70,7 @@ def plan(
     from dno_jax import stopping
     from dno_jax.cli.quantities import read_bytes
     from dno_jax.config import RewardConfig, RunConfig, SftConfig, kind_of, load_config
-    from dno_jax.console import console
+    from dno_jax.console import results
     from dno_jax.files import cache_folder
     from dno_jax.plan.run import Asked, plan_run
     from dno_jax.plan.search import refuse
@@ -105,5 +105,5 @@ def plan(
         typer.echo(json.dumps(json_of(found, found=best), indent=2))
     else:
         beside = [part for variant in variants or [] for part in ("--with", str(variant))]
-        console.print(render(found, found=best, arguments=[str(config), *(overrides or []), *beside]))
+        results.print(render(found, found=best, arguments=[str(config), *(overrides or []), *beside]))
     refuse(found, best)

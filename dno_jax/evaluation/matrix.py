@@ -142,9 +142,9 @@ def win_rate_matrix(rows: Sequence[Row], *, policies: Sequence[str], others: Seq
     pairs = comparisons.pairs()
     places: dict[tuple[str, str], list[Row]] = {}
     for row in rows:  # all of two players one way round: as they first met
-        met = (row.player, row.opponent)
-        one_way = met[::-1] not in places
-        places.setdefault(met if one_way else met[::-1], []).append(row if one_way else row.turned())
+        met, turned = (row.player, row.opponent), (row.opponent, row.player)
+        one_way = turned not in places
+        places.setdefault(met if one_way else turned, []).append(row if one_way else row.turned())
     neighbours = [(newer, older) for older, newer in pairwise(policies)]
     rates = comparisons.rates()
     among = comparisons.part(players=len(policies))

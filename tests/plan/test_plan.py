@@ -86,7 +86,8 @@ def dno_plan(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["dno", "plan", str(config), *arguments])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        said = capsys.readouterr().err
+        captured = capsys.readouterr()
+        said = captured.err + captured.out
         assert "Traceback" not in said
         return caught.value.code or 0, " ".join(said.split())
 
@@ -291,7 +292,7 @@ def test_a_pod_is_planned_where_there_is_no_device_at_all(seven, folder):
     command = [sys.executable, "-m", "dno_jax", "plan", str(config)]
     with_pod = subprocess.run([*command, *POD], env=environment, capture_output=True, text=True)
     assert with_pod.returncode == 0, with_pod.stderr
-    assert "devices: 256" in with_pod.stderr
+    assert "devices: 256" in with_pod.stdout
     without = subprocess.run([*command, "--memory", "16GiB"], env=environment, capture_output=True, text=True)
     assert without.returncode == 1
     assert "Unable to initialize backend" in without.stderr

@@ -152,8 +152,8 @@ def test_the_command_knows_them_by_their_section(recipes, dno_plan):
         parts = found["programs"]["train"]["closed_form"]
         assert parts["moments"] == pytest.approx(2 * parts["parameters"], rel=0.001)
     status, said = dno_plan(path, "--devices", 8, "--memory", "1GiB")
-    assert "the training, on 32 pairs, and 8 held out" in " ".join(said.err.split())
-    assert "judge" not in said.err
+    assert "the training, on 32 pairs, and 8 held out" in " ".join(said.out.split())
+    assert "judge" not in said.out
 
 
 @pytest.mark.parametrize(
