@@ -28,19 +28,19 @@ from dno_jax.report.kept import Kept
 from dno_jax.report.page import write_report
 from dno_jax.run_dir import RunDir
 from dno_jax.stage_dir import stage_names
-from tests.report.chromium import READY, SHOWN, chromium, opened
+from tests.report.chromium import DRAWN, SHOWN, chromium, opened
 from tests.report.synthetic import build
 
 
 async def _open(program: str, page: Path, *, times: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds, each in a browser of its own, until samples are shown, all are unpacked, and all plots are drawn.
+    """Seconds, each in a browser of its own, until samples are shown, plots are drawn, and all samples are unpacked.
 
     By the clock, and of the page's process alone, which other work on the machine does not lengthen.
     """
     first = "document.querySelectorAll('#list li').length > 0"
-    found: dict[str, list[tuple[float, float]]] = {"first_samples": [], "all_samples": [], "plots": []}
+    found: dict[str, list[tuple[float, float]]] = {"first_samples": [], "plots": [], "all_samples": []}
     for _ in range(times):
-        for name, until in (("first_samples", first), ("all_samples", SHOWN), ("plots", READY)):
+        for name, until in (("first_samples", first), ("plots", DRAWN), ("all_samples", SHOWN)):
             if name == "plots" and not plots.installed():
                 continue
             async with opened(program) as tab:

@@ -77,7 +77,8 @@ def _needed(console: Console, item: Any) -> int:
     return Measurement.get(console, options, item).maximum - folded
 
 
-console = PlainConsole(stderr=True)
+console = PlainConsole(stderr=True)  # progress, warnings, words about a command
+results = PlainConsole()  # what it was asked for, and nothing else: what a pipe or a file takes
 _WIDEST = 1000
 _LEAST_FOLDED = 12
 _SECONDS_BETWEEN_LINES = 10.0

@@ -10,6 +10,7 @@ _ACTING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
+_HALVES = re.compile("[\ud800-\udfff]")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 # The beginnings that providers give their keys; and what is too long and too mixed to be a word of a name.
 _KEY_LIKE = re.compile(
@@ -26,6 +27,11 @@ def printable(text: str) -> str:
     Tabs and line feeds stay, and a carriage return before a line feed goes: it only ends the line twice.
     """
     return _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
+
+
+def is_text(text: str) -> bool:
+    """Whether a text can be written: halves of surrogate pairs cannot, which stand for bytes that are no UTF-8."""
+    return not _HALVES.search(text)
 
 
 def hide_keys(text: str) -> str:

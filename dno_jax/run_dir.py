@@ -1,6 +1,7 @@
 """The run directory: where everything lies, who may write in it, and by which configuration it was made.
 
     <run_dir>/config.yaml FORMAT metrics.jsonl annotations.sqlite receipts.json report.html report/ tensorboard/ .lock
+    <run_dir>/metrics/000001.jsonl ...    of a run in a bucket: what metrics.jsonl goes on with
     <run_dir>/policies/000/ ...  export/  aside/0/ ...
     <run_dir>/iterations/000/ prompts.jsonl rollouts/ judgements/ pairs/ reference/ train/ evaluation/
 
@@ -21,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from dno_jax.bucket.place import is_url
 from dno_jax.bucket.work import Bucket
 from dno_jax.config import AnyConfig, RewardConfig, RunConfig, Section, SftConfig, dump_config, parse_config, read_yaml
 from dno_jax.errors import DnoError
@@ -28,6 +30,7 @@ from dno_jax.files import explained, write_atomically
 from dno_jax.stage_dir import StageDir
 
 FORMAT = 2  # of what stages write; 1 had pairs without rows, and one digest over the whole configuration
+_METRICS_BYTES = 1 << 16  # of a file of metrics that grows, in a bucket: its objects are written whole
 
 
 class RunDir:
@@ -38,7 +41,7 @@ class RunDir:
         Raises:
             DnoError: it is a URL, and of no place in an object store.
         """
-        self.bucket = Bucket.of(os.fspath(path)) if "://" in os.fspath(path) else None
+        self.bucket = Bucket.of(os.fspath(path)) if is_url(path) else None
         # Orbax takes absolute paths only.
         self.path = epath.Path(os.path.abspath(path) if self.bucket is None else os.fspath(self.bucket.folder))
         self.config_path = self.path / "config.yaml"
@@ -105,13 +108,16 @@ class RunDir:
     def _check_format(self) -> None:
         if not self.config_path.exists():
             return
-        found = self.format_path.read_text().strip() if self.format_path.exists() else "1"
+        if not self.format_path.exists():
+            self._tree()  # what has no configuration in it was made by no version
+        noted = self.format_path.read_bytes() if self.format_path.exists() else b"1"
+        found = noted.decode(errors="replace").strip()
         if found != str(FORMAT):
             raise DnoError(
-                f"run_dir {self.path}: made by another version of dno_jax (format {found}; this one writes and reads "
-                f"{FORMAT}), whose pairs and manifests are laid out differently. Finish it with the version that made "
-                "it, or give another run_dir; annotation.store can be its annotations.sqlite, so that no verdict is "
-                "bought twice"
+                f"run_dir {self.path}: made by another version of dno_jax (format {found[:20] or 'unknown'}; this "
+                f"one writes and reads {FORMAT}), whose pairs and manifests are laid out differently. Finish it with "
+                "the version that made it, or give another run_dir; annotation.store can be its annotations.sqlite, "
+                "so that no verdict is bought twice"
             )
 
     def fetch(self, *, weights: bool = False) -> None:
@@ -216,61 +222,76 @@ class RunDir:
         Raises:
             DnoError: there is none, it is damaged, or another version's.
         """
-        self.fetch()
-        if not self.config_path.exists():
-            raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
+        tree = self._tree()
         self._check_format()
-        try:
-            tree = read_yaml(self.config_path.read_text(), place="it")
-        except (DnoError, UnicodeDecodeError) as error:
-            tree = str(error).split("\n")[0]
-        if not isinstance(tree, dict):
-            raise DnoError(
-                f"{self.config_path}: damaged ({str(tree)[:80] if tree else 'empty'}); restore it from a copy, or "
-                "remove it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
-            )
         return parse_config(kind, tree, place=str(self.config_path))
 
     def kind(self) -> type[AnyConfig]:
         """What the directory was made by: a run, a supervised fine-tuning, or the training of a reward model.
 
         Raises:
-            DnoError: there is no configuration in it.
+            DnoError: there is no configuration in it, or a damaged one.
         """
-        self.fetch()
-        if not self.config_path.exists():
-            raise DnoError(f"{self.path}: no run directory (it has no config.yaml)")
-        tree = read_yaml(self.config_path.read_text(), place=str(self.config_path))
-        if not isinstance(tree, dict) or "prompts" in tree:
+        tree = self._tree()
+        if "prompts" in tree:
             return RunConfig
         return SftConfig if "data" in tree else RewardConfig if "pairs" in tree else RunConfig
 
+    def metrics_paths(self) -> list[epath.Path]:
+        """Files of metrics, in the order of their lines: metrics.jsonl, and what it goes on with in a bucket."""
+        return [self.metrics_path, *sorted((self.path / "metrics").glob("*.jsonl"))]
+
+    def _tree(self) -> dict[str, Any]:
+        """The configuration as it stands in its file."""
+        self.fetch()
+        if not self.config_path.exists():
+            known = " or its bucket is not there" if self.bucket is not None else ""
+            place = os.fspath(self.path) if self.bucket is None else self.bucket.url
+            raise DnoError(f"{place}: no run directory (it has no config.yaml{known})")
+        try:
+            tree = read_yaml(self.config_path.read_text(), place="it")
+        except (DnoError, OSError, UnicodeDecodeError) as error:
+            tree = str(error).split("\n")[0]
+        if isinstance(tree, dict):
+            return tree
+        raise DnoError(
+            f"{self.config_path}: damaged ({str(tree)[:80] if tree else 'empty'}); restore it from a copy, or remove "
+            "it and start the same `dno run CONFIG` again: each stage has noted what it read of it"
+        )
+
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl; what is no number (NaN, infinity) is null there, as in JSON."""
-        with explained(self.metrics_path), self.metrics_path.open("a") as file:
-            file.write(_line(row))
+        """Add one line to the metrics; what is no number (NaN, infinity) is null there, as in JSON."""
+        path = self.metrics_paths()[-1]
+        with explained(path):
+            if self.bucket is not None and path.exists() and path.stat().length >= _METRICS_BYTES:
+                number = int(path.stem) if path != self.metrics_path else 0
+                path = self.path / "metrics" / f"{number + 1:06d}.jsonl"
+                path.parent.mkdir(exist_ok=True)
+            with path.open("a") as file:
+                file.write(_line(row))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics_path.exists():
-            return []
-        rows = []
-        for line in self.metrics_path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:  # the line that a crash cut short: its step is logged again
-                continue
-        return rows
+        return [row for path in self.metrics_paths() if path.exists() for row in _rows(path.read_text())]
 
     def forget_metrics(self, *, iteration: int, stage: str, from_step: int) -> None:
-        """Drop the rows of steps that are about to be taken again after a restart."""
-        rows = self.read_metrics()
-        kept = [
-            row
-            for row in rows
-            if (row.get("iteration"), row.get("stage")) != (iteration, stage) or row.get("step", -1) < from_step
-        ]
-        if len(kept) != len(rows):
-            write_atomically(self.metrics_path, "".join(map(_line, kept)))
+        """Drop the rows of steps that are about to be taken again after a restart, and lines that a crash cut short."""
+        for path in self.metrics_paths():
+            text = path.read_text() if path.exists() else ""
+            kept = "".join(
+                _line(row)
+                for row in _rows(text)
+                if (row.get("iteration"), row.get("stage")) != (iteration, stage) or row.get("step", -1) < from_step
+            )
+            if not kept and path != self.metrics_path:
+                path.unlink()  # the next line belongs to the file before it
+            elif kept != text:
+                write_atomically(path, kept)
+
+
+def _rows(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):  # the line that a crash cut short: its step is logged again
+            yield json.loads(line)
 
 
 def _line(row: Mapping[str, Any]) -> str:

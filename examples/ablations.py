@@ -223,13 +223,14 @@ def percent(values: Sequence[float], ends: tuple[float, float] | None = None) ->
     """The mean and its interval; the value alone, or with ends that are known otherwise, where there is but one."""
     mean, *over_seeds = interval(values)
     low, high = over_seeds if ends is None else ends
-    told = "" if np.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+    # Student's interval of few seeds does not know that a rate ends at 0 and 1.
+    told = "" if np.isnan(low) else f" [{100 * max(low, 0.0):.1f}, {100 * min(high, 1.0):.1f}]"
     return f"{100 * mean:.1f} %{told}"
 
 
 def mean_of(values: Sequence[float]) -> str:
     mean, low, high = interval(values)
-    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} [{max(low, 0.0):.1f}, {high:.1f}]"
 
 
 def method_table(plan: Plan) -> list[str]:

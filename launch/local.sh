@@ -4,6 +4,10 @@
 # DNO is the command (default: the one on PATH, else .venv's); DNO_PORT the port of process 0 (default: a free one);
 # DNO_GRACE the seconds between SIGTERM and SIGKILL (default 120, above grace_seconds of the configuration).
 set -euo pipefail
+if [ "${BASH_VERSINFO[0]}${BASH_VERSINFO[1]}" -lt 43 ]; then
+  echo "$0: needs bash 4.3 or newer (wait -n), this is $BASH_VERSION; install one, such as by brew install bash" >&2
+  exit 2
+fi
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
   echo "usage: $0 N CONFIG [a.b=value ...]   (N processes, at least 1)" >&2
   exit 2

@@ -118,6 +118,19 @@ def test_the_block_of_the_readme_computes_the_loss():
     assert float(names["loss"]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "launch/README.md"])
+def test_messages_that_pages_quote_are_said_by_the_code(page):
+    """First cells of tables; what differs from run to run stands for itself: numbers, names, places."""
+    sources = "".join(path.read_text() for path in sorted((ROOT / "dno_jax").rglob("*.py")))
+    said = re.sub(r'"\s*\n\s*f?"', "", sources)  # literals that go on in the next line
+    cells = [line.split("|")[1] for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")]
+    quotes = [a or b for cell in cells for a, b in re.findall(r'"([^"]+)"|`([a-z]\w* [^`]+|use srun)`', cell)]
+    assert len(quotes) >= 5
+    for quote in quotes:
+        for part in re.split(r"\.\.\.|\d+|\bN\b|HOST:PORT|node\d|SLURM|gs://|cpu", quote):
+            assert part.strip(" :") in said, f"{page}: {quote!r} is not what is said"
+
+
 def test_the_configuration_reference_has_every_field():
     text = reference.configuration()
     for kind in (RunConfig, SftConfig, RewardConfig):

@@ -90,6 +90,19 @@ def test_a_directory_of_the_version_before_is_refused(tmp_path):
             use()
 
 
+@pytest.mark.parametrize("content", [b"", b"# x\n", b"null", b"- a", b"words", b"\xff\xfe", b"a: 1\na: 2", b"\0"])
+@pytest.mark.parametrize("has_format", [False, True])
+def test_a_configuration_that_is_none_is_called_damaged(tmp_path, content, has_format):
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.create(config(run_dir.path))
+    run_dir.config_path.write_bytes(content)
+    if not has_format:
+        run_dir.format_path.unlink()
+    for use in (run_dir.kind, run_dir.load_config):
+        with pytest.raises(DnoError, match=r"config.yaml: damaged \(.+\); restore it from a copy"):
+            use()
+
+
 def test_a_directory_is_held_by_one_at_a_time(tmp_path):
     run_dir = RunDir(tmp_path / "run")
     holder = f"in use by process {os.getpid()} on {socket.gethostname()};"
@@ -128,6 +141,8 @@ def test_where_there_are_no_locks_nothing_is_held(tmp_path, monkeypatch, number)
         ("gs://me:hunter2@bucket/run", "which may hold a key"),
         ("s3://bucket/run?X-Amz-Signature=hunter2", "which may hold a key"),
         ("s3://bucket/run#hunter2", "which may hold a key"),
+        ("s3:/me:hunter2@bucket/run", "s3:/ with one slash; expected s3://BUCKET/PATH"),
+        ("/here/gs:/bucket/run", "gs:/ with one slash; expected gs://BUCKET/PATH, or a directory without gs:/"),
     ],
 )
 def test_a_url_that_is_no_place_for_a_run_is_refused(path, said):

@@ -12,6 +12,7 @@ from dno_jax.errors import DnoError
 
 EXTRAS = {"gs": "gcs", "s3": "s3"}  # scheme -> the extra that reads and writes it
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
+_CUT = re.compile(r"(?:^|/)(gs|gcs|s3|hf|file|https?):/")
 _PART = re.compile(r"[\w.=+ -]+")  # without what fsspec, or a shell, reads as more than a name
 
 
@@ -40,7 +41,18 @@ class Place:
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path)
+    """Whether a run directory is named by a URL.
+
+    Raises:
+        DnoError: one of its two slashes is missing: libraries would take it for a URL in one place and not in another.
+    """
+    text = os.fspath(path)
+    if "://" not in text and (found := _CUT.search(text)) is not None:
+        raise DnoError(
+            f"run_dir: {found[1]}:/ with one slash; expected {found[1]}://BUCKET/PATH, or a directory without "
+            f"{found[1]}:/ in its name"
+        )
+    return "://" in text
 
 
 def read_url(url: str) -> Place:

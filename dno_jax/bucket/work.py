@@ -87,7 +87,7 @@ class Bucket:
                 mirror.lock.release()
 
     def changed(self) -> None:
-        """Have what is new uploaded, by a thread: a stage is done, or a state saved.
+        """Have what is new uploaded, by a thread: a stage is done.
 
         Raises:
             DnoError: another process has taken the run over.

@@ -25,13 +25,13 @@ def list_(place: Place, judge: Judge = None, state: State = None) -> None:
     """Count verdicts by judge and state, with what they took, and what each run paid."""
     from contextlib import closing
 
-    from dno_jax.console import console
+    from dno_jax.console import results
     from dno_jax.report.verdicts import receipt_table, verdict_table
 
     with closing(_store(place)) as store:
-        console.print(verdict_table(store.tallies(judge=judge, state=_state(state))))
+        results.print(verdict_table(store.tallies(judge=judge, state=_state(state))))
         if receipts := store.receipts():
-            console.print(receipt_table(receipts))
+            results.print(receipt_table(receipts))
 
 
 @annotations.command()
@@ -67,7 +67,7 @@ def purge(
     """Delete verdicts, which are then asked for and paid for again; receipts stay."""
     from contextlib import closing
 
-    from dno_jax.console import console, say
+    from dno_jax.console import results, say
     from dno_jax.errors import DnoError
     from dno_jax.report.verdicts import verdict_table
 
@@ -75,7 +75,7 @@ def purge(
         raise DnoError("say which: --judge, --state or both; to delete all verdicts, delete the file")
     with _written(place), closing(_store(place)) as store:
         found = store.tallies(judge=judge, state=_state(state))
-        console.print(verdict_table(found))
+        results.print(verdict_table(found))
         if yes:
             say(f"{store.purge(judge=judge, state=state):,} verdicts deleted")
         else:

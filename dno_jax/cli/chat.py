@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dno_jax import stopping
-from dno_jax.display import printable
+from dno_jax.display import is_text, printable
 
 if TYPE_CHECKING:
     from dno_jax.records import Message
@@ -25,6 +27,7 @@ Overrides = Annotated[
 ]
 Policy = Annotated[int | None, typer.Option(help="which policy of a run; the best on held-out prompts by default")]
 
+_NUMBER = re.compile("[0-9]{1,9}")
 _HELP = """/regen            another answer to the last message
 /policy [N]       let policy N answer from now on; without N: which there are
 /beside [N|off]   let policy N (0) answer beside it, for you to compare
@@ -50,6 +53,8 @@ def chat(
         if speakers.is_run
         else "/help lists what can be typed"
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is told, and the next one heard
     with stopping.conversing():
         while talk.hear() and not stopping.asked():
             pass
@@ -129,6 +134,9 @@ class Talk:
             return False
         if not line:
             return True
+        if not is_text(line):
+            self.say("that line is no UTF-8, and was not asked")
+            return True
         command, _, rest = line.partition(" ")
         if command == "/quit":
             return False
@@ -157,7 +165,7 @@ class Talk:
                 self._ask(question.content)
             case "/regen", "":
                 self.say("nothing has been asked yet")
-            case "/policy", number if number.isdigit():
+            case "/policy", number if _NUMBER.fullmatch(number):
                 self.policy = self.speakers.check(int(number))
                 self.say(f"policy {self.policy} answers from now on")
             case "/policy", "":
@@ -165,7 +173,7 @@ class Talk:
                 self.say(f"policy {self.policy} answers; there are {there}")
             case "/beside", "off":
                 self.beside = None
-            case "/beside", number if number.isdigit() or not number:
+            case "/beside", number if _NUMBER.fullmatch(number) or not number:
                 self.beside = self.speakers.check(int(number or 0))
                 self.say(f"policy {self.beside} answers beside policy {self.policy}, which leads the conversation")
             case "/system", text:

@@ -28,7 +28,7 @@ def game(
     samples: Annotated[int, typer.Option(help="sampled: verdicts behind each win rate")] = 8,
 ) -> None:
     """Play algorithms on a game small enough to know its Nash policy: who gets there, and who goes in circles."""
-    from dno_jax.console import console, say
+    from dno_jax.console import results, say
     from dno_jax.report import game as report
 
     P = report.build_game(game, num_responses=num_responses, strength=strength, seed=seed)
@@ -43,10 +43,10 @@ def game(
         start=report.parse_start(start, P, game=game),
         samples=report.Samples(pairs, samples, seed) if sampled else None,
     )
-    console.print(report.game_table(played, P))
+    results.print(report.game_table(played, P))
     for line in report.nash_lines(P):
-        say(line)
-    say(report.advice())
+        results.print(line, soft_wrap=True)
+    results.print(report.advice(), soft_wrap=True)
     if out is not None:
         report.save_plot(played, out, title=f"{game}, {P.shape[-1]} responses")
         say(f"plot written to {out}")

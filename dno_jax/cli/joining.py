@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,7 +42,8 @@ def leave(status: int, failure: BaseException | None = None) -> None:
             from dno_jax.parallel.cluster import await_verdict
 
             await_verdict(failure)
-        sys.excepthook(type(failure), failure, failure.__traceback__)
+        with suppress(OSError):  # nobody reads it any more, as after a terminal's end: the others still wait
+            sys.excepthook(type(failure), failure, failure.__traceback__)
     if joined:
         from dno_jax.parallel.cluster import end_at_once, part
 

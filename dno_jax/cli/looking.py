@@ -20,7 +20,7 @@ def status(
     every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks of --watch")] = 5.0,
 ) -> None:
     """Show which stages are done, with rows and seconds, what comes next, and how trainings went."""
-    from dno_jax.console import console
+    from dno_jax.console import results
     from dno_jax.errors import DnoError
     from dno_jax.report import status as report
     from dno_jax.run_dir import RunDir
@@ -34,7 +34,7 @@ def status(
         typer.echo(json.dumps(report.facts(folder)))
     else:
         for table in report.tables(folder, verify=verify):
-            console.print(table)
+            results.print(table)
 
 
 def report(

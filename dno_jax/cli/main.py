@@ -76,7 +76,7 @@ def run(
     """
     settings = load(config, overrides, variants)
     from dno_jax import iteration
-    from dno_jax.console import console
+    from dno_jax.console import results
     from dno_jax.parallel.cluster import is_primary
     from dno_jax.report.answers import answers_text, shown_answers
     from dno_jax.report.measured import last_matrix
@@ -90,14 +90,14 @@ def run(
     result = iteration.run(settings, redo_from=redo_from)
     if is_primary():
         folder = RunDir(settings.run_dir)
-        console.print(policy_table(folder, iterations=settings.iterations))
-        console.print(last_matrix(folder, iterations=settings.iterations))
-        console.print(iteration_table(folder, settings))
+        results.print(policy_table(folder, iterations=settings.iterations))
+        results.print(last_matrix(folder, iterations=settings.iterations))
+        results.print(iteration_table(folder, settings))
         if shown := shown_answers(folder, iterations=settings.iterations, policy=result.best):
-            console.print(answers_text(shown))
+            results.print(answers_text(shown))
         policy = told_policy(folder, iteration=settings.iterations - 1)
-        console.print(f"{policy}, exported to {folder.shown(folder.export_path)}", soft_wrap=True)
-        console.print(f"report: {folder.shown(folder.report_path)}", soft_wrap=True)
+        results.print(f"{policy}, exported to {folder.shown(folder.export_path)}", soft_wrap=True)
+        results.print(f"report: {folder.shown(folder.report_path)}", soft_wrap=True)
 
 
 def _host_stage(name: str, summary: str) -> None:
@@ -280,11 +280,11 @@ def _inspect_group() -> None:
 def inspect_template(config: Config, overrides: Overrides = None, variants: With = None) -> None:
     """Show one prompt and response as tokens, where the loss starts and ends, and what the template does to chats."""
     settings = load(config, overrides, variants)
-    from dno_jax.console import PlainConsole
+    from dno_jax.console import results
     from dno_jax.stages import template as stage
 
     found = stage.report(settings.model, settings.prompts.path)
-    PlainConsole().print(stage.render(found), end="", soft_wrap=True)
+    results.print(stage.render(found), end="", soft_wrap=True)
     stage.refuse(found.findings, place=settings.model.path)
 
 

@@ -74,7 +74,7 @@ def evaluate(
     process_id: ProcessId = None,
 ) -> None:
     """Measure policy t+1 on held-out prompts; with --suite, answer a published suite and have it judged."""
-    from dno_jax.console import console
+    from dno_jax.console import results
     from dno_jax.report.measured import matrix_table, suite_table
     from dno_jax.run_dir import RunDir
 
@@ -82,15 +82,15 @@ def evaluate(
         settings = stage_settings("evaluate", config, overrides, variants, iteration)
         join(settings, coordinator, num_processes, process_id)
         run_on_devices("evaluate", "evaluate", settings, iteration)
-        console.print(matrix_table(RunDir(settings.run_dir).stage("evaluate", iteration).require().details))
+        results.print(matrix_table(RunDir(settings.run_dir).stage("evaluate", iteration).require().details))
         return
     from dno_jax.stages import suites
 
     apart = tuple(None if path is None else str(path) for path in (reference, template, tables))
     settings = load(config, overrides, variants)
     with RunDir(settings.run_dir).written():
-        results = suites.evaluate(settings, _wanted(suite, prompts, policy, *apart))
-    console.print(suite_table([results | {"suite": suite}]))
+        found = suites.evaluate(settings, _wanted(suite, prompts, policy, *apart))
+    results.print(suite_table([found | {"suite": suite}]))
 
 
 def _wanted(
@@ -128,7 +128,7 @@ def compare(
     """Set runs side by side: what their configurations differ in, what came of each, and, judged, who beats whom."""
     import json
 
-    from dno_jax.console import console
+    from dno_jax.console import results
     from dno_jax.report.measured import comparison_tables
     from dno_jax.stages import compare as stage
 
@@ -138,4 +138,4 @@ def compare(
         typer.echo(json.dumps(found.as_dict(), indent=2))
         return
     for table in comparison_tables(found.as_dict()):
-        console.print(table)
+        results.print(table)

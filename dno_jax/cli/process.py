@@ -29,6 +29,8 @@ def run(app: Callable[..., Any]) -> int:
     Status 2 and one message for a DnoError or a wrong command, 75 after SIGTERM, 130 after a Ctrl-C. All else keeps its
     traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: what a terminal lacks, it spells out
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.update(accelerator_flags(os.environ))

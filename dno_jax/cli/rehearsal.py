@@ -19,13 +19,13 @@ def fake_judge(
     import signal
     import threading
 
-    from dno_jax.console import console
+    from dno_jax.console import console, results
     from dno_jax.display import printable
     from dno_jax.fake_judge import FakeJudge, counts_table, read_settings, settings_table
 
     behaviour = read_settings(settings or [])
     if show:
-        console.print(settings_table(behaviour))
+        results.print(settings_table(behaviour))
         return
     asked_to_stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -19,7 +19,7 @@ def config(
 
     from dno_jax.config import RewardConfig, RunConfig, SftConfig
     from dno_jax.config.fields import described
-    from dno_jax.console import PlainConsole
+    from dno_jax.console import results
     from dno_jax.errors import DnoError
 
     if sft and reward:
@@ -31,7 +31,6 @@ def config(
     if not found:
         known = ", ".join(dict.fromkeys(field.name.partition(".")[0] for field in fields))
         raise DnoError(f"no section or field {section!r}; known: {known}; their fields by dots, as annotation.openai")
-    console = PlainConsole()
     for field in found:
         value = " (has to be given)" if field.default is None else f" = {field.default}" if field.default else ""
         what = f"{field.kind} {', '.join(field.stages)}".strip() if field.kind else ""
@@ -39,4 +38,4 @@ def config(
         said = "; ".join([*words, *([field.description] if field.description else [])])
         line = Text(f"{field.name}{value}", style="bold")
         line.append(f"\n    {': '.join(part for part in (what, said) if part)}", style="not bold")
-        console.print(line, soft_wrap=True)
+        results.print(line, soft_wrap=True)

@@ -79,7 +79,7 @@ class Rows:
 
     Attributes:
         place: position in the official file, by which rows are grouped.
-        preference: in [1, 2].
+        preference: in [1, 2]; 0 is an old spelling of 1.5; nan where there is none.
         longer: characters of the reference's output more than of the model's.
         difficulty: of the instruction.
     """
@@ -92,9 +92,21 @@ class Rows:
     @property
     def features(self) -> Float[np.ndarray, "N 3"]:
         """tanh of the length difference over its deviation, the difficulty, and 1."""
-        spread = self.longer.std(ddof=1)
+        spread = self.longer.std(ddof=1) if self.longer.size > 1 else 0.0
         scaled = self.longer / spread if spread > 0.0 else np.zeros_like(self.longer)
         return np.column_stack([np.tanh(scaled), self.difficulty, np.ones_like(self.longer)])
+
+    def told(self) -> Rows:
+        """Return the rows that have a preference.
+
+        Raises:
+            ValueError: one lies outside [1, 2].
+        """
+        found = np.where(self.preference == 0.0, 1.5, self.preference)
+        there = ~np.isnan(found)
+        if not np.all((found[there] >= 1.0) & (found[there] <= 2.0)):
+            raise ValueError(f"expected preferences in [1, 2], got {found[there].min()} to {found[there].max()}")
+        return Rows(self.place[there], found[there], self.longer[there], self.difficulty[there])
 
 
 @dataclass(frozen=True)
@@ -126,14 +138,14 @@ def length_controlled(rows: Rows, gamed: Sequence[Rows] = (), *, strength: float
         strength: C; None: cross-validated.
 
     Raises:
-        ValueError: no rows.
+        ValueError: no rows with a preference, or one outside [1, 2].
     """
-    parts = [rows, *gamed]
+    parts = [rows, *gamed] = [part.told() for part in (rows, *gamed)]
     if not rows.place.size:
-        raise ValueError("a length-controlled win rate needs rows")
+        raise ValueError("a length-controlled win rate needs rows with a preference")
     design = np.concatenate([part.features for part in parts])
     design[rows.place.size :, 2] = 0.0
-    won = np.concatenate([_halves(part.preference) for part in parts]) - 1.0
+    won = np.concatenate([part.preference for part in parts]) - 1.0
     weight = np.concatenate([np.full(part.place.size, _GAMED_WEIGHT if i else 1.0) for i, part in enumerate(parts)])
     group = np.concatenate([part.place for part in parts])
     if strength is None:
@@ -219,10 +231,6 @@ def folds(group: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
         loads[lightest] += sizes[one]
         fold[one] = lightest
     return fold[index]
-
-
-def _halves(preference: np.ndarray) -> np.ndarray:
-    return np.where(preference == 0.0, 1.5, preference)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Literal
 
 from dno_jax.statistics import Tally
@@ -12,13 +14,26 @@ from dno_jax.statistics import Tally
 Check = Literal["number", "choice", "exact", "contains"]
 CHECKS: tuple[Check, ...] = ("number", "choice", "exact", "contains")
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
-_CHOICE = re.compile(r"(?<![A-Za-z'])\(?([A-J])\)?(?![A-Za-z'])")
+# A sign after a digit or a bracket takes away. A fraction is one number, a date is none.
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])[-+])?"
+    r"(?:(?<![\d/.,])\d+/(?=\d*[1-9])\d+(?![/.,]?\d)|(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+)
+# "I" and "A" before a word in small letters are words themselves, but for "A is right".
+_CHOICE = re.compile(
+    r"(?<![A-Za-z'])\(?(?:([B-HJ])|([AI])(?![ \t]+(?!(?:is|was|because|since|as|and|or)\b)[a-z]))\)?(?![A-Za-z'])"
+)
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+_SPELT = (
+    (re.compile("[\u2212\u2010-\u2013]"), "-"),
+    (re.compile(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})"), ","),
+    (re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"), r"\1/\2"),
+)
 
 
 def check_of(answers: Sequence[str]) -> Check:
     """Return how answers are checked by default: numbers as numbers, a capital letter as a choice, else as words."""
-    if all(_NUMBER.fullmatch(answer.strip().lstrip("$").rstrip("%.")) for answer in answers):
+    if all(_NUMBER.fullmatch(_spelt(answer).strip().lstrip("$€£¥").rstrip("%.")) for answer in answers):
         return "number"
     return "choice" if all(re.fullmatch(r"[A-J]", answer.strip()) for answer in answers) else "contains"
 
@@ -27,24 +42,45 @@ def is_right(response: str, answers: Sequence[str], check: Check) -> bool:
     """Return whether a response gives one of the answers.
 
     number: the last number in it is equal; choice: its last letter from A to J that stands alone; exact: its words, but
-    for case, blanks and a full stop; contains: the answer stands in it as words.
+    for case, blanks and a full stop; contains: the answer stands in it as words. Of a response that puts its answer
+    into \\boxed{} or behind ####, that is looked at alone.
     """
+    said = final(response)
     match check:
         case "number":
-            found = _NUMBER.findall(response)
-            return bool(found) and any(_value(found[-1]) == _value(_NUMBER.findall(one)[-1]) for one in answers)
+            value = _value(said)
+            return value is not None and any(value == _value(one) for one in answers)
         case "choice":
-            letters = _CHOICE.findall(response)
+            letters = ["".join(found) for found in _CHOICE.findall(said)]
             return bool(letters) and letters[-1] in {one.strip() for one in answers}
         case "exact":
-            return _plain(response) in {_plain(one) for one in answers}
+            return _plain(said) in {_plain(one) for one in answers}
         case "contains":
-            said = f" {_words(response)} "
-            return any(f" {_words(one)} " in said for one in answers if _words(one))
+            words = f" {_words(said)} "
+            return any(f" {_words(one)} " in words for one in answers if _words(one))
 
 
-def _value(number: str) -> float:
-    return float(number.replace(",", ""))
+def final(text: str) -> str:
+    """Return what a text gives as its answer: the last \\boxed{...} of it, or what stands behind ####; else all."""
+    if boxed := _BOXED.findall(text):
+        return boxed[-1]
+    return text.rsplit("####", 1)[-1]
+
+
+def _value(text: str) -> Fraction | None:
+    """The last number of a text, exactly."""
+    found = _NUMBER.findall(_spelt(text))
+    if not found:
+        return None
+    above, _, below = found[-1].replace(",", "").partition("/")
+    return Fraction(Decimal(above)) / int(below or 1)
+
+
+def _spelt(text: str) -> str:
+    """The text with its signs, thousands and fractions as a keyboard has them."""
+    for pattern, spelt in _SPELT:
+        text = pattern.sub(spelt, text)
+    return text
 
 
 def _plain(text: str) -> str:

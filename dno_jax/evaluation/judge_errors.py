@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from dno_jax.addresses import Purpose, rng
 from dno_jax.evaluation.comparisons import Row
-from dno_jax.evaluation.win_rates import preferences_of
+from dno_jax.evaluation.win_rates import preferences_of, win_rate
 from dno_jax.statistics import Estimate, Tally
 
 _DRAWS = 4000
@@ -40,9 +40,14 @@ class JudgeErrors:
         Args:
             labelled: (prompt, the judge's P(first beats second), people's): pairs on one prompt are no independent
                 witnesses. A label counts as the side that it leans to; undecided ones say nothing.
+
+        Raises:
+            ValueError: a share outside [0, 1].
         """
         first, second = [], []
         for prompt, judged, label in labelled:
+            if not (0.0 <= judged <= 1.0 and 0.0 <= label <= 1.0):
+                raise ValueError(f"expected shares in [0, 1], got the judge's {judged} and the label {label}")
             if label != 0.5:
                 (first if label > 0.5 else second).append((prompt, judged if label > 0.5 else 1.0 - judged))
         return cls(*(Tally.of([one for _, one in side], [name for name, _ in side]) for side in (first, second)))
@@ -51,7 +56,9 @@ class JudgeErrors:
         """Return a player's win rate over another as people would have judged it; None where that cannot be said.
 
         The judge's rate p is theta sensitivity + (1 - theta) (1 - specificity) of the true rate theta. The interval
-        carries all three uncertainties: quantiles of theta under Jeffreys' posteriors at the effective numbers.
+        carries all three uncertainties: quantiles of theta under Jeffreys' posteriors at the effective numbers. A rate
+        beyond all that a judge with these errors gives is no certainty: it errs otherwise on these pairs, and the
+        interval reaches to the rate's own.
 
         Args:
             player: stands where the labelled pairs have `first`; the two sides of pairs without an order are alike.
@@ -60,10 +67,13 @@ class JudgeErrors:
         if not values or self.why:
             return None
         rate = Tally.of(values, prompts)
-        theta = _theta(*(np.full(1, share) for share in (rate.mean, self.sensitivity.mean, self.specificity.mean)))[0]
-        drawn = _theta(_draws(rate, "rate"), *self._drawn)
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        return Estimate(float(theta), float(low), float(high), rate.count, rate.clusters)
+        shares = (rate.mean, self.sensitivity.mean, self.specificity.mean)
+        value = _theta(*(np.full(1, share) for share in shares))[0]
+        low, high = np.quantile(_theta(_draws(rate, "rate"), *self._drawn), (0.025, 0.975))
+        own = win_rate(values, prompts)
+        low, high = own.low if low >= 1.0 else low, own.high if high <= 0.0 else high
+        value, low, high = (float(np.clip(end, 0.0, 1.0)) for end in (value, low, high))
+        return Estimate(value, low, high, rate.count, rate.clusters)
 
     @cached_property
     def why(self) -> str:
@@ -74,7 +84,13 @@ class JudgeErrors:
                 f"{self.specificity.count} the second; some of both are needed"
             )
         first, second = self._drawn
-        if np.quantile(first + second - 1.0, 0.025) <= 0.0:
+        low, high = np.quantile(first + second - 1.0, (0.025, 0.975))
+        if high < 0.0:
+            return (
+                f"the judge sides against {self.sensitivity.count + self.specificity.count} labels more often than "
+                "with them; see whether their first and second response are the wrong way round"
+            )
+        if low <= 0.0:
             return (
                 f"of {self.sensitivity.count + self.specificity.count} labels the judge's verdicts cannot be told from "
                 "chance; label more pairs, or take another judge"
@@ -91,9 +107,8 @@ class JudgeErrors:
 
 
 def _theta(rate: np.ndarray, sensitivity: np.ndarray, specificity: np.ndarray) -> np.ndarray:
-    """The true rate, in [0, 1]; noise alone would carry it beyond."""
-    better = np.maximum(sensitivity + specificity - 1.0, 1e-9)
-    return np.clip((rate + specificity - 1.0) / better, 0.0, 1.0)
+    """The true rate, in [0, 1] but for noise."""
+    return (rate + specificity - 1.0) / np.maximum(sensitivity + specificity - 1.0, 1e-9)
 
 
 def _draws(tally: Tally, name: str) -> Float[np.ndarray, " D"]:

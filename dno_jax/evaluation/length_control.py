@@ -20,7 +20,8 @@ _MOST_STEPS = 100
 def length_controlled(rows: Sequence[Row]) -> Estimate | None:
     """Return the win rate of a player over an opponent at equal length; None where nothing can be said of it.
 
-    That is where one of them wins all or too few lengths overlap to tell length from strength.
+    That is where one of them wins all, all comparisons came to the same (ties, say), or too few lengths overlap to tell
+    length from strength.
 
     Args:
         rows: of one player and one opponent.
@@ -29,7 +30,7 @@ def length_controlled(rows: Sequence[Row]) -> Estimate | None:
     longer = np.asarray([row.longer for row in rows], np.float64)
     _, prompt = np.unique(np.asarray([row.prompt_id for row in rows]), return_inverse=True)
     num_prompts = int(prompt.max(initial=-1)) + 1
-    if num_prompts < 3 or not 0.0 < value.mean() < 1.0:
+    if num_prompts < 3 or not 0.0 < value.mean() < 1.0 or np.ptp(value) < 1e-9:
         return None
     spread = longer.std(ddof=1)
     columns = [np.ones(len(rows))] + ([np.tanh(longer / spread)] if spread > 0.0 else [])

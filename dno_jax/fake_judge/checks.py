@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from aiohttp import web
 
+from dno_jax.display import is_text
 from dno_jax.fake_judge.behaviour import Behaviour
 
 
@@ -37,7 +39,7 @@ def check(body: Any, *, behaviour: Behaviour) -> None:
     Raises:
         ApiError: if it may not pass.
     """
-    if not isinstance(body, dict):
+    if not isinstance(body, dict) or not _is_text(body):
         raise ApiError(400, "We could not parse the JSON body of your request.")
     model, messages = body.get("model"), body.get("messages")
     if not isinstance(model, str) or not model:
@@ -57,6 +59,14 @@ def check(body: Any, *, behaviour: Behaviour) -> None:
     if body.get("top_logprobs") is not None and not body.get("logprobs"):
         raise ApiError(400, "'top_logprobs' is only allowed when 'logprobs' is enabled.", None, "top_logprobs")
     _check_format(body.get("response_format"))
+
+
+def _is_text(body: dict[str, Any]) -> bool:
+    """Whether UTF-8 can say all of it: JSON may spell halves of surrogate pairs."""
+    try:
+        return is_text(json.dumps(body, ensure_ascii=False))
+    except RecursionError:
+        return False
 
 
 def _is_message(message: Any) -> bool:

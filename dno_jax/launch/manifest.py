@@ -85,7 +85,7 @@ def _pod_rules() -> list[dict[str, Any]]:
 
 def _annotating(values: LaunchValues, wanted: Annotating) -> dict[str, Any]:
     """A Job without accelerators: it follows the samples of one iteration after the other."""
-    arguments = [values.config, *values.overrides, "annotation.apart=true"]
+    arguments = [*_recipe(values), "annotation.apart=true"]
     arguments.append(f"annotation.store={wanted.store.path}/verdicts.sqlite")
     loop = _EVERY_ITERATION.format(iterations=" ".join(map(str, range(wanted.iterations))))
     pod = _pod(values, wanted, ["sh", "-c", loop, "annotate", *arguments], volumes=[values.volume, wanted.store])
@@ -148,7 +148,7 @@ def _worker(values: LaunchValues) -> dict[str, Any]:
     apart = [] if values.annotate is None else ["annotation.apart=true"]
     if apart and not any(text.startswith("annotation.store=") for text in values.overrides):
         apart.append(f"annotation.store={values.volume.path}/{values.name}-verdicts.sqlite")  # evaluation's
-    command = ["dno", "run", values.config, *values.overrides, *apart]
+    command = ["dno", "run", *_recipe(values), *apart]
     pod = _pod(values, values, command, volumes=[values.volume])
     (container,) = pod["containers"]
     if values.gpus is not None:
@@ -171,6 +171,11 @@ def _worker(values: LaunchValues) -> dict[str, Any]:
     for part in ("requests", "limits"):
         container["resources"][part] |= taken
     return pod
+
+
+def _recipe(values: LaunchValues) -> list[str]:
+    """The configuration and its overrides as Kubernetes is to hand them on, which puts variables in for $(NAME)."""
+    return [text.replace("$", "$$") for text in (values.config, *values.overrides)]
 
 
 def _environment(values: LaunchValues) -> list[dict[str, Any]]:

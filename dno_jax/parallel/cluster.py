@@ -26,7 +26,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from dno_jax import stopping
 from dno_jax.errors import DnoError
 from dno_jax.parallel.heartbeat import STOP, Heartbeat, Others, unless
-from dno_jax.parallel.launchers import Meeting, meeting_of, metadata_of
+from dno_jax.parallel.launchers import Meeting, meeting_of
+from dno_jax.parallel.metadata import metadata_of
 from dno_jax.parallel.relay import Relay
 
 _HOSTS = "dno_jax/hosts/"
@@ -212,8 +213,9 @@ def await_verdict(error: BaseException) -> None:
 def end_at_once(status: int) -> None:
     """End this process now, if there are others: at its exit jax would wait for them, and they wait for it."""
     if distributed.global_state.num_processes > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):  # its reader is gone
+                stream.flush()
         if _joined is not None:
             _joined.heartbeat.fail(status)
         os._exit(status)

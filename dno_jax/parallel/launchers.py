@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,11 +15,13 @@ from functools import partial
 from dno_jax.errors import DnoError
 
 Environment = Mapping[str, str]
-Metadata = Callable[[str], str | None]
+Metadata = Callable[[str], str | None]  # an attribute of a machine, by its name
 
 _TPU_PORT, _PORT = "8482", "55527"  # nobody can agree on one at run time
-_FLAGS = "--coordinator HOST:PORT --num-processes N --process-id I"
+_OWN_STEPS = 0xFFFFFFF0  # SLURM numbers from here the batch script, and the shell that salloc opens on a node
+FLAGS = "--coordinator HOST:PORT --num-processes N --process-id I"
 # Where manifests of Indexed Jobs say how many pods there are; Kubernetes itself tells a pod only which it is.
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _COUNTS = ("JAX_NUM_PROCESSES", "JAX_PROCESS_COUNT", "NUM_PROCESSES", "NNODES", "JOB_COMPLETIONS", "WORLD_SIZE")
 
 
@@ -43,7 +43,7 @@ class Meeting:
     process_id: int | None = None
     local_device_ids: tuple[int, ...] | None = None
     devices: int | None = None
-    advice: str = f"give {_FLAGS}"
+    advice: str = f"give {FLAGS}"
 
 
 def meeting_of(
@@ -65,14 +65,17 @@ def meeting_of(
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     given = {name: value for name, value in given.items() if value is not None}
-    if given == {"num_processes": 1}:
+    if num_processes == 1 and not process_id:
         return Meeting("the flags", num_processes=1)
     if len(given) == 3:
         found = Meeting("the flags")
     else:
         found = _told(environment, metadata)
         if found is None and given:
-            raise DnoError("--coordinator, --num-processes and --process-id go together: give all three, or none")
+            raise DnoError(
+                "--coordinator, --num-processes and --process-id go together: give all three, or none (nothing in the "
+                "environment says the rest)"
+            )
         if found is None:
             return None
         if found.num_processes != 1 and (address := environment.get("JAX_COORDINATOR_ADDRESS")):
@@ -83,8 +86,10 @@ def meeting_of(
 
 def _checked(found: Meeting) -> Meeting:
     count, index = found.num_processes, found.process_id
-    if count == 1:
+    if count == 1 and found.told_by != "the flags":
         return found
+    if count is not None and count < 1:
+        raise DnoError(f"the number of processes by {found.told_by} is {count}; expected 1 or more")
     missing = [
         words
         for words, value in (("how many processes there are", count), ("which of them this is", index))
@@ -94,9 +99,9 @@ def _checked(found: Meeting) -> Meeting:
         missing.append("where process 0 is")
     if missing or count is None or index is None:
         raise DnoError(f"{found.told_by} started this process and does not say {' nor '.join(missing)}: {found.advice}")
-    if count < 1 or not 0 <= index < count:
+    if not 0 <= index < count:
         flag = "--process-id" if found.told_by == "the flags" else f"the process's number by {found.told_by}"
-        raise DnoError(f"{flag} is {index}; expected 0 to {count - 1}")
+        raise DnoError(f"{flag} is {index} of {count}; expected 0 to {count - 1}")
     if not re.fullmatch(r".+:\d+", found.coordinator or ""):
         raise DnoError(f"the coordinator is {found.coordinator!r}; expected HOST:PORT of process 0")
     return found
@@ -115,15 +120,29 @@ def _told(environment: Environment, metadata: Metadata | None) -> Meeting | None
                 f"give --coordinator {where} --num-processes ${count} --process-id ${rank}, or unset {count} to run "
                 "alone"
             )
-    return None
+    return _half_told(environment)
+
+
+def _half_told(environment: Environment) -> Meeting | None:
+    """
+    Raises:
+        DnoError: some of the three variables are set, and nobody says the rest.
+    """
+    there = [name for name in _VARIABLES if environment.get(name, "").strip()]
+    if not there or _number(environment, "JAX_NUM_PROCESSES", default=0) == 1:
+        return None
+    raise DnoError(
+        f"{' and '.join(there)} {_are(there)} set, "
+        f"{' and '.join(name for name in _VARIABLES if name not in there)} not, and nothing else in the environment "
+        "says the rest; set all three, or none to run alone"
+    )
 
 
 def _by_variables(environment: Environment) -> Meeting | None:
     """The three flags as variables, for manifests and containers."""
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    if not all(name in environment for name in names):
+    if not all(name in environment for name in _VARIABLES):
         return None
-    count, index = (_number(environment, name) for name in names[1:])
+    count, index = (_number(environment, name) for name in _VARIABLES[1:])
     return Meeting("JAX_NUM_PROCESSES", num_processes=count, process_id=index)
 
 
@@ -152,14 +171,15 @@ def _slurm(environment: Environment) -> Meeting | None:
     if "SLURM_JOB_ID" not in environment:
         return None
     on_node = _number(environment, "SLURM_GPUS_ON_NODE", default=0) or None
-    if not any(f"SLURM_STEP_{name}" in environment for name in ("ID", "NODELIST", "NUM_TASKS")):
+    step = any(f"SLURM_STEP_{name}" in environment for name in ("ID", "NODELIST", "NUM_TASKS"))
+    if not step or _number(environment, "SLURM_STEP_ID", default=0) >= _OWN_STEPS:
         nodes = _number(environment, "SLURM_JOB_NUM_NODES", default=_number(environment, "SLURM_NNODES", default=1))
         tasks = _number(environment, "SLURM_NTASKS", default=nodes)
         if max(nodes, tasks) > 1:
             raise DnoError(
-                f"SLURM's job {environment['SLURM_JOB_ID']} has {nodes} nodes and {tasks} tasks, and this process was "
-                "started without srun, so that it is the only one: use srun (`srun dno run CONFIG`, as "
-                "launch/slurm.sbatch does), or --num-processes 1 to run alone"
+                f"SLURM's job {environment['SLURM_JOB_ID']} has {nodes} node{'s' if nodes > 1 else ''} and {tasks} "
+                "tasks, and this process was started without srun, so that it is the only one: use srun (`srun dno run "
+                "CONFIG`, as launch/slurm.sbatch does), or --num-processes 1 to run alone"
             )
         return Meeting("SLURM", num_processes=1, devices=_seen(environment, on_node))
     count = _number(environment, "SLURM_STEP_NUM_TASKS", default=_number(environment, "SLURM_NTASKS", default=1))
@@ -168,7 +188,8 @@ def _slurm(environment: Environment) -> Meeting | None:
     hosts = next((environment[name] for name in ("SLURM_STEP_NODELIST", "SLURM_NODELIST", "SLURM_JOB_NODELIST")
                   if name in environment), "")  # fmt: skip
     tasks = _tasks_here(environment, count)
-    local = _shared_out(environment, tasks, _number(environment, "SLURM_LOCALID", default=0), on_node=on_node)
+    task = _number(environment, "SLURM_LOCALID", default=0 if tasks == 1 else None)
+    local = _shared_out(environment, tasks, task, on_node=on_node)
     job = _number(environment, "SLURM_JOB_ID") + _number(environment, "SLURM_STEP_ID", default=0)
     return Meeting(
         "SLURM",
@@ -190,6 +211,12 @@ def _tpu_vm(environment: Environment, metadata: Metadata | None) -> Meeting | No
     if metadata is None or (worker := metadata("agent-worker-number")) is None:
         return None
     ends = (metadata("worker-network-endpoints") or "").strip()
+    if not ends:
+        return Meeting(
+            "the TPU VM", process_id=_number({"agent-worker-number": worker}, "agent-worker-number"),
+            advice="its metadata has agent-worker-number and no worker-network-endpoints, which names its hosts; "
+            f"give {FLAGS}, or --num-processes 1 where it is the only one",
+        )  # fmt: skip
     hosts = [end.split(":")[-1] for end in ends.split(",") if end]  # an address, or name:id:address
     told = dict(re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?\s*$", metadata("tpu-env") or "", flags=re.MULTILINE))
     return _tpu_slices({**told, **environment, "TPU_WORKER_ID": worker.strip()}, hosts)
@@ -199,12 +226,19 @@ def _tpu_slices(environment: Environment, hosts: list[str]) -> Meeting | None:
     """Several hosts of a slice, or several slices of equal size, whose coordinator is also jax's."""
     slices = _number(environment, "MEGASCALE_NUM_SLICES", default=1)
     devices = _product(environment.get("TPU_CHIPS_PER_PROCESS_BOUNDS") or environment.get("TPU_CHIPS_PER_HOST_BOUNDS"))
+    if (slices > 1 or "MEGASCALE_NUM_SLICES" not in environment) and "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        names = ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID", "TPU_WORKER_HOSTNAMES")
+        missing = [name for name in names if not environment.get(name, "").strip() and not (name == names[2] and hosts)]
+        if missing:
+            return Meeting("multi-slice", advice=f"{' and '.join(missing)} {_are(missing)} wanted; or give {FLAGS}")
+    elif slices > 1:
+        return Meeting("multi-slice", advice=f"MEGASCALE_COORDINATOR_ADDRESS is wanted; or give {FLAGS}")
     if len(hosts) * slices <= 1:
-        if slices > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        if _number(environment, "TPU_WORKER_ID", default=0) > 0:
             return Meeting(
-                "multi-slice",
-                advice=f"MEGASCALE_NUM_SLICES and TPU_WORKER_HOSTNAMES are wanted; or give {_FLAGS}",
-            )
+                "the TPU", process_id=_number(environment, "TPU_WORKER_ID"),
+                advice=f"TPU_WORKER_HOSTNAMES, the names of all hosts, is wanted beside TPU_WORKER_ID; or give {FLAGS}",
+            )  # fmt: skip
         return None if devices is None and not hosts else Meeting("the TPU", num_processes=1, devices=devices)
     worker = None if len(hosts) > 1 else 0
     if "TPU_WORKER_ID" in environment:
@@ -217,7 +251,7 @@ def _tpu_slices(environment: Environment, hosts: list[str]) -> Meeting | None:
         len(hosts) * slices,
         None if worker is None else part * len(hosts) + worker,
         devices=devices,
-        advice=f"TPU_WORKER_ID is wanted beside TPU_WORKER_HOSTNAMES; or give {_FLAGS}",
+        advice=f"TPU_WORKER_ID is wanted beside TPU_WORKER_HOSTNAMES; or give {FLAGS}",
     )
 
 
@@ -226,11 +260,14 @@ def _indexed_job(environment: Environment) -> Meeting | None:
     if "JOB_COMPLETION_INDEX" not in environment:
         return None
     index = _number(environment, "JOB_COMPLETION_INDEX")
-    index += _number(environment, "JOB_INDEX", default=0) * _number(environment, "PROCESSES_IN_JOB", default=0)
+    named = re.search(r"-(\d+)-\d+$", environment.get("HOSTNAME", "").split(".")[0])
+    job = int(named[1]) if named and "JOBSET_NAME" in environment else 0
+    if job := _number(environment, "JOB_INDEX", default=job):
+        index += job * _number(environment, "PROCESSES_IN_JOB")
     count = next((_number(environment, name) for name in _COUNTS if name in environment), None)
     listed = environment.get("NVIDIA_VISIBLE_DEVICES", "")
     devices = len(listed.split(",")) if re.match(r"GPU-|MIG-|\d", listed) else None
-    advice = f"set JAX_NUM_PROCESSES in the manifest to the number of its pods (1: run alone), or give {_FLAGS}"
+    advice = f"set JAX_NUM_PROCESSES in the manifest to the number of its pods (1: run alone), or give {FLAGS}"
     head = _first_pod(environment)
     if count is not None:
         advice = (
@@ -321,6 +358,10 @@ def _high_port(number: int) -> str:
     return str(61440 + number % 4096)
 
 
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
 def _product(bounds: str | None) -> int | None:
     return None if not bounds or not re.fullmatch(r"\d+(,\d+)*", bounds) else math.prod(map(int, bounds.split(",")))
 
@@ -334,36 +375,3 @@ def _number(environment: Environment, name: str, *, default: int | None = None) 
     if not re.fullmatch(r"\s*\d+\s*", text):
         raise DnoError(f"{name} is {text!r} in the environment; expected a whole number, as its launcher sets it")
     return int(text)
-
-
-def metadata_of(environment: Environment, *, tpu_chips: int) -> Metadata | None:
-    """Return the reader of a TPU VM's metadata; None on a machine that has no TPU and names no such server."""
-    host = environment.get("GCE_METADATA_IP") or environment.get("GCE_METADATA_HOST")
-    if host is None and (not tpu_chips or "TPU_SKIP_MDS_QUERY" in environment or _wants_cpu(environment)):
-        return None
-    return lambda name: _attribute(host or "metadata.google.internal", name, sure=bool(tpu_chips))
-
-
-def _wants_cpu(environment: Environment) -> bool:
-    return environment.get("JAX_PLATFORMS", "").strip() == "cpu"
-
-
-def _attribute(host: str, name: str, *, sure: bool) -> str | None:
-    url = f"http://{host}/computeMetadata/v1/instance/attributes/{name}"
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's
-    error: Exception | None = None
-    for _ in range(3):
-        try:
-            with opener.open(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5.0) as reply:
-                return reply.read(1 << 20).decode(errors="replace")
-        except urllib.error.HTTPError as refused:
-            if refused.code == 404:
-                return None
-            error = refused
-        except OSError as failed:
-            error = failed
-    if not sure:
-        return None
-    raise DnoError(
-        f"this machine has TPUs, and its metadata server does not say which host of them it is ({error}); give {_FLAGS}"
-    )

@@ -91,7 +91,11 @@ def label_sentences(details: Mapping[str, Any]) -> list[str]:
         f"{name} {_rate(labels[name])} % of {labels[name]['n']}" for name in ("sensitivity", "specificity")
     )
     rates = ", ".join(f"{name} in {_rate(found)} %" for name, found in labels["corrected"].items())
-    return [f"corrected for the judge's errors ({errors} labels): policy {details['policy']} beats {rates}"]
+    said = [f"policy {details['policy']} beats {rates}"]
+    if beyond := labels.get("beyond"):
+        told = "the judge's rate is beyond what such errors allow: it may err otherwise here than on the labelled pairs"
+        said.append(f"over {', '.join(beyond)} {told}")
+    return [f"corrected for the judge's errors ({errors} labels): {'; '.join(said)}"]
 
 
 def suite_table(results: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -133,8 +137,10 @@ def comparison_tables(found: Mapping[str, Any]) -> list[RenderableType]:
     names = [run["name"] for run in found["runs"]]
     tables: list[RenderableType] = [Text(f"note: {note}", style="yellow") for note in found["notes"]]
     fields = [(field, *(_value(values[name]) for name in names)) for field, values in found["differences"].items()]
-    table = Table(title="what the configurations differ in", box=SIMPLE_HEAD)
-    for column in ("", *names):
+    title = "what the configurations differ in"
+    table = Table(title=title, box=SIMPLE_HEAD, min_width=len(title))
+    table.add_column("", no_wrap=True)
+    for column in names:
         table.add_column(column, overflow="fold")
     for row in fields:
         table.add_row(*row)

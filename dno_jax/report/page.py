@@ -96,7 +96,7 @@ def write_report(
         for figure in found
         if drawn and figure.shape
     }
-    scripts = _scripts(plots.library() if specs else "")
+    library, script = _script(plots.library() if specs else ""), _script(_asset("page.js"))
     text = _template().render(
         run=printable(run_dir.path.name),
         tiles=_tiles(facts),
@@ -104,8 +104,9 @@ def write_report(
         parts=parts,
         specs={name: _json(spec) for name, spec in specs.items()},
         style=Markup(_asset("page.css")),
-        scripts=scripts,
-        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        library=library,
+        script=script,
+        hashes=" ".join(f"'sha256-{_sha256(text)}'" for text in (library, script) if text),
         chunks=[Markup(chunk) for chunk in packed.chunks],
         num_prompts=packed.prompts,
         places=[place.name for place in samples if place.prompts],
@@ -267,10 +268,9 @@ def _template() -> jinja2.Template:
 
 
 @functools.cache
-def _scripts(library: str) -> list[Markup]:
-    """The page's scripts; none of them ends its element."""
-    texts = [text for text in (library, _asset("page.js")) if text]
-    return [Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--")) for text in texts]
+def _script(text: str) -> Markup:
+    """A script as it may stand in the page: none of its words ends its element."""
+    return Markup(text.replace("</script", "<\\/script").replace("<!--", "<\\!--"))
 
 
 def _asset(name: str) -> str:

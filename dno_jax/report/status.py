@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 
 from dno_jax.config import RunConfig
-from dno_jax.console import console, say
+from dno_jax.console import results
 from dno_jax.report import verify as verification
 from dno_jax.report.measured import last_matrix
 from dno_jax.report.summary import (
@@ -157,19 +157,19 @@ def _step(step: dict[str, Any]) -> str:
 
 def watch(folder: RunDir, *, every: float, as_json: bool = False) -> None:
     """Show how a run stands until it is finished: in place on a terminal, else a line whenever it has changed."""
-    if as_json or not console.is_terminal:
+    if as_json or not results.is_terminal:
         said: Any = None
         while True:
             found = facts(folder)
             shown = found if as_json else line(found)
             if shown != said:
-                typer.echo(json.dumps(found)) if as_json else say(line(found))
+                typer.echo(json.dumps(found)) if as_json else results.print(line(found), soft_wrap=True)
                 sys.stdout.flush()
                 said = shown
             if found["finished"]:
                 return
             time.sleep(every)
-    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+    with Live(console=results, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             found = facts(folder)
             live.update(Group(line(found), *tables(folder)), refresh=True)

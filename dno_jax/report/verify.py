@@ -19,7 +19,7 @@ from rich.text import Text
 
 from dno_jax.bucket.work import bring
 from dno_jax.config import RunConfig
-from dno_jax.console import console
+from dno_jax.console import results
 from dno_jax.errors import DnoError
 from dno_jax.files import digest_of
 from dno_jax.run_dir import RunDir
@@ -81,7 +81,7 @@ def check(run_dir: RunDir, config: RunConfig) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     found = verify(run_dir, config)
-    console.print(render(found))
+    results.print(render(found))
     if found.faults:
         count = f"{len(found.faults)} fault{'s' if len(found.faults) > 1 else ''}"
         redo = f", or redo from the first stage concerned: dno run CONFIG --from {found.redo}" if found.redo else ""
@@ -99,7 +99,8 @@ def verify(run_dir: RunDir, config: RunConfig) -> Verified:
     for iteration in run_dir.begun():
         for name in stage_names(config, iteration) if iteration < config.iterations else ():
             _stage(found, run_dir, run_dir.stage(name, iteration), config)
-    _lines(found, run_dir.path, run_dir.metrics_path)
+    for path in run_dir.metrics_paths():
+        _lines(found, run_dir.path, path)
     _database(found, run_dir)
     _json(found, run_dir.path, run_dir.source_path)
     if _json(found, run_dir.path, run_dir.exported_path):

@@ -97,8 +97,13 @@ def run(paths: Sequence[str], judge: RunConfig | None = None) -> Comparison:
         DnoError: fewer than two runs, one that is no run directory, or, to be judged, runs without held-out prompts in
             common.
     """
-    if len({os.path.realpath(path) for path in paths}) < len(paths) or len(paths) < 2:
-        raise DnoError(f"dno compare takes two or more different run directories, got {', '.join(paths) or 'none'}")
+    places: dict[str, str] = {}
+    for path in paths:
+        if (other := places.get(os.path.realpath(path))) is not None:
+            raise DnoError(f"dno compare: {path} and {other} are one run directory; name each once")
+        places[os.path.realpath(path)] = path
+    if len(paths) < 2:
+        raise DnoError(f"dno compare takes two or more run directories, got {', '.join(paths) or 'none'}")
     runs = [_read(path, name) for path, name in zip(paths, _names(paths), strict=True)]
     notes = [f"{run.name}: {run.missing}" for run in runs if run.missing]
     judges: dict[str, list[str]] = {}

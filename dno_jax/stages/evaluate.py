@@ -18,6 +18,8 @@ from dno_jax.data.prompts import TokenizedPrompt
 from dno_jax.data.responses import read_responses as responses_from
 from dno_jax.errors import DnoError
 from dno_jax.evaluation.audit import audit
+from dno_jax.evaluation.comparisons import Row
+from dno_jax.evaluation.judge_errors import JudgeErrors
 from dno_jax.evaluation.matrix import win_rate_matrix
 from dno_jax.evaluation.win_rates import best_policy, rate_over
 from dno_jax.files import digest_of
@@ -257,16 +259,14 @@ def _figures(judged: _Judged, config: RunConfig, *, newest: int) -> dict[str, An
     average = rates(AVERAGE, [*policies, *others])
     errors = judged.compared.errors
     opponents = (*policies[:-1], *others)
-    corrected = {
-        name: one.as_dict() for name in opponents if errors and (one := errors.correct(rows, str(newest), name))
-    }
+    labels = _labels(errors, rows, str(newest), opponents) if errors else None
     among = np.asarray(matrix.rates, np.float64)[: newest + 1, : newest + 1]
     quality = judged.compared.quality
     return {
         "policy": newest,
         "judge": judged.compared.judge,
         "win_rates": rates(str(newest), opponents),
-        **({"labels": errors.as_dict() | {"corrected": corrected}} if errors else {}),
+        **({"labels": labels} if labels else {}),
         **({AVERAGE: average} if average else {}),
         "matrix": np.round(among, 4).tolist(),
         "comparison": matrix.as_dict(),
@@ -277,3 +277,10 @@ def _figures(judged: _Judged, config: RunConfig, *, newest: int) -> dict[str, An
         "best": best_policy(among),
         "why": "highest mean win rate over the other policies on held-out prompts",
     }
+
+
+def _labels(errors: JudgeErrors, rows: Sequence[Row], newest: str, opponents: Sequence[str]) -> dict[str, Any]:
+    """What labelled pairs say of the judge, and the newest policy's win rates corrected by them, where that can be."""
+    found = {name: one for name in opponents if (one := errors.correct(rows, newest, name))}
+    beyond = [name for name, one in found.items() if one.value in (0.0, 1.0)]
+    return errors.as_dict() | {"corrected": {name: one.as_dict() for name, one in found.items()}, "beyond": beyond}

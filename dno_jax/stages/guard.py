@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from dno_jax.config import RunConfig
@@ -12,7 +14,7 @@ from dno_jax.console import say
 from dno_jax.data.prompts import TokenizedPrompt, refuse_leaks, tokenize_prompts
 from dno_jax.data.sources import read_rows
 from dno_jax.errors import DnoError
-from dno_jax.evaluation.guard import CHECKS, Check, check_of, guard_figures, is_right
+from dno_jax.evaluation.guard import CHECKS, Check, check_of, final, guard_figures, is_right
 from dno_jax.parallel.cluster import is_primary
 from dno_jax.reasoning import split_thought
 from dno_jax.records import Message, Prompt, Rollout
@@ -150,5 +152,6 @@ def read_questions(path: str) -> list[Question]:
 def _answer(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
-    text = str(value)
-    return (text.rsplit("####", 1)[1] if "####" in text else text).strip()
+    if isinstance(value, float):
+        return f"{Decimal(repr(value)):f}" if math.isfinite(value) else ""
+    return final(str(value)).strip()

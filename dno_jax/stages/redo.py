@@ -128,9 +128,11 @@ def _move(run_dir: RunDir, paths: list[epath.Path]) -> epath.Path | None:
     target = run_dir.aside_path / str(max(taken, default=-1) + 1)
     try:
         target.mkdir(parents=True)
-        for path in (run_dir.config_path, run_dir.metrics_path):
+        for path in (run_dir.config_path, *run_dir.metrics_paths()):
             if path.exists():
-                path.copy(target / path.name)
+                place = target / path.relative_to(run_dir.path)
+                place.parent.mkdir(exist_ok=True)
+                path.copy(place)
         for path in there:
             place = target / path.relative_to(run_dir.path)
             place.parent.mkdir(parents=True, exist_ok=True)

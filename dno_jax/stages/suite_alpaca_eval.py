@@ -19,6 +19,7 @@ import numpy as np
 from dno_jax.annotation.judges.suite import SuiteJudge
 from dno_jax.annotation.question import PreferenceFunction
 from dno_jax.config import AnnotationSection
+from dno_jax.console import say
 from dno_jax.data.sources import read_rows
 from dno_jax.errors import DnoError
 from dno_jax.evaluation import alpaca_eval
@@ -33,7 +34,10 @@ DIFFICULTY, GAMED = "instruction_difficulty.csv", "df_gamed.csv"
 def read_items(wanted: Wanted) -> list[Item]:
     references = {}
     if wanted.reference is not None:
-        references = {text_of(row, place, "instruction"): row for row, place in read_rows(wanted.reference)}
+        for row, place in read_rows(wanted.reference):
+            before = references.setdefault(text_of(row, place, "instruction"), row)
+            if before.get("output") != row.get("output"):
+                raise DnoError(f"{place}: a second output for {row['instruction'][:40]!r}; leave one of the two")
     items = []
     for row, place in read_rows(wanted.prompts):
         instruction = text_of(row, place, "instruction")
@@ -141,6 +145,11 @@ def _tables(folder: str | None, *, count: int) -> tuple[np.ndarray, list[alpaca_
     )
     if len(difficulty) < count:
         raise DnoError(f"{Path(folder) / DIFFICULTY}: {len(difficulty)} instructions, and the suite has {count}")
+    if len(difficulty) > count:
+        say(
+            f"warning: {Path(folder) / DIFFICULTY} has {len(difficulty)} instructions, --prompts {count}: each prompt "
+            f"is taken to be as hard as the instruction at its place, which holds of the suite's first {count} alone"
+        )
     by_model: dict[str, list[tuple[dict[str, str], str]]] = {}
     for row, place in _csv(Path(folder) / GAMED):
         by_model.setdefault(row.get("model") or row.get("generator_2") or "gamed", []).append((row, place))

@@ -1,6 +1,7 @@
 """Run directories in a bucket as the commands meet them: one seam, whoever reads or writes."""
 
 import json
+import shutil
 import threading
 import time
 from contextlib import closing
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dno_jax import run_dir as run_dir_module
 from dno_jax.annotation.ledger.store import Receipt, VerdictStore
 from dno_jax.annotation.question import Verdict
 from dno_jax.bucket import store
@@ -72,7 +74,7 @@ def test_status_takes_the_url_and_says_who_works(bucket, machine, capsys):
             raise AssertionError("let in")
     looking.status(URL, as_json=True)
     assert json.loads(capsys.readouterr().out)["in_use_by"] is None
-    with pytest.raises(DnoError, match="no run directory"):
+    with pytest.raises(DnoError, match=rf"^{URL}-other: no run directory \(it has no config.yaml or its bucket is not"):
         looking.status(f"{URL}-other")
     with pytest.raises(DnoError, match=r"is not judged|nothing has"):
         read_verdicts(RunDir(URL), [0])
@@ -131,7 +133,7 @@ def test_verdicts_are_listed_exported_and_purged_there(bucket, machine, tmp_path
             asyncio.run(_paid(verdicts))
     machine("second")
     annotations.list_(URL)
-    assert "openai gpt" in capsys.readouterr().err
+    assert "openai gpt" in capsys.readouterr().out
     annotations.export(URL, tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text().count("\n") == 2
     annotations.purge(URL, state="refused", yes=True)
@@ -185,3 +187,42 @@ def test_nobody_can_annotate_apart_there():
     judge = {"kind": "openai", "apart": True, "store": "/tmp/a.sqlite"}
     with pytest.raises(DnoError, match=r"annotation\.apart=true with run_dir=memory://"):
         config(annotation=judge)
+
+
+def test_metrics_go_up_in_parts_of_which_one_grows(bucket, machine, tmp_path, monkeypatch):
+    """What an upload sends does not grow with the run, and other machines read one sequence."""
+    monkeypatch.setattr(run_dir_module, "_METRICS_BYTES", 1 << 11)
+    run_dir, written = RunDir(URL), []
+
+    def step(number):
+        written.append({"iteration": number // 200, "stage": "train", "step": number % 200, "loss": 0.1 * number})
+        run_dir.append_metrics(written[-1])
+
+    with run_dir.held():
+        run_dir.create(config())
+        objects, sizes = run_dir.bucket._mirror.store, []
+        for number in range(300):
+            step(number)
+            if number % 25 == 24:
+                before = objects.sent_objects, objects.sent_bytes
+                run_dir.bucket._mirror.commit()
+                sizes.append((objects.sent_objects - before[0], objects.sent_bytes - before[1]))
+        assert all(count <= 3 for count, _ in sizes[1:])
+        assert max(sent for _, sent in sizes[1:]) < (1 << 11) + 26 * 80
+        assert sum(path.stat().length for path in run_dir.metrics_paths()) > 8 * (1 << 11)
+        assert run_dir.read_metrics() == written
+        run_dir.forget_metrics(iteration=1, stage="train", from_step=7)  # as a restart does, across files
+        del written[207:]
+        step(207)
+    machine("second")
+    other = RunDir(URL)
+    other.fetch()
+    assert other.read_metrics() == written
+    assert len(other.metrics_paths()) > 3
+    with other.held():
+        other.append_metrics({"iteration": 2, "step": 0})
+        assert other.read_metrics() == [*written, {"iteration": 2, "step": 0}]
+    copied = RunDir(shutil.copytree(other.path, tmp_path / "copied"))  # a folder of a file system goes on in its last
+    copied.append_metrics({"iteration": 3, "step": 0})
+    assert copied.read_metrics()[-2:] == [{"iteration": 2, "step": 0}, {"iteration": 3, "step": 0}]
+    assert copied.metrics_paths() == [copied.path / path.relative_to(other.path) for path in other.metrics_paths()]

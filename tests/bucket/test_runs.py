@@ -14,6 +14,7 @@ from dno_jax.bucket import work
 from dno_jax.run_dir import RunDir
 from tests.bucket.servers import BUCKET, S3, Gcs, free_port, serving
 from tests.end_to_end.test_resume import contents
+from tests.end_to_end.test_stops import steps_taken
 from tests.small import small_tree
 
 pytestmark = [pytest.mark.soak, pytest.mark.multiprocess, pytest.mark.timeout(3000)]
@@ -95,6 +96,32 @@ def test_a_machine_that_dies_with_its_disk_is_followed_by_another(folder, whole,
     finish("export", url, tmp_path / "exported", scratch=tmp_path / "fourth")
     assert "notAkey" not in said
     assert "AKIAEXAMPLE" not in said
+
+
+@pytest.mark.parametrize("server", [S3], indirect=True, ids=["s3"])
+def test_a_machine_that_is_told_to_go_leaves_its_state_there(folder, whole, server, tmp_path, monkeypatch):
+    """No state would be saved but the one of the stop, which goes up within the grace."""
+    url = f"{server.scheme}://{BUCKET}/runs/told"
+    path = recipe(folder, url)
+    monkeypatch.setenv("DNO_SCRATCH", str(tmp_path / "first"))
+    here = RunDir(url)
+    first = command("run", path, scratch=tmp_path / "first")
+    while steps_taken(here) < 2:
+        assert first.poll() is None, first.communicate()[1][-3000:]
+        time.sleep(0.02)
+    first.terminate()
+    _, said = first.communicate(timeout=600)
+    assert first.returncode == 75, said[-3000:]
+    steps = [int(state.name) for state in (here.path / "iterations/000/train/states").iterdir()]
+    assert there(here, f"iterations/000/train/states/{max(steps)}/_CHECKPOINT_METADATA")
+    shutil.rmtree(tmp_path / "first")
+    work._folders.clear()
+    monkeypatch.setenv("DNO_SCRATCH", str(tmp_path / "second"))
+    _, said = finish("run", path, scratch=tmp_path / "second")
+    assert "taken over" not in said  # the lock was given back
+    assert contents(RunDir(url), iterations=1) == whole
+    taken = [row["step"] for row in RunDir(url).read_metrics() if row["stage"] == "train"]
+    assert taken == list(range(len(taken)))
 
 
 def test_a_store_that_vanishes_amid_a_run_costs_nothing(folder, whole, server, tmp_path, monkeypatch):

@@ -48,7 +48,8 @@ def dno(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["dno", "annotations", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        return caught.value.code or 0, " ".join(capsys.readouterr().err.split())
+        captured = capsys.readouterr()
+        return caught.value.code or 0, " ".join((captured.out + captured.err).split())
 
     return run
 

@@ -99,12 +99,32 @@ def test_systems_and_new_conversations(talk):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", ["/help", "/polcy 1", "/policy x", "/policy -1", "/beside x", "/new x", "/"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/help",
+        "/polcy 1",
+        "/policy x",
+        "/policy -1",
+        "/policy \u00b2",
+        f"/policy {'9' * 5000}",
+        "/beside \u0663",
+        "/new x",
+        "/",
+    ],
+)
 def test_what_is_no_command_lists_those_there_are(talk, line):
     found, out, err = talk(line)
     assert out == ""
     assert "/regen" in err
     assert found.speakers.asked == []
+
+
+def test_a_line_that_is_no_text_is_told_and_the_next_one_heard(talk):
+    found, out, err = talk("\udcff\udcfe", "/system \ud800", "hello")
+    assert out == "2.0 of 1\n"
+    assert err.count("no UTF-8") == 2
+    assert found.speakers.asked == [(2, 0, [("user", "hello")])]
 
 
 def test_errors_and_interrupts_leave_the_conversation_as_it_was(talk):

@@ -51,7 +51,7 @@ def test_stage_by_stage_equals_one_run(folder, dno, capsys, monkeypatch):
     assert policy_fingerprint(one.policy(1)) == policy_fingerprint(two.policy(1)) is not None
     capsys.readouterr()
     dno("status", folder / "stages")
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert said.count("done") == len(stages)
     dno("export", folder / "stages", folder / "out", "--policy", "1")
     dno(

@@ -21,7 +21,8 @@ def dno_game(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["dno", "game", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             cli.main()
-        return caught.value.code or 0, capsys.readouterr().err
+        captured = capsys.readouterr()
+        return caught.value.code or 0, captured.out + captured.err
 
     return run
 

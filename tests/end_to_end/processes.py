@@ -20,16 +20,18 @@ _SERVER.set_forkserver_preload(["tests.end_to_end.preloaded"])
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A process that has ended: its exit status, -signal where one killed it, and what it wrote to standard error."""
+    """A process that has ended: its exit status, -signal where one killed it, and what it wrote."""
 
     returncode: int
     stderr: str
+    stdout: str = ""
 
 
 def begin(
     *arguments: Any,
     point: str | None = None,
     stderr: str | Path = os.devnull,
+    stdout: str | Path = os.devnull,
     environment: Mapping[str, str] | None = None,
     devices: int | None = None,
 ) -> BaseProcess:
@@ -40,7 +42,9 @@ def begin(
         devices: of CPU that it sees; None: one.
     """
     words = [str(argument) for argument in arguments]
-    process = _SERVER.Process(target=_main, args=(words, point, str(stderr), dict(environment or {}), devices))
+    process = _SERVER.Process(
+        target=_main, args=(words, point, (str(stdout), str(stderr)), dict(environment or {}), devices)
+    )
     process.start()
     return process
 
@@ -51,14 +55,17 @@ def start(*arguments: Any, point: str | None = None, timeout: float = 600.0) -> 
     Raises:
         TimeoutError: it has not ended in time; it is killed.
     """
-    with tempfile.NamedTemporaryFile(mode="r", errors="replace") as stderr:
-        process = begin(*arguments, point=point, stderr=stderr.name)
+    with (
+        tempfile.NamedTemporaryFile(mode="r", errors="replace") as stderr,
+        tempfile.NamedTemporaryFile(mode="r", errors="replace") as stdout,
+    ):
+        process = begin(*arguments, point=point, stderr=stderr.name, stdout=stdout.name)
         process.join(timeout)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise TimeoutError(f"dno {arguments} has not ended in {timeout} s:\n{stderr.read()[-3000:]}")
-        return Done(process.exitcode, stderr.read())
+        return Done(process.exitcode, stderr.read(), stdout.read())
 
 
 def patience(seconds: float) -> float:
@@ -67,7 +74,7 @@ def patience(seconds: float) -> float:
 
 
 def _main(
-    arguments: list[str], point: str | None, stderr: str, environment: dict[str, str], devices: int | None
+    arguments: list[str], point: str | None, said: tuple[str, str], environment: dict[str, str], devices: int | None
 ) -> None:
     import jax
 
@@ -78,7 +85,7 @@ def _main(
     if devices is not None:
         jax.config.update("jax_num_cpu_devices", devices)
 
-    for stream, path in ((sys.stdout, os.devnull), (sys.stderr, stderr)):
+    for stream, path in zip((sys.stdout, sys.stderr), said, strict=True):
         stream.flush()
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream.fileno())

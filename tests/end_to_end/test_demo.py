@@ -24,7 +24,7 @@ def test_it_beats_the_policy_that_it_started_from(tmp_path, iterations):
     command.append(f"iterations={iterations}")
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "best on held-out prompts: policy" in done.stderr
+    assert "best on held-out prompts: policy" in done.stdout
     run_dir = RunDir(tmp_path / "run")
     details = run_dir.stage("evaluate", iterations - 1).require().details
     against_start = details["win_rates"]["0"]
@@ -33,12 +33,12 @@ def test_it_beats_the_policy_that_it_started_from(tmp_path, iterations):
     assert against_start["comparisons"] == 80 * 4
     assert details["best"] > 0
     assert Path(run_dir.export_path, "model.safetensors").stat().st_size < 2_000_000
-    assert done.stderr.rstrip().endswith(f"report: {run_dir.report_path}")
+    assert done.stdout.rstrip().endswith(f"report: {run_dir.report_path}")
     page = Page(run_dir.report_path.read_text())
     for table in plain(policy_table(run_dir, iterations=iterations))[0]:
         assert [list(table.columns), *map(list, table.rows)] in page.tables
         for cell in (cell for row in table.rows for cell in row if "[" in cell):
-            assert cell in done.stderr
+            assert cell in done.stdout
 
 
 def test_the_demos_judge_is_no_reward_in_disguise():

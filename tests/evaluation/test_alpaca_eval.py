@@ -201,6 +201,20 @@ def test_a_small_set_has_a_length_controlled_rate_too():
         length_controlled(Rows(*(np.zeros(0, t) for t in (np.int64, np.float64, np.float64, np.float64))))
 
 
+def test_rows_without_a_preference_are_left_out_of_the_length_controlled_rate_too():
+    rows, _ = planted(80)
+    gaps = replace(rows, preference=np.where(rows.place % 4 == 0, np.nan, rows.preference))
+    kept = Rows(*(getattr(rows, name)[rows.place % 4 != 0] for name in ("place", "preference", "longer", "difficulty")))
+    assert length_controlled(gaps, strength=1.0) == length_controlled(kept, strength=1.0)
+    shuffled = np.random.default_rng(0).permutation(80)
+    moved = Rows(*(getattr(rows, name)[shuffled] for name in ("place", "preference", "longer", "difficulty")))
+    assert length_controlled(moved).win_rate == pytest.approx(length_controlled(rows).win_rate, abs=1e-6)
+    with pytest.raises(ValueError, match=r"preferences in \[1, 2\]"):
+        length_controlled(replace(rows, preference=rows.preference + 1.0))
+    with pytest.raises(ValueError, match="rows with a preference"):
+        length_controlled(replace(rows, preference=np.full(80, np.nan)))
+
+
 def test_half_of_the_instructions_are_shown_the_other_way_round():
     swapped = [shows_model_first(f"instruction {number}") for number in range(400)]
     assert 150 < sum(swapped) < 250

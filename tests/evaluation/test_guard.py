@@ -20,6 +20,27 @@ from dno_jax.stages.guard import read_questions
         ("It is 7, not 8", "7", "number", False),  # the last number counts
         ("no number", "7", "number", False),
         ("-3", "3", "number", False),
+        ("x = \u22123", "-3", "number", True),
+        ("10-3", "3", "number", True),  # what is taken away, not -3
+        ("so 5 to 7, or 5-7", "-7", "number", False),
+        ("it costs 1{,}234 or 1\u202f234", "1234", "number", True),
+        ("12345678901234567890", "12345678901234567891", "number", False),
+        ("9" * 400, "9" * 399 + "8", "number", False),
+        ("\\boxed{42}, in 3 steps", "42", "number", True),
+        ("\\boxed{7}, no, \\boxed{ \\text{about }42}.", "42", "number", True),
+        ("so\n#### 42\n", "42", "number", True),
+        ("it is \\frac{3}{4}", "0.75", "number", True),
+        ("it is 3/4", "4", "number", False),
+        ("it is 2/4", "1/2", "number", True),
+        ("on 3/4/2024", "2024", "number", True),
+        ("1/0", "0", "number", True),
+        (".50", "1/2", "number", True),
+        ("5 km/h", "5", "number", True),
+        ("(B). I hope that this helps", "B", "choice", True),
+        ("B, as a dog is no cat. A dog barks.", "B", "choice", True),
+        ("It is not B: A is right", "A", "choice", True),
+        ("C or I", "I", "choice", True),
+        ("\\boxed{C}, and not A", "C", "choice", True),
         ("I think (B) is right", "B", "choice", True),
         ("A is wrong, so B.", "B", "choice", True),
         ("Because", "B", "choice", False),
@@ -37,8 +58,8 @@ def test_what_is_right(response, answer, check, right):
 
 
 def test_how_answers_are_checked_by_default():
-    assert [check_of([one]) for one in ("42", "1,000", "-2.5", "$3", "B", "Paris", "4 apples")] == [
-        "number", "number", "number", "number", "choice", "contains", "contains",
+    assert [check_of([one]) for one in ("42", "1,000", "-2.5", "$3", "1/2", "\u22122", "B", "Paris", "4 apples")] == [
+        "number", "number", "number", "number", "number", "number", "choice", "contains", "contains",
     ]  # fmt: skip
 
 
@@ -104,6 +125,7 @@ def test_questions_of_several_forms(tmp_path):
         ([{"question": "x", "answer": ""}], "expected a question"),
         ([{"question": "x", "answer": True}], "expected a question"),
         ([{"question": "x", "answer": []}], "expected a question"),
+        ([{"question": "x", "answer": float("nan")}], "expected a question"),
         ([{"answer": "x"}], "expected a question"),
         ([{"question": "x", "answer": "Paris", "check": "number"}], "check is 'number'"),
         ([{"question": "x", "answer": "Paris", "check": "guess"}], "known: number, choice, exact, contains"),

@@ -109,7 +109,7 @@ def test_several_labels_on_one_prompt_are_one_witness():
         ([("a", 1.0, 1.0)], "1 labels with a verdict prefer the first response and 0 the second; some of both"),
         ([("a", 1.0, 0.5)], "0 labels with a verdict prefer the first response and 0 the second"),
         ([(str(x), float(x % 2), float(x % 4 > 1)) for x in range(80)], "of 80 labels the judge's verdicts cannot be"),
-        ([(str(x), float(x % 2), 1.0 - x % 2) for x in range(80)], "of 80 labels the judge's verdicts cannot be told"),
+        ([(str(x), float(x % 2), 1.0 - x % 2) for x in range(80)], "the judge sides against 80 labels more often"),
     ],
 )
 def test_where_labels_say_too_little_nothing_is_corrected(labelled, message):
@@ -117,3 +117,24 @@ def test_where_labels_say_too_little_nothing_is_corrected(labelled, message):
     assert message in errors.why
     assert errors.correct([Row("x", "1", "0", 1.0)], "1", "0") is None
     assert errors.as_dict()["why"] == errors.why
+
+
+@pytest.mark.parametrize("won", [0, 100])
+def test_a_rate_beyond_what_such_a_judge_can_give_is_not_called_certain(won):
+    labels = [
+        (f"{side} {x}", float(x < 160) if side else float(x >= 160), side) for side in (0.0, 1.0) for x in range(200)
+    ]
+    errors = JudgeErrors.of(labels)
+    assert errors.why == ""
+    found = errors.correct([Row(str(x), "1", "0", float(x < won)) for x in range(100)], "1", "0")
+    assert found.value == won / 100
+    assert found.high - found.low > 0.03
+    near = errors.correct([Row(str(x), "1", "0", float(x < 18)) for x in range(100)], "1", "0")
+    assert (near.value, near.low) == (0.0, 0.0)
+    assert near.high > 0.05
+
+
+def test_what_is_no_share_is_refused():
+    for row in (("x", 1.5, 1.0), ("x", float("nan"), 1.0), ("x", 1.0, -1.0)):
+        with pytest.raises(ValueError, match="shares in"):
+            JudgeErrors.of([row])

@@ -242,6 +242,7 @@ def test_length_controlled_intervals_cover_the_truth():
 
 def test_lengths_of_which_nothing_can_be_said():
     assert length_controlled([Row(str(x), "1", "0", 1.0, x) for x in range(40)]) is None
+    assert length_controlled([Row(str(x), "1", "0", 0.5, x) for x in range(40)]) is None  # not 50 % for sure
     assert length_controlled([Row("p", "1", "0", float(x % 2), x) for x in range(40)]) is None
     assert length_controlled([Row(str(x), "1", "0", float(x < 20), 100 if x < 20 else -100) for x in range(40)]) is None
     equal = length_controlled([Row(str(x), "1", "0", float(x % 4 > 0), 7) for x in range(40)])

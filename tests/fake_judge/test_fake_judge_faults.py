@@ -361,8 +361,10 @@ def test_what_is_no_request_is_refused(request_):
         assert re.match(rb"HTTP/1\.[01] 400 Bad Request\r\n", read_to_end(connection))
 
 
-def test_a_body_that_is_no_json_is_the_clients_fault():
-    content = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nConnection: close\r\n\r\n{"
+@pytest.mark.parametrize("body", [b"{", b'{"model": "j", "messages": [{"role": "user", "content": "\\ud800"}]}'])
+def test_a_body_that_is_no_json_of_text_is_the_clients_fault(body):
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    content = head.encode() + body
     with FakeJudge() as server, socket.create_connection(address_of(server)) as connection:
         connection.sendall(content)
         assert b"could not parse the JSON body" in read_to_end(connection)

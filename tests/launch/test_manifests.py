@@ -1,5 +1,6 @@
 """Manifests are held to a part of Kubernetes' and JobSet's API, written down here; images to a linter and rules."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -277,6 +278,20 @@ def test_the_annotating_shell_hands_signals_on(tmp_path):
         ("gpu", "name=Dno", "name: .*'Dno' is no name of Kubernetes"),
         ("gpu", "gpus.hosts=0", "gpus.hosts"),
         ("gpu", "memory=200GB", "'200GB' is no quantity"),
+        ("gpu", "memory='200'", "'200' is no quantity of memory; .*would be bytes"),
+        ("gpu", "memory=0Gi", "'0Gi' is no quantity"),
+        ("gpu", "cpu=8Gi", "'8Gi' is no number of CPUs"),
+        ("gpu", "cpu='0'", "'0' is no number of CPUs"),
+        ("gpu", "volume.path=/", "nothing can be mounted there"),
+        ("gpu", "volume.path=/a:b", "nothing can be mounted there"),
+        (
+            "gpu",
+            "environment={OPENAI_API_KEY_FILE: /a, JAX_NUM_PROCESSES: '4'}",
+            "JAX_NUM_PROCESSES would part the pods",
+        ),
+        ("tpu", "annotate.store.path=/data/", "annotate.store.path is volume.path"),
+        ("tpu", "tpus.topology=4x4x4", "slices of tpu-v5-lite-podslice have 2 axes; expected such as 4x4"),
+        ("tpu", "tpus.accelerator=tpu-v5p-slice", "slices of tpu-v5p-slice have 3 axes; expected such as 4x4x4"),
         ("gpu", "image=dno", "image"),
         ("gpu", "config=run.yaml", "expected an absolute path in the container"),
         ("gpu", "environment.HF_TOKEN=hf_abcdefghijklmnopqrst", "keys do not go into manifests"),
@@ -294,6 +309,36 @@ def test_values_that_no_cluster_would_take(kind, override, said):
     with pytest.raises(DnoError, match=said) as told:
         load_config(LaunchValues, LAUNCH / f"jobset_{kind}.yaml", [override])
     assert "abcdefghij" not in str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["gpu", "tpu"])
+def test_arguments_reach_the_command_as_they_are_written(kind):
+    """Kubernetes puts variables in for $(NAME), and $ for $$."""
+    odd = ["prompts.path=/data/a b/'c\".jsonl", "annotation.key=$(OPENAI_API_KEY)", "note=$5 $$ ${x}", "x=a\nb: - #c"]
+    values = load_config(LaunchValues, LAUNCH / f"jobset_{kind}.yaml", []).model_copy(update={"overrides": odd})
+    for document in yaml.safe_load_all(manifest(values)):
+        spec = document["spec"]
+        template = spec["replicatedJobs"][0]["template"]["spec"]["template"] if "network" in spec else spec["template"]
+        (container,) = template["spec"]["containers"]
+        given = [
+            re.sub(r"\$(\$|\(\w+\))", lambda m: "$" if m[1] == "$" else "put in", text) for text in container["args"]
+        ]
+        assert [text for text in given if text in odd] == odd
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["secrets.OPENAI_API_KEY.key='a b'", "image='dno:1 x'", "image=' dno:1'", "volume.claim='a/b'"],
+)
+def test_values_are_held_to_their_pattern_from_end_to_end(override):
+    with pytest.raises(DnoError, match=override.split("=")[0].split(".")[0]):
+        load_config(LaunchValues, LAUNCH / "jobset_gpu.yaml", [override])
+    both = ["secrets.HF_HOME={secret: a, key: b}", "environment.HF_HOME=/data/hf"]
+    with pytest.raises(DnoError, match="HF_HOME: in environment and in secrets; give it in one of them"):
+        load_config(LaunchValues, LAUNCH / "jobset_gpu.yaml", both)
+    for topology in ("4x4;ls", "x4x4", "4x4y"):
+        with pytest.raises(DnoError, match="topology"):
+            load_config(LaunchValues, LAUNCH / "jobset_tpu.yaml", [f"tpus.topology='{topology}'"])
 
 
 def test_the_command_prints_it():

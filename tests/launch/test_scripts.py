@@ -209,11 +209,54 @@ def test_a_tpu_run_goes_on_where_it_was_stopped(tmp_path, commands, statuses, fo
     assert r"dno run c.yaml a.b=c\ d" in calls[0]
 
 
-def test_a_slice_that_is_lost_is_said(tmp_path, commands):
+@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED", "NOT_FOUND"])
+def test_a_slice_that_is_lost_is_said(tmp_path, commands, state):
     commands(gcloud=GCLOUD)
-    status, said = ended(tmp_path, "tpu_vm.sh", "run", "c.yaml", TPU="t", ZONE="z", STATES="SUSPENDED")
+    status, said = ended(tmp_path, "tpu_vm.sh", "run", "c.yaml", TPU="t", ZONE="z", STATES=state)
     assert status != 0
-    assert "t is SUSPENDED" in said
+    assert f"t is {state}; request it again" in said
+
+
+# A spot slice: gcloud fails at first, there is none, it waits, is there, is taken away in the run, and is given again.
+SPOT = """echo "$*" >>"$LOG"
+next() { n=$(($(cat "$LOG.$1" 2>/dev/null || echo 0) + 1)); echo $n >"$LOG.$1"; shift; echo "${!n}"; }
+case "$*" in
+*describe*)
+  state=$(next describe busy NOT_FOUND WAITING_FOR_RESOURCES ACTIVE SUSPENDING SUSPENDED PROVISIONING ACTIVE)
+  case $state in
+  busy) echo "ERROR: try again" >&2; exit 1 ;;
+  NOT_FOUND) echo "ERROR: (gcloud) NOT_FOUND: Resource t was not found" >&2; exit 1 ;;
+  esac
+  echo "$state" ;;
+*ssh*) [ "$(next ssh gone here)" = gone ] && exit 255; echo "dno-status 0" ;;
+esac"""
+
+
+def test_a_spot_slice_is_requested_as_often_as_it_is_taken_away(tmp_path, commands):
+    commands(gcloud=SPOT)
+    words = "v5litepod-16 v2-alpha-tpuv5-lite --spot"
+    told = {"TPU": "t", "ZONE": "z", "DNO_POLL_SECONDS": "0", "DNO_REQUEST": words}
+    status, said = ended(tmp_path, "tpu_vm.sh", "run", "my run.yaml", "a.b='$HOME\"", **told)
+    assert status == 0, said
+    assert "ERROR: try again" in said
+    verbs = [next(verb for verb in ("describe", "create", "delete", "ssh") if verb in line) for line in log(tmp_path)]
+    asked = [verb for verb in verbs if verb != "describe"]
+    assert asked == ["create", "ssh", "delete", "create", "ssh"]
+    assert sum(line.endswith("--accelerator-type v5litepod-16 --runtime-version v2-alpha-tpuv5-lite --spot")
+               for line in log(tmp_path)) == 2  # fmt: skip
+    line = next(line for line in log(tmp_path) if "--command" in line)
+    command = line.split("--command ")[1].split("&& ")[1].split(";")[0].replace(".venv/bin/dno", "printf '<%s>'")
+    there = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+    assert there == "<run><my run.yaml><a.b='$HOME\">"
+
+
+def test_a_slice_that_is_never_given_is_not_asked_for_for_ever(tmp_path, commands):
+    commands(gcloud=GCLOUD)
+    told = {"TPU": "t", "ZONE": "z", "DNO_POLL_SECONDS": "0", "DNO_MAX_RESTARTS": "3", "DNO_REQUEST": "a b"}
+    status, said = ended(tmp_path, "tpu_vm.sh", "run", "c.yaml", STATES="FAILED", **told)
+    assert status != 0
+    assert sum(" create " in line for line in log(tmp_path)) == 3
+    assert "t is FAILED" in said
 
 
 @pytest.mark.parametrize(

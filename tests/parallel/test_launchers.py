@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,11 +11,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from dno_jax.cli import joining
 from dno_jax.config import MeshSection
 from dno_jax.errors import DnoError
-from dno_jax.parallel import cluster
-from dno_jax.parallel.launchers import meeting_of, metadata_of
+from dno_jax.parallel import cluster, metadata
+from dno_jax.parallel.launchers import meeting_of
 from dno_jax.parallel.mesh import abstract_mesh
+from dno_jax.parallel.metadata import metadata_of
 
 CHECK_PORT = cluster._check_port
 
@@ -42,6 +45,12 @@ JOBSET = {**POD, "HOSTNAME": "run-workers-0-3", "JOBSET_NAME": "run", "REPLICATE
 GKE_TPU = {"TPU_WORKER_HOSTNAMES": "t-0.s,t-1.s,t-2.s,t-3.s", "TPU_WORKER_ID": "2"}
 SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "head.s:8080"}
 EIGHT = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+
+# The shell that salloc opens on the first node is a step of one task (LaunchParameters=use_interactive_step).
+SALLOC = slurm(
+    SLURM_STEP_ID="4294967290", SLURM_STEP_NUM_TASKS="1", SLURM_STEP_TASKS_PER_NODE="1", SLURM_STEP_NODELIST="gpu007",
+    SLURM_PROCID="0", SLURM_NODEID="0", SLURM_JOB_NUM_NODES="2",
+)  # fmt: skip
 
 CASES = {
     "slurm": (slurm(), "gpu007:62016", 2, 1, None),
@@ -80,6 +89,10 @@ CASES = {
     "a JobSet": (JOBSET | {"NNODES": "4"}, "run-workers-0-0.run:55527", 4, 3, None),
     "a JobSet of two jobs": (
         JOBSET | {"JAX_NUM_PROCESSES": "8", "JOB_INDEX": "1", "PROCESSES_IN_JOB": "4"},
+        "run-workers-0-0.run:55527", 8, 7, None,
+    ),
+    "a JobSet of two jobs, by the pod's name": (
+        JOBSET | {"JAX_NUM_PROCESSES": "8", "HOSTNAME": "run-workers-1-3", "PROCESSES_IN_JOB": "4"},
         "run-workers-0-0.run:55527", 8, 7, None,
     ),
     "a JobSet that does not name its job": (
@@ -149,6 +162,10 @@ def test_what_is_asked_of_jax(asked, monkeypatch, case):
         {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"},
         {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "HOSTNAME": "notebook-0"},
         {"WORLD_SIZE": "1", "RANK": "0"},
+        SALLOC | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1"},
+        slurm(SLURM_STEP_NUM_TASKS="1") | {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "stale"},
+        {"TPU_WORKER_HOSTNAMES": "t-0.s", "TPU_WORKER_ID": "0", **SLICES, "MEGASCALE_NUM_SLICES": "1"},
+        {"JAX_NUM_PROCESSES": "1", "JAX_COORDINATOR_ADDRESS": "h:1"},
         POD | {"JAX_NUM_PROCESSES": "1", "JOB_COMPLETION_INDEX": "0"},
     ],
 )
@@ -168,9 +185,25 @@ def test_a_lone_process_joins_nothing(asked, monkeypatch, environment):
         (without(slurm(), "SLURM_PROCID"), "SLURM .* does not say which of them this is"),
         (POD, "an Indexed Job .* how many processes there are: set JAX_NUM_PROCESSES"),
         (POD | {"HOSTNAME": "nowhere-3", "NNODES": "4"}, "where process 0 is: give the Job a headless service"),
-        (POD | {"JAX_NUM_PROCESSES": "3"}, "process's number by an Indexed Job is 3; expected 0 to 2"),
+        (JOBSET | {"JAX_NUM_PROCESSES": "8", "HOSTNAME": "run-workers-1-3"}, "PROCESSES_IN_JOB is not set"),
+        (POD | {"JAX_NUM_PROCESSES": "8", "JOB_INDEX": "1"}, "PROCESSES_IN_JOB is not set in the environment"),
+        (POD | {"JAX_NUM_PROCESSES": "3"}, "process's number by an Indexed Job is 3 of 3; expected 0 to 2"),
         (without(GKE_TPU, "TPU_WORKER_ID"), "which of them this is: TPU_WORKER_ID is wanted"),
-        (SLICES, "multi-slice .* MEGASCALE_NUM_SLICES and TPU_WORKER_HOSTNAMES are wanted"),
+        (SLICES, "multi-slice .*: TPU_WORKER_HOSTNAMES is wanted"),
+        (GKE_TPU | without(SLICES, "MEGASCALE_NUM_SLICES"), "multi-slice .*: MEGASCALE_NUM_SLICES is wanted"),
+        (GKE_TPU | without(SLICES, "MEGASCALE_SLICE_ID"), "multi-slice .*: MEGASCALE_SLICE_ID is wanted"),
+        (GKE_TPU | without(SLICES, "MEGASCALE_COORDINATOR_ADDRESS"), "multi-slice .*: MEGASCALE_COORDINATOR_ADDRESS"),
+        ({"TPU_WORKER_ID": "2"}, "how many processes .*: TPU_WORKER_HOSTNAMES, the names of all hosts, is wanted"),
+        (GKE_TPU | {"TPU_WORKER_HOSTNAMES": "t-2.s"}, "TPU_WORKER_HOSTNAMES, the names of all hosts, is wanted"),
+        (SALLOC, "job 4672 has 2 nodes and 2 tasks, .* without srun, .* the only one: use srun"),
+        (SALLOC | {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "8"}, "job 4672 has 1 node and 8 tasks, .*: use srun"),
+        (without(slurm(**EIGHT), "SLURM_LOCALID"), "SLURM_LOCALID is not set in the environment, though the launcher"),
+        (
+            {"JAX_NUM_PROCESSES": "4"},
+            "JAX_NUM_PROCESSES is set, JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not, .*set all",
+        ),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "1"}, "JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, JAX_COORD"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_COORDINATOR_ADDRESS is set, .* or none to run alone"),
         (without(OMPI, "OMPI_MCA_orte_hnp_uri"), "Open MPI .* where process 0 is: .*-x JAX_COORDINATOR_ADDRESS="),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "h"}, r"torchrun.* started 2 .*--coordinator \$MASTER_ADDR"),
         ({"PMI_SIZE": "2", "PMI_RANK": "0"}, r"PMI started 2 processes .*--process-id \$PMI_RANK"),
@@ -192,8 +225,13 @@ def test_flags_come_first_and_fill_what_the_environment_leaves_out():
     assert meeting_of(slurm(), coordinator="h:1").coordinator == "h:1"
     with pytest.raises(DnoError, match="go together: give all three, or none"):
         meeting_of({}, coordinator="h:1")
-    with pytest.raises(DnoError, match="--process-id is 2; expected 0 to 1"):
+    with pytest.raises(DnoError, match="--process-id is 2 of 2; expected 0 to 1"):
         meeting_of({}, **every | {"process_id": 2})
+    assert meeting_of(SALLOC, num_processes=1, process_id=0).num_processes == 1
+    with pytest.raises(DnoError, match="--process-id is 3 of 1; expected 0 to 0"):
+        meeting_of({}, **every | {"process_id": 3, "num_processes": 1})
+    with pytest.raises(DnoError, match="number of processes by the flags is 0; expected 1 or more"):
+        meeting_of({}, **every | {"num_processes": 0})
     with pytest.raises(DnoError, match="the coordinator is 'h'; expected HOST:PORT"):
         meeting_of({}, **every | {"coordinator": "h"})
 
@@ -246,8 +284,55 @@ def test_a_tpu_vm_is_found_by_its_metadata(attributes, wanted):
         assert (found.coordinator, found.num_processes, found.process_id) == wanted
 
 
-def test_who_is_asked_for_metadata():
+def test_half_of_a_tpu_vms_metadata_is_no_lone_machine():
+    for attributes in ({"agent-worker-number": "0"}, {"agent-worker-number": "3", "worker-network-endpoints": ""}):
+        with metadata_server(attributes) as host:
+            environment = {"GCE_METADATA_IP": host}
+            asked = metadata_of(environment, tpu_chips=4)
+            with pytest.raises(DnoError, match=r"the TPU VM .* no worker-network-endpoints, .*--num-processes 1 where"):
+                meeting_of(environment, metadata=asked)
+            assert meeting_of(environment, metadata=asked, num_processes=1).num_processes == 1
+
+
+@contextlib.contextmanager
+def halting_server(said):
+    """One that begins an answer, and breaks off; and the requests that it has had."""
+    listener, asked = socket.create_server(("127.0.0.1", 0)), []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                line, _ = listener.accept()
+                with line:
+                    asked.append(line.recv(4096))
+                    line.sendall(said)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{listener.getsockname()[1]}", asked
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n1", b"HTTP/1.1 503 no\r\n\r\n"]
+)
+def test_metadata_that_breaks_off_is_asked_for_again_and_no_answer(monkeypatch, said):
+    monkeypatch.setattr(metadata, "_PAUSE_SECONDS", 0.0)
+    with halting_server(said) as (host, asked):
+        environment = {"GCE_METADATA_IP": host}
+        with pytest.raises(DnoError, match="has TPUs, and its metadata server does not say which host"):
+            meeting_of(environment, metadata=metadata_of(environment, tpu_chips=4))
+        assert len(asked) == metadata._TRIES
+        assert meeting_of(environment, metadata=metadata_of(environment, tpu_chips=0)) is None
+
+
+def test_who_is_asked_for_metadata(monkeypatch):
     """On any other machine nobody is: the name would not be known, or be asked for in vain."""
+    monkeypatch.setattr(metadata, "_PAUSE_SECONDS", 0.0)
     assert metadata_of({}, tpu_chips=0) is None
     assert metadata_of({"JAX_PLATFORMS": "cpu"}, tpu_chips=4) is None
     assert metadata_of({}, tpu_chips=4) is not None
@@ -325,3 +410,22 @@ def test_who_waits_in_vain_says_so_and_may_be_started_again(asked, monkeypatch):
     ((why, status),) = ended
     assert status == 75
     assert "process 1 of 2 (by the flags) has not met the others at node1:99" in why
+
+
+def test_who_fails_and_has_no_reader_any_more_still_tells_the_others(monkeypatch):
+    """A terminal that has gone: the traceback cannot be written, and jax would wait for the others at the exit."""
+    ended = []
+
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cluster, "await_verdict", lambda error: None)
+    monkeypatch.setattr(cluster.os, "_exit", ended.append)
+    monkeypatch.setattr(cluster.distributed.global_state, "num_processes", 2)
+    monkeypatch.setattr(
+        cluster, "_joined", SimpleNamespace(heartbeat=SimpleNamespace(fail=lambda status: ended.append(-status)))
+    )
+    monkeypatch.setattr(sys, "excepthook", gone)
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(flush=gone))
+    joining.leave(1, ValueError("of its own"))
+    assert ended == [-1, 1]

@@ -18,6 +18,7 @@ from typing import Any
 import aiohttp
 
 READY = "document.documentElement?.dataset.samples === 'shown' && document.documentElement.dataset.plots === 'drawn'"
+DRAWN = "document.documentElement?.dataset.plots === 'drawn'"
 SHOWN = "document.documentElement?.dataset.samples === 'shown'"
 _KEYS = {"Escape": ("Escape", 27), "Tab": ("Tab", 9), "Enter": ("Enter", 13), "ArrowDown": ("ArrowDown", 40),
          "ArrowUp": ("ArrowUp", 38), "End": ("End", 35), "Home": ("Home", 36)}  # fmt: skip

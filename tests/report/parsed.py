@@ -55,5 +55,9 @@ class Page(HTMLParser):
         return [row for chunk in chunks for row in json.loads(gzip.decompress(base64.b64decode(chunk)))]
 
     @property
+    def libraries(self):
+        return [text for kind, _, text in self.scripts if kind == "text/x-library"]
+
+    @property
     def code(self):
         return [text for kind, _, text in self.scripts if kind == ""]

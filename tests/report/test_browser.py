@@ -56,7 +56,7 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "run"
     done = start("run", ROOT / "configs/demo.yaml", f"run_dir={folder}", "iterations=1", timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"report: {folder}/report.html" in done.stderr
+    assert f"report: {folder}/report.html" in done.stdout
     run_dir = RunDir(folder)
     return run_dir.load_config(), run_dir
 

@@ -133,8 +133,12 @@ def test_held_out_prompts_that_another_run_was_trained_on_are_said(runs):
 
 def test_runs_that_cannot_be_compared(runs, tmp_path):
     one = str(runs[0].path)
-    with pytest.raises(DnoError, match="two or more different run directories"):
-        compare.run([one, one])
+    (tmp_path / "link").symlink_to(one)
+    for same in (one, f"{one}/", str(tmp_path / "link")):
+        with pytest.raises(DnoError, match=f"{same} and {one} are one run directory"):
+            compare.run([one, same])
+    with pytest.raises(DnoError, match="two or more run directories, got"):
+        compare.run([one])
     with pytest.raises(DnoError, match="no run directory"):
         compare.run([one, str(tmp_path)])
     fresh = make_run(tmp_path, "fresh", "x", done=0)
@@ -162,8 +166,8 @@ def test_the_command_prints_tables_or_json(runs, monkeypatch, capsys):
         return caught.value.code or 0, captured.out, captured.err
 
     status, out, err = dno(runs[0].path, runs[1].path)
-    assert (status, out) == (0, "")
-    assert "what the configurations differ in" in err
+    assert (status, err) == (0, "")
+    assert "what the configurations differ in" in out
     status, out, _ = dno(runs[0].path, runs[1].path, "--json")
     assert status == 0
     assert json.loads(out)["differences"]["loss.beta"]["other"] == 0.3

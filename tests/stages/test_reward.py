@@ -205,7 +205,7 @@ def test_it_trains_exports_and_judges(make, small_folder, tmp_path, capsys):
     with pytest.raises(DnoError, match=r"made by another configuration:\n  examples: "):
         reward.run(Runtime.start(make(*planted(24, seed=1), held_out=6, training={"num_epochs": 2})))
     assert command("status", config.run_dir) == 0
-    assert "reward model" in capsys.readouterr().err
+    assert "reward model" in capsys.readouterr().out
 
 
 @pytest.mark.soak

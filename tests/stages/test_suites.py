@@ -153,7 +153,7 @@ def test_the_suites_own_template_is_sent_as_it_stands(made, tmp_path):
         SuiteJudge(config.evaluation_judge.openai, seed=0, place="x", shown=lambda pool: (1, 0), template=str(path))
 
 
-def test_the_tables_of_length_control_are_read(made, tmp_path):
+def test_the_tables_of_length_control_are_read(made, tmp_path, capsys):
     config, wanted, _ = made
     tables = tmp_path / "tables"
     tables.mkdir()
@@ -164,6 +164,11 @@ def test_the_tables_of_length_control_are_read(made, tmp_path):
     results = suites.evaluate(config, Wanted(wanted.suite, wanted.prompts, tables=str(tables)))
     assert results["lc_is_official"] is True
     assert 0.0 < results["length_controlled_winrate"] < 100.0
+    assert "warning" not in capsys.readouterr().err
+    (tables / "instruction_difficulty.csv").write_text("index,instruction_difficulty\n" + difficulty + "12,1.0\n")
+    suites.evaluate(config, Wanted(wanted.suite, wanted.prompts, tables=str(tables)))
+    assert "each prompt is taken to be as hard as the instruction at its place" in capsys.readouterr().err
+    (tables / "instruction_difficulty.csv").write_text("index,instruction_difficulty\n" + difficulty)
     (tables / "df_gamed.csv").write_text("model,index,len_1,len_2,preference\nverbose,99,1,1,1.5\n")
     with pytest.raises(DnoError, match="outside the 12 instructions"):
         suites.evaluate(config, Wanted(wanted.suite, wanted.prompts, tables=str(tables)))
@@ -195,6 +200,10 @@ def test_bad_input_is_named_before_anything_is_drawn(made, tmp_path, monkeypatch
     (tmp_path / "odd.json").write_text('[{"prompt": "x"}]')
     with pytest.raises(DnoError, match="expected a text in 'instruction'"):
         suites.sample(config, Wanted(wanted.suite, str(tmp_path / "odd.json")))
+    twice = [{"instruction": "Question 1?", "output": said} for said in ("one", "two")]
+    (tmp_path / "twice.json").write_text(json.dumps(twice))
+    with pytest.raises(DnoError, match=r"twice.json.*: a second output for 'Question 1\?'"):
+        suites.evaluate(config, Wanted(wanted.suite, wanted.prompts, reference=str(tmp_path / "twice.json")))
     (tmp_path / "bare.json").write_text(json.dumps([{"instruction": f"Question {n}?"} for n in range(3)]))
     with pytest.raises(DnoError, match="3 rows have no output of the reference"):
         suites.evaluate(config, Wanted(wanted.suite, str(tmp_path / "bare.json")))

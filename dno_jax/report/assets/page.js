@@ -18,7 +18,8 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   };
   const csv = (rows) => {
-    const cell = (value) => `"${String(value ?? "").replace(/^[=+\-@](?!\d)/, "'$&").replaceAll('"', '""')}"`;
+    const inert = (value) => (typeof value === "string" ? value.replace(/^[=+\-@\t\r]/, "'$&") : String(value ?? ""));  // no formula
+    const cell = (value) => `"${inert(value).replaceAll('"', '""')}"`;
     const names = Object.keys(rows[0]);
     return [names, ...rows.map((row) => names.map((name) => row[name]))].map((row) => row.map(cell).join(",")).join("\n");
   };
@@ -45,19 +46,36 @@
     place.after(tools);
     place.dataset.drawn = "yes";
   };
+  // One after another: those in view first, the others when the page has nothing else to do.
+  const rest = (patience) => new Promise((done) => {
+    if (patience && "requestIdleCallback" in window) requestIdleCallback(done, { timeout: patience });
+    else setTimeout(done);
+  });
   const drawAll = async () => {
-    for (const place of document.querySelectorAll(".plot")) {
+    const library = $("library");
+    if (!library) return;
+    const waiting = new Set(document.querySelectorAll(".plot"));
+    const seen = new Set();
+    const observer = new IntersectionObserver(
+      (entries) => entries.forEach((entry) => (entry.isIntersecting ? seen.add(entry.target) : seen.delete(entry.target))),
+      { rootMargin: "25%" },
+    );
+    waiting.forEach((place) => observer.observe(place));
+    await rest(500);
+    document.body.append(make("script", library.textContent));  // it would keep the first samples waiting
+    while (waiting.size) {
+      const place = [...seen].find((one) => waiting.has(one)) ?? [...waiting][0];
+      await rest(seen.has(place) ? 0 : 500);
+      waiting.delete(place);
       await draw(place).catch((error) => console.error(place.dataset.name, error));
-      await new Promise((done) => setTimeout(done));
     }
+    observer.disconnect();
     document.documentElement.dataset.plots = "drawn";
   };
 
   // Samples: chunks of prompts, each base64 of gzip of JSON.
   const unpack = async (element) => {
-    const raw = atob(element.textContent);
-    const bytes = new Uint8Array(raw.length);
-    for (let i = 0; i < raw.length; i += 1) bytes[i] = raw.charCodeAt(i);
+    const bytes = Uint8Array.fromBase64?.(element.textContent) ?? Uint8Array.from(atob(element.textContent), (char) => char.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
   };
@@ -89,14 +107,15 @@
     judge: (prompt) => (prompt.j ?? []).length > 0,
   };
 
-  const filter = () => {
+  // Where more prompts have come, the chosen one stays: they come behind it.
+  const filter = (keep) => {
     const asked = $("words").value.trim().toLowerCase();
     const place = $("place").value;
     const test = TESTS[$("only").value];
     matches = prompts.filter(
       (prompt) => (!place || prompt.p === place) && (!test || test(prompt)) && (!asked || (prompt.words ??= words(prompt)).includes(asked)),
     );
-    chosen = 0;
+    if (!keep) chosen = 0;
     list();
     $("count").textContent = `${matches.length.toLocaleString("en")} of ${prompts.length.toLocaleString("en")} prompts.`;
   };
@@ -152,7 +171,10 @@
     card.append(facts, text);
     return card;
   };
+  let current;
   const show = (prompt) => {
+    if (prompt && prompt === current) return;  // it may be scrolled
+    current = prompt;
     const place = $("shown");
     place.scrollTop = 0;
     if (!prompt) return place.replaceChildren(make("p", "No prompt is like that."));
@@ -202,34 +224,49 @@
     }
     event.preventDefault();
   };
+  // Shows the first samples; returns what unpacks the others, which a search does at once.
   const browse = async () => {
     const chunks = [...document.querySelectorAll("script.chunk")];
-    if (!chunks.length) return;
+    if (!chunks.length) return undefined;
     if (!("DecompressionStream" in window)) {
       $("count").textContent = "This browser is too old to show the samples (it has no DecompressionStream).";
-      return;
+      return undefined;
     }
+    const said = $("count").textContent;  // of all prompts, most of which are still packed
     prompts.push(...(await unpack(chunks[0])));
     $("filter").hidden = $("browser").hidden = false;
     filter();
-    for (const chunk of chunks.slice(1)) {
-      prompts.push(...(await unpack(chunk)));
-      chunk.remove();
-    }
-    filter();
+    $("count").textContent = said;
+    let all;
+    const unpackAll = () => (all ??= (async () => {
+      for (const chunk of chunks.slice(1)) {
+        prompts.push(...(await unpack(chunk)));
+        chunk.remove();
+      }
+      filter(true);
+      document.documentElement.dataset.samples = "shown";
+    })());
+    const search = async () => {
+      await unpackAll();
+      filter();
+    };
     let waiting;
     $("words").addEventListener("input", () => {
       clearTimeout(waiting);
-      waiting = setTimeout(filter, 120);
+      waiting = setTimeout(search, 120);
     });
-    for (const id of ["place", "only"]) $(id).addEventListener("change", filter);
+    for (const id of ["place", "only"]) $(id).addEventListener("change", search);
     $("filter").addEventListener("submit", (event) => event.preventDefault());
     $("earlier").addEventListener("click", () => choose((Math.floor(chosen / PAGE) - 1) * PAGE));
     $("later").addEventListener("click", () => choose((Math.floor(chosen / PAGE) + 1) * PAGE));
     document.addEventListener("keydown", keys);
-    document.documentElement.dataset.samples = "shown";
+    return unpackAll;
   };
 
-  browse().catch((error) => console.error("samples", error));
-  if (typeof vegaEmbed === "function") drawAll();
+  const open = async () => {
+    const unpackAll = await browse().catch((error) => console.error("samples", error));
+    await drawAll();
+    await unpackAll?.();
+  };
+  open().catch((error) => console.error(error));
 })();
