@@ -67,6 +67,8 @@ def plan(
     """
     import json
 
+    from rich.text import Text
+
     from dno_jax import stopping
     from dno_jax.cli.quantities import read_bytes
     from dno_jax.config import RewardConfig, RunConfig, SftConfig, kind_of, load_config
@@ -76,7 +78,7 @@ def plan(
     from dno_jax.plan.search import refuse
     from dno_jax.plan.search import search as searched
     from dno_jax.plan.tables import as_json as json_of
-    from dno_jax.plan.tables import render
+    from dno_jax.plan.tables import command_of, render
     from dno_jax.plan.trainings import plan_training
 
     kind = kind_of(config, (RunConfig, SftConfig, RewardConfig))
@@ -104,6 +106,9 @@ def plan(
     if as_json:
         typer.echo(json.dumps(json_of(found, found=best), indent=2))
     else:
-        beside = [part for variant in variants or [] for part in ("--with", str(variant))]
-        results.print(render(found, found=best, arguments=[str(config), *(overrides or []), *beside]))
+        results.print(render(found, found=best))
+        if best is not None:  # on one line, to be copied
+            beside = [part for variant in variants or [] for part in ("--with", str(variant))]
+            command = command_of(found, best, [str(config), *(overrides or []), *beside])
+            results.print(Text(f"    {command}\n"), soft_wrap=True)
     refuse(found, best)

@@ -20,7 +20,10 @@ def cost_tables(plan: AnnotationPlan) -> list[RenderableType]:
         tables.append(_table("annotation, by chat: at most so many tokens and dollars", plan.parts))
     models = ", ".join(dict.fromkeys(chat.model for estimate in plan.others.values() for chat in estimate.demands))
     tables.append(_table(f"the same pools of all iterations, asked of {models} in other ways", plan.others))
-    notes = ["Tokens are counted by the run's own tokenizer. A batch takes up to 24 hours, whatever the limits."]
+    notes = [
+        "Tokens are those of the run's tokenizer, or a guess that is noted above. A batch takes up to 24 hours, "
+        "whatever the limits."
+    ]
     if section.max_usd is not None:
         notes.append(f"annotation.max_usd is {section.max_usd:g} dollars.")
     unpriced = sorted({chat.model for chat in section.chats if chat.model not in section.prices})

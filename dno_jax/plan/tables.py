@@ -30,12 +30,11 @@ from dno_jax.sampling.memory import SlotPlan, show_bytes
 _OF_JUDGES = ("judge\nrequests", "judge\ntokens", "judge\ndollars", "dollars")
 
 
-def render(plan: AnyPlan, *, found: Found | None = None, arguments: Sequence[str] = ("CONFIG",)) -> RenderableType:
+def render(plan: AnyPlan, *, found: Found | None = None) -> RenderableType:
     """Show a plan to a person.
 
     Args:
         found: by a search.
-        arguments: of the command that was planned.
     """
     tables: list[RenderableType] = [Text(_heading(plan))]
     if isinstance(plan, RunPlan) and plan.counts:
@@ -51,7 +50,7 @@ def render(plan: AnyPlan, *, found: Found | None = None, arguments: Sequence[str
     if (whole := totals(plan)) is not None:
         tables += _total_tables(plan, whole)
     if found is not None:
-        tables += _found_lines(plan, found, arguments)
+        tables.append(Text(_found_text(found)))
     return Group(*tables)
 
 
@@ -237,14 +236,23 @@ def _command(plan: AnyPlan) -> str:
     return {RunConfig: "dno run", SftConfig: "dno sft", RewardConfig: "dno reward"}[type(plan.config)]
 
 
-def _found_lines(plan: AnyPlan, found: Found, arguments: Sequence[str]) -> list[RenderableType]:
-    """Say what was found, and the command that runs it on a line of its own: what it sets anew is set once."""
+def _found_text(found: Found) -> str:
     seconds = "" if found.seconds is None else f", {found.seconds:.3g} s a step by roofline"
-    said = f"fits with {show_bytes(found.peak)} ({found.source}; {found.compiles} tried){seconds}"
+    return (
+        f"search: {' '.join(found.overrides)} fits with {show_bytes(found.peak)} ({found.source}; "
+        f"{found.compiles} tried){seconds}"
+    )
+
+
+def command_of(plan: AnyPlan, found: Found, arguments: Sequence[str]) -> str:
+    """Return the command that runs what a search found: what it sets anew is set once.
+
+    Args:
+        arguments: of the command that was planned.
+    """
     fields = {override.partition("=")[0] for override in found.overrides}
     kept = [argument for argument in arguments if argument.partition("=")[0] not in fields]
-    command = f"    {_command(plan)} {shlex.join([*kept, *found.overrides])}\n"
-    return [Text(f"search: {' '.join(found.overrides)} {said}"), Text(command, no_wrap=True, overflow="ignore")]
+    return f"{_command(plan)} {shlex.join([*kept, *found.overrides])}"
 
 
 def as_json(plan: AnyPlan, *, found: Found | None = None) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import replace
-from io import StringIO
 
 import pytest
-from rich.console import Console
 
 from dno_jax.cli.quantities import read_bytes
 from dno_jax.config import MeshSection, RunConfig, load_config
@@ -17,7 +15,7 @@ from dno_jax.plan import topology
 from dno_jax.plan.run import Asked, plan_run
 from dno_jax.plan.search import refuse, search
 from dno_jax.plan.shape import shape_of
-from dno_jax.plan.tables import render
+from dno_jax.plan.tables import as_json, command_of
 from dno_jax.plan.topology import target_of
 from dno_jax.plan.totals import totals
 from tests.plan.test_recipes import CONFIGS
@@ -170,10 +168,9 @@ def test_a_run_that_cannot_train_is_refused_with_the_smallest_change_that_fits()
     assert found.peak <= short.memory
     with pytest.raises(DnoError, match=r"train does not fit: .*\n.*found by --search, and fits: training.micro_batch"):
         refuse(plan, found)
-    console = Console(width=60, file=StringIO())
-    console.print(render(plan, found=found, arguments=["my recipe.yaml", "training.micro_batch_size=64", "seed=1"]))
-    (command,) = [line for line in console.file.getvalue().splitlines() if line.startswith("    dno run")]
-    assert command.split() == ["dno", "run", "'my", "recipe.yaml'", "seed=1", *found.overrides]
+    command = command_of(plan, found, ["my recipe.yaml", "training.micro_batch_size=64", "seed=1"])
+    assert command == f"dno run 'my recipe.yaml' seed=1 {' '.join(found.overrides)}"
+    assert as_json(plan, found=found)["search"]["overrides"] == found.overrides
 
 
 def test_chips_are_found_by_the_names_that_jax_has_for_them():
