@@ -102,7 +102,7 @@ def test_a_machine_that_dies_with_its_disk_is_followed_by_another(folder, whole,
     assert "taken over from process" in said
     run_dir.fetch()
     assert contents(run_dir, iterations=1) == whole
-    assert "stages" in finish("status", url, scratch=tmp_path / "third")[1]
+    assert "stages" in finish("status", url, scratch=tmp_path / "third")[0]
     finish("status", url, "--verify", scratch=tmp_path / "third")
     finish("report", url, scratch=tmp_path / "third")
     finish("export", url, tmp_path / "exported", scratch=tmp_path / "fourth")
