@@ -270,7 +270,7 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors(include_url=False):
         where = ".".join(str(part) for part in item["loc"]) or "the row"
-        parts.append(f"{where}: {item['msg']}{_shown(item)}")
+        parts.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{_shown(item)}")
     return "; ".join(parts)
 
 
