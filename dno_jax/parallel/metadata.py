@@ -31,7 +31,7 @@ def _attribute(host: str, name: str, *, sure: bool) -> str | None:
     error: Exception | None = None
     for attempt in range(_TRIES):
         if attempt and sure:
-            time.sleep(_PAUSE_SECONDS)  # it starts with the machine
+            time.sleep(_PAUSE_SECONDS)
         try:
             with opener.open(urllib.request.Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5.0) as reply:
                 return reply.read().decode(errors="replace")

@@ -148,8 +148,8 @@ def test_what_is_asked_of_jax(asked, monkeypatch, case):
     assert options["local_device_ids"] == local
     # Left to itself jax would give a task of SLURM or MPI the one GPU of its number on its host.
     assert options["cluster_detection_method"] == "deactivate"
-    # Its own heartbeat aborts, half of its time after a death at the earliest: after ours, which says why.
-    assert 40 < options["heartbeat_timeout_seconds"] / 2 <= 60
+    # jax's heartbeat aborts, half of this option after a death at the earliest: after ours, which says why.
+    assert 2 * 40 < options["heartbeat_timeout_seconds"] <= 2 * 60
 
 
 @pytest.mark.parametrize(
